@@ -1,0 +1,30 @@
+"""DeiT's operations as single GPU kernels, each with its plain PyTorch reference beside it."""
+
+from .attention import attention, attention_reference
+from .classifier import classifier, classifier_reference
+from .layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
+from .linear import linear, linear_reference
+from .patch_embed import patch_embed, patch_embed_reference
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "attention",
+    "attention_reference",
+    "classifier",
+    "classifier_reference",
+    "layer_norm",
+    "layer_norm_mlp",
+    "layer_norm_mlp_reference",
+    "layer_norm_reference",
+    "linear",
+    "linear_reference",
+    "patch_embed",
+    "patch_embed_reference",
+]

@@ -1,0 +1,116 @@
+"""What the chip is, and which implementation serves an operation on it.
+
+`resolve(op, x, implementation)` turns the caller's choice into the name of an implementation:
+
+    "auto"    what `choose` says for the tensor's device and dtype (CPU: always "torch")
+    "triton"  the Triton kernel; raises where it cannot run
+    "cublas"  `linear` only: cuBLAS followed by one fused elementwise kernel
+    "torch"   the plain PyTorch reference
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
+
+PRODUCTS = ("linear", "patch_embed", "classifier", "attention")  # these need tensor cores
+ROW_KERNELS = ("layer_norm", "add_layer_norm")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    implementation: str
+    reason: str
+
+
+_CPU = Choice("torch", "no CUDA device: plain PyTorch")
+_OLD = Choice("torch", "Triton needs compute capability 7.0")
+_ROWS = Choice("triton", "bound by memory: one pass instead of several")
+_NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
+_FP32 = "fp32 products run on the FMA units in Triton"
+_FUSED = Choice("triton", "tensor cores, everything around the product fused; not yet measured")
+_WITHOUT_TENSOR_CORES = {
+    "linear": ("cublas", "; cuBLAS with bias, GELU and residual in one Triton kernel"),
+    "attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
+    "patch_embed": ("torch", "; PyTorch's convolution"),
+    "classifier": ("torch", "; cuBLAS"),
+}
+
+
+def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Choice:
+    """The implementation that serves `op` on a chip (None: a CPU) and why; pure, so printable.
+
+    Above compute capability 9.0 the rules are those of 9.0 until something else is measured.
+    """
+    if capability is None:
+        return _CPU
+    if capability < (7, 0):
+        return _OLD
+    if op in ROW_KERNELS:
+        return _ROWS
+    for applies, reason in (
+        (capability < (8, 0), _NO_TENSOR_CORES),
+        (dtype == torch.float32, _FP32),
+    ):
+        if applies:
+            implementation, instead = _WITHOUT_TENSOR_CORES[op]
+            return Choice(implementation, reason + instead)
+    return _FUSED
+
+
+@torch.compiler.assume_constant_result
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device; a constant under torch.compile."""
+    return torch.cuda.get_device_capability(index)
+
+
+def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "torch")) -> str:
+    """The implementation that will run `op` on `x`. Raises ValueError for an unknown name and
+    RuntimeError for a Triton kernel where it cannot run."""
+    if implementation == "torch":
+        return "torch"
+    if implementation == "auto":
+        # FakeTensors on "cuda" without a device (export on a CPU) never get here: is_cuda first
+        chip = capability(x.device.index or 0) if x.is_cuda else None
+        return choose(op, chip, x.dtype).implementation
+    if implementation not in allowed:
+        names = ", ".join(repr(name) for name in ("auto", *allowed))
+        raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
+    if not (x.is_cuda or INTERPRET):
+        raise RuntimeError(
+            f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on {x.device}; "
+            "use 'torch' or 'auto' there"
+        )
+    if x.dtype not in DTYPES and x.dtype != torch.uint8:
+        raise TypeError(f"{op}: dtype {x.dtype}, want float32, float16 or bfloat16")
+    return implementation
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast asks of matrix products on x's device; None outside it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def cast(dtype: torch.dtype | None, *tensors):
+    """The tensors in `dtype`; as they are where it is None. None stays None."""
+    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+
+
+def expect(op: str, x: torch.Tensor, dtype: torch.dtype | None = None, **arguments) -> None:
+    """Raise ValueError or TypeError unless each `name=(tensor, shape)` has that shape, is on x's
+    device and (if given) has `dtype`. A tensor of None passes; None in a shape is any size."""
+    for name, (t, shape) in arguments.items():
+        if t is None:
+            continue
+        same = len(t.shape) == len(shape) and all(
+            want is None or got == want for got, want in zip(t.shape, shape, strict=True)
+        )
+        if not same:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, want {tuple(shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, want {x.device}")
+        if dtype is not None and t.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}, want {dtype}")

@@ -1,0 +1,204 @@
+"""Final norm of the prefix tokens, one or two heads and their fusion, in one operation.
+
+    z_t = layer_norm(x[:, t]) @ W_t^T + b_t            t = 0: class token, t = 1: distillation token
+    joint          (z_0 + z_1) / 2                     timm and the official code, at inference
+    joint_softmax  softmax(z_0) + softmax(z_1)         DeiT paper, section 4; sums to 2
+    class          z_0          distill          z_1
+
+Only T rows a sample are normalised, not N. x (B, N, D), W_t (classes, D). Norm and sums are fp32, the
+normalised row is rounded to W's dtype as the input of a product is, the result once to W's dtype.
+Inference only: no backward is registered.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _runtime
+from .layer_norm import layer_norm_reference
+from .linear import linear_reference
+
+FUSIONS = ("joint", "joint_softmax", "class", "distill")
+
+
+def classifier_reference(
+    x, norm_weight, norm_bias, head_weight, head_bias, dist_weight=None, dist_bias=None,
+    fusion="joint", eps=1e-6,
+):  # fmt: skip
+    y = layer_norm_reference(x[:, :2], norm_weight, norm_bias, eps)
+    heads = [(head_weight, head_bias), (dist_weight, dist_bias)]
+    tokens = _tokens(fusion, dist_weight is not None)
+    return fuse(fusion, [linear_reference(y[:, t], *heads[t]) for t in tokens])
+
+
+def fuse(fusion: str, logits: list[Tensor]) -> Tensor:
+    """One prediction from the heads' logits, (B, classes) each."""
+    if len(logits) == 1:
+        return logits[0]
+    if fusion == "joint_softmax":
+        return logits[0].softmax(-1) + logits[1].softmax(-1)
+    return (logits[0] + logits[1]) / 2
+
+
+def _tokens(fusion: str, distilled: bool) -> range:
+    """The tokens, and so the heads, that a fusion reads."""
+    if not distilled:
+        return range(1)
+    return {"class": range(1), "distill": range(1, 2)}.get(fusion, range(2))
+
+
+@triton.jit
+def _kernel(
+    x_ptr, nw_ptr, nb_ptr, w0_ptr, b0_ptr, w1_ptr, b1_ptr,  # in; b0, w1, b1 may be None
+    y_ptr,  # out: (B, classes), or (2, B, classes) where SEPARATE
+    B, C, x_batch, eps, factor,
+    D: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SEPARATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: B * N * D may pass 2**31
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < B, cols < C
+    safe_cols = tl.where(in_cols, cols, 0).to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in tl.static_range(FIRST, LAST):
+        w_ptr = w0_ptr if t == 0 else w1_ptr
+        b_ptr = b0_ptr if t == 0 else b1_ptr
+        x_ptrs = x_ptr + (rows * x_batch)[:, None] + t * D + ks[None, :]
+        # statistics first; the row is in the cache for the product
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            mask = in_rows[:, None] & (k + ks < D)[None, :]
+            total += tl.sum(tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32), axis=1)
+        mean = total / D
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            mask = in_rows[:, None] & (k + ks < D)[None, :]
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+            diff = tl.where(mask, x - mean[:, None], 0.0)
+            total += tl.sum(diff * diff, axis=1)
+        rstd = tl.rsqrt(total / D + eps)
+
+        for k in range(0, D, BLOCK_K):
+            in_k = k + ks < D
+            mask = in_rows[:, None] & in_k[None, :]
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+            nw = tl.load(nw_ptr + k + ks, mask=in_k, other=0.0).to(tl.float32)
+            nb = tl.load(nb_ptr + k + ks, mask=in_k, other=0.0).to(tl.float32)
+            w = tl.load(
+                w_ptr + safe_cols[None, :] * D + (k + ks)[:, None], mask=in_k[:, None], other=0.0
+            )
+            # columns past D meet zeros of w, but Inf or NaN would not cancel: mask them
+            y = tl.where(mask, (x - mean[:, None]) * rstd[:, None] * nw[None, :] + nb[None, :], 0.0)
+            acc = tl.dot(y.to(w.dtype), w, acc, input_precision="ieee")
+        if b_ptr is not None:
+            acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+        if SEPARATE:
+            y_offs = (t * B + rows)[:, None] * C + cols[None, :]
+            tl.store(y_ptr + y_offs, acc, mask=in_rows[:, None] & in_cols[None, :])
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if not SEPARATE:
+        y_offs = rows[:, None] * C + cols[None, :]
+        tl.store(y_ptr + y_offs, acc * factor, mask=in_rows[:, None] & in_cols[None, :])
+
+
+def meta(dtype: torch.dtype) -> dict:
+    """Small tiles: 256 images x 1000 classes are then 256 programs, and latency is all there is."""
+    BLOCK_K = 32 if dtype == torch.float32 else 64
+    return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
+
+
+def _alloc(x, head_weight):
+    """What forward returns. Also its fake, so the two cannot disagree."""
+    return head_weight.new_empty(x.shape[0], head_weight.shape[0])
+
+
+@torch.library.custom_op("deit_fast::classifier", mutates_args=())
+def _fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    dist_weight: Tensor | None,
+    dist_bias: Tensor | None,
+    fusion: str,
+    eps: float,
+) -> Tensor:
+    y = _alloc(x, head_weight)
+    (B, C), D = y.shape, x.shape[2]
+    if y.numel() == 0:
+        return y
+    tokens = _tokens(fusion, dist_weight is not None)
+    separate = len(tokens) == 2 and fusion == "joint_softmax"
+    out = y.new_empty(2, B, C, dtype=torch.float32) if separate else y
+    config = meta(head_weight.dtype)
+    grid = (triton.cdiv(B, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        _kernel[grid](
+            x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, out,
+            B, C, x.stride(0), eps, 1.0 / len(tokens),
+            D=D, FIRST=tokens[0], LAST=tokens[-1] + 1, SEPARATE=separate, **config,
+        )  # fmt: skip
+    return fuse(fusion, [out[0], out[1]]).to(y.dtype) if separate else y
+
+
+@_fwd.register_fake
+def _(x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, fusion, eps):
+    return _alloc(x, head_weight)
+
+
+def classifier(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    dist_weight: Tensor | None = None,
+    dist_bias: Tensor | None = None,
+    fusion: str = "joint",
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> Tensor:
+    """Logits (or, for "joint_softmax", summed probabilities) from the prefix tokens of x.
+
+    x (B, N, D) before the final norm: row 0 the class token, row 1 the distillation token where
+    dist_weight is given. norm_weight, norm_bias (D,); head_weight, dist_weight (classes, D); biases
+    (classes,). `fusion`: "joint" | "joint_softmax" | "class" | "distill"; one head leaves "joint"
+    and "class". Returns (B, classes) in head_weight's dtype (under autocast, autocast's; softmax then
+    is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Inference only.
+    Raises ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
+    """
+    chosen = _runtime.resolve("classifier", x, implementation)
+    distilled = dist_weight is not None
+    if fusion not in (FUSIONS if distilled else ("joint", "class")):
+        raise ValueError(
+            f"classifier: fusion {fusion!r} with {1 + distilled} head(s), "
+            f"want one of {FUSIONS if distilled else ('joint', 'class')}"
+        )
+    if x.dim() != 3 or x.shape[1] < 1 + distilled or head_weight.dim() != 2:
+        raise ValueError(
+            f"classifier: x has shape {tuple(x.shape)} and head_weight {tuple(head_weight.shape)}, "
+            f"want (B, N, D) with N >= {1 + distilled} and (classes, D)"
+        )
+    D, C = x.shape[2], head_weight.shape[0]
+    _runtime.expect(
+        "classifier", x, norm_weight=(norm_weight, (D,)), norm_bias=(norm_bias, (D,)),
+        head_weight=(head_weight, (C, D)), head_bias=(head_bias, (C,)),
+        dist_weight=(dist_weight, (C, D)), dist_bias=(dist_bias, (C,)),
+    )  # fmt: skip
+    if chosen == "torch":
+        return classifier_reference(
+            x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, fusion, eps
+        )
+    heads = _runtime.cast(
+        _runtime.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias
+    )
+    heads = [t if t is None else t.contiguous() for t in heads]
+    if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
+        x = x[:, : 1 + distilled].contiguous()
+    return _fwd(x, norm_weight, norm_bias, *heads, fusion, eps)

@@ -1,0 +1,186 @@
+"""LayerNorm, alone or fused with the residual add that precedes it.
+
+    h = x [+ residual]                            stored with a residual: the next residual stream
+    y = xhat * w + b,   xhat = (h - mean) * rstd,   rstd = 1 / sqrt(var + eps)
+
+Backward, per row, with g = dy * w and dh the gradient arriving at h:
+    dx = dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh
+    dw = sum_rows(dy * xhat)        db = sum_rows(dy)
+
+M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
+output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
+there is no residual), weight, and mean and rstd, 8 bytes a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _runtime
+
+MAX_N = 8192  # one row is held in registers
+
+
+def layer_norm_reference(x, weight, bias, eps=1e-6):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
+    h = x + residual
+    return layer_norm_reference(h, weight, bias, eps), h
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, res_ptr, w_ptr, b_ptr,  # in:  (M, N) (M, N) or None (N,) (N,)
+    y_ptr, h_ptr, mean_ptr, rstd_ptr,  # out: (M, N) (M, N) or None (M,) (M,)
+    M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # int64: M * N may pass 2**31
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offs = rows[:, None] * N + cols[None, :]
+
+    h = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if res_ptr is not None:
+        h += tl.load(res_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # normalise the rounded h, the one that backward reads
+        h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(h_ptr + offs, h, mask=mask)
+    mean = tl.sum(h, axis=1) / N
+    diff = tl.where(mask, h - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(diff * diff, axis=1) / N + eps)
+    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+
+    tl.store(y_ptr + offs, diff * rstd[:, None] * w[None, :] + b[None, :], mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+def meta(N: int) -> dict:
+    """Tile and warps by rule: 4 warps share about a thousand features, wide rows get 8 warps.
+    A row kernel has nothing else to tune."""
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_M = max(1024 // BLOCK_N, 1)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 8 if BLOCK_N > 2048 else 4}
+
+
+def _alloc(x, residual, out_dtype):
+    """What forward returns. Also its fake, so the two cannot disagree."""
+    stat = x.new_empty(x.shape[0], dtype=torch.float32)
+    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
+    return x.new_empty(x.shape, dtype=out_dtype), h, stat, torch.empty_like(stat)
+
+
+@torch.library.custom_op("deit_fast::layer_norm", mutates_args=())
+def _fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, h, mean, rstd = _alloc(x, residual, out_dtype)
+    M, N = x.shape
+    config = meta(N)
+    if M > 0:
+        grid = (triton.cdiv(M, config["BLOCK_M"]),)
+        h_out = None if residual is None else h
+        with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
+            _fwd_kernel[grid](x, residual, weight, bias, y, h_out, mean, rstd, M, N, eps, **config)
+    return y, h, mean, rstd
+
+
+@_fwd.register_fake
+def _(x, residual, weight, bias, eps, out_dtype):
+    return _alloc(x, residual, out_dtype)
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias = inputs[:4]
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+
+
+def _backward(ctx, dy, dh, _dmean, _drstd):
+    h, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, res_dtype, w_dtype, b_dtype = ctx.dtypes
+    dy = dy.float()
+    xhat = (h.float() - mean[:, None]) * rstd[:, None]
+    g = dy * weight.float()
+    dx = g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True)
+    dx = dx * rstd[:, None]
+    if res_dtype is not None:
+        dx = dx + dh.float()
+    dres = None if res_dtype is None else dx.to(res_dtype)
+    dw, db = (dy * xhat).sum(0), dy.sum(0)
+    return dx.to(x_dtype), dres, dw.to(w_dtype), db.to(b_dtype), None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def _checked_rows(op, x, residual, weight, bias):
+    N = x.shape[-1] if x.dim() else 0
+    if not 0 < N <= MAX_N:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, want (..., N) with 0 < N <= {MAX_N}")
+    _runtime.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
+    return [None if t is None else t.reshape(-1, N).contiguous() for t in (x, residual)]
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last dimension.
+
+    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns (..., N)
+    in `out_dtype`; by default in x's dtype (fp32 under autocast, as torch).
+    Raises ValueError for shapes and devices that do not fit. `implementation`: "auto" | "triton" |
+    "torch".
+    """
+    chosen = _runtime.resolve("layer_norm", x, implementation)
+    rows, _ = _checked_rows("layer_norm", x, None, weight, bias)
+    if chosen == "torch":
+        y = layer_norm_reference(x, weight, bias, eps)
+        return y if out_dtype is None else y.to(out_dtype)
+    if out_dtype is None:
+        out_dtype = x.dtype if _runtime.autocast_dtype(x) is None else torch.float32
+    return _fwd(rows, None, weight, bias, eps, out_dtype)[0].view(x.shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`(layer_norm(x + residual), x + residual)` in one pass.
+
+    x, residual (..., N), N <= 8192; weight, bias (N,). Both results have shape (..., N); the sum has
+    the promoted dtype of x and residual and is rounded before it is normalised; the first result has
+    the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
+    """
+    chosen = _runtime.resolve("add_layer_norm", x, implementation)
+    x2, res2 = _checked_rows("add_layer_norm", x, residual, weight, bias)
+    if chosen == "torch":
+        return add_layer_norm_reference(x, residual, weight, bias, eps)
+    out_dtype = torch.promote_types(x.dtype, residual.dtype)
+    if _runtime.autocast_dtype(x) is not None:
+        out_dtype = torch.float32
+    y, h, _, _ = _fwd(x2, res2, weight, bias, eps, out_dtype)
+    return y.view(x.shape), h.view(x.shape)

@@ -1,0 +1,282 @@
+"""Image -> tokens: patches, projection, bias, position embedding and prefix tokens in one kernel.
+
+    tokens[b, t]     = prefix[t] [+ pos[t]]                        t < T: class, distillation token
+    tokens[b, T + n] = W . patch(b, n) + bias + pos[T + n or n]
+
+Patches are read straight from the image: no im2col tensor, no transposed copy, no concatenation.
+uint8 images are NHWC and normalised on the way: with u the byte, W' = W / (255 std) and
+
+    W . (u / 255 - mean) / std  =  W' . (u - 128)  +  W . (128 / 255 - mean) / std
+
+where u - 128 is exact in every dtype and centred enough to cost no accuracy.
+
+Backward: dW and dbias are the convolution's, dpos = sum_batch(dtokens), dprefix likewise; a float
+image gets its gradient too. B images of C channels in a grid of GH x GW patches of PH x PW pixels,
+D features, T prefix tokens; M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to
+the promoted dtype of weight and position embedding. Saved for backward: image and weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _runtime
+
+
+def normalize_reference(image, mean, std, dtype=torch.float32):
+    """uint8 (B, H, W, C) -> float (B, C, H, W): (image / 255 - mean) / std, in fp32 or better."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, std = (torch.tensor(t, dtype=wide, device=image.device) for t in (mean, std))
+    return ((image.to(wide) / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
+
+
+def patch_embed_reference(
+    image, weight, bias=None, pos_embed=None, prefix_tokens=None, mean=None, std=None
+):
+    if image.dtype == torch.uint8:
+        image = normalize_reference(image, mean, std, weight.dtype)
+    tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    T = 0 if prefix_tokens is None else len(prefix_tokens)
+    covers_prefix = pos_embed is not None and len(pos_embed) == T + tokens.shape[1]
+    if pos_embed is not None and not covers_prefix:
+        tokens = tokens + pos_embed
+    if T:
+        tokens = torch.cat((prefix_tokens.expand(len(image), -1, -1).to(tokens), tokens), dim=1)
+    return tokens + pos_embed if covers_prefix else tokens
+
+
+@triton.jit
+def _kernel(
+    image_ptr, w_ptr, b_ptr, pos_ptr, prefix_ptr,  # in; the last three may be None
+    y_ptr,  # out: (B, T + GH * GW, D)
+    B, D, GH, GW,
+    C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, T: tl.constexpr, POS_T: tl.constexpr,
+    NHWC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = C * PH * PW
+    patches = GH * GW
+    tiles_n = tl.cdiv(D, BLOCK_N)
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: image and output may pass 2**31
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < B * patches
+    sample = rows // patches
+    patch = (rows % patches).to(tl.int32)
+    safe_sample = tl.where(in_rows, sample, 0)
+    safe_cols = tl.where(cols < D, cols, 0)
+
+    # RUN neighbouring elements of k are neighbours in memory, and the image is GW runs wide. Only
+    # written as (...) * RUN does the compiler see the alignment and load 16 bytes at a time.
+    RUN: tl.constexpr = PW * C if NHWC else PW
+    PLANES: tl.constexpr = 1 if NHWC else C
+    first = (safe_sample * PLANES * GH * PH + patch // GW * PH) * GW + patch % GW
+    ks = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + safe_cols[None, :] * K + ks[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + ks
+        line = k // RUN  # (plane, ky)
+        line = line // PH * (GH * PH) + line % PH
+        offs = (first[:, None] + (line * GW)[None, :]) * RUN + (k % RUN)[None, :]
+        if K % BLOCK_K == 0:
+            x, w = tl.load(image_ptr + offs), tl.load(w_ptrs)
+        else:
+            x = tl.load(image_ptr + offs, mask=(k < K)[None, :], other=0)
+            w = tl.load(w_ptrs, mask=(k < K)[:, None], other=0.0)
+        if NHWC:
+            x = (x.to(tl.int16) - 128).to(w.dtype)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        w_ptrs += BLOCK_K
+
+    in_cols = cols < D
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    if pos_ptr is not None:
+        pos_offs = (POS_T + patch)[:, None] * D + cols[None, :]
+        mask = in_rows[:, None] & in_cols[None, :]
+        acc += tl.load(pos_ptr + pos_offs, mask=mask, other=0.0).to(tl.float32)
+    y_rows = sample * (T + patches) + T + patch
+    mask = in_rows[:, None] & in_cols[None, :]
+    tl.store(y_ptr + y_rows[:, None] * D + cols[None, :], acc, mask=mask)
+
+    # Whoever holds an image's first patch writes its prefix rows.
+    first_rows = mask & (patch == 0)[:, None]
+    for t in tl.static_range(T):
+        value = tl.load(prefix_ptr + t * D + cols, mask=in_cols, other=0.0).to(tl.float32)
+        if POS_T > 0:
+            value += tl.load(pos_ptr + t * D + cols, mask=in_cols, other=0.0).to(tl.float32)
+        y_offs = (y_rows - T + t)[:, None] * D + cols[None, :]
+        tl.store(y_ptr + y_offs, tl.broadcast_to(value[None, :], (BLOCK_M, BLOCK_N)), first_rows)
+
+
+def meta(D: int, dtype: torch.dtype, nhwc: bool) -> dict:
+    """Tiles by rule: 128 x 128 in 8 warps, half as wide where that would idle part of a tile."""
+    if dtype == torch.float32:  # FMA units: registers hold the operands too
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    wide = D % 128 == 0
+    return {
+        "BLOCK_M": 128, "BLOCK_N": 128 if wide else 64, "BLOCK_K": 64,
+        "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _sizes(image, weight, prefix_tokens):
+    """B, C, GH, GW, T."""
+    PH, PW = weight.shape[2:]
+    if image.dtype == torch.uint8:
+        B, height, width, C = image.shape
+    else:
+        B, C, height, width = image.shape
+    return B, C, height // PH, width // PW, 0 if prefix_tokens is None else prefix_tokens.shape[0]
+
+
+def _alloc(image, weight, pos_embed, prefix_tokens):
+    """What forward returns. Also its fake, so the two cannot disagree."""
+    B, _, GH, GW, T = _sizes(image, weight, prefix_tokens)
+    dtype = weight.dtype
+    if pos_embed is not None:
+        dtype = torch.promote_types(dtype, pos_embed.dtype)
+    return weight.new_empty((B, T + GH * GW, weight.shape[0]), dtype=dtype)
+
+
+def _fold_normalization(weight, bias, mean, std):
+    """W' (D, PH, PW, C) for bytes minus 128, and its bias (D,) in fp32."""
+    mean, std = (torch.tensor(t, device=weight.device).view(-1, 1, 1) for t in (mean, std))
+    scaled = weight.float() / std
+    shift = (scaled * (128 / 255 - mean)).sum((1, 2, 3))
+    folded = (scaled / 255).to(weight.dtype).permute(0, 2, 3, 1).contiguous()
+    return folded, shift if bias is None else shift + bias.float()
+
+
+@torch.library.custom_op("deit_fast::patch_embed", mutates_args=())
+def _fwd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    mean: list[float],
+    std: list[float],
+) -> Tensor:
+    y = _alloc(image, weight, pos_embed, prefix_tokens)
+    B, C, GH, GW, T = _sizes(image, weight, prefix_tokens)
+    D, _, PH, PW = weight.shape
+    if y.numel() == 0:
+        return y
+    nhwc = image.dtype == torch.uint8
+    if nhwc:
+        weight, bias = _fold_normalization(weight, bias, mean, std)
+    pos_t = 0 if pos_embed is None else pos_embed.shape[0] - GH * GW
+    config = meta(D, weight.dtype, nhwc)
+    tiles = triton.cdiv(B * GH * GW, config["BLOCK_M"]) * triton.cdiv(D, config["BLOCK_N"])
+    with torch.cuda.device_of(image):
+        _kernel[(tiles,)](
+            image, weight, bias, pos_embed, prefix_tokens, y, B, D, GH, GW,
+            C=C, PH=PH, PW=PW, T=T, POS_T=pos_t, NHWC=nhwc, **config,
+        )  # fmt: skip
+    return y
+
+
+@_fwd.register_fake
+def _(image, weight, bias, pos_embed, prefix_tokens, mean, std):
+    return _alloc(image, weight, pos_embed, prefix_tokens)
+
+
+def _save(ctx, inputs, output):
+    image, weight, bias, pos_embed, prefix_tokens, ctx.mean, ctx.std = inputs
+    ctx.save_for_backward(image, weight)
+    ctx.T = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    ctx.pos = None if pos_embed is None else (pos_embed.shape[0], pos_embed.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.prefix_dtype = None if prefix_tokens is None else prefix_tokens.dtype
+
+
+def _backward(ctx, dy):
+    image, weight = ctx.saved_tensors
+    _, _, GH, GW, T = _sizes(image, weight, None)[:4] + (ctx.T,)
+    wants_image = image.dtype != torch.uint8
+    if not wants_image:
+        image = normalize_reference(image, ctx.mean, ctx.std, weight.dtype)
+    over_batch = dy.float().sum(0)
+    dpatches = dy[:, T:].transpose(1, 2).unflatten(2, (GH, GW)).to(weight.dtype).contiguous()
+    stride = list(weight.shape[2:])
+    dimage, dweight, _ = torch.ops.aten.convolution_backward(
+        dpatches, image, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1,
+        [wants_image, True, False],
+    )  # fmt: skip
+    dbias = None if ctx.bias_dtype is None else over_batch[T:].sum(0).to(ctx.bias_dtype)
+    dpos = None
+    if ctx.pos is not None:
+        length, dtype = ctx.pos
+        dpos = over_batch[-length:].to(dtype)
+    dprefix = None if ctx.prefix_dtype is None else over_batch[:T].to(ctx.prefix_dtype)
+    return dimage, dweight, dbias, dpos, dprefix, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Tokens of a batch of images, prefix rows included (DeiT paper, section 3; ViT, equation 1).
+
+    image: float (B, C, H, W) in weight's dtype (under autocast both are cast), or uint8 (B, H, W, C)
+    normalised with `mean` and `std` (C values each, in units of [0, 1] images; required then).
+    weight (D, C, PH, PW), 1 <= C <= 4; H and W are multiples of PH and PW. bias (D,). prefix_tokens
+    (T, D). pos_embed (T + n, D), or (n, D) where the prefix tokens have no position; n = H W / (PH PW).
+    Returns (B, T + n, D) in the promoted dtype of weight and pos_embed.
+    `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes, devices and missing
+    mean or std, TypeError for dtypes that do not fit.
+    """
+    if image.dtype == torch.uint8:
+        layout, channel_dim = "uint8 (B, H, W, C)", 3
+    else:
+        layout, channel_dim = "float (B, C, H, W)", 1
+    if weight.dim() != 4 or not 1 <= weight.shape[1] <= 4:
+        raise ValueError(
+            f"patch_embed: weight has shape {tuple(weight.shape)}, "
+            "want (D, C, PH, PW) with 1 to 4 channels"
+        )
+    D, C, PH, PW = weight.shape
+    if image.dim() != 4 or image.shape[channel_dim] != C:
+        raise ValueError(f"patch_embed: image has shape {tuple(image.shape)}, want {layout}, C = {C}")
+    height, width = (s for i, s in enumerate(image.shape[1:], 1) if i != channel_dim)
+    if height % PH or width % PW or not height or not width:
+        raise ValueError(
+            f"patch_embed: image is {height} x {width}, want positive multiples of {PH} x {PW}"
+        )
+    if image.dtype == torch.uint8:
+        for name, value in (("mean", mean), ("std", std)):
+            if value is None or len(value) != C:
+                raise ValueError(f"patch_embed: {name} is {value}, want {C} values for a uint8 image")
+    elif not image.is_floating_point():
+        raise TypeError(f"patch_embed: image has dtype {image.dtype}, want floating point or uint8")
+    chosen = _runtime.resolve("patch_embed", weight, implementation)
+    dtype = _runtime.autocast_dtype(image)
+    if dtype is None and image.dtype not in (torch.uint8, weight.dtype):
+        raise TypeError(
+            f"patch_embed: image has dtype {image.dtype}, want weight's {weight.dtype} or uint8"
+        )
+    n = (height // PH) * (width // PW)
+    T = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    rows = n if pos_embed is not None and pos_embed.shape[0] == n else T + n
+    _runtime.expect(
+        "patch_embed", image, weight=(weight, weight.shape), bias=(bias, (D,)),
+        pos_embed=(pos_embed, (rows, D)), prefix_tokens=(prefix_tokens, (T, D)),
+    )  # fmt: skip
+    if chosen == "torch":
+        return patch_embed_reference(image, weight, bias, pos_embed, prefix_tokens, mean, std)
+    weight, bias = _runtime.cast(dtype, weight, bias)
+    image = image.contiguous() if image.dtype == torch.uint8 else image.to(weight.dtype).contiguous()
+    tensors = (t if t is None else t.contiguous() for t in (weight, bias, pos_embed, prefix_tokens))
+    return _fwd(image, *tensors, list(mean or ()), list(std or ()))

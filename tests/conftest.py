@@ -1,0 +1,32 @@
+"""Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before the first
+kernel is decorated."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("DEIT_FAST_BACKEND", None)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: shows what the interpreter cannot")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,116 @@
+"""layer_norm and add_layer_norm against fp64: values, gradients, op contract, compile, bad input."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import BF16, FP16, FP32, ROW_DTYPES, assert_as_accurate, check
+
+from deit_fast.kernels import add_layer_norm, add_layer_norm_reference, cases
+from deit_fast.kernels import layer_norm, layer_norm_reference
+from deit_fast.kernels.layer_norm import _fwd
+
+
+def make_inputs(shape, device="cpu"):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device) + 3  # a mean far from zero
+    weight, bias = torch.randn(2, shape[-1], device=device)
+    return {"x": x, "weight": weight, "bias": bias}
+
+
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
+def test_layer_norm(case, dtype, device):
+    fn = partial(layer_norm, implementation="triton")
+    check(fn, layer_norm_reference, make_inputs(**case, device=device), dtype)
+
+
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
+def test_add_layer_norm(case, dtype, device):
+    inputs = make_inputs(**case, device=device)
+    inputs["residual"] = torch.randn_like(inputs["x"])
+    fn = partial(add_layer_norm, implementation="triton")
+    check(fn, add_layer_norm_reference, inputs, dtype)
+
+
+def test_fp32_stream_in_half_precision_out(device):
+    inputs = make_inputs((9, 192), device)
+    y = layer_norm(**inputs, out_dtype=FP16, implementation="triton")
+    exact = layer_norm_reference(**{k: t.double() for k, t in inputs.items()})
+    assert y.dtype == FP16
+    assert_as_accurate(y, exact.half(), exact)
+
+    x = torch.randn(9, 192, device=device, dtype=BF16)
+    weight, bias = inputs["weight"], inputs["bias"]
+    y, h = add_layer_norm(x, inputs["x"], weight, bias, implementation="triton")
+    assert y.dtype == h.dtype == FP32  # the promoted dtype carries the stream
+    torch.testing.assert_close(h, x + inputs["x"])
+    torch.testing.assert_close(y, layer_norm_reference(h, weight, bias))
+
+
+def test_outlier_channels_and_large_mean(device):
+    inputs = make_inputs((33, 768), device)
+    inputs["x"][:, ::97] *= 50
+    inputs["x"] += 100
+    check(partial(layer_norm, implementation="triton"), layer_norm_reference, inputs, FP32)
+
+
+def test_non_contiguous_input(device):
+    inputs = make_inputs((6, 64), device)
+    x = torch.randn(64, 6, device=device).t()
+    residual = torch.randn(6, 128, device=device)[:, ::2]
+    got = add_layer_norm(x, residual, inputs["weight"], inputs["bias"], implementation="triton")
+    want = add_layer_norm_reference(x, residual, inputs["weight"], inputs["bias"])
+    torch.testing.assert_close(got, want)
+
+
+def test_nan_stays_in_its_row(device):
+    inputs = make_inputs((8, 192), device)
+    inputs["x"][3, 5] = torch.nan
+    y = layer_norm(**inputs, implementation="triton")
+    assert y[3].isnan().all() and not y[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+def test_autocast_keeps_torchs_dtype(device):
+    inputs = make_inputs((4, 64), device)
+    with torch.autocast(device, BF16):
+        for implementation in ("triton", "torch"):
+            assert layer_norm(**inputs, implementation=implementation).dtype == FP32
+
+
+def test_op_contract(device):
+    x, weight, bias = make_inputs((6, 64), device).values()
+    x.requires_grad_()
+    torch.library.opcheck(_fwd, (x, None, weight, bias, 1e-6, FP32))
+    torch.library.opcheck(_fwd, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
+
+
+def test_compiles_into_one_graph(device):
+    inputs = make_inputs((6, 64), device)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+
+    def f(x, weight, bias):
+        y, h = add_layer_norm(x, x.cos(), weight, bias, implementation="triton")
+        return y.sin() + layer_norm(h, weight, bias, implementation="triton")
+
+    out, compiled = f(*leaves), torch.compile(f, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, out)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, leaves, upstream), torch.autograd.grad(out, leaves, upstream)
+    )
+
+
+def test_bad_input_is_named():
+    x, weight, bias = make_inputs((6, 64)).values()
+    with pytest.raises(ValueError, match=r"residual has shape \(3, 64\), want \(6, 64\)"):
+        add_layer_norm(x, x[:3], weight, bias)
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), want \(64,\)"):
+        layer_norm(x, weight[:3], bias)
+    with pytest.raises(ValueError, match="N <= 8192"):
+        layer_norm(torch.zeros(1, 9000), torch.zeros(9000), torch.zeros(9000))
+    with pytest.raises(ValueError, match="implementation: 'cuda'"):
+        layer_norm(x, weight, bias, implementation="cuda")
+    with pytest.raises(TypeError, match="float64"):
+        layer_norm(x.double(), weight, bias, implementation="triton")

@@ -1,0 +1,144 @@
+"""linear and its epilogues against fp64, as one Triton kernel and behind a cuBLAS product."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import BF16, DOT_DTYPES, FP16, FP32, assert_as_accurate, check
+
+from deit_fast.kernels import cases, linear, linear_reference
+from deit_fast.kernels.linear import _fwd, meta
+
+EPILOGUES = {
+    "plain": {"bias": False},
+    "bias": {},
+    "gelu": {"activation": "gelu"},
+    "residual": {"residual": True},
+    "everything": {
+        "activation": "gelu", "residual": True, "layer_scale": True, "row_scale": True,
+    },
+}  # fmt: skip
+
+
+def make_inputs(
+    M, S, K, N, bias=True, activation="none", residual=False, layer_scale=False, row_scale=False,
+    device="cpu",
+):  # fmt: skip
+    torch.manual_seed(0)
+    shape = (S, M // S)
+    inputs = {
+        "x": torch.randn(*shape, K, device=device),
+        "weight": torch.randn(N, K, device=device) / K**0.5,
+        "activation": activation,
+    }
+    if bias:
+        inputs["bias"] = torch.randn(N, device=device)
+    if residual:
+        inputs["residual"] = torch.randn(*shape, N, device=device)
+    if layer_scale:
+        inputs["layer_scale"] = torch.randn(N, device=device)
+    if row_scale:
+        inputs["row_scale"] = torch.randint(0, 2, (S,), device=device) / 0.75
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("case", cases.LINEAR, ids=str)
+def test_no_less_accurate_than_torch(case, epilogue, implementation, dtype, device):
+    inputs = make_inputs(**case, **EPILOGUES[epilogue], device=device)
+    check(partial(linear, implementation=implementation), linear_reference, inputs, dtype)
+
+
+def test_gelu_is_the_erf_form(device):
+    """The tanh form errs by 4.7e-4; fp32 erf must be far below it, tails included."""
+    x = torch.linspace(-12, 12, 4096, device=device)[:, None]
+    one = torch.ones(1, 1, device=device)
+    y = linear(x, one, activation="gelu", implementation="triton")
+    exact = torch.nn.functional.gelu(x.double())
+    assert (y - exact).abs().max() < 1e-6
+
+
+def test_residual_stream_in_fp32_under_autocast(device):
+    inputs = make_inputs(M=20, S=2, K=64, N=48, residual=True, device=device)
+    with torch.autocast(device, FP16):
+        y = linear(**inputs, implementation="triton")
+        torchs = linear_reference(**inputs)
+    exact = linear_reference(**{k: v.double() if k != "activation" else v for k, v in inputs.items()})
+    assert y.dtype == torchs.dtype == FP32
+    assert_as_accurate(y, torchs, exact)
+
+
+def test_row_scale_of_zero_leaves_the_residual(device):
+    inputs = make_inputs(M=12, S=3, K=64, N=48, residual=True, row_scale=True, device=device)
+    inputs["row_scale"] = torch.tensor([0.0, 2.0, 0.0], device=device)
+    y = linear(**inputs, implementation="triton")
+    torch.testing.assert_close(y[[0, 2]], inputs["residual"][[0, 2]], rtol=0, atol=0)
+    assert (y[1] != inputs["residual"][1]).all()
+
+
+def test_non_contiguous_input(device):
+    x = torch.randn(40, 6, device=device).t()
+    weight = torch.randn(40, 24, device=device).t()
+    residual = torch.randn(6, 48, device=device)[:, ::2]
+    got = linear(x, weight, residual=residual, implementation="triton")
+    torch.testing.assert_close(got, linear_reference(x, weight, residual=residual))
+
+
+def test_nan_stays_in_its_row(device):
+    inputs = make_inputs(M=70, S=1, K=64, N=48, device=device)
+    inputs["x"][0, 3, 5] = torch.nan
+    y = linear(**inputs, implementation="triton")[0]
+    assert y[3].isnan().all() and y.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("N", [192, 384, 576, 768, 1000, 3072])
+@pytest.mark.parametrize("M", [1, 198, 50_688])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_rule_gives_every_multiprocessor_a_tile(M, N, dtype):
+    """... unless even the smallest tile cannot."""
+    for chip, processors in (((8, 0), 108), ((9, 0), 132)):
+        config = meta(M, N, dtype, chip, processors)
+        tiles = -(-M // config["BLOCK_M"]) * -(-N // config["BLOCK_N"])
+        assert tiles >= processors or config["BLOCK_M"] <= 64
+
+
+def test_op_contract(device):
+    inputs = make_inputs(M=6, S=3, K=32, N=16, residual=True, layer_scale=True, device=device)
+    x, weight, bias, residual, layer_scale = (
+        inputs[k].flatten(0, -2) if k in ("x", "residual") else inputs[k]
+        for k in ("x", "weight", "bias", "residual", "layer_scale")
+    )
+    tensors = [t.requires_grad_() for t in (x, weight, bias, residual, layer_scale)]
+    torch.library.opcheck(_fwd, (*tensors, None, "gelu", "triton"))
+    torch.library.opcheck(_fwd, (*tensors[:2], None, None, None, None, "none", "cublas"))
+
+
+def test_compiles_into_one_graph(device):
+    inputs = make_inputs(M=6, S=3, K=32, N=16, residual=True, device=device)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "weight", "bias", "residual")]
+
+    def f(x, weight, bias, residual):
+        return linear(x.sin(), weight, bias, "gelu", residual, implementation="triton").cos()
+
+    out, compiled = f(*leaves), torch.compile(f, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, out)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, leaves, upstream), torch.autograd.grad(out, leaves, upstream)
+    )
+
+
+def test_bad_input_is_named():
+    x, weight = torch.zeros(6, 32), torch.zeros(16, 32)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), want \(6, 31\)"):
+        linear(x, weight[:, :31])
+    with pytest.raises(ValueError, match=r"residual has shape \(6, 32\), want \(6, 16\)"):
+        linear(x, weight, residual=x)
+    with pytest.raises(ValueError, match="activation 'relu'"):
+        linear(x, weight, activation="relu")
+    with pytest.raises(TypeError, match="weight has dtype torch.float16, want torch.float32"):
+        linear(x, weight.half())
+    with pytest.raises(ValueError, match=r"row_scale has shape \(4,\), want \(6,\)"):
+        linear(x, weight, row_scale=torch.ones(4))
