@@ -1,0 +1,35 @@
+"""DeiT, several times faster on NVIDIA GPUs, computing what timm computes."""
+
+from .models import (
+    NAMES,
+    create_model,
+    deit_base,
+    deit_base_384,
+    deit_base_distilled,
+    deit_base_distilled_384,
+    deit_small,
+    deit_small_distilled,
+    deit_tiny,
+    deit_tiny_distilled,
+    set_heads,
+)
+from .swap import Left, Report, accelerate, restore
+
+__version__ = "0.1.0"
+__all__ = [
+    "NAMES",
+    "Left",
+    "Report",
+    "accelerate",
+    "create_model",
+    "deit_base",
+    "deit_base_384",
+    "deit_base_distilled",
+    "deit_base_distilled_384",
+    "deit_small",
+    "deit_small_distilled",
+    "deit_tiny",
+    "deit_tiny_distilled",
+    "restore",
+    "set_heads",
+]

@@ -99,7 +99,7 @@ def cast(dtype: torch.dtype | None, *tensors):
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
 
 
-def expect(op: str, x: torch.Tensor, dtype: torch.dtype | None = None, **arguments) -> None:
+def expect(op: str, x: torch.Tensor, dtype: torch.dtype | None = None, /, **arguments):
     """Raise ValueError or TypeError unless each `name=(tensor, shape)` has that shape, is on x's
     device and (if given) has `dtype`. A tensor of None passes; None in a shape is any size."""
     for name, (t, shape) in arguments.items():

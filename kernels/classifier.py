@@ -23,7 +23,7 @@ FUSIONS = ("joint", "joint_softmax", "class", "distill")
 
 
 def classifier_reference(
-    x, norm_weight, norm_bias, head_weight, head_bias, dist_weight=None, dist_bias=None,
+    x, norm_weight, norm_bias, head_weight, head_bias=None, dist_weight=None, dist_bias=None,
     fusion="joint", eps=1e-6,
 ):  # fmt: skip
     y = layer_norm_reference(x[:, :2], norm_weight, norm_bias, eps)

@@ -10,7 +10,6 @@ x and residual (..., D), W1 (hidden, D), W2 (D, hidden). Dtypes, precision and b
 the parts.
 """
 
-import torch
 from torch import Tensor
 
 from . import _runtime
@@ -49,14 +48,11 @@ def layer_norm_mlp(
     and the residual; pass `residual=x` for a pre-norm block. `implementation`: "auto" | "triton" |
     "torch". Errors name the part that raised them: `layer_norm` or `linear`.
     """
-    y = layer_norm(x, norm_weight, norm_bias, eps, _out_dtype(x, implementation), implementation)
+    # under autocast the product rounds its input anyway: let the LayerNorm write that
+    dtype = _runtime.autocast_dtype(x)
+    y = layer_norm(x, norm_weight, norm_bias, eps, dtype, implementation)
     hidden = linear(y, fc1_weight, fc1_bias, "gelu", implementation=implementation)
     return linear(
         hidden, fc2_weight, fc2_bias, "none", residual, layer_scale, row_scale, implementation
     )
 
-
-def _out_dtype(x: Tensor, implementation: str) -> torch.dtype | None:
-    """Under autocast the next product rounds to its dtype anyway: let the kernel write that."""
-    chosen = _runtime.resolve("layer_norm", x, implementation)
-    return None if chosen == "torch" else _runtime.autocast_dtype(x)

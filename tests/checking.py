@@ -63,8 +63,11 @@ def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
     torchs = run(reference, prepare(dtype), upstream)
     truth = run(reference, prepare(torch.float64), exact_upstream)
     assert got.keys() == torchs.keys() == truth.keys()
+    # Triton's interpreter rounds bf16 towards zero, which errs twice as much as to nearest
+    truncates = dtype == BF16 and not torch.cuda.is_available()
+    factor = 2.5 if truncates else 2.0
     for name, true in truth.items():
         assert (got[name] is None) == (true is None), name
         if true is not None:
             assert got[name].dtype == torchs[name].dtype, name
-            assert_as_accurate(got[name], torchs[name], true, name)
+            assert_as_accurate(got[name], torchs[name], true, name, factor)

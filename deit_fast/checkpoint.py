@@ -1,0 +1,110 @@
+"""Checkpoints: reading them safely, fitting them to another resolution, and saying what does not fit."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CONTAINERS = ("model", "state_dict")  # the official .pth, and most trainers
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a .pth of tensors, alone or under "model" or
+    "state_dict". Never unpickles anything but tensors and plain containers.
+
+    Raises FileNotFoundError, or ValueError with one line for a file that is no such checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors" if "weights_only" in str(error).lower() else "is no pickle"
+        raise ValueError(f"checkpoint: {path} {reason}: not loaded") from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty file"
+        raise ValueError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
+    for key in _CONTAINERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"checkpoint: {path} holds no state dict (names with tensors)")
+    return state
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], prefix: int
+) -> Tensor:
+    """Position embedding (1, prefix + h w, D) for another grid: bicubic without antialiasing, which
+    keeps the norm of the vectors (DeiT paper, section 3, "Fixing the positional encoding across
+    resolutions"). The `prefix` rows in front are kept as they are."""
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    front, grid = pos_embed[:, :prefix], pos_embed[:, prefix:]
+    grid = grid.unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, tuple(new_grid), mode="bicubic", align_corners=False)
+    return torch.cat((front, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)), dim=1)
+
+
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str = "checkpoint",
+    grid: tuple[int, int] | None = None,
+    new_head: bool = False,
+) -> None:
+    """Load `state` into a timm VisionTransformer, its position embedding resized where the model's grid
+    differs from `grid` (by default a square one of the right length). With `new_head`, heads of another
+    number of classes keep their initialisation, with a warning.
+
+    Raises ValueError that lists every missing, unexpected and misshaped key; the model is then unchanged.
+    """
+    own = model.state_dict()
+    state = dict(state)
+    old = state.get("pos_embed")
+    if old is not None and old.dim() == 3 and "pos_embed" in own:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        side = round(max(old.shape[1] - prefix, 0) ** 0.5)
+        if (grid or side * side == old.shape[1] - prefix) and own["pos_embed"].shape[2] == old.shape[2]:
+            new_grid = model.patch_embed.grid_size
+            state["pos_embed"] = resize_pos_embed(old, grid or (side, side), new_grid, prefix)
+    if new_head:
+        _drop_other_heads(own, state, source)
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    misshaped = [
+        f"{k} {tuple(state[k].shape)}, want {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
+    if any(problems.values()):
+        lines = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+        raise ValueError(f"{source} does not fit {type(model).__name__}\n  " + "\n  ".join(lines))
+    model.load_state_dict(state)
+
+
+def _drop_other_heads(own, state, source):
+    heads = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+    other = [
+        k
+        for k in heads
+        if k in state and (k not in own or state[k].shape != own[k].shape)
+    ]
+    if not other:
+        return
+    for k in other:
+        del state[k]
+    state |= {k: own[k] for k in heads if k in own and k not in state}
+    warnings.warn(
+        f"{source}: {', '.join(other)} do not fit the number of classes asked for and were left out",
+        stacklevel=4,
+    )

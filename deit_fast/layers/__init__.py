@@ -1,0 +1,23 @@
+"""Drop-in modules: each is a subclass of the timm module whose name it bears, with the same
+constructor, parameters and `state_dict`, and a forward that calls `deit_fast.kernels`.
+
+Build them as timm builds its own (`block_fn=deit_fast.layers.Block`), or let `deit_fast.accelerate`
+turn the modules of an existing model into them.
+"""
+
+from .attention import Attention
+from .block import Block
+from .layer_norm import LayerNorm
+from .mlp import Mlp
+from .patch_embed import PatchEmbed
+from .vision_transformer import VisionTransformer, VisionTransformerDistilled
+
+__all__ = [
+    "Attention",
+    "Block",
+    "LayerNorm",
+    "Mlp",
+    "PatchEmbed",
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+]

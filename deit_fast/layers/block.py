@@ -1,0 +1,67 @@
+"""Pre-norm transformer block: both residual additions are epilogues of the products before them."""
+
+import timm.layers
+import timm.models.vision_transformer as timm_vit
+import torch
+from torch import nn
+
+from ._base import Fast, is_identity
+from .attention import Attention
+from .layer_norm import LayerNorm
+from .mlp import Mlp
+
+
+class Block(Fast, timm_vit.Block):
+    """timm's Block: (B, N, D) -> (B, N, D). Stochastic depth and LayerScale are fused too.
+
+    Forward hooks on a Block fire; those on the layers inside it don't, because no layer inside it runs
+    by itself. A mask or causal attention given at run time goes through timm's own forward.
+    """
+
+    timm_class = timm_vit.Block
+
+    @classmethod
+    def why_not(cls, module):
+        """Its parts are swapped first, so they say most of it."""
+        for name, kind in ("norm1", LayerNorm), ("attn", Attention), ("norm2", LayerNorm), ("mlp", Mlp):
+            if type(getattr(module, name)) is not kind:
+                return f"{name} stays with timm"
+        for name in ("ls1", "ls2"):
+            scale = getattr(module, name)
+            if not is_identity(scale) and type(scale) is not timm.layers.LayerScale:
+                return f"{name} is a {type(scale).__name__}"
+        for name in ("drop_path1", "drop_path2"):
+            drop = getattr(module, name)
+            if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
+                return f"{name} is a {type(drop).__name__}"
+        return None
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self._forward(x, x, None)
+
+    def forward_prefix(self, x: torch.Tensor, prefix: int) -> torch.Tensor:
+        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
+        return self._forward(x, x[:, :prefix], prefix)
+
+    def _forward(self, x, residual, prefix):
+        x = self.attn(
+            x, norm=self.norm1, prefix=prefix, residual=residual,
+            **_branch_scales(self.ls1, self.drop_path1, x),
+        )  # fmt: skip
+        return self.mlp(
+            x, norm=self.norm2, residual=x, **_branch_scales(self.ls2, self.drop_path2, x)
+        )
+
+
+def _branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict:
+    """What a branch is multiplied by before it is added: LayerScale's gamma (D,), and stochastic
+    depth's 0 or 1 / keep per sample (B,), drawn from the generator just as timm draws it."""
+    row_scale = None
+    p = getattr(drop_path, "drop_prob", 0.0)
+    if p > 0.0 and drop_path.training:
+        row_scale = x.new_empty(x.shape[0]).bernoulli_(1 - p)
+        if p < 1.0 and drop_path.scale_by_keep:
+            row_scale.div_(1 - p)
+    return {"layer_scale": getattr(layer_scale, "gamma", None), "row_scale": row_scale}

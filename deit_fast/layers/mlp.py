@@ -1,0 +1,38 @@
+"""fc1 -> GELU -> fc2, with the preceding LayerNorm and the following residual when a Block asks."""
+
+import timm.layers
+import torch
+
+from deit_fast import kernels
+
+from ._base import Fast, is_exact_gelu, is_identity, is_linear, weights
+
+
+class Mlp(Fast, timm.layers.Mlp):
+    """timm's Mlp without dropout: (..., D) -> (..., D_out)."""
+
+    timm_class = timm.layers.Mlp
+
+    @classmethod
+    def why_not(cls, module):
+        if not is_linear(module.fc1) or not is_linear(module.fc2):
+            return "fc1 or fc2 is not an nn.Linear"
+        if not is_exact_gelu(module.act):
+            return f"activation {module.act} is not the exact GELU"
+        if module.drop1.p > 0 or module.drop2.p > 0:
+            return "has dropout"
+        if not is_identity(module.norm):
+            return "has a norm between fc1 and fc2"
+        return None
+
+    def forward(self, x, *, norm=None, residual=None, layer_scale=None, row_scale=None):
+        """`norm` (a LayerNorm module) comes first; then [row_scale * layer_scale *] ... + residual."""
+        fc1, fc2 = weights(self.fc1), weights(self.fc2)
+        rest = {"residual": residual, "layer_scale": layer_scale, "row_scale": row_scale}
+        if norm is None:
+            hidden = kernels.linear(x, *fc1, "gelu", implementation=self.backend)
+            return kernels.linear(hidden, *fc2, **rest, implementation=self.backend)
+        norm_weight, norm_bias, eps = norm.operands
+        return kernels.layer_norm_mlp(
+            x, norm_weight, norm_bias, *fc1, *fc2, eps, **rest, implementation=self.backend
+        )

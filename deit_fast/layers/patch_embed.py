@@ -1,0 +1,56 @@
+"""Image -> patch tokens."""
+
+import timm.layers
+import torch
+from timm.layers.format import nchw_to
+from torch import nn
+
+from deit_fast import kernels
+
+from ._base import Fast, is_identity
+
+
+class PatchEmbed(Fast, timm.layers.PatchEmbed):
+    """timm's PatchEmbed: float (B, C, H, W) -> (B, n, D), or the feature map its options ask for.
+
+    A VisionTransformer here also adds positions and prefix tokens in the same kernel, through `embed`.
+    """
+
+    timm_class = timm.layers.PatchEmbed
+
+    @classmethod
+    def why_not(cls, module):
+        proj = module.proj
+        if type(proj) is not nn.Conv2d or proj.kernel_size != proj.stride or proj.groups != 1:
+            return "proj is not a convolution of disjoint patches"
+        if proj.in_channels > 4:
+            return f"{proj.in_channels} input channels, the kernel takes 1 to 4"
+        if not is_identity(module.norm):
+            return "has a norm"
+        if module.dynamic_img_pad:
+            return "pads images"
+        return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(x)
+        if self.flatten:
+            return tokens
+        rows = x.shape[2] // self.patch_size[0]
+        return nchw_to(tokens.unflatten(1, (rows, -1)).permute(0, 3, 1, 2), self.output_fmt)
+
+    def embed(self, image, pos_embed=None, prefix_tokens=None, mean=None, std=None):
+        """Tokens (B, T + n, D) of float (B, C, H, W) or uint8 (B, H, W, C) images; arguments as
+        `deit_fast.kernels.patch_embed`. Raises ValueError for a size the model was not built for."""
+        first = 1 if image.dtype == torch.uint8 else 2
+        height, width = image.shape[first : first + 2] if image.dim() == 4 else (0, 0)
+        strict = self.img_size is not None and self.strict_img_size
+        if image.dim() == 4 and strict and (height, width) != tuple(self.img_size):
+            want = " x ".join(map(str, self.img_size))
+            raise ValueError(f"image is {height} x {width}, the model was built for {want}")
+        if strict and image.dim() == 4:  # a strict size may leave a margin that no patch covers
+            for dim, patch in zip((first, first + 1), self.patch_size, strict=True):
+                image = image.narrow(dim, 0, image.shape[dim] // patch * patch)
+        return kernels.patch_embed(
+            image, self.proj.weight, self.proj.bias, pos_embed, prefix_tokens, mean, std,
+            implementation=self.backend,
+        )  # fmt: skip

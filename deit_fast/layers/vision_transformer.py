@@ -1,0 +1,137 @@
+"""The whole model: embedding in one kernel, the last block for the prefix tokens alone, one classifier."""
+
+import timm.models.deit as timm_deit
+import timm.models.vision_transformer as timm_vit
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import checkpoint_seq
+from torch import nn
+
+from deit_fast import kernels
+from deit_fast.kernels.classifier import fuse
+
+from ._base import Fast, is_identity
+from .block import Block
+from .layer_norm import LayerNorm
+from .patch_embed import PatchEmbed
+
+
+class _Fast(Fast):
+    """Images are float (B, C, H, W), or uint8 (B, H, W, C), normalised with the mean and std of the
+    model's `pretrained_cfg`."""
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Image -> (B, T + n, D): patches, positions and prefix tokens."""
+        if type(self.patch_embed) is not PatchEmbed:
+            return self.patch_drop(self._pos_embed(self.patch_embed(image)))
+        mean = std = None
+        if image.dtype == torch.uint8:
+            config = getattr(self, "pretrained_cfg", None) or {}
+            mean, std = config.get("mean"), config.get("std")
+        prefix = self._prefix_tokens()
+        prefix = torch.cat([t[0] for t in prefix]) if prefix else None
+        pos_embed = self.pos_embed
+        if pos_embed is not None:
+            if self.dynamic_img_size:
+                pos_embed = resample_abs_pos_embed(
+                    pos_embed,
+                    new_size=self.patch_embed.dynamic_feat_size(_height_width(image)),
+                    old_size=self.patch_embed.grid_size,
+                    num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+                )
+            pos_embed = pos_embed[0]
+        x = self.patch_embed.embed(image, pos_embed, prefix, mean, std)
+        if pos_embed is not None:  # as timm: no dropout without positions
+            x = self.pos_drop(x)
+        return self.patch_drop(x)
+
+    def _prefix_tokens(self) -> list[nn.Parameter]:
+        return [t for t in (self.cls_token, self.reg_token) if t is not None]
+
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        """Tokens after the final norm, (B, T + n, D), all of them."""
+        x = self.norm_pre(self.embed(x))
+        if attn_mask is not None or is_causal:
+            for block in self.blocks:
+                x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+        elif self.grad_checkpointing:
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        """Logits (B, classes). With gradients off and in eval() the last block and the final norm run
+        for the prefix tokens alone: 6.9% less arithmetic for DeiT, the same logits."""
+        classify = self._classifier_operands()
+        if attn_mask is not None or is_causal or classify is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = self.norm_pre(self.embed(x))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        heads = len(self._heads())
+        x = last.forward_prefix(x, heads) if type(last) is Block else last(x)
+        return kernels.classifier(x, **classify, implementation=self.backend)
+
+    def _heads(self) -> list[nn.Module]:
+        return [self.head]
+
+    def _classifier_operands(self) -> dict | None:
+        """What `kernels.classifier` needs, or None where only timm's general path is right."""
+        if self.training or torch.is_grad_enabled() or not len(self.blocks):
+            return None
+        if self.global_pool != "token" or self.attn_pool is not None:
+            return None
+        norms = [n for n in (self.norm, self.fc_norm) if not is_identity(n)]
+        heads = self._heads()
+        if len(norms) != 1 or type(norms[0]) is not LayerNorm:
+            return None
+        if any(type(head) is not nn.Linear for head in heads):
+            return None
+        norm_weight, norm_bias, eps = norms[0].operands
+        operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        for name, head in zip(("head", "dist"), heads, strict=False):
+            operands |= {f"{name}_weight": head.weight, f"{name}_bias": head.bias}
+        return operands
+
+
+class VisionTransformer(_Fast, timm_vit.VisionTransformer):
+    """timm's VisionTransformer (ViT, DeiT, DeiT-III)."""
+
+    timm_class = timm_vit.VisionTransformer
+
+
+class VisionTransformerDistilled(_Fast, timm_deit.VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled: class and distillation token, a head for each.
+
+    `heads` says what inference returns: "joint" (mean of the logits, as timm), "joint_softmax" (sum of
+    the softmax outputs, as the paper), "class" or "distill". In train() it is timm's to say: a tuple
+    after `set_distilled_training(True)`.
+    """
+
+    timm_class = timm_deit.VisionTransformerDistilled
+    heads = "joint"
+
+    def _prefix_tokens(self):
+        return [self.cls_token, self.dist_token]
+
+    def _heads(self):
+        return [self.head, self.head_dist]
+
+    def _classifier_operands(self):
+        operands = super()._classifier_operands()
+        return operands and operands | {"fusion": self.heads}
+
+    def forward_head(self, x, pre_logits=False):
+        if self.training or pre_logits or self.heads == "joint":
+            return super().forward_head(x, pre_logits=pre_logits)
+        logits = [head(x[:, t]) for t, head in enumerate(self._heads())]
+        if self.heads != "joint_softmax":
+            logits = [logits[("class", "distill").index(self.heads)]]
+        return fuse(self.heads, logits)
+
+
+def _height_width(image: torch.Tensor) -> tuple[int, int]:
+    first = 1 if image.dtype == torch.uint8 else 2
+    return tuple(image.shape[first : first + 2])

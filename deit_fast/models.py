@@ -1,0 +1,101 @@
+"""The named DeiT models (Touvron et al., 2021, Table 1) and every other timm model that can be swapped."""
+
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from .checkpoint import load_state, read_checkpoint
+from .kernels.classifier import FUSIONS
+from .swap import accelerate
+
+NAMES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "deit_base_384": "deit_base_patch16_384",
+    "deit_tiny_distilled": "deit_tiny_distilled_patch16_224",
+    "deit_small_distilled": "deit_small_distilled_patch16_224",
+    "deit_base_distilled": "deit_base_distilled_patch16_224",
+    "deit_base_distilled_384": "deit_base_distilled_patch16_384",
+}
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint: str | Path | None = None,
+    backend: str = "auto",
+    heads: str = "joint",
+    **kwargs,
+) -> nn.Module:
+    """Build a model of ours (`NAMES`) or of timm's by name, load weights, and accelerate it.
+
+    pretrained: timm's weights from the Hugging Face hub. checkpoint: a local file instead, the
+    official .pth (key "model") or a .safetensors with timm's names. kwargs: timm's, among them
+    `img_size` (the position embedding is resized bicubically without antialiasing, as in the paper),
+    `num_classes` (another number than the weights' starts those heads anew), `in_chans`,
+    `drop_path_rate`. backend: see `accelerate`. heads, for distilled models at inference: "joint" |
+    "joint_softmax" | "class" | "distill".
+
+    Returns the timm model with its modules swapped, in train() mode as timm builds it.
+    Raises ValueError for names, options and checkpoints that do not fit, FileNotFoundError,
+    RuntimeError (timm's) for an unknown timm model.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained and checkpoint: want one of them, got both")
+    name = NAMES.get(name, name)
+    if pretrained:
+        model = _pretrained(name, kwargs)
+    else:
+        model = timm.create_model(name, **kwargs)
+    if checkpoint is not None:
+        state = read_checkpoint(checkpoint)
+        load_state(model, state, f"checkpoint {checkpoint}", new_head="num_classes" in kwargs)
+    accelerate(model, backend)
+    set_heads(model, heads)
+    return model
+
+
+def set_heads(model: nn.Module, heads: str) -> None:
+    """Say what a distilled model returns at inference: "joint" | "joint_softmax" | "class" | "distill".
+    Raises ValueError for anything else, and for a model with one head asked for more than "joint"."""
+    if heads not in FUSIONS:
+        raise ValueError(f"heads: {heads!r}, want one of {FUSIONS}")
+    if hasattr(type(model), "heads"):
+        model.heads = heads
+    elif heads != "joint":
+        raise ValueError(f"heads: {heads!r}, but {type(model).__name__} has one head")
+
+
+def _pretrained(name, kwargs):
+    """timm resizes with antialiasing; so load at the native size and resize as the paper does."""
+    if "img_size" not in kwargs:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    native = {k: v for k, v in kwargs.items() if k != "img_size"}
+    source = timm.create_model(name, pretrained=True, **native)
+    model = timm.create_model(name, **kwargs)
+    load_state(model, source.state_dict(), f"pretrained {name}", source.patch_embed.grid_size)
+    return model
+
+
+def _named(short: str):
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        return create_model(short, pretrained, **kwargs)
+
+    build.__name__ = build.__qualname__ = short
+    build.__doc__ = (
+        f"timm's {NAMES[short]} with deit_fast's modules; arguments and errors as `create_model`."
+    )
+    return build
+
+
+deit_tiny = _named("deit_tiny")
+deit_small = _named("deit_small")
+deit_base = _named("deit_base")
+deit_base_384 = _named("deit_base_384")
+deit_tiny_distilled = _named("deit_tiny_distilled")
+deit_small_distilled = _named("deit_small_distilled")
+deit_base_distilled = _named("deit_base_distilled")
+deit_base_distilled_384 = _named("deit_base_distilled_384")

@@ -1,0 +1,117 @@
+"""attention against fp64, out of the qkv product's layout, with and without a bias."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check
+
+from deit_fast.kernels import attention, attention_reference, cases
+from deit_fast.kernels.attention import _fwd
+
+triton_attention = partial(attention, implementation="triton")
+
+
+def make_inputs(B, H, N, L, d, bias=False, device="cpu"):
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(B, n, H, d, device=device) for name, n in zip("qkv", (N, L, L))}
+    if bias:
+        inputs["bias"] = torch.randn(H, N, L, device=device)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
+def test_no_less_accurate_than_torch(case, bias, dtype, device):
+    inputs = make_inputs(**case, bias=bias, device=device)
+    # PyTorch gives no gradient to the bias of an empty batch
+    check(triton_attention, attention_reference, inputs, dtype, grads=case["B"] > 0)
+
+
+@pytest.mark.parametrize("N", [1, 63, 64, 65, 100])
+def test_views_of_the_qkv_product(N, device):
+    torch.manual_seed(0)
+    B, H, d = 2, 3, 32
+    qkv = torch.randn(B, N, 3 * H * d, device=device)
+    q, k, v = qkv.view(B, N, 3, H, d).unbind(2)
+    o = triton_attention(q, k, v)
+    assert o.is_contiguous() and o.shape == (B, N, H, d)
+    torch.testing.assert_close(o, attention_reference(q, k, v))
+    # one query block of the prefix tokens equals the same rows of the whole
+    torch.testing.assert_close(triton_attention(q[:, :2], k, v), o[:, :2])
+
+
+def test_large_scores_do_not_overflow(device):
+    """fp16 scores beyond 65504 are what makes naive attention NaN."""
+    inputs = make_inputs(1, 2, 70, 70, 64, device=device)
+    inputs["q"], inputs["k"] = inputs["q"] * 100, inputs["k"] * 100
+    q, k, v = (t.half() for t in inputs.values())
+    exact = attention_reference(q.double(), k.double(), v.double())
+    assert_as_accurate(triton_attention(q, k, v), attention_reference(q, k, v), exact)
+
+
+def test_scale_argument(device):
+    inputs = make_inputs(1, 2, 20, 20, 32, device=device)
+    torch.testing.assert_close(
+        triton_attention(**inputs, scale=0.3), attention_reference(**inputs, scale=0.3)
+    )
+
+
+def test_keys_masked_by_minus_infinity(device):
+    """Even where a whole block of keys, the first one, is masked."""
+    inputs = make_inputs(1, 1, 5, 100, 32, bias=True, device=device)
+    inputs["bias"][:, :, :70] = -torch.inf
+    got = triton_attention(**inputs)
+    assert not got.isnan().any()
+    torch.testing.assert_close(got, attention_reference(**inputs))
+
+
+def test_nan_reaches_its_own_head_and_row_only(device):
+    inputs = make_inputs(2, 2, 9, 9, 32, device=device)
+    inputs["q"][0, 4, 1] = torch.nan
+    o = triton_attention(**inputs)
+    assert o[0, 4, 1].isnan().all() and o.isnan().sum() == 32
+
+
+def test_autocast(device):
+    inputs = make_inputs(1, 2, 20, 20, 32, device=device)
+    with torch.autocast(device, FP16):
+        assert triton_attention(**inputs).dtype == attention_reference(**inputs).dtype == FP16
+
+
+def test_op_contract(device):
+    q, k, v, bias = make_inputs(1, 2, 5, 7, 32, bias=True, device=device).values()
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(_fwd, (*tensors, bias.requires_grad_(), 0.2))
+    torch.library.opcheck(_fwd, (*tensors, None, 0.2))
+
+
+def test_compiles_into_one_graph(device):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 3, 2, 32, device=device, requires_grad=True)
+
+    def f(qkv):
+        return triton_attention(*qkv.sin().unbind(2)).cos()
+
+    out, compiled = f(qkv), torch.compile(f, fullgraph=True)(qkv)
+    torch.testing.assert_close(compiled, out)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, qkv, upstream), torch.autograd.grad(out, qkv, upstream)
+    )
+
+
+def test_bad_input_is_named():
+    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
+    with pytest.raises(ValueError, match=r"v has shape \(1, 5, 2, 32\), want \(1, 7, 2, 32\)"):
+        attention(q, k, v[:, :5])
+    with pytest.raises(ValueError, match=r"bias has shape \(2, 5, 5\), want \(2, 5, 7\)"):
+        attention(q, k, v, bias=torch.zeros(2, 5, 5))
+    with pytest.raises(TypeError, match="k has dtype torch.float16, want torch.float32"):
+        attention(q, k.half(), v)
+    with pytest.raises(ValueError, match="head dimension 31"):
+        attention(q[..., :31], k[..., :31], v[..., :31], implementation="triton")
+    with pytest.raises(ValueError, match="at least one key"):
+        attention(q, k[:, :0], v[:, :0])
+    assert attention(q, k, v).dtype == FP32

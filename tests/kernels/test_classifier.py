@@ -1,0 +1,110 @@
+"""classifier against fp64: every fusion of the two heads, and one head alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check
+
+from deit_fast.kernels import cases, classifier, classifier_reference
+from deit_fast.kernels.classifier import FUSIONS, _fwd
+
+triton_classifier = partial(classifier, implementation="triton")
+
+
+def make_inputs(B, N, D, classes, distilled=True, device="cpu"):
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(B, N, D, device=device) + 2,
+        "norm_weight": torch.randn(D, device=device),
+        "norm_bias": torch.randn(D, device=device),
+    }
+    for head in ("head", "dist") if distilled else ("head",):
+        inputs[f"{head}_weight"] = torch.randn(classes, D, device=device) / D**0.5
+        inputs[f"{head}_bias"] = torch.randn(classes, device=device)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("case", cases.CLASSIFIER, ids=str)
+def test_two_heads(case, fusion, dtype, device):
+    inputs = make_inputs(**case, device=device) | {"fusion": fusion}
+    check(triton_classifier, classifier_reference, inputs, dtype, grads=False)
+
+
+@pytest.mark.parametrize("fusion", ["joint", "class"])
+def test_one_head(fusion, device):
+    inputs = make_inputs(5, 7, 100, 33, distilled=False, device=device) | {"fusion": fusion}
+    check(triton_classifier, classifier_reference, inputs, FP16, grads=False)
+    del inputs["head_bias"]
+    check(triton_classifier, classifier_reference, inputs, FP32, grads=False)
+
+
+def test_fusions_are_what_they_say(device):
+    """Against the formulas written out, for each implementation."""
+    inputs = make_inputs(4, 3, 64, 10, device=device)
+    y = torch.nn.functional.layer_norm(
+        inputs["x"], (64,), inputs["norm_weight"], inputs["norm_bias"], 1e-6
+    )
+    a = y[:, 0] @ inputs["head_weight"].T + inputs["head_bias"]
+    b = y[:, 1] @ inputs["dist_weight"].T + inputs["dist_bias"]
+    want = {
+        "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1), "class": a, "distill": b,
+    }  # fmt: skip
+    for implementation in ("triton", "torch"):
+        for fusion, expected in want.items():
+            got = classifier(**inputs, fusion=fusion, implementation=implementation)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prefix_rows_of_a_wider_buffer(device):
+    inputs = make_inputs(4, 198, 64, 10, device=device)
+    want = triton_classifier(**inputs)
+    inputs["x"] = inputs["x"][:, :2]  # strided, not copied
+    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+    inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+
+
+def test_autocast(device):
+    inputs = make_inputs(4, 3, 64, 10, device=device)
+    exact = classifier_reference(**{k: t.double() for k, t in inputs.items()})
+    with torch.autocast(device, FP16):
+        got, torchs = triton_classifier(**inputs), classifier_reference(**inputs)
+    assert got.dtype == torchs.dtype == FP16
+    assert_as_accurate(got, torchs, exact)
+
+
+def test_nan_stays_with_its_image(device):
+    inputs = make_inputs(4, 3, 100, 10, device=device)
+    inputs["x"][2, 1, 7] = torch.nan
+    got = triton_classifier(**inputs).isnan()
+    assert got[2].all() and got.any(1).sum() == 1
+
+
+def test_op_contract(device):
+    tensors = make_inputs(3, 2, 64, 10, device=device).values()
+    torch.library.opcheck(_fwd, (*tensors, "joint", 1e-6))
+
+
+def test_compiles_into_one_graph(device):
+    inputs = make_inputs(3, 2, 64, 10, device=device)
+    compiled = torch.compile(triton_classifier, fullgraph=True)
+    for fusion in FUSIONS:
+        torch.testing.assert_close(
+            compiled(**inputs, fusion=fusion), triton_classifier(**inputs, fusion=fusion)
+        )
+
+
+def test_bad_input_is_named():
+    inputs = make_inputs(3, 2, 64, 10)
+    with pytest.raises(ValueError, match="fusion 'sum' with 2 head"):
+        classifier(**inputs, fusion="sum")
+    with pytest.raises(ValueError, match=r"x has shape \(3, 1, 64\)"):
+        classifier(**inputs | {"x": inputs["x"][:, :1]})
+    with pytest.raises(ValueError, match=r"dist_bias has shape \(9,\), want \(10,\)"):
+        classifier(**inputs | {"dist_bias": torch.zeros(9)})
+    one = make_inputs(3, 2, 64, 10, distilled=False)
+    with pytest.raises(ValueError, match="fusion 'distill' with 1 head"):
+        classifier(**one, fusion="distill")
