@@ -115,12 +115,14 @@ def _fwd_kernel(
 def meta(N: int, L: int, dtype: torch.dtype) -> dict:
     """Tiles by rule: 64 queries in 4 warps leave room for four CTAs a multiprocessor (sm_90); the
     prefix tokens alone take 16. Keys in blocks of 64: 198 and 578 then leave a tail of 16."""
-    BLOCK_N = 32 if dtype == torch.float32 else 64
-    tail = max(triton.next_power_of_2(L % BLOCK_N), 16)
-    few = N <= 16
+    if dtype == torch.float32:  # FMA units: registers hold the operands too
+        return {
+            "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_TAIL": 16, "num_warps": 4, "num_stages": 2,
+        }  # fmt: skip
+    tail = max(triton.next_power_of_2(L % 64), 16)
     return {
-        "BLOCK_M": 16 if few else 64, "BLOCK_N": BLOCK_N, "BLOCK_TAIL": tail,
-        "num_warps": 4, "num_stages": 3 if L > 256 and dtype != torch.float32 else 2,
+        "BLOCK_M": 16 if N <= 16 else 64, "BLOCK_N": 64, "BLOCK_TAIL": tail,
+        "num_warps": 4, "num_stages": 3 if L > 256 else 2,
     }  # fmt: skip
 
 

@@ -40,12 +40,25 @@ def linear_reference(
 
 
 @triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's tile: its first row (int64: M * N may pass 2**31), rows left from there, local
+    rows and columns. Offsets inside a tile stay 32-bit, which halves the registers they take.
+    Neighbouring programs share a row block, so x comes from device memory once; W fits in L2."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile_m.to(tl.int64) * BLOCK_M, M - tile_m * BLOCK_M, tl.arange(0, BLOCK_M), cols
+
+
+@triton.jit
 def _epilogue(
-    acc, rows, cols, mask, b_ptr, res_ptr, ls_ptr, rs_ptr, M, N, rows_per_sample,
+    acc, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N, rows_per_sample,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y for one tile: acc is x @ W^T in fp32, at `rows` (int64) and `cols`."""
-    in_cols = cols < N
+    """Store y for one tile: acc is x @ W^T in fp32."""
+    in_cols, in_rows = cols < N, rows < left
+    mask = in_rows[:, None] & in_cols[None, :]
+    offs = rows[:, None] * N + cols[None, :]
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu":
@@ -53,12 +66,12 @@ def _epilogue(
     if ls_ptr is not None:
         acc *= tl.load(ls_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if rs_ptr is not None:
-        scale = tl.load(rs_ptr + rows // rows_per_sample, mask=rows < M, other=0.0).to(tl.float32)
-        acc *= scale[:, None]
+        sample = (first_row + rows) // rows_per_sample
+        acc *= tl.load(rs_ptr + sample, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     if res_ptr is not None:
-        offs = rows[:, None] * N + cols[None, :]
-        acc += tl.load(res_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return acc
+        res = tl.load(res_ptr + first_row * N + offs, mask=mask, other=0.0)
+        acc += res.to(tl.float32)
+    tl.store(y_ptr + first_row * N + offs, acc, mask=mask)
 
 
 @triton.jit
@@ -69,19 +82,13 @@ def _kernel(
     ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share a row block, so x comes from device memory once; W fits in L2.
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: M * N may pass 2**31
-    tile_n = tl.program_id(0) % tiles_n
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, left, rows, cols = _tile(M, N, BLOCK_M, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
-
-    # Rows and columns outside read row and column 0 and are not stored: no mask inside the loop.
-    safe_rows = tl.where(rows < M, rows, 0)
+    # Rows and columns outside read the first ones and are not stored: no mask inside the loop.
+    safe_rows = tl.where(rows < left, rows, 0)
     safe_cols = tl.where(cols < N, cols, 0)
-    x_ptrs = x_ptr + safe_rows[:, None] * K + ks[None, :]
-    w_ptrs = w_ptr + safe_cols[None, :] * K + ks[:, None]
+    x_ptrs = x_ptr + first_row * K + (safe_rows[:, None] * K + ks[None, :])
+    w_ptrs = w_ptr + (safe_cols[None, :] * K + ks[:, None])
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -92,12 +99,10 @@ def _kernel(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    y = _epilogue(
-        acc, rows, cols, mask, b_ptr, res_ptr, ls_ptr, rs_ptr, M, N, rows_per_sample, ACTIVATION
-    )
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
+    _epilogue(
+        acc, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N,
+        rows_per_sample, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -108,17 +113,14 @@ def _epilogue_kernel(
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same epilogue as a pass of its own, behind a product from cuBLAS."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    first_row, left, rows, cols = _tile(M, N, BLOCK_M, BLOCK_N)
+    mask = (rows < left)[:, None] & (cols < N)[None, :]
     offs = rows[:, None] * N + cols[None, :]
-    z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    y = _epilogue(
-        z, rows, cols, mask, b_ptr, res_ptr, ls_ptr, rs_ptr, M, N, rows_per_sample, ACTIVATION
-    )
-    tl.store(y_ptr + offs, y, mask=mask)
+    z = tl.load(z_ptr + first_row * N + offs, mask=mask, other=0.0).to(tl.float32)
+    _epilogue(
+        z, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N,
+        rows_per_sample, ACTIVATION,
+    )  # fmt: skip
 
 
 EPILOGUE_META = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}  # 8 elements (16 bytes) a thread
@@ -133,7 +135,7 @@ def meta(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], proces
     # 128x128 in 8 warps: two CTAs a multiprocessor, one runs its epilogue behind the other's
     # product. Four warps, or 128x256 in eight, spill with the erf epilogue.
     large = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if hopper else 32, "num_warps": 8}
-    large["num_stages"] = 3 if hopper else 4
+    large |= {"num_stages": 3 if hopper else 4}
     # N = 192 and its like: 128 columns would idle a quarter of the last tile.
     narrow = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}

@@ -58,14 +58,18 @@ def _kernel(
     K: tl.constexpr = C * PH * PW
     patches = GH * GW
     tiles_n = tl.cdiv(D, BLOCK_N)
-    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: image and output may pass 2**31
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = rows < B * patches
-    sample = rows // patches
-    patch = (rows % patches).to(tl.int32)
+    # Samples are counted from the tile's first: only that one needs int64 (image and output may
+    # pass 2**31 elements), and 32-bit offsets inside the tile take half the registers.
+    first_sample = first_row // patches
+    rows = (first_row % patches).to(tl.int32) + tl.arange(0, BLOCK_M)
+    sample, patch = rows // patches, rows % patches
+    in_rows = first_sample + sample < B
     safe_sample = tl.where(in_rows, sample, 0)
     safe_cols = tl.where(cols < D, cols, 0)
+    image_ptr += first_sample * (C * PH * PW) * patches
+    y_ptr += first_sample * (T + patches) * D
 
     # RUN neighbouring elements of k are neighbours in memory, and the image is GW runs wide. Only
     # written as (...) * RUN does the compiler see the alignment and load 16 bytes at a time.

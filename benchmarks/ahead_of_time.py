@@ -1,0 +1,290 @@
+"""What the compiler makes of every shipped kernel configuration, for chips that are not here.
+
+    python benchmarks/ahead_of_time.py                    a table
+    python benchmarks/ahead_of_time.py --json --arch 90   one JSON object a line
+
+Needs no GPU and no driver. Per configuration: registers and spills (ptxas -v), shared memory, CTAs per
+multiprocessor, whether the matrix instructions are asynchronous, and the bytes and FLOPs of one DeiT
+call at batch 256 that it serves. tests/test_ahead_of_time.py asserts on the same rows.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+OPS = {  # the modules: the functions of the same names hide them as attributes of the package
+    name: importlib.import_module(f"deit_fast.kernels.{name}")
+    for name in ("layer_norm", "linear", "attention", "patch_embed", "classifier")
+}
+BATCH, TOKENS = 256, 198
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8"}
+SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
+ROW_ARCHS, DOT_ARCHS = (70, 75, 80, 90), (80, 90)
+PROCESSORS = {80: 108, 90: 132}
+ALIGNED = ("N", "K", "D")  # multiples of 16 in every DeiT
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration. `signature` maps the pointers to dtypes, and the integers and
+    floats to "i32" and "fp32"; a pointer of None is an argument left out."""
+
+    op: str
+    label: str
+    kernel: str
+    arch: int
+    signature: dict
+    constexprs: dict
+    meta: dict
+    bytes: int  # that must move, once each
+    flops: int
+    asynchronous: bool  # the products must overlap their loads
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    label: str
+    arch: int
+    triton: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ctas_per_sm: int
+    wgmma: int  # asynchronous matrix instructions (sm_90)
+    waits_for_all: int  # dots that wait for every outstanding one
+    serialized: tuple[str, ...]  # ptxas C75xx
+    asynchronous: bool
+    megabytes: float
+    gflop: float
+
+
+def cases(archs):
+    for arch in archs:
+        yield from _layer_norm(arch)
+        yield from _epilogue(arch)
+        if arch in DOT_ARCHS:
+            yield from _linear(arch)
+            yield from _attention(arch)
+            yield from _patch_embed(arch)
+            yield from _classifier(arch)
+
+
+def _layer_norm(arch):
+    for D in (192, 384, 768, OPS["layer_norm"].MAX_N):
+        for dtype in (FP16, BF16, FP32):
+            for residual in (False, True):
+                M = BATCH * TOKENS
+                half = {"x_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "y_ptr": dtype}
+                extra = dict.fromkeys(("res_ptr", "h_ptr"), dtype if residual else None)
+                stats = {"mean_ptr": FP32, "rstd_ptr": FP32, "M": "i32", "N": "i32", "eps": "fp32"}
+                meta = OPS["layer_norm"].meta(D)
+                moved = M * D * dtype.itemsize * (4 if residual else 2) + 8 * M
+                label = f"{'add, ' if residual else ''}D = {D}, {TRITON_TYPE[dtype]}"
+                yield Case(
+                    "layer_norm", label, "_fwd_kernel", arch, half | extra | stats, {}, meta,
+                    moved, 0, False,
+                )  # fmt: skip
+
+
+# name -> (activation, which optional pointers)
+EPILOGUES = {
+    "bias": ("none", ("b_ptr",)),
+    "gelu": ("gelu", ("b_ptr",)),
+    "residual": ("none", ("b_ptr", "res_ptr")),
+    "residual, scales": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
+}
+
+
+def _optional(names, present, dtype):
+    return {name: dtype if name in present else None for name in names}
+
+
+def _epilogue(arch):
+    meta = OPS["linear"].EPILOGUE_META
+    for name in ("gelu", "residual, scales"):
+        activation, present = EPILOGUES[name]
+        for dtype in (FP16, BF16, FP32):
+            pointers = _optional(("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), present, dtype)
+            signature = {"z_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
+            signature |= pointers | {"rows_per_sample": "i32"}
+            N = 1536 if activation == "gelu" else 384
+            passes = 2 + (pointers["res_ptr"] is not None)
+            yield Case(
+                "linear", f"behind cuBLAS: {name}, {TRITON_TYPE[dtype]}", "_epilogue_kernel", arch,
+                signature, {"ACTIVATION": activation}, meta,
+                BATCH * TOKENS * N * dtype.itemsize * passes, 0, False,
+            )  # fmt: skip
+
+
+def _linear(arch):
+    """One shape for each tile that the rule can choose."""
+    shapes = ((BATCH * TOKENS, 384, 384), (BATCH * TOKENS, 192, 192), (TOKENS, 384, 384))
+    for dtype in (FP16, BF16, FP32):
+        for M, K, N in shapes[:1] if dtype == FP32 else shapes:
+            chip = (arch // 10, arch % 10)
+            meta = OPS["linear"].meta(M, N, dtype, chip, PROCESSORS[arch])
+            for name, (activation, present) in EPILOGUES.items():
+                pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype}
+                pointers |= _optional(("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), present, dtype)
+                sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
+                tile = f"{meta['BLOCK_M']}x{meta['BLOCK_N']}x{meta['BLOCK_K']}"
+                elements = M * K + N * K + M * N * (1 + ("res_ptr" in present))
+                yield Case(
+                    "linear", f"{name}, {tile}, {TRITON_TYPE[dtype]}", "_kernel", arch,
+                    pointers | sizes, {"ACTIVATION": activation, "EVEN_K": True}, meta,
+                    elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
+                )  # fmt: skip
+
+
+def _attention(arch):
+    strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
+    for dtype in (FP16, BF16, FP32):
+        for N, L, d, bias in (
+            (198, 198, 64, False), (578, 578, 64, False), (2, 198, 64, False), (49, 49, 32, True),
+        ):  # fmt: skip
+            H, meta = 6, OPS["attention"].meta(N, L, dtype)
+            signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+            signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
+            signature |= dict.fromkeys((*strides, "N", "H"), "i32")
+            yield Case(
+                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}", "_fwd_kernel", arch,
+                signature, {"L": L, "HEAD_DIM": d}, meta,
+                BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
+            )  # fmt: skip
+
+
+def _patch_embed(arch):
+    for dtype in (FP16, BF16, FP32):
+        for D in (192, 384):
+            for nhwc in (False, True):
+                signature = dict.fromkeys(("w_ptr", "pos_ptr", "prefix_ptr", "y_ptr"), dtype)
+                signature |= {"image_ptr": torch.uint8 if nhwc else dtype}
+                signature |= {"b_ptr": FP32 if nhwc else dtype}
+                signature |= dict.fromkeys(("B", "D", "GH", "GW"), "i32")
+                constexprs = {"C": 3, "PH": 16, "PW": 16, "T": 2, "POS_T": 2, "NHWC": nhwc}
+                pixels, out = BATCH * 224 * 224 * 3, BATCH * TOKENS * D
+                yield Case(
+                    "patch_embed", f"D = {D}, {'uint8 NHWC' if nhwc else 'NCHW'}, {TRITON_TYPE[dtype]}",
+                    "_kernel", arch, signature, constexprs, OPS["patch_embed"].meta(D, dtype, nhwc),
+                    pixels * (1 if nhwc else dtype.itemsize) + (out + 768 * D) * dtype.itemsize,
+                    2 * BATCH * 196 * D * 768, dtype != FP32,
+                )  # fmt: skip
+
+
+def _classifier(arch):
+    for dtype in (FP16, BF16, FP32):
+        for D, fusion in ((192, "joint"), (768, "joint"), (768, "joint_softmax")):
+            separate = fusion == "joint_softmax"
+            names = ("x_ptr", "nw_ptr", "nb_ptr", "w0_ptr", "b0_ptr", "w1_ptr", "b1_ptr")
+            signature = dict.fromkeys(names, dtype) | {"y_ptr": FP32 if separate else dtype}
+            signature |= {"B": "i32", "C": "i32", "x_batch": "i32", "eps": "fp32", "factor": "fp32"}
+            constexprs = {"D": D, "FIRST": 0, "LAST": 2, "SEPARATE": separate}
+            yield Case(
+                "classifier", f"D = {D}, {fusion}, {TRITON_TYPE[dtype]}", "_kernel", arch, signature,
+                constexprs, OPS["classifier"].meta(dtype),
+                (2 * BATCH * D + 2 * 1000 * D + 1000 * BATCH) * dtype.itemsize,
+                4 * BATCH * 1000 * D, False,
+            )  # fmt: skip
+
+
+def compile_case(case: Case) -> Row:
+    kernel = getattr(OPS[case.op], case.kernel)
+    meta = dict(case.meta)
+    options = {k: meta.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in meta}
+    constexprs = case.constexprs | meta
+    signature = {}
+    for name in kernel.arg_names:
+        kind = case.signature.get(name)
+        if kind is None:
+            signature[name] = "constexpr"
+            if name not in constexprs:
+                constexprs[name] = None  # an optional pointer left out
+        else:
+            signature[name] = kind if isinstance(kind, str) else f"*{TRITON_TYPE[kind]}"
+    # torch's pointers, and the sizes of these shapes, are multiples of 16
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*")
+        or kind == "i32"
+        and (name in ALIGNED or name.endswith(("_batch", "_row", "_head")))
+        and (case.op, name) != ("attention", "N")
+    }  # fmt: skip
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    log = _ptxas_log(compiled.asm["ptx"], case.arch)
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
+    limit = SHARED_MEMORY_LIMIT[case.arch]
+    ctas = min(65_536 // (registers * threads), limit // max(shared, 1), 32)
+    ctas = 0 if shared > limit else min(ctas, THREADS_LIMIT[case.arch] // threads)
+    ttgir = compiled.asm["ttgir"]
+    return Row(
+        case.op, case.label, case.arch, triton.__version__, registers,
+        sum(map(int, re.findall(r"(\d+) bytes spill", log))), shared, ctas,
+        compiled.asm["ptx"].count("wgmma.mma_async"),
+        len(re.findall(r"warp_group_dot_wait.*pendings = 0", ttgir)),
+        tuple(sorted(set(re.findall(r"C75\d\d", log)))),
+        case.asynchronous, case.bytes / 1e6, case.flops / 1e9,
+    )  # fmt: skip
+
+
+def _ptxas_log(ptx, arch):
+    ptxas = get_ptxas(arch) if get_ptxas.__code__.co_argcount else get_ptxas()
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{suffix}", path, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas for sm_{arch}: {done.stderr.strip().splitlines()[0]}")
+    return done.stderr
+
+
+def rows(archs, ops=None, processes=os.cpu_count()):
+    wanted = [case for case in cases(archs) if not ops or case.op in ops]
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(compile_case, wanted, chunksize=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ROW_ARCHS, choices=ROW_ARCHS)
+    parser.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    heading = ("sm", "op", "configuration", "regs", "spill", "smem", "CTAs", "wgmma", "waits", "MB", "GFLOP")
+    line = "{:>3} {:<12} {:<42} {:>4} {:>5} {:>7} {:>4} {:>5} {:>5} {:>7} {:>7}"
+    if not args.json:
+        print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")
+        print(line.format(*heading))
+    for row in rows(args.arch, args.op):
+        if args.json:
+            print(json.dumps(asdict(row)), flush=True)
+            continue
+        waits = f"{row.waits_for_all}{'!' if row.serialized else ''}"
+        print(line.format(
+            row.arch, row.op, row.label, row.registers, row.spill_bytes, row.shared_bytes,
+            row.ctas_per_sm, row.wgmma, waits, f"{row.megabytes:.1f}", f"{row.gflop:.1f}",
+        ), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The compiler's word on every shipped kernel configuration, with the installed Triton and no GPU.
+
+It runs in a process of its own: this one may have chosen the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ahead_of_time.py"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # a cache hit has no ptxas log
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", SCRIPT, "--json"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def bad(rows, condition):
+    return [f"sm_{r['arch']} {r['op']} {r['label']}: {r}" for r in rows if condition(r)]
+
+
+def test_every_operation_on_every_chip_it_serves(rows):
+    seen = {(r["op"], r["arch"]) for r in rows}
+    dots = {(op, arch) for op in ("attention", "patch_embed", "classifier") for arch in (80, 90)}
+    memory_bound = {(op, arch) for op in ("layer_norm", "linear") for arch in (70, 75, 80, 90)}
+    assert seen == dots | memory_bound
+    twice = [k for k, n in Counter((r["op"], r["label"], r["arch"]) for r in rows).items() if n > 1]
+    assert not twice
+
+
+def test_no_register_spills(rows):
+    assert not bad(rows, lambda r: r["spill_bytes"])
+
+
+def test_shared_memory_and_registers_fit(rows):
+    assert not bad(rows, lambda r: r["ctas_per_sm"] < 1)
+
+
+def test_products_overlap_their_loads_on_hopper(rows):
+    """wgmma is there, ptxas did not serialise it, and only the last one is waited for."""
+    meant = [r for r in rows if r["asynchronous"] and r["arch"] == 90]
+    assert len(meant) >= 30
+    assert not bad(meant, lambda r: not r["wgmma"] or r["serialized"] or r["waits_for_all"] > 1)
+
+
+def test_ptxas_serialises_nothing(rows):
+    assert not bad(rows, lambda r: r["serialized"])
+
+
+def test_memory_bound_kernels_keep_the_chip_busy(rows):
+    """Half the threads a multiprocessor can hold, for DeiT's widths."""
+    threads = {70: 2048, 75: 1024, 80: 2048, 90: 2048}
+    row_kernels = [r for r in rows if r["op"] == "layer_norm" and "8192" not in r["label"]]
+    assert row_kernels
+    assert not bad(row_kernels, lambda r: r["ctas_per_sm"] * 128 < threads[r["arch"]] / 2)
