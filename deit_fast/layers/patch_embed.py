@@ -41,14 +41,16 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
     def embed(self, image, pos_embed=None, prefix_tokens=None, mean=None, std=None):
         """Tokens (B, T + n, D) of float (B, C, H, W) or uint8 (B, H, W, C) images; arguments as
         `deit_fast.kernels.patch_embed`. Raises ValueError for a size the model was not built for."""
-        first = 1 if image.dtype == torch.uint8 else 2
-        height, width = image.shape[first : first + 2] if image.dim() == 4 else (0, 0)
+        # a batch whose layout is wrong altogether is for the kernel's own checks to name
+        first, channels = (1, 3) if image.dtype == torch.uint8 else (2, 1)
         strict = self.img_size is not None and self.strict_img_size
-        if image.dim() == 4 and strict and (height, width) != tuple(self.img_size):
-            want = " x ".join(map(str, self.img_size))
-            raise ValueError(f"image is {height} x {width}, the model was built for {want}")
-        if strict and image.dim() == 4:  # a strict size may leave a margin that no patch covers
+        if strict and image.dim() == 4 and image.shape[channels] == self.proj.in_channels:
+            size = tuple(image.shape[first : first + 2])
+            if size != tuple(self.img_size):
+                got, want = (" x ".join(map(str, s)) for s in (size, self.img_size))
+                raise ValueError(f"image is {got}, the model was built for {want}")
             for dim, patch in zip((first, first + 1), self.patch_size, strict=True):
+                # a strict size may leave a margin that no patch covers
                 image = image.narrow(dim, 0, image.shape[dim] // patch * patch)
         return kernels.patch_embed(
             image, self.proj.weight, self.proj.bias, pos_embed, prefix_tokens, mean, std,

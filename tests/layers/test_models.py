@@ -1,0 +1,349 @@
+"""Whole models against timm on the same weights: PyTorch backend at full size, Triton in small."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from checking import assert_as_accurate, relative_error
+from modelling import assert_same_logits, images, pair, randomize, tiny_pair
+
+import deit_fast
+from deit_fast import layers
+
+
+@pytest.mark.parametrize("name", deit_fast.NAMES)
+def test_named_models_equal_timms(name):
+    torch.manual_seed(0)
+    reference = randomize(timm.create_model(deit_fast.NAMES[name])).eval()
+    fast = getattr(deit_fast, name)(backend="torch").eval()
+    assert fast.state_dict().keys() == reference.state_dict().keys()
+    fast.load_state_dict(reference.state_dict())
+    assert_same_logits(reference, fast, images(reference, batch=1))
+
+
+VARIANTS = {
+    "square": {"img_size": 160},
+    "wide": {"img_size": (192, 256)},
+    "no classes": {"num_classes": 0},
+    "ten classes": {"num_classes": 10},
+    "grey": {"in_chans": 1},
+    "patch 32": {"patch_size": 32},
+    "no qkv bias": {"qkv_bias": False},
+    "LayerScale": {"init_values": 1e-4},
+    "margin no patch covers": {"img_size": (70, 64)},
+    "drop path": {"drop_path_rate": 0.3, "drop_rate": 0.2},
+    "no final norm": {"final_norm": False},
+}
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["", "distilled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, distilled):
+    reference, fast = tiny_pair(distilled=distilled, **VARIANTS[variant])
+    assert_same_logits(reference, fast, images(reference))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("deit3_small_patch16_224", {"depth": 2}),
+        ("vit_small_patch16_224", {"depth": 2, "reg_tokens": 3}),
+        ("vit_small_patch16_224", {"depth": 2, "global_pool": "avg"}),
+        ("vit_small_patch16_224", {"depth": 2, "class_token": False, "global_pool": "avg"}),
+        ("vit_small_patch16_224", {"depth": 2, "global_pool": "map"}),
+        ("vit_small_patch16_224", {"depth": 2, "fc_norm": True}),
+        ("vit_base_patch16_clip_224", {"depth": 2}),  # norm_pre, no patch bias
+        ("vit_small_patch14_dinov2", {"depth": 2, "img_size": 70}),
+        ("vit_base_patch16_siglip_224", {"depth": 2}),  # tanh GELU: Mlp stays with timm
+        ("vit_huge_patch14_224", {"depth": 1, "img_size": 56}),  # head dimension 80
+        ("vit_small_patch16_224", {"depth": 2, "qk_norm": True}),
+        ("vit_small_patch16_224", {"depth": 2, "pos_embed": "none"}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_other_timm_models(name, options):
+    reference, fast = pair(name, **options)
+    size = reference.patch_embed.img_size or (224, 224)
+    torch.manual_seed(1)
+    assert_same_logits(reference, fast, torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["", "distilled"])
+def test_dynamic_img_size(distilled):
+    reference, fast = tiny_pair(distilled=distilled, dynamic_img_size=True)
+    for size in ((64, 64), (96, 48)):
+        assert_same_logits(reference, fast, images(reference, size=size))
+
+
+TRITON_VARIANTS = {
+    "distilled": {},
+    "plain": {"distilled": False},
+    "LayerScale": {"init_values": 1e-4, "no_embed_class": True, "distilled": False},
+    "no qkv bias": {"qkv_bias": False},
+    "d = 32, patch 14": {"num_heads": 2, "patch_size": 14, "img_size": 42, "in_chans": 1},
+    "no classes": {"num_classes": 0},
+}
+
+
+@pytest.mark.parametrize("variant", TRITON_VARIANTS)
+def test_every_triton_kernel_in_a_shallow_model(variant, device):
+    options = {"embed_dim": 128, "num_heads": 2} | TRITON_VARIANTS[variant]
+    reference, fast = tiny_pair("triton", **options)
+    reference, fast = reference.to(device), fast.to(device)
+    assert_same_logits(reference, fast, images(reference).to(device))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_equal_timms(backend, device):
+    reference, fast = tiny_pair(backend, init_values=1e-4)
+    exact = copy.deepcopy(reference).double()
+    models = [m.to(device).train() for m in (fast, reference, exact)]
+    x = images(reference).to(device)
+    torch.manual_seed(2)
+    upstream = torch.randn(2, 2, 11).to(device)
+    for model in models:
+        model.set_distilled_training(True)
+        outputs = model(x.to(model.cls_token.dtype))
+        assert isinstance(outputs, tuple) and len(outputs) == 2
+        torch.autograd.backward(outputs, list(upstream.to(outputs[0].dtype)))
+    ours, timms, true = ({n: p.grad for n, p in m.named_parameters()} for m in models)
+    for name in true:
+        assert_as_accurate(ours[name], timms[name], true[name], name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stochastic_depth_and_head_dropout_draw_timms_numbers(backend, device):
+    reference, fast = tiny_pair(backend, drop_path_rate=0.6, drop_rate=0.3)
+    reference, fast = reference.to(device).train(), fast.to(device).train()
+    x = images(reference, batch=4).to(device)
+    torch.manual_seed(3)
+    want = reference(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(fast(x), want, atol=1e-5, rtol=1e-4)
+    torch.manual_seed(4)  # another draw drops other branches
+    assert relative_error(fast(x), want) > 1e-2
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_uint8_images(backend, device):
+    reference, fast = tiny_pair(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, device=device)
+    mean, std = (torch.tensor(reference.pretrained_cfg[k], device=device) for k in ("mean", "std"))
+    floats = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), reference(floats), atol=1e-5, rtol=1e-4)
+    del fast.pretrained_cfg
+    with pytest.raises(ValueError, match="mean is None"):
+        fast(image)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("heads", ["joint", "joint_softmax", "class", "distill"])
+def test_heads(heads, backend, device):
+    reference, fast = tiny_pair(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    deit_fast.set_heads(fast, heads)
+    x = images(reference).to(device)
+    with torch.no_grad():
+        features = reference.forward_features(x)
+        a, b = reference.head(features[:, 0]), reference.head_dist(features[:, 1])
+        want = {
+            "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1),
+            "class": a, "distill": b,
+        }[heads]  # fmt: skip
+        torch.testing.assert_close(fast(x), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast(x), want, atol=1e-5, rtol=1e-4)  # the path with gradients
+
+
+def test_the_last_block_runs_for_the_prefix_tokens_alone(monkeypatch):
+    _, fast = tiny_pair()
+    x = images(fast)
+    rows = []
+    real = layers.Mlp.forward
+
+    def spy(self, x, **kwargs):
+        rows.append(x.shape[1])
+        return real(self, x, **kwargs)
+
+    monkeypatch.setattr(layers.Mlp, "forward", spy)
+    with torch.no_grad():
+        fast(x)
+    assert rows == [18, 2]
+    rows.clear()
+    fast(x)
+    assert rows == [18, 18]
+
+
+def test_features_and_intermediates():
+    reference, fast = tiny_pair()
+    x = images(reference)
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(fast.forward_features(x), reference.forward_features(x), **close)
+    for options in ({}, {"return_prefix_tokens": True, "norm": True}, {"output_fmt": "NLC"}):
+        torch.testing.assert_close(
+            fast.forward_intermediates(x, **options),
+            reference.forward_intermediates(x, **options),
+            **close,
+        )
+    got = fast.get_intermediate_layers(x, 1)
+    torch.testing.assert_close(got, reference.get_intermediate_layers(x, 1), **close)
+    torch.testing.assert_close(
+        fast.forward_head(fast.forward_features(x), pre_logits=True),
+        reference.forward_head(reference.forward_features(x), pre_logits=True),
+        **close,
+    )
+
+
+def test_features_only_wrapper():
+    options = {"features_only": True, "depth": 3, "img_size": 64, "out_indices": (0, 2)}
+    reference = randomize(timm.create_model("deit_tiny_patch16_224", **options)).eval()
+    fast = copy.deepcopy(reference)
+    deit_fast.accelerate(fast, "torch")
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
+
+
+def test_classifier_surgery():
+    reference, fast = tiny_pair()
+    assert fast.get_classifier() == (fast.head, fast.head_dist)
+    fast.reset_classifier(5)
+    reference.reset_classifier(5)
+    fast.load_state_dict(reference.state_dict())
+    assert_same_logits(reference, fast, images(reference))
+    fast.reset_classifier(0)
+    reference.reset_classifier(0)
+    assert_same_logits(reference, fast, images(reference))
+
+
+def test_masks_given_at_run_time_go_through_timm():
+    reference, fast = tiny_pair()
+    x, mask = images(reference), torch.rand(18, 18) > 0.3
+    mask.fill_diagonal_(True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(x, attn_mask=mask), reference(x, attn_mask=mask), atol=1e-5, rtol=1e-4
+        )
+        assert relative_error(fast(x), fast(x, attn_mask=mask)) > 1e-3
+        causal = reference(x, is_causal=True)
+        torch.testing.assert_close(fast(x, is_causal=True), causal, atol=1e-5, rtol=1e-4)
+
+
+def test_grad_checkpointing():
+    reference, fast = tiny_pair()
+    x = images(reference)
+    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    fast.set_grad_checkpointing()
+    got = torch.autograd.grad(fast(x).sum(), list(fast.parameters()))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_into_one_graph(backend, device):
+    reference, fast = tiny_pair(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    x = images(reference).to(device)
+    compiled = torch.compile(fast, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), reference(x), atol=1e-5, rtol=1e-4)
+    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    got = torch.autograd.grad(compiled(x).sum(), list(fast.parameters()))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast(backend, device):
+    """fp16 products around an fp32 stream: no less accurate than timm under autocast."""
+    reference, fast = tiny_pair(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    x = images(reference).to(device)
+    with torch.no_grad():
+        true = copy.deepcopy(reference).double()(x.double())
+        with torch.autocast(device, torch.float16):
+            want, got = reference(x), fast(x)
+    assert got.dtype == want.dtype
+    assert_as_accurate(got, want, true)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_half_precision_weights(backend, device):
+    reference, fast = tiny_pair(backend)
+    x = images(reference).to(device)
+    exact = copy.deepcopy(reference).double().to(device)
+    reference, fast = reference.half().to(device), fast.half().to(device)
+    with torch.no_grad():
+        assert_as_accurate(fast(x.half()), reference(x.half()), exact(x.double()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_copies_and_state_dict(backend, device):
+    reference, fast = tiny_pair(backend)
+    fast = fast.to(device)
+    x = images(reference).to(device)
+    with torch.no_grad():
+        want = fast(x)
+        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert type(copied) is type(fast) and copied.blocks[0].backend == backend
+            torch.testing.assert_close(copied(x), want, rtol=0, atol=0)
+        other = tiny_pair(backend)[1].to(device)
+        randomize(other, seed=5)
+        assert relative_error(other(x), want) > 1e-2
+        other.load_state_dict(fast.state_dict())
+        torch.testing.assert_close(other(x), want, rtol=0, atol=0)
+        # weights changed in place, and weights replaced, are seen
+        other.load_state_dict(randomize(reference, seed=7).state_dict(), assign=True)
+        assert relative_error(other.to(device)(x), want) > 1e-2
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_awkward_batches(backend, device):
+    reference, fast = tiny_pair(backend)
+    fast = fast.to(device)
+    x = images(reference, batch=4).to(device)
+    with torch.no_grad():
+        want = fast(x)
+        assert fast(x[:0]).shape == (0, 11)
+        close = {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(fast(x[:1]), want[:1], **close)
+        torch.testing.assert_close(fast(x.to(memory_format=torch.channels_last)), want, **close)
+        wide = torch.nn.functional.pad(x, (5, 5))[..., 5:-5]
+        torch.testing.assert_close(fast(wide), want, **close)
+        x[2, 0, 0, 0] = torch.nan
+        got = fast(x)
+        assert got[2].isnan().all()
+        torch.testing.assert_close(got[[0, 1, 3]], want[[0, 1, 3]], **close)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_images_are_named(backend, device):
+    fast = tiny_pair(backend)[1].to(device)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"image has shape \(2, 4, 64, 64\).*C = 3"):
+            fast(torch.zeros(2, 4, 64, 64, device=device))
+        with pytest.raises(ValueError, match="image is 64 x 80, the model was built for 64 x 64"):
+            fast(torch.zeros(2, 3, 64, 80, device=device))
+        with pytest.raises(TypeError, match="image has dtype torch.float16, want"):
+            fast(torch.zeros(2, 3, 64, 64, device=device).half())
+        with pytest.raises(ValueError, match=r"image has shape \(3, 64, 64\)"):
+            fast(torch.zeros(3, 64, 64, device=device))
+        with pytest.raises(ValueError, match=r"image has shape .*want uint8 \(B, H, W, C\)"):
+            fast(torch.zeros(2, 3, 64, 64, device=device, dtype=torch.uint8))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_auto_backend_on_a_gpu():
+    reference, fast = tiny_pair("auto", embed_dim=128)
+    reference, fast = reference.cuda().half(), fast.cuda().half()
+    x = images(reference, batch=4).cuda().half()
+    with torch.no_grad():
+        want = fast(x)  # compiles outside the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fast(x)
+        x.copy_(x.flip(0))
+        graph.replay()
+        torch.testing.assert_close(out, want.flip(0))
+        exact = copy.deepcopy(reference).double()(x.double())
+        assert_as_accurate(out, reference(x), exact)

@@ -1,0 +1,175 @@
+"""accelerate and restore: what is swapped, what is left and why, and that both are exact."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from modelling import TINY, images, tiny_pair
+from torch import nn
+
+import deit_fast
+from deit_fast import layers
+
+
+def test_report_of_a_deit():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **TINY)
+    report = deit_fast.accelerate(model)
+    counts = {kind: len(names) for kind, names in report.swapped.items()}
+    assert counts == {
+        "VisionTransformerDistilled": 1, "PatchEmbed": 1, "Block": 2, "LayerNorm": 5,
+        "Attention": 2, "Mlp": 2,
+    }  # fmt: skip
+    assert report.left == [] and report.swapped["Attention"] == ["blocks.0.attn", "blocks.1.attn"]
+    assert "swapped: 1 VisionTransformerDistilled" in str(report) and "backend: auto" in str(report)
+
+
+@pytest.mark.parametrize(
+    "options, name, reason",
+    [
+        ({"qk_norm": True}, "blocks.0.attn", "normalises q and k"),
+        ({"attn_drop_rate": 0.1}, "blocks.0.attn", "has dropout"),
+        ({"proj_drop_rate": 0.1}, "blocks.0.mlp", "has dropout"),
+        ({"act_layer": "gelu_tanh"}, "blocks.1.mlp", "not the exact GELU"),
+        ({"act_layer": "relu"}, "blocks.1", "mlp stays with timm"),
+        ({"num_heads": 4}, "blocks.0.attn", "head dimension 16"),
+        ({"scale_attn_norm": True}, "blocks.0.attn", "norm before the projection"),
+        ({"scale_mlp_norm": True}, "blocks.0.mlp", "norm between fc1 and fc2"),
+        ({"dynamic_img_pad": True}, "patch_embed", "pads images"),
+        ({"in_chans": 6}, "patch_embed", "6 input channels"),
+        ({"norm_layer": "rmsnorm"}, "blocks.0", "norm1 stays with timm"),
+    ],
+)
+def test_what_is_left_says_why(options, name, reason):
+    model = timm.create_model("deit_tiny_patch16_224", **TINY | options).eval()
+    x = torch.randn(1, options.get("in_chans", 3), 64, 64)
+    want = model(x)
+    report = deit_fast.accelerate(model)
+    reasons = {left.name: left.reason for left in report.left}
+    assert reason in reasons[name]
+    assert reason in str(report)
+    torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_left():
+    model = nn.Sequential(nn.LayerNorm((4, 8)), nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8))
+    report = deit_fast.accelerate(model)
+    assert report.swapped == {"LayerNorm": ["2"]}
+    assert ["2 dimensions" in report.left[0].reason, "no weight" in report.left[1].reason] == [True] * 2
+
+
+def test_classes_of_a_kind_without_replacement_are_listed():
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    left = {m.kind for m in deit_fast.accelerate(model).left}
+    assert "WindowAttention" in left and "SwinTransformerBlock" in left
+
+
+def test_subclasses_are_not_swapped():
+    class Mine(timm.layers.Mlp):
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(Mine(4), nn.LayerNorm(4))
+    report = deit_fast.accelerate(model)
+    assert type(model[0]) is Mine and list(report.swapped) == ["LayerNorm"]
+
+
+def test_restore_is_exact():
+    reference, fast = tiny_pair()
+    before = {name: type(m) for name, m in reference.named_modules()}
+    deit_fast.set_heads(fast, "class")
+    parameters = dict(fast.named_parameters())
+    assert deit_fast.restore(fast) is fast
+    assert {name: type(m) for name, m in fast.named_modules()} == before
+    for name, module in fast.named_modules():
+        assert module.__dict__.keys() == reference.get_submodule(name).__dict__.keys(), name
+    assert all(p is parameters[name] for name, p in fast.named_parameters())
+    x = images(reference)
+    torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
+    deit_fast.restore(nn.LayerNorm(3))  # nothing to undo is no error
+
+    torchs = nn.Sequential(nn.LayerNorm(4))
+    deit_fast.accelerate(torchs)
+    assert type(deit_fast.restore(torchs)[0]) is nn.LayerNorm
+
+
+def test_parameters_hooks_and_mode_stay():
+    model = timm.create_model("deit_tiny_patch16_224", **TINY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda *args: seen.append("block"))
+    parameters = [id(p) for p in model.parameters()]
+    deit_fast.accelerate(model)
+    assert [id(p) for p in model.parameters()] == parameters and model.training
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x)
+    before.square().mean().backward()
+    optimizer.step()
+    assert seen == ["block"] and not torch.equal(model(x), before)
+
+
+def test_accelerating_twice_changes_the_backend():
+    _, fast = tiny_pair("torch")
+    report = deit_fast.accelerate(fast, "auto")
+    assert len(report.swapped["Block"]) == 2
+    assert {m.backend for m in fast.modules() if hasattr(m, "backend")} == {"auto"}
+
+
+def test_a_layer_replaced_after_the_swap_is_refused_not_skipped():
+    _, fast = tiny_pair()
+
+    class Adapter(nn.Linear):
+        pass
+
+    fast.blocks[1].mlp.fc1 = Adapter(64, 256)
+    with pytest.raises(TypeError, match="found Adapter: call deit_fast.restore"):
+        fast(images(fast))
+
+
+def test_classes_build_as_timms_do():
+    """Injected by constructor, without accelerate."""
+    model = timm.models.VisionTransformer(
+        **TINY, block_fn=layers.Block, attn_layer=layers.Attention, mlp_layer=layers.Mlp,
+        norm_layer=layers.LayerNorm, embed_layer=layers.PatchEmbed,
+    ).eval()  # fmt: skip
+    reference = timm.models.VisionTransformer(**TINY).eval()
+    reference.load_state_dict(model.state_dict())
+    assert type(model.blocks[0]) is layers.Block and type(model.blocks[0].attn) is layers.Attention
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-4)
+    assert type(deit_fast.restore(model).blocks[0].mlp) is timm.layers.Mlp
+
+
+def test_backend_names_and_environment(monkeypatch):
+    _, fast = tiny_pair()
+    with pytest.raises(ValueError, match=r"backend: 'cuda' \(asked for\), want one of"):
+        deit_fast.accelerate(fast, "cuda")
+    monkeypatch.setenv("DEIT_FAST_BACKEND", "torch")
+    assert deit_fast.accelerate(fast, "auto").why_backend == "DEIT_FAST_BACKEND"
+    assert fast.backend == "torch"
+    monkeypatch.setenv("DEIT_FAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"'fast' \(DEIT_FAST_BACKEND\)"):
+        deit_fast.accelerate(fast)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows a machine without a GPU")
+def test_triton_without_a_gpu_raises_and_changes_nothing():
+    code = (
+        "import timm, deit_fast\n"
+        "model = timm.create_model('deit_tiny_patch16_224', depth=1)\n"
+        "try: deit_fast.accelerate(model, 'triton')\n"
+        "except RuntimeError as error: print(error, type(model).__module__)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "backend 'triton' (asked for) needs a CUDA device" in out.stdout, out.stderr
+    assert "timm.models.vision_transformer" in out.stdout
+
+
+def test_nothing_to_swap():
+    with pytest.raises(ValueError, match="nothing to swap in Sequential, want a timm model"):
+        deit_fast.accelerate(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="has no weight"):
+        deit_fast.accelerate(nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)))

@@ -1,0 +1,54 @@
+"""Pairs of models with the same random weights: timm's and the accelerated one."""
+
+import copy
+
+import timm
+import torch
+from checking import assert_as_accurate
+
+import deit_fast
+
+TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "num_classes": 11}
+
+
+def randomize(model, seed=0):
+    """Every parameter random: no zero bias and no unit LayerNorm that would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if "norm" in name and name.endswith("weight") or name.endswith("gamma"):
+            p.data.copy_(1 + 0.2 * noise)
+        elif p.dim() > 1 and "token" not in name and "pos" not in name:
+            p.data.copy_(noise / p[0].numel() ** 0.5)
+        else:
+            p.data.copy_(0.3 * noise)
+    return model
+
+
+def pair(name="deit_tiny_distilled_patch16_224", backend="torch", **kwargs):
+    """(timm's model, the accelerated copy), in eval mode."""
+    torch.manual_seed(0)
+    reference = randomize(timm.create_model(name, **kwargs)).eval()
+    fast = copy.deepcopy(reference)
+    deit_fast.accelerate(fast, backend)
+    return reference, fast
+
+
+def tiny_pair(backend="torch", distilled=True, **kwargs):
+    name = f"deit_tiny{'_distilled' if distilled else ''}_patch16_224"
+    return pair(name, backend, **TINY | kwargs)
+
+
+def images(model, batch=2, size=None):
+    torch.manual_seed(1)
+    size = size or model.patch_embed.img_size
+    return torch.randn(batch, model.patch_embed.proj.in_channels, *size)
+
+
+def assert_same_logits(reference, fast, x):
+    """At most twice timm's own fp32 error against fp64, with and without gradients."""
+    exact = copy.deepcopy(reference).double()
+    with torch.no_grad():
+        true, want = exact(x.double()), reference(x)
+        assert_as_accurate(fast(x), want, true, "inference")
+    assert_as_accurate(fast(x), want, true, "with gradients on")

@@ -1,0 +1,162 @@
+"""Weights from files: what loads, what is resized, and what is refused with a clear line."""
+
+import io
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from modelling import TINY, randomize, tiny_pair
+
+import deit_fast
+from deit_fast.checkpoint import read_checkpoint, resize_pos_embed
+
+NAME = "deit_tiny_distilled"
+
+
+def build(**kwargs):
+    return deit_fast.create_model(NAME, backend="torch", **TINY | kwargs).eval()
+
+
+@pytest.fixture
+def source():
+    return randomize(timm.create_model("deit_tiny_distilled_patch16_224", **TINY)).eval()
+
+
+@pytest.fixture(params=["official.pth", "bare.pth", "trainer.pth", "timm.safetensors"])
+def saved(request, source, tmp_path):
+    path, state = tmp_path / request.param, source.state_dict()
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        wrapped = {"bare": state, "official": {"model": state}}
+        trainer = {"state_dict": state, "epoch": 3, "metric": 0.5}
+        torch.save(wrapped.get(path.stem, trainer), path)
+    return path
+
+
+def test_every_container_loads(saved, source):
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(build(checkpoint=saved)(x), source(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def path(source, tmp_path):
+    torch.save({"model": source.state_dict()}, tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def test_other_resolution_is_resized_as_in_the_paper(path, source):
+    """Bicubic without antialiasing, prefix rows kept; downsampling shows the difference."""
+    model = build(checkpoint=path, img_size=(32, 48))
+    grid = source.pos_embed[:, 2:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(grid, (2, 3), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.pos_embed[:, 2:], want.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(model.pos_embed[:, :2], source.pos_embed[:, :2], rtol=0, atol=0)
+    timms = timm.layers.resample_abs_pos_embed(source.pos_embed, (2, 3), (4, 4), 2)
+    assert (model.pos_embed - timms).norm() > 0.1 * timms.norm()
+
+
+def test_bicubic_keeps_the_norms_where_bilinear_does_not():
+    torch.manual_seed(0)
+    pos = torch.randn(1, 2 + 14 * 14, 192)
+    got = resize_pos_embed(pos, (14, 14), (24, 24), 2)[:, 2:]
+    norms = pos[:, 2:].norm(dim=2).mean()
+    grid = pos[:, 2:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)
+    bilinear = torch.nn.functional.interpolate(grid, (24, 24), mode="bilinear").norm(dim=1).mean()
+    assert got.norm(dim=2).mean() > 0.8 * norms
+    assert bilinear < 0.75 * norms
+    assert resize_pos_embed(pos, (14, 14), (14, 14), 2) is pos
+
+
+def test_pretrained_at_another_resolution_is_resized_the_same_way(path, source):
+    kwargs = {k: v for k, v in TINY.items() if k != "img_size"}
+    overlay = {"pretrained_cfg_overlay": {"file": str(path), "num_classes": 11}}
+    native = randomize(timm.create_model("deit_tiny_distilled_patch16_224", **kwargs))
+    torch.save({"model": native.state_dict()}, path)
+    model = deit_fast.deit_tiny_distilled(
+        pretrained=True, backend="torch", img_size=(64, 96), **kwargs, **overlay
+    )
+    want = resize_pos_embed(native.pos_embed, (14, 14), (4, 6), 2)
+    torch.testing.assert_close(model.pos_embed, want)
+    torch.testing.assert_close(model.blocks[1].mlp.fc1.weight, native.blocks[1].mlp.fc1.weight)
+    same = deit_fast.deit_tiny_distilled(pretrained=True, backend="torch", **kwargs, **overlay)
+    torch.testing.assert_close(same.pos_embed, native.pos_embed)
+
+
+def test_other_number_of_classes_starts_the_heads_anew(path, source):
+    with pytest.warns(UserWarning, match=r"head.weight, head.bias, head_dist.weight, head_dist.bias"):
+        model = build(checkpoint=path, num_classes=5)
+    assert model.head.weight.shape == (5, 64)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    with pytest.warns(UserWarning, match="left out"):
+        assert build(checkpoint=path, num_classes=0)(torch.randn(1, 3, 64, 64)).shape == (1, 64)
+
+
+def test_every_problem_is_listed(source, tmp_path):
+    state = source.state_dict()
+    state["extra.weight"] = state.pop("norm.bias")
+    state["blocks.0.attn.proj.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "broken.pth")
+    with pytest.raises(ValueError) as error:
+        build(checkpoint=tmp_path / "broken.pth")
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [
+        "  missing: norm.bias",
+        "  unexpected: extra.weight",
+        "  misshaped: blocks.0.attn.proj.weight (3, 3), want (64, 64)",
+    ]
+    assert "broken.pth does not fit VisionTransformerDistilled" in lines[0]
+
+
+def test_a_distilled_checkpoint_does_not_fit_a_plain_model(path):
+    with pytest.raises(ValueError, match="unexpected: dist_token"):
+        deit_fast.create_model("deit_tiny", checkpoint=path, backend="torch", **TINY)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_no_pickle_runs(tmp_path, capsys):
+    for name, payload in (("a.pth", {"model": Exploit()}), ("b.pth", Exploit())):
+        torch.save(payload, tmp_path / name)
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            read_checkpoint(tmp_path / name)
+    (tmp_path / "c.pth").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(ValueError, match="c.pth"):
+        read_checkpoint(tmp_path / "c.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_files_that_are_no_checkpoint(path, tmp_path):
+    whole = path.read_bytes()
+    buffer = io.BytesIO()
+    torch.save({"model": {}}, buffer)
+    files = {
+        "truncated.pth": whole[: len(whole) // 2],
+        "empty.pth": b"",
+        "text.pth": b"not a checkpoint at all",
+        "truncated.safetensors": b"\x10\0\0\0\0\0\0\0{}",
+        "empty_model.pth": buffer.getvalue(),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as error:
+            read_checkpoint(tmp_path / name)
+        assert len(str(error.value).splitlines()) == 1, name
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_checkpoint(tmp_path / "absent.pth")
+
+
+def test_bad_options_are_named(path):
+    with pytest.raises(ValueError, match="pretrained and checkpoint"):
+        build(pretrained=True, checkpoint=path)
+    with pytest.raises(ValueError, match="heads: 'both'"):
+        build(heads="both")
+    with pytest.raises(ValueError, match="VisionTransformer has one head"):
+        deit_fast.create_model("deit_tiny", heads="distill", **TINY)
+    assert tiny_pair()[1].heads == "joint" and build(heads="distill").heads == "distill"
