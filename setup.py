@@ -1,4 +1,4 @@
-"""`kernels/` installs as `deit_fast.kernels`; everything else about the package is in pyproject.toml."""
+"""`kernels/` installs as `deit_fast.kernels`; the rest of the packaging is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -3,9 +3,9 @@
     python benchmarks/ahead_of_time.py                    a table
     python benchmarks/ahead_of_time.py --json --arch 90   one JSON object a line
 
-Needs no GPU and no driver. Per configuration: registers and spills (ptxas -v), shared memory, CTAs per
-multiprocessor, whether the matrix instructions are asynchronous, and the bytes and FLOPs of one DeiT
-call at batch 256 that it serves. tests/test_ahead_of_time.py asserts on the same rows.
+Needs no GPU and no driver. Per configuration: registers and spills (ptxas -v), shared memory, CTAs
+per multiprocessor, whether the matrix instructions are asynchronous, and the bytes and FLOPs of
+one DeiT call at batch 256 that it serves. tests/test_ahead_of_time.py asserts on the same rows.
 """
 
 import argparse
@@ -41,8 +41,8 @@ ALIGNED = ("N", "K", "D")  # multiples of 16 in every DeiT
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration. `signature` maps the pointers to dtypes, and the integers and
-    floats to "i32" and "fp32"; a pointer of None is an argument left out."""
+    """One kernel in one configuration. `signature` maps the pointers to dtypes, and the integers
+    and floats to "i32" and "fp32"; a pointer of None is an argument left out."""
 
     op: str
     label: str
@@ -163,8 +163,8 @@ def _attention(arch):
             signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
             signature |= dict.fromkeys((*strides, "N", "H"), "i32")
             yield Case(
-                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}", "_fwd_kernel", arch,
-                signature, {"L": L, "HEAD_DIM": d}, meta,
+                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}", "_fwd_kernel",
+                arch, signature, {"L": L, "HEAD_DIM": d}, meta,
                 BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
             )  # fmt: skip
 
@@ -179,9 +179,9 @@ def _patch_embed(arch):
                 signature |= dict.fromkeys(("B", "D", "GH", "GW"), "i32")
                 constexprs = {"C": 3, "PH": 16, "PW": 16, "T": 2, "POS_T": 2, "NHWC": nhwc}
                 pixels, out = BATCH * 224 * 224 * 3, BATCH * TOKENS * D
+                label = f"D = {D}, {'uint8 NHWC' if nhwc else 'NCHW'}, {TRITON_TYPE[dtype]}"
                 yield Case(
-                    "patch_embed", f"D = {D}, {'uint8 NHWC' if nhwc else 'NCHW'}, {TRITON_TYPE[dtype]}",
-                    "_kernel", arch, signature, constexprs, OPS["patch_embed"].meta(D, dtype, nhwc),
+                    "patch_embed", label, "_kernel", arch, signature, constexprs, OPS["patch_embed"].meta(D, dtype, nhwc),
                     pixels * (1 if nhwc else dtype.itemsize) + (out + 768 * D) * dtype.itemsize,
                     2 * BATCH * 196 * D * 768, dtype != FP32,
                 )  # fmt: skip
@@ -196,8 +196,8 @@ def _classifier(arch):
             signature |= {"B": "i32", "C": "i32", "x_batch": "i32", "eps": "fp32", "factor": "fp32"}
             constexprs = {"D": D, "FIRST": 0, "LAST": 2, "SEPARATE": separate}
             yield Case(
-                "classifier", f"D = {D}, {fusion}, {TRITON_TYPE[dtype]}", "_kernel", arch, signature,
-                constexprs, OPS["classifier"].meta(dtype),
+                "classifier", f"D = {D}, {fusion}, {TRITON_TYPE[dtype]}", "_kernel", arch,
+                signature, constexprs, OPS["classifier"].meta(dtype),
                 (2 * BATCH * D + 2 * 1000 * D + 1000 * BATCH) * dtype.itemsize,
                 4 * BATCH * 1000 * D, False,
             )  # fmt: skip
@@ -258,9 +258,9 @@ def _ptxas_log(ptx, arch):
     return done.stderr
 
 
-def rows(archs, ops=None, processes=os.cpu_count()):
+def rows(archs, ops=None):
     wanted = [case for case in cases(archs) if not ops or case.op in ops]
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(compile_case, wanted, chunksize=1)
 
 
@@ -270,7 +270,7 @@ def main():
     parser.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
-    heading = ("sm", "op", "configuration", "regs", "spill", "smem", "CTAs", "wgmma", "waits", "MB", "GFLOP")
+    heading = "sm op configuration regs spill smem CTAs wgmma waits MB GFLOP".split()
     line = "{:>3} {:<12} {:<42} {:>4} {:>5} {:>7} {:>4} {:>5} {:>5} {:>7} {:>7}"
     if not args.json:
         print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")

@@ -1,4 +1,4 @@
-"""Checkpoints: reading them safely, fitting them to another resolution, and saying what does not fit."""
+"""Checkpoints: read safely, fitted to another resolution, and plain about what does not fit."""
 
 import pickle
 import warnings
@@ -27,7 +27,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "holds more than tensors" if "weights_only" in str(error).lower() else "is no pickle"
+        reason = (
+            "holds more than tensors" if "weights_only" in str(error).lower() else "is no pickle"
+        )
         raise ValueError(f"checkpoint: {path} {reason}: not loaded") from error
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty file"
@@ -61,11 +63,12 @@ def load_state(
     grid: tuple[int, int] | None = None,
     new_head: bool = False,
 ) -> None:
-    """Load `state` into a timm VisionTransformer, its position embedding resized where the model's grid
-    differs from `grid` (by default a square one of the right length). With `new_head`, heads of another
-    number of classes keep their initialisation, with a warning.
+    """Load `state` into a timm VisionTransformer, its position embedding resized where the model's
+    grid differs from `grid` (by default a square one of the right length). With `new_head`, heads
+    of another number of classes keep their initialisation, with a warning.
 
-    Raises ValueError that lists every missing, unexpected and misshaped key; the model is then unchanged.
+    Raises ValueError that lists every missing, unexpected and misshaped key; the model is then
+    unchanged.
     """
     own = model.state_dict()
     state = dict(state)
@@ -73,9 +76,10 @@ def load_state(
     if old is not None and old.dim() == 3 and "pos_embed" in own:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         side = round(max(old.shape[1] - prefix, 0) ** 0.5)
-        if (grid or side * side == old.shape[1] - prefix) and own["pos_embed"].shape[2] == old.shape[2]:
-            new_grid = model.patch_embed.grid_size
-            state["pos_embed"] = resize_pos_embed(old, grid or (side, side), new_grid, prefix)
+        if grid is None and side * side == old.shape[1] - prefix:
+            grid = (side, side)
+        if grid is not None and old.shape[2] == own["pos_embed"].shape[2]:
+            state["pos_embed"] = resize_pos_embed(old, grid, model.patch_embed.grid_size, prefix)
     if new_head:
         _drop_other_heads(own, state, source)
     missing = [k for k in own if k not in state]
@@ -94,17 +98,13 @@ def load_state(
 
 def _drop_other_heads(own, state, source):
     heads = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
-    other = [
-        k
-        for k in heads
-        if k in state and (k not in own or state[k].shape != own[k].shape)
-    ]
+    other = [k for k in heads if k in state and (k not in own or state[k].shape != own[k].shape)]
     if not other:
         return
     for k in other:
         del state[k]
     state |= {k: own[k] for k in heads if k in own and k not in state}
     warnings.warn(
-        f"{source}: {', '.join(other)} do not fit the number of classes asked for and were left out",
+        f"{source}: {', '.join(other)} were left out: they do not fit the number of classes asked for",
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""The named DeiT models (Touvron et al., 2021, Table 1) and every other timm model that can be swapped."""
+"""The named DeiT models (Touvron et al., 2021, Table 1) and other timm models, accelerated."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def create_model(
 
     pretrained: timm's weights from the Hugging Face hub. checkpoint: a local file instead, the
     official .pth (key "model") or a .safetensors with timm's names. kwargs: timm's, among them
-    `img_size` (the position embedding is resized bicubically without antialiasing, as in the paper),
-    `num_classes` (another number than the weights' starts those heads anew), `in_chans`,
-    `drop_path_rate`. backend: see `accelerate`. heads, for distilled models at inference: "joint" |
-    "joint_softmax" | "class" | "distill".
+    `img_size` (the position embedding is resized bicubically without antialiasing, as in the
+    paper), `num_classes` (another number than the weights' starts those heads anew), `in_chans`,
+    `drop_path_rate`. backend: see `accelerate`. heads, for distilled models at inference: "joint"
+    | "joint_softmax" | "class" | "distill".
 
     Returns the timm model with its modules swapped, in train() mode as timm builds it.
     Raises ValueError for names, options and checkpoints that do not fit, FileNotFoundError,
@@ -59,8 +59,9 @@ def create_model(
 
 
 def set_heads(model: nn.Module, heads: str) -> None:
-    """Say what a distilled model returns at inference: "joint" | "joint_softmax" | "class" | "distill".
-    Raises ValueError for anything else, and for a model with one head asked for more than "joint"."""
+    """Say what a distilled model returns at inference: "joint" | "joint_softmax" | "class" |
+    "distill". Raises ValueError for anything else, and for a model with one head asked for more
+    than "joint"."""
     if heads not in FUSIONS:
         raise ValueError(f"heads: {heads!r}, want one of {FUSIONS}")
     if hasattr(type(model), "heads"):

@@ -1,9 +1,9 @@
 """accelerate(model) turns timm's modules into the drop-in ones of `deit_fast.layers`, in place.
 
-A drop-in module is a subclass of the timm module it stands for and holds nothing of its own, so a swap
-is a change of the instance's class: parameters, buffers, hooks and mode stay what and where they are,
-the model itself may be swapped as well as what is inside it, and `restore` is exact. No class and no
-global is touched.
+A drop-in module is a subclass of the timm module it stands for and holds nothing of its own, so a
+swap is a change of the instance's class: parameters, buffers, hooks and mode stay what and where
+they are, the model itself may be swapped as well as what is inside it, and `restore` is exact. No
+class and no global is touched.
 """
 
 import os
@@ -60,10 +60,11 @@ class Report:
 def accelerate(model: nn.Module, backend: str = "auto") -> Report:
     """Swap every module that deit_fast computes exactly; the rest stays timm's.
 
-    `model` is changed in place and shares its parameters: `state_dict`, hooks, devices and optimisers
-    stay valid. `backend`: "auto" (CUDA tensors go to the kernels that serve the chip, CPU tensors to
-    PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch); the environment variable
-    DEIT_FAST_BACKEND overrides it. Models already accelerated get the new backend.
+    `model` is changed in place and shares its parameters: `state_dict`, hooks, devices and
+    optimisers stay valid. `backend`: "auto" (CUDA tensors go to the kernels that serve the chip,
+    CPU tensors to PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch); the
+    environment variable DEIT_FAST_BACKEND overrides it. Models already accelerated get the new
+    backend.
 
     Returns a `Report`. Raises ValueError for an unknown backend or where nothing can be swapped,
     RuntimeError for "triton" on a machine that can't run it. Nothing is changed if it raises.

@@ -1,4 +1,4 @@
-"""softmax(scale * q k^T + bias) v, read where the qkv product wrote it, written where proj reads it.
+"""softmax(scale * q k^T + bias) v, read where qkv wrote it, written where proj reads it.
 
     s = scale * q k^T + bias      p = softmax(s)      o = p v
 
@@ -179,11 +179,11 @@ def attention(
 ) -> Tensor:
     """`softmax(scale * q k^T + bias) v` for every sample and head.
 
-    q (B, N, H, d); k, v (B, L, H, d), strided views welcome; one of fp32, fp16, bf16 (under autocast
-    they are cast to its dtype). `scale` defaults to 1 / sqrt(d). `bias` (H, N, L) is added to the
-    scaled scores, the same for every sample. Returns (B, N, H, d), contiguous.
-    The Triton kernel takes d = 32 and 64. `implementation`: "auto" | "triton" | "torch".
-    Raises ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
+    q (B, N, H, d); k, v (B, L, H, d), strided views welcome; one of fp32, fp16, bf16 (under
+    autocast they are cast to its dtype). `scale` defaults to 1 / sqrt(d). `bias` (H, N, L) is
+    added to the scaled scores, the same for every sample. Returns (B, N, H, d), contiguous. The
+    Triton kernel takes d = 32 and 64. `implementation`: "auto" | "triton" | "torch". Raises
+    ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("attention", q, implementation)
     if q.dim() != 4 or k.dim() != 4:

@@ -5,9 +5,9 @@
     joint_softmax  softmax(z_0) + softmax(z_1)         DeiT paper, section 4; sums to 2
     class          z_0          distill          z_1
 
-Only T rows a sample are normalised, not N. x (B, N, D), W_t (classes, D). Norm and sums are fp32, the
-normalised row is rounded to W's dtype as the input of a product is, the result once to W's dtype.
-Inference only: no backward is registered.
+Only T rows a sample are normalised, not N. x (B, N, D), W_t (classes, D). Norm and sums are fp32,
+the normalised row is rounded to W's dtype as the input of a product is, the result once to W's
+dtype. Inference only: no backward is registered.
 """
 
 import torch
@@ -167,11 +167,11 @@ def classifier(
     """Logits (or, for "joint_softmax", summed probabilities) from the prefix tokens of x.
 
     x (B, N, D) before the final norm: row 0 the class token, row 1 the distillation token where
-    dist_weight is given. norm_weight, norm_bias (D,); head_weight, dist_weight (classes, D); biases
-    (classes,). `fusion`: "joint" | "joint_softmax" | "class" | "distill"; one head leaves "joint"
-    and "class". Returns (B, classes) in head_weight's dtype (under autocast, autocast's; softmax then
-    is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Inference only.
-    Raises ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
+    dist_weight is given. norm_weight, norm_bias (D,); head_weight, dist_weight (classes, D);
+    biases (classes,). `fusion`: "joint" | "joint_softmax" | "class" | "distill"; one head leaves
+    "joint" and "class". Returns (B, classes) in head_weight's dtype (under autocast, autocast's;
+    softmax then is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Inference
+    only. Raises ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("classifier", x, implementation)
     distilled = dist_weight is not None

@@ -146,10 +146,9 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension.
 
-    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns (..., N)
-    in `out_dtype`; by default in x's dtype (fp32 under autocast, as torch).
-    Raises ValueError for shapes and devices that do not fit. `implementation`: "auto" | "triton" |
-    "torch".
+    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns (...,
+    N) in `out_dtype`; by default in x's dtype (fp32 under autocast, as torch). Raises ValueError
+    for shapes and devices that do not fit. `implementation`: "auto" | "triton" | "torch".
     """
     chosen = _runtime.resolve("layer_norm", x, implementation)
     rows, _ = _checked_rows("layer_norm", x, None, weight, bias)
@@ -171,9 +170,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`(layer_norm(x + residual), x + residual)` in one pass.
 
-    x, residual (..., N), N <= 8192; weight, bias (N,). Both results have shape (..., N); the sum has
-    the promoted dtype of x and residual and is rounded before it is normalised; the first result has
-    the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
+    x, residual (..., N), N <= 8192; weight, bias (N,). Both results have shape (..., N); the sum
+    has the promoted dtype of x and residual and is rounded before it is normalised; the first
+    result has the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
     """
     chosen = _runtime.resolve("add_layer_norm", x, implementation)
     x2, res2 = _checked_rows("add_layer_norm", x, residual, weight, bias)

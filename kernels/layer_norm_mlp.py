@@ -42,11 +42,11 @@ def layer_norm_mlp(
 ) -> Tensor:
     """LayerNorm -> fc1 -> GELU (exact) -> fc2 [-> layer scale, row scale, + residual].
 
-    x, residual (..., D); norm_weight, norm_bias, layer_scale, fc2_bias (D,); fc1_weight (hidden, D),
-    fc1_bias (hidden,), fc2_weight (D, hidden); row_scale (S,) for S samples along x's first dimension.
-    Weights in x's dtype (under autocast in any). Returns (..., D) in the promoted dtype of the product
-    and the residual; pass `residual=x` for a pre-norm block. `implementation`: "auto" | "triton" |
-    "torch". Errors name the part that raised them: `layer_norm` or `linear`.
+    x, residual (..., D); norm_weight, norm_bias, layer_scale, fc2_bias (D,); fc1_weight (hidden,
+    D), fc1_bias (hidden,), fc2_weight (D, hidden); row_scale (S,) for S samples along x's first
+    dimension. Weights in x's dtype (under autocast in any). Returns (..., D) in the promoted dtype
+    of the product and the residual; pass `residual=x` for a pre-norm block. `implementation`:
+    "auto" | "triton" | "torch". Errors name the part that raised them: `layer_norm` or `linear`.
     """
     # under autocast the product rounds its input anyway: let the LayerNorm write that
     dtype = _runtime.autocast_dtype(x)
@@ -55,4 +55,3 @@ def layer_norm_mlp(
     return linear(
         hidden, fc2_weight, fc2_bias, "none", residual, layer_scale, row_scale, implementation
     )
-

@@ -8,11 +8,11 @@ Backward, with dz = dy * layer_scale * row_scale * gelu'(z):
     dx = dz @ W      dW = dz^T @ x      db = sum_rows(dz)
     dresidual = dy   dlayer_scale = sum_rows(dy * row_scale * a)
 
-M rows, K input features, N output features, S samples of M / S rows each. Shapes: x (M, K), W (N, K),
-b and layer_scale (N,), row_scale (S,) (stochastic depth: 0 or 1 / keep probability), residual and y
-(M, N). Products accumulate in fp32; the epilogue is fp32 and rounds once, to y's dtype: the residual's
-where there is one (autocast keeps that stream in fp32), x's otherwise. fp32 products are IEEE fp32,
-never TF32. Saved for backward: the inputs; z is recomputed.
+M rows, K input features, N output features, S samples of M / S rows each. Shapes: x (M, K), W (N,
+K), b and layer_scale (N,), row_scale (S,) (stochastic depth: 0 or 1 / keep probability), residual
+and y (M, N). Products accumulate in fp32; the epilogue is fp32 and rounds once, to y's dtype: the
+residual's where there is one (autocast keeps that stream in fp32), x's otherwise. fp32 products
+are IEEE fp32, never TF32. Saved for backward: the inputs; z is recomputed.
 """
 
 import torch
@@ -127,8 +127,8 @@ EPILOGUE_META = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}  # 8 elements (16
 
 
 def meta(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> dict:
-    """Tiles by rule, until `tuned/` holds measured ones: the largest of three that still gives every
-    multiprocessor a tile."""
+    """Tiles by rule, until `tuned/` holds measured ones: the largest of three that still gives
+    every multiprocessor a tile."""
     hopper = capability >= (9, 0)
     if dtype == torch.float32:  # FMA units: registers hold the operands too
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
@@ -238,12 +238,12 @@ def linear(
 ) -> Tensor:
     """`residual + row_scale * layer_scale * activation(x @ weight.T + bias)`, each part optional.
 
-    x (..., K), weight (N, K), bias and layer_scale (N,), residual (..., N), row_scale (S,) where x has
-    S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16; under
-    autocast they are cast to its dtype and the residual stays as it is. Returns (..., N) in the
-    promoted dtype of x and residual. `activation`: "none" | "gelu" (exact, erf).
-    `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets no gradient.
-    Raises ValueError for shapes, devices and names, TypeError for dtypes that do not fit.
+    x (..., K), weight (N, K), bias and layer_scale (N,), residual (..., N), row_scale (S,) where x
+    has S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16;
+    under autocast they are cast to its dtype and the residual stays as it is. Returns (..., N) in
+    the promoted dtype of x and residual. `activation`: "none" | "gelu" (exact, erf).
+    `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets no gradient. Raises
+    ValueError for shapes, devices and names, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
     if activation not in ACTIVATIONS:

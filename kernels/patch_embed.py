@@ -234,13 +234,13 @@ def patch_embed(
 ) -> Tensor:
     """Tokens of a batch of images, prefix rows included (DeiT paper, section 3; ViT, equation 1).
 
-    image: float (B, C, H, W) in weight's dtype (under autocast both are cast), or uint8 (B, H, W, C)
-    normalised with `mean` and `std` (C values each, in units of [0, 1] images; required then).
-    weight (D, C, PH, PW), 1 <= C <= 4; H and W are multiples of PH and PW. bias (D,). prefix_tokens
-    (T, D). pos_embed (T + n, D), or (n, D) where the prefix tokens have no position; n = H W / (PH PW).
-    Returns (B, T + n, D) in the promoted dtype of weight and pos_embed.
-    `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes, devices and missing
-    mean or std, TypeError for dtypes that do not fit.
+    image: float (B, C, H, W) in weight's dtype (under autocast both are cast), or uint8 (B, H, W,
+    C) normalised with `mean` and `std` (C values each, in units of [0, 1] images; required then).
+    weight (D, C, PH, PW), 1 <= C <= 4; H and W are multiples of PH and PW. bias (D,).
+    prefix_tokens (T, D). pos_embed (T + n, D), or (n, D) where the prefix tokens have no position;
+    n = H W / (PH PW). Returns (B, T + n, D) in the promoted dtype of weight and pos_embed.
+    `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes, devices and
+    missing mean or std, TypeError for dtypes that do not fit.
     """
     if image.dtype == torch.uint8:
         layout, channel_dim = "uint8 (B, H, W, C)", 3
@@ -253,7 +253,9 @@ def patch_embed(
         )
     D, C, PH, PW = weight.shape
     if image.dim() != 4 or image.shape[channel_dim] != C:
-        raise ValueError(f"patch_embed: image has shape {tuple(image.shape)}, want {layout}, C = {C}")
+        raise ValueError(
+            f"patch_embed: image has shape {tuple(image.shape)}, want {layout}, C = {C}"
+        )
     height, width = (s for i, s in enumerate(image.shape[1:], 1) if i != channel_dim)
     if height % PH or width % PW or not height or not width:
         raise ValueError(
@@ -262,7 +264,9 @@ def patch_embed(
     if image.dtype == torch.uint8:
         for name, value in (("mean", mean), ("std", std)):
             if value is None or len(value) != C:
-                raise ValueError(f"patch_embed: {name} is {value}, want {C} values for a uint8 image")
+                raise ValueError(
+                    f"patch_embed: {name} is {value}, want {C} values for a uint8 image"
+                )
     elif not image.is_floating_point():
         raise TypeError(f"patch_embed: image has dtype {image.dtype}, want floating point or uint8")
     chosen = _runtime.resolve("patch_embed", weight, implementation)
@@ -281,6 +285,8 @@ def patch_embed(
     if chosen == "torch":
         return patch_embed_reference(image, weight, bias, pos_embed, prefix_tokens, mean, std)
     weight, bias = _runtime.cast(dtype, weight, bias)
-    image = image.contiguous() if image.dtype == torch.uint8 else image.to(weight.dtype).contiguous()
+    if image.dtype != torch.uint8:
+        image = image.to(weight.dtype)
+    image = image.contiguous()
     tensors = (t if t is None else t.contiguous() for t in (weight, bias, pos_embed, prefix_tokens))
     return _fwd(image, *tensors, list(mean or ()), list(std or ()))

@@ -1,4 +1,4 @@
-"""The yardstick of every numerical test: relative error against fp64, compared with PyTorch's own."""
+"""The yardstick of every numerical test: relative error against fp64, next to PyTorch's own."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def relative_error(got, true):
 
 
 def assert_as_accurate(got, same_dtype, true, what="", factor=2.0):
-    """`got` errs at most `factor` times as much as PyTorch in the same dtype, plus a few fp32 eps."""
+    """`got` errs at most `factor` times what PyTorch errs in the same dtype, plus a few eps."""
     assert got.shape == true.shape, f"{what}: {tuple(got.shape)} != {tuple(true.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
     error = relative_error(got, true)
@@ -39,8 +39,9 @@ def run(fn, inputs, upstream):
 
 
 def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
-    """fn against reference: values and, with random upstream gradients, gradients. Float tensors among
-    `inputs` (made in fp32) are rounded to `dtype` first, so that all three see the same numbers."""
+    """fn against reference: values and, with random upstream gradients, gradients. Float tensors
+    among `inputs` (made in fp32) are rounded to `dtype` first, so that all three see the same
+    numbers."""
 
     def cast(t, to):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():

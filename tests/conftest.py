@@ -1,5 +1,5 @@
-"""Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before the first
-kernel is decorated."""
+"""Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before the
+first kernel is decorated."""
 
 import os
 

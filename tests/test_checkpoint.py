@@ -87,7 +87,9 @@ def test_pretrained_at_another_resolution_is_resized_the_same_way(path, source):
 
 
 def test_other_number_of_classes_starts_the_heads_anew(path, source):
-    with pytest.warns(UserWarning, match=r"head.weight, head.bias, head_dist.weight, head_dist.bias"):
+    with pytest.warns(
+        UserWarning, match=r"head.weight, head.bias, head_dist.weight, head_dist.bias"
+    ):
         model = build(checkpoint=path, num_classes=5)
     assert model.head.weight.shape == (5, 64)
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)

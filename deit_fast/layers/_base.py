@@ -9,8 +9,8 @@ BACKENDS = ("auto", "triton", "torch")
 class Fast:
     """Mixin of every drop-in module.
 
-    `backend` is handed to each operation as its `implementation`: "auto" (Triton on a CUDA device, as
-    `deit_fast.kernels._runtime.choose` says; PyTorch on a CPU), "triton" or "torch".
+    `backend` is handed to each operation as its `implementation`: "auto" (Triton on a CUDA device,
+    as `deit_fast.kernels._runtime.choose` says; PyTorch on a CPU), "triton" or "torch".
     """
 
     backend = "auto"
@@ -40,7 +40,8 @@ def weights(module: nn.Module):
     put in its place after the swap (an adapter, a quantised layer) would be skipped: refuse it."""
     if type(module) is not nn.Linear:
         raise TypeError(
-            f"a fused operation reads the parameters of an nn.Linear and found {type(module).__name__}:"
-            " call deit_fast.restore(model) before replacing its layers, and accelerate it afterwards"
+            "a fused operation reads the parameters of an nn.Linear and found "
+            f"{type(module).__name__}: call deit_fast.restore(model) before replacing its layers, "
+            "and accelerate it afterwards"
         )
     return module.weight, module.bias

@@ -1,7 +1,6 @@
 """Multi-head self-attention: qkv product, attention out of its layout, projection."""
 
 import timm.layers
-import torch
 
 from deit_fast import kernels
 from deit_fast.kernels import _runtime

@@ -14,8 +14,8 @@ from .mlp import Mlp
 class Block(Fast, timm_vit.Block):
     """timm's Block: (B, N, D) -> (B, N, D). Stochastic depth and LayerScale are fused too.
 
-    Forward hooks on a Block fire; those on the layers inside it don't, because no layer inside it runs
-    by itself. A mask or causal attention given at run time goes through timm's own forward.
+    Forward hooks on a Block fire; those on the layers inside it don't, because no layer inside it
+    runs by itself. A mask or causal attention given at run time goes through timm's own forward.
     """
 
     timm_class = timm_vit.Block
@@ -23,7 +23,12 @@ class Block(Fast, timm_vit.Block):
     @classmethod
     def why_not(cls, module):
         """Its parts are swapped first, so they say most of it."""
-        for name, kind in ("norm1", LayerNorm), ("attn", Attention), ("norm2", LayerNorm), ("mlp", Mlp):
+        for name, kind in (
+            ("norm1", LayerNorm),
+            ("attn", Attention),
+            ("norm2", LayerNorm),
+            ("mlp", Mlp),
+        ):
             if type(getattr(module, name)) is not kind:
                 return f"{name} stays with timm"
         for name in ("ls1", "ls2"):

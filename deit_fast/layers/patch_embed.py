@@ -13,7 +13,8 @@ from ._base import Fast, is_identity
 class PatchEmbed(Fast, timm.layers.PatchEmbed):
     """timm's PatchEmbed: float (B, C, H, W) -> (B, n, D), or the feature map its options ask for.
 
-    A VisionTransformer here also adds positions and prefix tokens in the same kernel, through `embed`.
+    A VisionTransformer here also adds positions and prefix tokens in the same kernel, through
+    `embed`.
     """
 
     timm_class = timm.layers.PatchEmbed
@@ -40,7 +41,8 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
 
     def embed(self, image, pos_embed=None, prefix_tokens=None, mean=None, std=None):
         """Tokens (B, T + n, D) of float (B, C, H, W) or uint8 (B, H, W, C) images; arguments as
-        `deit_fast.kernels.patch_embed`. Raises ValueError for a size the model was not built for."""
+        `deit_fast.kernels.patch_embed`. Raises ValueError for a size the model was not built
+        for."""
         # a batch whose layout is wrong altogether is for the kernel's own checks to name
         first, channels = (1, 3) if image.dtype == torch.uint8 else (2, 1)
         strict = self.img_size is not None and self.strict_img_size

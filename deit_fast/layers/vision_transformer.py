@@ -1,4 +1,4 @@
-"""The whole model: embedding in one kernel, the last block for the prefix tokens alone, one classifier."""
+"""The whole model: one embedding kernel, a last block for the prefix tokens, one classifier."""
 
 import timm.models.deit as timm_deit
 import timm.models.vision_transformer as timm_vit
@@ -61,8 +61,8 @@ class _Fast(Fast):
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        """Logits (B, classes). With gradients off and in eval() the last block and the final norm run
-        for the prefix tokens alone: 6.9% less arithmetic for DeiT, the same logits."""
+        """Logits (B, classes). With gradients off and in eval() the last block and the final norm
+        run for the prefix tokens alone: 6.9% less arithmetic for DeiT, the same logits."""
         classify = self._classifier_operands()
         if attn_mask is not None or is_causal or classify is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -105,9 +105,9 @@ class VisionTransformer(_Fast, timm_vit.VisionTransformer):
 class VisionTransformerDistilled(_Fast, timm_deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled: class and distillation token, a head for each.
 
-    `heads` says what inference returns: "joint" (mean of the logits, as timm), "joint_softmax" (sum of
-    the softmax outputs, as the paper), "class" or "distill". In train() it is timm's to say: a tuple
-    after `set_distilled_training(True)`.
+    `heads` says what inference returns: "joint" (mean of the logits, as timm), "joint_softmax"
+    (sum of the softmax outputs, as the paper), "class" or "distill". In train() it is timm's to
+    say: a tuple after `set_distilled_training(True)`.
     """
 
     timm_class = timm_deit.VisionTransformerDistilled

@@ -14,7 +14,10 @@ triton_attention = partial(attention, implementation="triton")
 
 def make_inputs(B, H, N, L, d, bias=False, device="cpu"):
     torch.manual_seed(0)
-    inputs = {name: torch.randn(B, n, H, d, device=device) for name, n in zip("qkv", (N, L, L))}
+    inputs = {
+        name: torch.randn(B, n, H, d, device=device)
+        for name, n in zip("qkv", (N, L, L), strict=True)
+    }
     if bias:
         inputs["bias"] = torch.randn(H, N, L, device=device)
     return inputs

@@ -50,7 +50,8 @@ def test_fusions_are_what_they_say(device):
     a = y[:, 0] @ inputs["head_weight"].T + inputs["head_bias"]
     b = y[:, 1] @ inputs["dist_weight"].T + inputs["dist_bias"]
     want = {
-        "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1), "class": a, "distill": b,
+        "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1),
+        "class": a, "distill": b,
     }  # fmt: skip
     for implementation in ("triton", "torch"):
         for fusion, expected in want.items():

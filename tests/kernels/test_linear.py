@@ -65,7 +65,9 @@ def test_residual_stream_in_fp32_under_autocast(device):
     with torch.autocast(device, FP16):
         y = linear(**inputs, implementation="triton")
         torchs = linear_reference(**inputs)
-    exact = linear_reference(**{k: v.double() if k != "activation" else v for k, v in inputs.items()})
+    exact = linear_reference(
+        **{k: v.double() if k != "activation" else v for k, v in inputs.items()}
+    )
     assert y.dtype == torchs.dtype == FP32
     assert_as_accurate(y, torchs, exact)
 

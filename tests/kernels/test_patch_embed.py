@@ -132,7 +132,9 @@ def test_bad_input_is_named():
         patch_embed(image.byte().permute(0, 2, 3, 1), weight)
     with pytest.raises(TypeError, match="image has dtype torch.int32"):
         patch_embed(image.int(), weight)
-    with pytest.raises(TypeError, match="image has dtype torch.float16, want weight's torch.float32"):
+    with pytest.raises(
+        TypeError, match="image has dtype torch.float16, want weight's torch.float32"
+    ):
         patch_embed(image.half(), weight)
     with pytest.raises(ValueError, match=r"pos_embed has shape \(3, 32\), want \(4, 32\)"):
         patch_embed(image, weight, pos_embed=torch.zeros(3, 32))

@@ -54,10 +54,14 @@ def test_what_is_left_says_why(options, name, reason):
 
 
 def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_left():
-    model = nn.Sequential(nn.LayerNorm((4, 8)), nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8))
+    model = nn.Sequential(
+        nn.LayerNorm((4, 8)), nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8)
+    )
     report = deit_fast.accelerate(model)
     assert report.swapped == {"LayerNorm": ["2"]}
-    assert ["2 dimensions" in report.left[0].reason, "no weight" in report.left[1].reason] == [True] * 2
+    assert ["2 dimensions" in report.left[0].reason, "no weight" in report.left[1].reason] == [
+        True
+    ] * 2
 
 
 def test_classes_of_a_kind_without_replacement_are_listed():

@@ -1,0 +1,31 @@
+"""The `deit-fast` command."""
+
+import argparse
+import sys
+
+from . import classify, demo, info
+
+COMMANDS = {"demo": demo, "classify": classify, "info": info}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (some input failed) or 2 (wrong call)."""
+    parser = argparse.ArgumentParser(
+        prog="deit-fast",
+        description="DeiT, several times faster on NVIDIA GPUs, computing what timm computes.",
+        epilog="deit-fast COMMAND --help shows examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary, _, examples = module.__doc__.partition("\n\n")
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command].run(args)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"deit-fast {args.command}: {error}", file=sys.stderr)
+        return 2

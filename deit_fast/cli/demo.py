@@ -1,0 +1,127 @@
+"""Real photographs through timm's DeiT and through deit_fast with the same weights, side by side.
+
+examples:
+  deit-fast demo                 random weights (seed 0): needs no network
+  deit-fast demo --pretrained    timm's weights from the Hugging Face hub, with labels
+  deit-fast demo --batch 64
+"""
+
+import copy
+import time
+from importlib.resources import files
+from statistics import median
+
+import timm
+import timm.data
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import deit_fast
+from deit_fast.kernels import _runtime
+
+MODELS = ("deit_tiny_distilled", "deit_small_distilled")
+RUNS = 10
+
+
+def add_arguments(parser):
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights from the hub")
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="images per timed run (8; 256 on a GPU)"
+    )
+
+
+def run(args) -> int:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    batch = args.batch or (256 if cuda else 8)
+    if batch < 1:
+        raise ValueError(f"--batch: {batch}, want 1 or more")
+    console = Console()
+    photos = sorted(p for p in files("deit_fast").joinpath("data").iterdir() if p.suffix == ".jpg")
+    names = ", ".join(p.stem for p in photos)
+    console.print(f"photographs: {names} (credits: deit_fast/data/CREDITS.md)")
+    weights = (
+        "timm's pretrained" if args.pretrained else "random (seed 0): the classes mean nothing"
+    )
+    console.print(f"weights: {weights}")
+
+    table = Table(title="the same weights twice")
+    table.add_column("model", no_wrap=True)
+    for heading in ("dtype", "top-5 agreement", "relative error"):
+        table.add_column(heading)
+    for heading in ("timm images/s", "deit_fast images/s", "ratio"):
+        table.add_column(heading, justify="right")
+    agree = True
+    for name in MODELS:
+        torch.manual_seed(0)
+        reference = timm.create_model(deit_fast.NAMES[name], pretrained=args.pretrained).eval()
+        fast = copy.deepcopy(reference)
+        report = deit_fast.accelerate(fast)
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(reference))
+        images = torch.stack([transform(Image.open(p).convert("RGB")) for p in photos])
+        for dtype in (torch.float32, torch.float16) if cuda else (torch.float32,):
+            models = [m.to(device, dtype) for m in (reference, fast)]
+            agreement, error = _compare(*models, images.to(device, dtype))
+            x = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].to(device, dtype)
+            timms, ours = _images_per_second(models, x)
+            table.add_row(
+                name, str(dtype).removeprefix("torch."), f"{agreement:.0%}", f"{error:.1e}",
+                f"{timms:,.0f}", f"{ours:,.0f}", f"{ours / timms:.2f}",
+            )  # fmt: skip
+            agree &= dtype != torch.float32 or (agreement == 1 and error < 1e-5)
+        if args.pretrained:
+            _print_labels(console, fast.float(), images.to(device), photos)
+    console.print(table)
+    console.print(
+        f"batch {batch}, median of {RUNS} runs, alternating; images already on the device"
+    )
+    console.print(f"backend: {report.backend} ({report.why_backend})")
+    capability = torch.cuda.get_device_capability() if cuda else None
+    for op in (*_runtime.ROW_KERNELS[:1], *_runtime.PRODUCTS):
+        choice = _runtime.choose(op, capability, torch.float16)
+        console.print(f"  {op}: {choice.implementation} ({choice.reason})")
+    if cuda:
+        console.print(f"device: {torch.cuda.get_device_name()}")
+    else:
+        console.print("device: CPU. These figures are a CPU's: no Triton kernel ran.")
+    if not agree:
+        console.print("deit_fast disagrees with timm: please report this", style="bold red")
+    return 0 if agree else 1
+
+
+def _compare(reference, fast, images):
+    """Share of images with the same ordered top 5, and the relative error of the logits."""
+    with torch.inference_mode():
+        want, got = reference(images).double(), fast(images).double()
+    same = (want.topk(5).indices == got.topk(5).indices).all(1).double().mean().item()
+    return same, ((got - want).norm() / want.norm()).item()
+
+
+def _images_per_second(models, images):
+    """Of each model: median over alternating runs, after two to warm up."""
+    times = [[] for _ in models]
+    with torch.inference_mode():
+        for turn in range(RUNS + 2):
+            for model, seconds in zip(models, times, strict=True):
+                _synchronize(images)
+                start = time.perf_counter()
+                model(images)
+                _synchronize(images)
+                if turn >= 2:
+                    seconds.append(time.perf_counter() - start)
+    return [len(images) / median(seconds) for seconds in times]
+
+
+def _synchronize(images):
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _print_labels(console, model, images, photos):
+    with torch.inference_mode():
+        best = model(images).softmax(-1).max(1)
+    describe = timm.data.ImageNetInfo().index_to_description
+    for photo, score, index in zip(photos, *(t.tolist() for t in best), strict=True):
+        console.print(f"  {photo.stem}: {describe(index)} ({score:.0%})")
