@@ -181,7 +181,8 @@ def _patch_embed(arch):
                 pixels, out = BATCH * 224 * 224 * 3, BATCH * TOKENS * D
                 label = f"D = {D}, {'uint8 NHWC' if nhwc else 'NCHW'}, {TRITON_TYPE[dtype]}"
                 yield Case(
-                    "patch_embed", label, "_kernel", arch, signature, constexprs, OPS["patch_embed"].meta(D, dtype, nhwc),
+                    "patch_embed", label, "_kernel", arch, signature, constexprs,
+                    OPS["patch_embed"].meta(D, dtype, nhwc),
                     pixels * (1 if nhwc else dtype.itemsize) + (out + 768 * D) * dtype.itemsize,
                     2 * BATCH * 196 * D * 768, dtype != FP32,
                 )  # fmt: skip

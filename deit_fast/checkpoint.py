@@ -105,6 +105,6 @@ def _drop_other_heads(own, state, source):
         del state[k]
     state |= {k: own[k] for k in heads if k in own and k not in state}
     warnings.warn(
-        f"{source}: {', '.join(other)} were left out: they do not fit the number of classes asked for",
+        f"{source}: {', '.join(other)} left out: they do not fit the number of classes asked for",
         stacklevel=4,
     )

@@ -1,0 +1,149 @@
+"""The deit-fast command, as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import deit_fast
+from deit_fast.cli import main
+
+DATA = Path(deit_fast.__file__).parent / "data"
+CAT = str(DATA / "cat.jpg")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    safetensors.torch.save_file(model.state_dict(), path)
+    return str(path)
+
+
+def classify(*args):
+    return main(["classify", "--model", "deit_tiny_distilled", *args])
+
+
+def test_demo_agrees_and_says_what_ran(capsys):
+    assert main(["demo", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("100%") >= 2 and "deit_small_distilled" in out
+    assert "astronaut, cat, coffee, rocket" in out
+    if not torch.cuda.is_available():
+        assert "These figures are a CPU's" in out and "attention: torch" in out
+
+
+def test_demo_fails_when_the_models_disagree(monkeypatch, capsys):
+    real = deit_fast.layers.Mlp.forward
+    wrong = lambda self, x, **kwargs: 1.001 * real(self, x, **kwargs)  # noqa: E731
+    monkeypatch.setattr(deit_fast.layers.Mlp, "forward", wrong)
+    assert main(["demo", "--batch", "1"]) == 1
+    assert "disagrees" in capsys.readouterr().out
+
+
+def test_classify_prints_what_timm_predicts(checkpoint, capsys):
+    assert classify("--checkpoint", checkpoint, "--topk", "3", "--json", CAT) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    model = timm.create_model("deit_tiny_distilled_patch16_224").eval()
+    model.load_state_dict(safetensors.torch.load_file(checkpoint))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        scores = model(transform(Image.open(CAT).convert("RGB"))[None]).softmax(-1)[0]
+    top = scores.topk(3)
+    assert [p["class"] for p in entry["predictions"]] == top.indices.tolist()
+    assert [p["score"] for p in entry["predictions"]] == pytest.approx(
+        top.values.tolist(), abs=1e-5
+    )
+    names = timm.data.ImageNetInfo()
+    assert entry["predictions"][0]["label"] == names.index_to_description(top.indices[0].item())
+
+
+def test_classify_reports_bad_files_and_goes_on(checkpoint, tmp_path, capsys):
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes(Path(CAT).read_bytes()[:9000])
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    Image.new("RGBA", (30, 20)).save(tmp_path / "alpha.png")
+    files = [
+        CAT,
+        str(truncated),
+        str(text),
+        str(tmp_path / "absent.png"),
+        str(tmp_path / "alpha.png"),
+    ]
+    assert classify("--checkpoint", checkpoint, "--json", *files) == 1
+    entries = json.loads(capsys.readouterr().out)
+    assert [e["image"] for e in entries] == files
+    assert ["error" in e for e in entries] == [False, True, True, True, False]
+    assert "truncated" in entries[1]["error"] and entries[3]["error"] == "no such file"
+
+    assert classify("--checkpoint", checkpoint, *files[:3]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == CAT and len(captured.out.splitlines()) == 6
+    assert "notes.txt: cannot identify image file" in captured.err
+    assert classify("--checkpoint", checkpoint, str(text)) == 1
+
+
+def test_classify_more_images_than_a_batch(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("deit_fast.cli.classify.BATCH", 2)
+    photos = sorted(map(str, DATA.glob("*.jpg")))
+    assert classify("--checkpoint", checkpoint, "--json", *photos, *photos[:1]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert len(entries) == 5 and entries[0]["predictions"] == entries[4]["predictions"]
+    assert entries[0]["predictions"] != entries[1]["predictions"]
+
+
+def test_heads_and_other_models(checkpoint, tmp_path, capsys):
+    scores = {}
+    for heads in ("joint", "joint_softmax", "class", "distill"):
+        assert classify("--checkpoint", checkpoint, "--heads", heads, "--json", CAT) == 0
+        top = json.loads(capsys.readouterr().out)[0]["predictions"]
+        scores[heads] = top[0]["score"]
+        assert 0 < sum(p["score"] for p in top) <= 1
+    assert len(set(scores.values())) == 4
+    assert main(["classify", "--model", "vit_tiny_patch16_224", "--no-pretrained", CAT]) == 0
+    assert "random weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--topk", "0", CAT], "--topk: 0, want 1 or more"),
+        (["--checkpoint", "absent.pth", CAT], "checkpoint: no file absent.pth"),
+        (["--checkpoint", CAT, CAT], "is truncated or no checkpoint"),
+        (["--pretrained", "--checkpoint", "x.pth", CAT], "want one of them, got both"),
+        (["--model", "deit_huge", CAT], "Unknown model"),
+        (["--model", "deit_tiny", "--no-pretrained", "--heads", "distill", CAT], "has one head"),
+    ],
+)
+def test_wrong_calls_get_one_line_and_exit_code_2(args, message, capsys):
+    assert classify(*args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and lines[-1].startswith("deit-fast classify: ")
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "triton", "timm", "attention", "layer_norm_mlp"):
+        assert word in out
+    assert main(["info", "--chip", "7.0"]) == 0
+    out = capsys.readouterr().out
+    assert "cublas" in out and "tensor cores" in out
+    assert main(["info", "--chip", "nine"]) == 2
+
+
+def test_installed_command_and_help():
+    command = Path(sys.executable).with_name("deit-fast")
+    for args in (["--help"], ["demo", "--help"], ["classify", "--help"], ["info", "--help"]):
+        done = subprocess.run([command, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "examples:" in done.stdout or args == ["--help"]
+    assert subprocess.run([command], capture_output=True).returncode == 2
