@@ -27,10 +27,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = (
-            "holds more than tensors" if "weights_only" in str(error).lower() else "is no pickle"
-        )
-        raise ValueError(f"checkpoint: {path} {reason}: not loaded") from error
+        if "Unsupported operand" in str(error):
+            raise ValueError(f"checkpoint: {path} is no checkpoint") from error
+        raise ValueError(f"checkpoint: {path} holds more than tensors: not loaded") from error
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty file"
         raise ValueError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error

@@ -117,7 +117,7 @@ def test_heads_and_other_models(checkpoint, tmp_path, capsys):
     [
         (["--topk", "0", CAT], "--topk: 0, want 1 or more"),
         (["--checkpoint", "absent.pth", CAT], "checkpoint: no file absent.pth"),
-        (["--checkpoint", CAT, CAT], "is truncated or no checkpoint"),
+        (["--checkpoint", CAT, CAT], "cat.jpg is no checkpoint"),
         (["--pretrained", "--checkpoint", "x.pth", CAT], "want one of them, got both"),
         (["--model", "deit_huge", CAT], "Unknown model"),
         (["--model", "deit_tiny", "--no-pretrained", "--heads", "distill", CAT], "has one head"),

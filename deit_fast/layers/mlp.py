@@ -25,7 +25,7 @@ class Mlp(Fast, timm.layers.Mlp):
         return None
 
     def forward(self, x, *, norm=None, residual=None, layer_scale=None, row_scale=None):
-        """`norm`, a LayerNorm module, comes first; [row_scale * layer_scale *] ... + residual last."""
+        """`norm`, a LayerNorm module, comes first; [row_scale * layer_scale *] ... + residual."""
         fc1, fc2 = weights(self.fc1), weights(self.fc2)
         rest = {"residual": residual, "layer_scale": layer_scale, "row_scale": row_scale}
         if norm is None:
