@@ -1,16 +1,8 @@
 """The shapes that tests and benchmarks share: DeiT's own, and awkward ones.
 
-Each list holds dicts of keyword arguments for one operation's `make_inputs` in the tests; BENCHMARK
-holds the shapes worth a time. D features, H heads, N tokens, C channels, B images.
+Each list holds dicts of keyword arguments for one operation's `make_inputs` in the tests.
+D features, H heads, N tokens, C channels, B images.
 """
-
-# name -> (D, H, image size); the distilled models have N = 198 tokens (578 at 384)
-DEIT = {
-    "tiny": (192, 3, 224),
-    "small": (384, 6, 224),
-    "base": (768, 12, 224),
-    "base_384": (768, 12, 384),
-}
 
 LAYER_NORM = [
     {"shape": (1, 192)},

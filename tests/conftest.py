@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("DEIT_FAST_BACKEND", None)
+torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
 
 def pytest_collection_modifyitems(items):

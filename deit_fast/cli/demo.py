@@ -35,7 +35,8 @@ def add_arguments(parser):
 def run(args) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    batch = args.batch or (256 if cuda else 8)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in both columns
+    batch = (256 if cuda else 8) if args.batch is None else args.batch
     if batch < 1:
         raise ValueError(f"--batch: {batch}, want 1 or more")
     console = Console()
