@@ -72,3 +72,14 @@ def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
         if true is not None:
             assert got[name].dtype == torchs[name].dtype, name
             assert_as_accurate(got[name], torchs[name], true, name, factor)
+
+
+def check_compiles(fn, leaves):
+    """fn(*leaves) and its gradients are the same in one compiled graph."""
+    leaves = [t.requires_grad_() for t in leaves]
+    out, compiled = fn(*leaves), torch.compile(fn, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, out)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, leaves, upstream), torch.autograd.grad(out, leaves, upstream)
+    )
