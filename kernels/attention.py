@@ -133,6 +133,10 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> 
     L = k.shape[1]
     if o.numel() == 0:
         return o
+    if max(N * q.stride(1), L * k.stride(1), L * v.stride(1)) >= 2**31:
+        raise ValueError(
+            f"attention: one sample of q, k or v spans 2**31 elements ({N} queries, {L} keys)"
+        )
     config = meta(N, L, q.dtype)
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     grid = (B * H * triton.cdiv(N, config["BLOCK_M"]),)

@@ -173,6 +173,8 @@ def _fwd(
     (M, K), N = x.shape, weight.shape[0]
     if y.numel() == 0:
         return y
+    if N * K >= 2**31:
+        raise ValueError(f"linear: weight has {N} x {K} elements, want fewer than 2**31")
     rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
     extras = (bias, residual, layer_scale, row_scale)
     with torch.cuda.device_of(x):
