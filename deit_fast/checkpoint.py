@@ -4,8 +4,8 @@ import pickle
 import warnings
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if "Unsupported operand" in str(error):
             raise ValueError(f"checkpoint: {path} is no checkpoint") from error
         raise ValueError(f"checkpoint: {path} holds more than tensors: not loaded") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # garbage makes the unpickler raise anything
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty file"
         raise ValueError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
     for key in _CONTAINERS:
@@ -62,9 +62,9 @@ def load_state(
     grid: tuple[int, int] | None = None,
     new_head: bool = False,
 ) -> None:
-    """Load `state` into a timm VisionTransformer, its position embedding resized where the model's
-    grid differs from `grid` (by default a square one of the right length). With `new_head`, heads
-    of another number of classes keep their initialisation, with a warning.
+    """Load `state` into a timm model. A VisionTransformer's position embedding is resized where the
+    model's grid differs from `grid`; without `grid`, where the length differs, from a square one.
+    With `new_head`, heads of another number of classes keep their initialisation, with a warning.
 
     Raises ValueError that lists every missing, unexpected and misshaped key; the model is then
     unchanged.
@@ -72,12 +72,13 @@ def load_state(
     own = model.state_dict()
     state = dict(state)
     old = state.get("pos_embed")
-    if old is not None and old.dim() == 3 and "pos_embed" in own:
+    if old is not None and old.dim() == 3 and isinstance(model, timm.models.VisionTransformer):
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         side = round(max(old.shape[1] - prefix, 0) ** 0.5)
-        if grid is None and side * side == old.shape[1] - prefix:
+        other_length = "pos_embed" in own and old.shape[1] != own["pos_embed"].shape[1]
+        if grid is None and other_length and side * side == old.shape[1] - prefix:
             grid = (side, side)
-        if grid is not None and old.shape[2] == own["pos_embed"].shape[2]:
+        if grid is not None and old.shape[2] == model.embed_dim:
             state["pos_embed"] = resize_pos_embed(old, grid, model.patch_embed.grid_size, prefix)
     if new_head:
         _drop_other_heads(own, state, source)

@@ -27,6 +27,7 @@ class Choice(NamedTuple):
 
 _CPU = Choice("torch", "no CUDA device: plain PyTorch")
 _OLD = Choice("torch", "Triton needs compute capability 7.0")
+_OTHER_DTYPE = Choice("torch", "the kernels compute in fp32: fp32, fp16 and bf16 only")
 _ROWS = Choice("triton", "bound by memory: one pass instead of several")
 _NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
 _FP32 = "fp32 products run on the FMA units in Triton"
@@ -48,6 +49,8 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
         return _CPU
     if capability < (7, 0):
         return _OLD
+    if dtype not in DTYPES:
+        return _OTHER_DTYPE
     if op in ROW_KERNELS:
         return _ROWS
     for applies, reason in (
@@ -72,9 +75,9 @@ def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "t
     if implementation == "torch":
         return "torch"
     if implementation == "auto":
-        # FakeTensors on "cuda" without a device (export on a CPU) never get here: is_cuda first
         chip = capability(x.device.index or 0) if x.is_cuda else None
-        return choose(op, chip, x.dtype).implementation
+        dtype = autocast_dtype(x) if op in PRODUCTS else None
+        return choose(op, chip, dtype or x.dtype).implementation
     if implementation not in allowed:
         names = ", ".join(repr(name) for name in ("auto", *allowed))
         raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
@@ -91,6 +94,8 @@ def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "t
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks of matrix products on x's device; None outside it."""
     kind = x.device.type
+    if kind == "meta":
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

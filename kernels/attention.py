@@ -75,8 +75,8 @@ def _fwd_kernel(
 ):  # fmt: skip
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)  # one dimension: the others stop at 65535, and windows are many
-    head = (pid // tiles) % H
-    sample = (pid // (tiles * H)).to(tl.int64)  # int64: B * N * H * d may pass 2**31
+    head = ((pid // tiles) % H).to(tl.int64)
+    sample = (pid // (tiles * H)).to(tl.int64)  # int64, as head: strides may pass 2**31
     rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     in_rows = rows < N
@@ -88,7 +88,7 @@ def _fwd_kernel(
     if bias_ptr is not None:
         # rows outside read row 0: their result is not stored
         safe_rows = tl.where(in_rows, rows, 0).to(tl.int64)
-        bias_ptrs = bias_ptr + (head.to(tl.int64) * N + safe_rows)[:, None] * L
+        bias_ptrs = bias_ptr + (head * N + safe_rows)[:, None] * L
     else:
         bias_ptrs = None
 
@@ -109,6 +109,7 @@ def _fwd_kernel(
         )  # fmt: skip
 
     o_offs = ((sample * N + rows[:, None]) * H + head) * HEAD_DIM + dims[None, :]
+    total = tl.where(total == 0.0, 1.0, total)  # every key masked: 0, as in PyTorch
     tl.store(o_ptr + o_offs, acc / total[:, None], mask=in_rows[:, None])
 
 
@@ -162,7 +163,8 @@ def _backward(ctx, do):
     dtype = q.dtype
     q, k, v, do = (t.transpose(1, 2).float() for t in (q, k, v, do))
     s = ctx.scale * q @ k.transpose(-2, -1)
-    p = (s if bias is None else s + bias.float()).softmax(-1)
+    s = s if bias is None else s + bias.float()
+    p = s.softmax(-1).masked_fill(s.amax(-1, keepdim=True) == -torch.inf, 0.0)
     dp = do @ v.transpose(-2, -1)
     ds = p * (dp - (dp * p).sum(-1, keepdim=True))
     grads = ctx.scale * ds @ k, ctx.scale * ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ do
@@ -190,6 +192,7 @@ def attention(
     ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("attention", q, implementation)
+    q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"attention: q has shape {tuple(q.shape)} and k {tuple(k.shape)}, "
@@ -206,6 +209,5 @@ def attention(
         return attention_reference(q, k, v, scale, bias)
     if d not in HEAD_DIMS:
         raise ValueError(f"attention: head dimension {d}, the Triton kernel takes {HEAD_DIMS}")
-    q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _fwd(q, k, v, None if bias is None else bias.contiguous(), scale)

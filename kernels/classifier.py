@@ -92,8 +92,7 @@ def _kernel(
             w = tl.load(
                 w_ptr + safe_cols[None, :] * D + (k + ks)[:, None], mask=in_k[:, None], other=0.0
             )
-            # columns past D meet zeros of w, but Inf or NaN would not cancel: mask them
-            y = tl.where(mask, (x - mean[:, None]) * rstd[:, None] * nw[None, :] + nb[None, :], 0.0)
+            y = (x - mean[:, None]) * rstd[:, None] * nw[None, :] + nb[None, :]
             acc = tl.dot(y.to(w.dtype), w, acc, input_precision="ieee")
         if b_ptr is not None:
             acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
@@ -198,7 +197,7 @@ def classifier(
     heads = _runtime.cast(
         _runtime.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias
     )
-    heads = [t if t is None else t.contiguous() for t in heads]
+    rest = [t if t is None else t.contiguous() for t in (norm_weight, norm_bias, *heads)]
     if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
         x = x[:, : 1 + distilled].contiguous()
-    return _fwd(x, norm_weight, norm_bias, *heads, fusion, eps)
+    return _fwd(x, *rest, fusion, eps)

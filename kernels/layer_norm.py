@@ -9,7 +9,7 @@ Backward, per row, with g = dy * w and dh the gradient arriving at h:
 
 M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
 output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
-there is no residual), weight, and mean and rstd, 8 bytes a row.
+there is no residual) and weight; mean and rstd are recomputed.
 """
 
 import torch
@@ -24,6 +24,11 @@ MAX_N = 8192  # one row is held in registers
 
 
 def layer_norm_reference(x, weight, bias, eps=1e-6):
+    dtype = x.dtype
+    if weight.dtype != dtype and _runtime.autocast_dtype(x) is None:  # torch wants one dtype
+        wide = torch.promote_types(dtype, weight.dtype)
+        x, weight, bias = _runtime.cast(wide, x, weight, bias)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -35,7 +40,7 @@ def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
 @triton.jit
 def _fwd_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr,  # in:  (M, N) (M, N) or None (N,) (N,)
-    y_ptr, h_ptr, mean_ptr, rstd_ptr,  # out: (M, N) (M, N) or None (M,) (M,)
+    y_ptr, h_ptr,  # out: (M, N) (M, N) or None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # int64: M * N may pass 2**31
@@ -57,8 +62,6 @@ def _fwd_kernel(
     b = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
 
     tl.store(y_ptr + offs, diff * rstd[:, None] * w[None, :] + b[None, :], mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 def meta(N: int) -> dict:
@@ -71,10 +74,9 @@ def meta(N: int) -> dict:
 
 def _alloc(x, residual, out_dtype):
     """What forward returns. Also its fake, so the two cannot disagree."""
-    stat = x.new_empty(x.shape[0], dtype=torch.float32)
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
-    return x.new_empty(x.shape, dtype=out_dtype), h, stat, torch.empty_like(stat)
+    return x.new_empty(x.shape, dtype=out_dtype), h
 
 
 @torch.library.custom_op("deit_fast::layer_norm", mutates_args=())
@@ -85,16 +87,16 @@ def _fwd(
     bias: Tensor,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, h, mean, rstd = _alloc(x, residual, out_dtype)
+) -> tuple[Tensor, Tensor]:
+    y, h = _alloc(x, residual, out_dtype)
     M, N = x.shape
     config = meta(N)
     if M > 0:
         grid = (triton.cdiv(M, config["BLOCK_M"]),)
         h_out = None if residual is None else h
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _fwd_kernel[grid](x, residual, weight, bias, y, h_out, mean, rstd, M, N, eps, **config)
-    return y, h, mean, rstd
+            _fwd_kernel[grid](x, residual, weight, bias, y, h_out, M, N, eps, **config)
+    return y, h
 
 
 @_fwd.register_fake
@@ -103,21 +105,21 @@ def _(x, residual, weight, bias, eps, out_dtype):
 
 
 def _save(ctx, inputs, output):
-    x, residual, weight, bias = inputs[:4]
-    _, h, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+    x, residual, weight, bias, ctx.eps, _ = inputs
+    ctx.save_for_backward(x if residual is None else output[1], weight)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
 
 
-def _backward(ctx, dy, dh, _dmean, _drstd):
-    h, weight, mean, rstd = ctx.saved_tensors
+def _backward(ctx, dy, dh):
+    h, weight = (t.float() for t in ctx.saved_tensors)
     x_dtype, res_dtype, w_dtype, b_dtype = ctx.dtypes
     dy = dy.float()
-    xhat = (h.float() - mean[:, None]) * rstd[:, None]
-    g = dy * weight.float()
+    var, mean = torch.var_mean(h, 1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + ctx.eps)
+    xhat = (h - mean) * rstd
+    g = dy * weight
     dx = g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True)
-    dx = dx * rstd[:, None]
+    dx = dx * rstd
     if res_dtype is not None:
         dx = dx + dh.float()
     dres = None if res_dtype is None else dx.to(res_dtype)
@@ -133,7 +135,8 @@ def _checked_rows(op, x, residual, weight, bias):
     if not 0 < N <= MAX_N:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, want (..., N) with 0 < N <= {MAX_N}")
     _runtime.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
-    return [None if t is None else t.reshape(-1, N).contiguous() for t in (x, residual)]
+    rows = [None if t is None else t.reshape(-1, N).contiguous() for t in (x, residual)]
+    return *rows, weight.contiguous(), bias.contiguous()
 
 
 def layer_norm(
@@ -151,7 +154,7 @@ def layer_norm(
     for shapes and devices that do not fit. `implementation`: "auto" | "triton" | "torch".
     """
     chosen = _runtime.resolve("layer_norm", x, implementation)
-    rows, _ = _checked_rows("layer_norm", x, None, weight, bias)
+    rows, _, weight, bias = _checked_rows("layer_norm", x, None, weight, bias)
     if chosen == "torch":
         y = layer_norm_reference(x, weight, bias, eps)
         return y if out_dtype is None else y.to(out_dtype)
@@ -175,11 +178,11 @@ def add_layer_norm(
     result has the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
     """
     chosen = _runtime.resolve("add_layer_norm", x, implementation)
-    x2, res2 = _checked_rows("add_layer_norm", x, residual, weight, bias)
+    x2, res2, weight, bias = _checked_rows("add_layer_norm", x, residual, weight, bias)
     if chosen == "torch":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out_dtype = torch.promote_types(x.dtype, residual.dtype)
     if _runtime.autocast_dtype(x) is not None:
         out_dtype = torch.float32
-    y, h, _, _ = _fwd(x2, res2, weight, bias, eps, out_dtype)
+    y, h = _fwd(x2, res2, weight, bias, eps, out_dtype)
     return y.view(x.shape), h.view(x.shape)

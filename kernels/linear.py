@@ -209,7 +209,10 @@ def _backward(ctx, dy):
     x, weight, bias, layer_scale, row_scale = ctx.saved_tensors
     dz = dy.float()
     if row_scale is not None:
-        dz = dz * row_scale.float().repeat_interleave(x.shape[0] // row_scale.shape[0])[:, None]
+        dz = (
+            dz
+            * row_scale.float().repeat_interleave(x.shape[0] // max(row_scale.shape[0], 1))[:, None]
+        )
     dlayer_scale = None
     gelu = ctx.activation == "gelu"
     z = F.linear(x, weight, bias).float() if gelu or layer_scale is not None else None
@@ -268,8 +271,7 @@ def linear(
         return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
     x, weight, bias = _runtime.cast(dtype, x, weight, bias)
     x2 = x.reshape(-1, K).contiguous()
-    res2 = None if residual is None else residual.reshape(-1, N).contiguous()
-    y = _fwd(
-        x2, weight.contiguous(), bias, res2, layer_scale, row_scale, activation, chosen
-    )  # fmt: skip
+    res2 = None if residual is None else residual.reshape(-1, N)
+    rest = (weight, bias, res2, layer_scale, row_scale)
+    y = _fwd(x2, *(t if t is None else t.contiguous() for t in rest), activation, chosen)
     return y.view(*lead, N)

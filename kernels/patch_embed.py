@@ -13,7 +13,7 @@ where u - 128 is exact in every dtype and centred enough to cost no accuracy.
 Backward: dW and dbias are the convolution's, dpos = sum_batch(dtokens), dprefix likewise; a float
 image gets its gradient too. B images of C channels in a grid of GH x GW patches of PH x PW pixels,
 D features, T prefix tokens; M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to
-the promoted dtype of weight and position embedding. Saved for backward: image and weight.
+the promoted dtype of weight, positions and prefix. Saved for backward: image and weight.
 """
 
 import torch
@@ -25,10 +25,16 @@ from torch.nn import functional as F
 from . import _runtime
 
 
+def _channels(values, like):
+    """(C,) fp32 on like's device, by fills: a copy from the host would break a CUDA graph."""
+    fills = [torch.full((), v, dtype=torch.float32, device=like.device) for v in values]
+    return torch.stack(fills)
+
+
 def normalize_reference(image, mean, std, dtype=torch.float32):
     """uint8 (B, H, W, C) -> float (B, C, H, W): (image / 255 - mean) / std, in fp32 or better."""
     wide = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.tensor(t, dtype=wide, device=image.device) for t in (mean, std))
+    mean, std = _channels(mean, image), _channels(std, image)
     return ((image.to(wide) / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
 
 
@@ -38,12 +44,12 @@ def patch_embed_reference(
     if image.dtype == torch.uint8:
         image = normalize_reference(image, mean, std, weight.dtype)
     tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-    T = 0 if prefix_tokens is None else len(prefix_tokens)
-    covers_prefix = pos_embed is not None and len(pos_embed) == T + tokens.shape[1]
+    T = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    covers_prefix = pos_embed is not None and pos_embed.shape[0] == T + tokens.shape[1]
     if pos_embed is not None and not covers_prefix:
         tokens = tokens + pos_embed
     if T:
-        tokens = torch.cat((prefix_tokens.expand(len(image), -1, -1).to(tokens), tokens), dim=1)
+        tokens = torch.cat((prefix_tokens.expand(image.shape[0], -1, -1), tokens), dim=1)
     return tokens + pos_embed if covers_prefix else tokens
 
 
@@ -140,14 +146,15 @@ def _alloc(image, weight, pos_embed, prefix_tokens):
     """What forward returns. Also its fake, so the two cannot disagree."""
     B, _, GH, GW, T = _sizes(image, weight, prefix_tokens)
     dtype = weight.dtype
-    if pos_embed is not None:
-        dtype = torch.promote_types(dtype, pos_embed.dtype)
+    for added in (pos_embed, prefix_tokens):
+        if added is not None:
+            dtype = torch.promote_types(dtype, added.dtype)
     return weight.new_empty((B, T + GH * GW, weight.shape[0]), dtype=dtype)
 
 
 def _fold_normalization(weight, bias, mean, std):
     """W' (D, PH, PW, C) for bytes minus 128, and its bias (D,) in fp32."""
-    mean, std = (torch.tensor(t, device=weight.device).view(-1, 1, 1) for t in (mean, std))
+    mean, std = (_channels(t, weight).view(-1, 1, 1) for t in (mean, std))
     scaled = weight.float() / std
     shift = (scaled * (128 / 255 - mean)).sum((1, 2, 3))
     folded = (scaled / 255).to(weight.dtype).permute(0, 2, 3, 1).contiguous()
@@ -238,7 +245,7 @@ def patch_embed(
     C) normalised with `mean` and `std` (C values each, in units of [0, 1] images; required then).
     weight (D, C, PH, PW), 1 <= C <= 4; H and W are multiples of PH and PW. bias (D,).
     prefix_tokens (T, D). pos_embed (T + n, D), or (n, D) where the prefix tokens have no position;
-    n = H W / (PH PW). Returns (B, T + n, D) in the promoted dtype of weight and pos_embed.
+    n = H W / (PH PW). Returns (B, T + n, D) in the promoted dtype of weight, pos_embed and prefix.
     `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes, devices and
     missing mean or std, TypeError for dtypes that do not fit.
     """

@@ -113,6 +113,39 @@ def test_every_problem_is_listed(source, tmp_path):
     assert "broken.pth does not fit VisionTransformerDistilled" in lines[0]
 
 
+def test_a_grid_that_is_not_square_but_as_long_survives_a_round_trip(tmp_path):
+    options = {"img_size": (32, 128)}  # 2 x 8 patches, as many as 4 x 4
+    model = build(**options)
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    again = build(checkpoint=tmp_path / "wide.pth", **options)
+    torch.testing.assert_close(again.pos_embed, model.pos_embed, rtol=0, atol=0)
+
+
+def test_models_that_are_no_vision_transformer_load_too(tmp_path):
+    options = {"backend": "torch", "depth": 1, "img_size": 64, "num_classes": 5}
+    model = deit_fast.create_model("cait_xxs24_224", **options)
+    torch.save(model.state_dict(), tmp_path / "cait.pth")
+    again = deit_fast.create_model("cait_xxs24_224", checkpoint=tmp_path / "cait.pth", **options)
+    torch.testing.assert_close(again.pos_embed, model.pos_embed, rtol=0, atol=0)
+
+
+def test_damaged_files_never_escape_as_another_error(path):
+    """Bytes changed at random, in the pickle and the archive's directory."""
+    whole = bytearray(path.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        damaged = whole[:]
+        for start in (0, len(whole) - 3000):
+            at = start + torch.randint(0, 3000, (20,), generator=generator)
+            for i in at.tolist():
+                damaged[i] = torch.randint(0, 256, (1,), generator=generator).item()
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert "model.pth" in str(error) and len(str(error).splitlines()) == 1
+
+
 def test_a_distilled_checkpoint_does_not_fit_a_plain_model(path):
     with pytest.raises(ValueError, match="unexpected: dist_token"):
         deit_fast.create_model("deit_tiny", checkpoint=path, backend="torch", **TINY)

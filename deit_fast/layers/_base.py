@@ -27,7 +27,17 @@ def is_identity(module: nn.Module | None) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    """A plain Linear whose weight is a parameter, and not recomputed by a hook (pruning)."""
+    return type(module) is nn.Linear and "weight" in module._parameters
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether one of these modules has to be called: it has a hook, or a forward of its own."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in modules
+    )  # fmt: skip
 
 
 def is_exact_gelu(module: nn.Module) -> bool:
@@ -37,10 +47,11 @@ def is_exact_gelu(module: nn.Module) -> bool:
 
 def weights(module: nn.Module):
     """weight and bias of a Linear that a fused operation reads without calling the module. Anything
-    put in its place after the swap (an adapter, a quantised layer) would be skipped: refuse it."""
-    if type(module) is not nn.Linear:
+    put in its place after the swap (an adapter, a quantised or pruned layer) would be skipped:
+    refuse it."""
+    if not is_linear(module):
         raise TypeError(
-            "a fused operation reads the parameters of an nn.Linear and found "
+            "a fused operation reads the parameters of an nn.Linear and found a changed "
             f"{type(module).__name__}: call deit_fast.restore(model) before replacing its layers, "
             "and accelerate it afterwards"
         )

@@ -22,7 +22,9 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
     @classmethod
     def why_not(cls, module):
         proj = module.proj
-        if type(proj) is not nn.Conv2d or proj.kernel_size != proj.stride or proj.groups != 1:
+        if type(proj) is not nn.Conv2d or "weight" not in proj._parameters:
+            return "proj is not a plain nn.Conv2d"
+        if proj.kernel_size != proj.stride or proj.groups != 1:
             return "proj is not a convolution of disjoint patches"
         if proj.in_channels > 4:
             return f"{proj.in_channels} input channels, the kernel takes 1 to 4"
@@ -46,13 +48,15 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
         # a batch whose layout is wrong altogether is for the kernel's own checks to name
         first, channels = (1, 3) if image.dtype == torch.uint8 else (2, 1)
         strict = self.img_size is not None and self.strict_img_size
-        if strict and image.dim() == 4 and image.shape[channels] == self.proj.in_channels:
+        well_formed = image.dim() == 4 and image.shape[channels] == self.proj.in_channels
+        if well_formed and strict:
             size = tuple(image.shape[first : first + 2])
             if size != tuple(self.img_size):
                 got, want = (" x ".join(map(str, s)) for s in (size, self.img_size))
                 raise ValueError(f"image is {got}, the model was built for {want}")
+        if well_formed and (strict or self.img_size is None):
             for dim, patch in zip((first, first + 1), self.patch_size, strict=True):
-                # a strict size may leave a margin that no patch covers
+                # as the convolution: a margin that fills no patch is left out
                 image = image.narrow(dim, 0, image.shape[dim] // patch * patch)
         return kernels.patch_embed(
             image, self.proj.weight, self.proj.bias, pos_embed, prefix_tokens, mean, std,

@@ -10,7 +10,7 @@ from torch import nn
 from deit_fast import kernels
 from deit_fast.kernels.classifier import fuse
 
-from ._base import Fast, is_identity
+from ._base import Fast, is_identity, is_linear, is_watched
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
@@ -22,7 +22,7 @@ class _Fast(Fast):
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Image -> (B, T + n, D): patches, positions and prefix tokens."""
-        if type(self.patch_embed) is not PatchEmbed:
+        if type(self.patch_embed) is not PatchEmbed or is_watched(self.patch_embed):
             return self.patch_drop(self._pos_embed(self.patch_embed(image)))
         mean = std = None
         if image.dtype == torch.uint8:
@@ -77,17 +77,22 @@ class _Fast(Fast):
     def _heads(self) -> list[nn.Module]:
         return [self.head]
 
+    def _final_norms(self) -> list[nn.Module]:
+        return [self.norm, self.fc_norm]
+
     def _classifier_operands(self) -> dict | None:
         """What `kernels.classifier` needs, or None where only timm's general path is right."""
         if self.training or torch.is_grad_enabled() or not len(self.blocks):
             return None
         if self.global_pool != "token" or self.attn_pool is not None:
             return None
-        norms = [n for n in (self.norm, self.fc_norm) if not is_identity(n)]
+        norms = [n for n in self._final_norms() if not is_identity(n)]
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if any(type(head) is not nn.Linear for head in heads):
+        if not all(map(is_linear, heads)) or self.head_drop.training and self.head_drop.p > 0:
+            return None
+        if is_watched(self.blocks[-1], *norms, self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
@@ -119,6 +124,9 @@ class VisionTransformerDistilled(_Fast, timm_deit.VisionTransformerDistilled):
     def _heads(self):
         return [self.head, self.head_dist]
 
+    def _final_norms(self):
+        return [self.norm]  # timm's distilled forward_head has no fc_norm
+
     def _classifier_operands(self):
         operands = super()._classifier_operands()
         return operands and operands | {"fusion": self.heads}
@@ -126,7 +134,7 @@ class VisionTransformerDistilled(_Fast, timm_deit.VisionTransformerDistilled):
     def forward_head(self, x, pre_logits=False):
         if self.training or pre_logits or self.heads == "joint":
             return super().forward_head(x, pre_logits=pre_logits)
-        logits = [head(x[:, t]) for t, head in enumerate(self._heads())]
+        logits = [head(self.head_drop(x[:, t])) for t, head in enumerate(self._heads())]
         if self.heads != "joint_softmax":
             logits = [logits[("class", "distill").index(self.heads)]]
         return fuse(self.heads, logits)

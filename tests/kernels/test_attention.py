@@ -70,6 +70,29 @@ def test_keys_masked_by_minus_infinity(device):
     torch.testing.assert_close(got, attention_reference(**inputs))
 
 
+def test_a_query_without_keys_gets_zero(device):
+    inputs = make_inputs(1, 1, 5, 20, 32, bias=True, device=device)
+    inputs["bias"][:, 1] = -torch.inf
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    got, want = triton_attention(**inputs), attention_reference(**inputs)
+    assert not got[0, 1].any() and not got.isnan().any()
+    torch.testing.assert_close(got, want)
+    for grad in torch.autograd.grad(got.square().sum(), leaves):
+        assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("layout", ["head first", "batch last"])
+def test_any_strides(layout, device):
+    torch.manual_seed(0)
+    order = {"head first": (2, 0, 1, 3), "batch last": (1, 2, 0, 3)}[layout]
+    back = [order.index(i) for i in range(4)]
+    q, k, v = torch.randn(3, 2, 33, 3, 32, device=device).unbind()
+    views = [t.permute(order).contiguous().permute(back) for t in (q, k, v)]
+    assert not views[0].is_contiguous()
+    want = triton_attention(q, k, v)
+    torch.testing.assert_close(triton_attention(*views), want, rtol=0, atol=0)
+
+
 def test_nan_reaches_its_own_head_and_row_only(device):
     inputs = make_inputs(2, 2, 9, 9, 32, device=device)
     inputs["q"][0, 4, 1] = torch.nan
@@ -81,6 +104,8 @@ def test_autocast(device):
     inputs = make_inputs(1, 2, 20, 20, 32, device=device)
     with torch.autocast(device, FP16):
         assert triton_attention(**inputs).dtype == attention_reference(**inputs).dtype == FP16
+        inputs["k"] = inputs["k"].half()
+        assert triton_attention(**inputs).dtype == FP16
 
 
 def test_op_contract(device):

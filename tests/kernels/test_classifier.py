@@ -66,6 +66,9 @@ def test_prefix_rows_of_a_wider_buffer(device):
     torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
     inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+    for name in ("norm_weight", "norm_bias", "head_bias", "dist_bias"):
+        inputs[name] = inputs[name].repeat_interleave(2)[::2]
+    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
 
 
 def test_autocast(device):

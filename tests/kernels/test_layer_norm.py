@@ -68,6 +68,19 @@ def test_non_contiguous_input(device):
     got = add_layer_norm(x, residual, inputs["weight"], inputs["bias"], implementation="triton")
     want = add_layer_norm_reference(x, residual, inputs["weight"], inputs["bias"])
     torch.testing.assert_close(got, want)
+    strided = [inputs[k].repeat_interleave(2)[::2] for k in ("weight", "bias")]
+    got = add_layer_norm(x, residual, *strided, implementation="triton")
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+def test_weights_of_another_dtype(implementation, device):
+    inputs = make_inputs((7, 64), device)
+    x = inputs.pop("x")
+    want = layer_norm(x.half().float(), **inputs, implementation="torch")
+    got = layer_norm(x.half(), **inputs, implementation=implementation)
+    assert got.dtype == FP16
+    torch.testing.assert_close(got, want.half(), atol=2e-3, rtol=2e-3)
 
 
 def test_nan_stays_in_its_row(device):

@@ -88,6 +88,24 @@ def test_non_contiguous_input(device):
     torch.testing.assert_close(got, linear_reference(x, weight, residual=residual))
 
 
+def test_strided_vectors(device):
+    inputs = make_inputs(
+        M=12, S=4, K=64, N=48, residual=True, layer_scale=True, row_scale=True, device=device
+    )
+    inputs |= {k: inputs[k].repeat_interleave(2)[::2] for k in ("bias", "layer_scale")}
+    inputs["row_scale"] = torch.full((1,), 0.5, device=device).expand(4)
+    got = linear(**inputs, implementation="triton")
+    torch.testing.assert_close(got, linear_reference(**inputs))
+
+
+def test_empty_batch_with_stochastic_depth(device):
+    inputs = make_inputs(M=4, S=2, K=64, N=48, row_scale=True, device=device)
+    weight = inputs["weight"].requires_grad_()
+    inputs |= {"x": inputs["x"][:0], "row_scale": inputs["row_scale"][:0]}
+    (grad,) = torch.autograd.grad(linear(**inputs, implementation="triton").sum(), weight)
+    assert not grad.any()
+
+
 def test_nan_stays_in_its_row(device):
     inputs = make_inputs(M=70, S=1, K=64, N=48, device=device)
     inputs["x"][0, 3, 5] = torch.nan

@@ -95,6 +95,16 @@ def test_autocast_keeps_the_stream_in_fp32(device):
     assert_as_accurate(got, torchs, exact)
 
 
+def test_prefix_tokens_carry_their_dtype(device):
+    """Without positions the class token keeps the stream in fp32 under autocast, as in timm."""
+    inputs = make_inputs(2, (32, 32), (16, 16), 3, 64, 2, True, device=device)
+    del inputs["pos_embed"]
+    with torch.autocast(device, FP16):
+        got, want = triton_patch_embed(**inputs), patch_embed_reference(**inputs)
+    assert got.dtype == want.dtype == FP32
+    torch.testing.assert_close(got, want, atol=5e-3, rtol=5e-3)
+
+
 def test_op_contract(device):
     inputs = make_inputs(1, (32, 32), (16, 16), 3, 32, 2, True, device=device)
     tensors = [t.requires_grad_() for t in inputs.values()]

@@ -35,6 +35,21 @@ def test_fp32_products_are_not(op):
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
+def test_float64_is_not_tritons(op):
+    assert _runtime.choose(op, H100, torch.float64).implementation == "torch"
+
+
+def test_autocast_decides_with_its_own_dtype(monkeypatch):
+    seen = []
+    choice = lambda op, chip, dtype: seen.append((op, dtype)) or _runtime.Choice("torch", "")  # noqa: E731
+    monkeypatch.setattr(_runtime, "choose", choice)
+    with torch.autocast("cpu", FP16):
+        for op in ("linear", "layer_norm"):
+            _runtime.resolve(op, torch.zeros(1), "auto")
+    assert seen == [("linear", FP16), ("layer_norm", FP32)]
+
+
+@pytest.mark.parametrize("op", EVERY_OP)
 def test_every_choice_has_a_reason(op):
     for chip in (None, (6, 1), V100, A100, H100):
         for dtype in _runtime.DTYPES:

@@ -9,6 +9,7 @@ import timm
 import torch
 from modelling import TINY, images, tiny_pair
 from torch import nn
+from torch.nn.utils import prune
 
 import deit_fast
 from deit_fast import layers
@@ -128,8 +129,24 @@ def test_a_layer_replaced_after_the_swap_is_refused_not_skipped():
         pass
 
     fast.blocks[1].mlp.fc1 = Adapter(64, 256)
-    with pytest.raises(TypeError, match="found Adapter: call deit_fast.restore"):
+    with pytest.raises(TypeError, match="found a changed Adapter: call deit_fast.restore"):
         fast(images(fast))
+
+
+def test_a_pruned_layer_is_refused_not_skipped():
+    """Pruning recomputes the weight in a hook of the layer, which a fused operation never calls."""
+    _, fast = tiny_pair()
+    prune.l1_unstructured(fast.blocks[0].attn.qkv, "weight", 0.5)
+    with pytest.raises(TypeError, match="found a changed Linear"):
+        fast(images(fast))
+    reference, other = tiny_pair()
+    deit_fast.restore(other)
+    for model in (reference, other):
+        prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5)
+    report = deit_fast.accelerate(other)
+    assert [m.name for m in report.left] == ["blocks.0.attn", "blocks.0"]
+    x = images(reference)
+    torch.testing.assert_close(other(x), reference(x), atol=1e-5, rtol=1e-4)
 
 
 def test_classes_build_as_timms_do():
