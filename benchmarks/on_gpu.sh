@@ -15,7 +15,7 @@ python3 -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)
 
 case $stage in
 correctness)
-    python3 -m pytest -q -m "gpu or not gpu" tests/kernels tests/layers tests/test_checkpoint.py \
+    python3 -m pytest -q -n 8 tests/kernels tests/layers tests/test_checkpoint.py \
         tests/test_cli.py 2>&1 | tee "$out/correctness.log"
     ;;
 sanitize)

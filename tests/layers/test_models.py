@@ -220,13 +220,15 @@ def test_hooks_on_the_models_own_modules_fire(name):
     x = images(reference)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
+    if name == "head_drop" and id(reference) not in seen:
+        pytest.skip("this timm's distilled head has no dropout")
     torch.testing.assert_close(seen[id(fast)], seen[id(reference)], atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_left_on_in_eval_stays_on():
-    """Monte-Carlo dropout, for every choice of heads."""
+    """Monte-Carlo dropout, in timm's path and in that of a single head."""
     for heads in ("joint", "class"):
-        _, fast = tiny_pair(drop_rate=0.5)
+        _, fast = tiny_pair(drop_rate=0.5, distilled=heads == "class")
         deit_fast.set_heads(fast, heads)
         x = images(fast)
         with torch.no_grad():
