@@ -134,8 +134,8 @@ def meta(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], proces
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     # 128x128 in 8 warps: two CTAs a multiprocessor, one runs its epilogue behind the other's
     # product. Four warps, or 128x256 in eight, spill with the erf epilogue.
-    large = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if hopper else 32, "num_warps": 8}
-    large |= {"num_stages": 3 if hopper else 4}
+    depth = {"BLOCK_K": 64, "num_stages": 3} if hopper else {"BLOCK_K": 32, "num_stages": 4}
+    large = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8} | depth
     # N = 192 and its like: 128 columns would idle a quarter of the last tile.
     narrow = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
@@ -209,10 +209,8 @@ def _backward(ctx, dy):
     x, weight, bias, layer_scale, row_scale = ctx.saved_tensors
     dz = dy.float()
     if row_scale is not None:
-        dz = (
-            dz
-            * row_scale.float().repeat_interleave(x.shape[0] // max(row_scale.shape[0], 1))[:, None]
-        )
+        rows_per_sample = x.shape[0] // max(row_scale.shape[0], 1)
+        dz = dz * row_scale.float().repeat_interleave(rows_per_sample)[:, None]
     dlayer_scale = None
     gelu = ctx.activation == "gelu"
     z = F.linear(x, weight, bias).float() if gelu or layer_scale is not None else None

@@ -101,14 +101,13 @@ def _kernel(
         w_ptrs += BLOCK_K
 
     in_cols = cols < D
+    mask = in_rows[:, None] & in_cols[None, :]
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if pos_ptr is not None:
         pos_offs = (POS_T + patch)[:, None] * D + cols[None, :]
-        mask = in_rows[:, None] & in_cols[None, :]
         acc += tl.load(pos_ptr + pos_offs, mask=mask, other=0.0).to(tl.float32)
     y_rows = sample * (T + patches) + T + patch
-    mask = in_rows[:, None] & in_cols[None, :]
     tl.store(y_ptr + y_rows[:, None] * D + cols[None, :], acc, mask=mask)
 
     # Whoever holds an image's first patch writes its prefix rows.
@@ -206,7 +205,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy):
     image, weight = ctx.saved_tensors
-    _, _, GH, GW, T = _sizes(image, weight, None)[:4] + (ctx.T,)
+    _, _, GH, GW, _ = _sizes(image, weight, None)
+    T = ctx.T
     wants_image = image.dtype != torch.uint8
     if not wants_image:
         image = normalize_reference(image, ctx.mean, ctx.std, weight.dtype)
