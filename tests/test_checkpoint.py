@@ -129,21 +129,16 @@ def test_models_that_are_no_vision_transformer_load_too(tmp_path):
     torch.testing.assert_close(again.pos_embed, model.pos_embed, rtol=0, atol=0)
 
 
-def test_damaged_files_never_escape_as_another_error(path):
-    """Bytes changed at random, in the pickle and the archive's directory."""
-    whole = bytearray(path.read_bytes())
+def test_damaged_files_never_escape_as_another_error(tmp_path):
+    """Pickles of random bytes: the unpickler runs them and stumbles in every way it knows."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        damaged = whole[:]
-        for start in (0, len(whole) - 3000):
-            at = start + torch.randint(0, 3000, (20,), generator=generator)
-            for i in at.tolist():
-                damaged[i] = torch.randint(0, 256, (1,), generator=generator).item()
-        path.write_bytes(damaged)
-        try:
+    path = tmp_path / "damaged.pth"
+    for length in range(1, 400):
+        junk = torch.randint(0, 256, (length % 40 + 1,), generator=generator).tolist()
+        path.write_bytes(b"\x80\x02" + bytes(junk))
+        with pytest.raises(ValueError, match="damaged.pth") as error:
             read_checkpoint(path)
-        except ValueError as error:
-            assert "model.pth" in str(error) and len(str(error).splitlines()) == 1
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_distilled_checkpoint_does_not_fit_a_plain_model(path):
