@@ -7,6 +7,7 @@ from torch import nn
 
 from .checkpoint import load_state, read_checkpoint
 from .kernels.classifier import FUSIONS
+from .layers import VisionTransformerDistilled
 from .swap import accelerate
 
 NAMES = {
@@ -64,7 +65,7 @@ def set_heads(model: nn.Module, heads: str) -> None:
     than "joint"."""
     if heads not in FUSIONS:
         raise ValueError(f"heads: {heads!r}, want one of {FUSIONS}")
-    if hasattr(type(model), "heads"):
+    if isinstance(model, VisionTransformerDistilled):
         model.heads = heads
     elif heads != "joint":
         raise ValueError(f"heads: {heads!r}, but {type(model).__name__} has one head")

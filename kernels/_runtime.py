@@ -106,14 +106,11 @@ def cast(dtype: torch.dtype | None, *tensors):
 
 def expect(op: str, x: torch.Tensor, dtype: torch.dtype | None = None, /, **arguments):
     """Raise ValueError or TypeError unless each `name=(tensor, shape)` has that shape, is on x's
-    device and (if given) has `dtype`. A tensor of None passes; None in a shape is any size."""
+    device and (if given) has `dtype`. A tensor of None passes."""
     for name, (t, shape) in arguments.items():
         if t is None:
             continue
-        same = len(t.shape) == len(shape) and all(
-            want is None or got == want for got, want in zip(t.shape, shape, strict=True)
-        )
-        if not same:
+        if t.shape != torch.Size(shape):
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, want {tuple(shape)}")
         if t.device != x.device:
             raise ValueError(f"{op}: {name} is on {t.device}, want {x.device}")

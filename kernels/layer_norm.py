@@ -130,11 +130,16 @@ def _backward(ctx, dy, dh):
 _fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _checked_rows(op, x, residual, weight, bias):
+def _check(op, x, residual, weight, bias):
     N = x.shape[-1] if x.dim() else 0
     if not 0 < N <= MAX_N:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, want (..., N) with 0 < N <= {MAX_N}")
     _runtime.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
+
+
+def _operands(x, residual, weight, bias):
+    """As the kernel reads them: rows and vectors without gaps."""
+    N = x.shape[-1]
     rows = [None if t is None else t.reshape(-1, N).contiguous() for t in (x, residual)]
     return *rows, weight.contiguous(), bias.contiguous()
 
@@ -154,13 +159,13 @@ def layer_norm(
     for shapes and devices that do not fit. `implementation`: "auto" | "triton" | "torch".
     """
     chosen = _runtime.resolve("layer_norm", x, implementation)
-    rows, _, weight, bias = _checked_rows("layer_norm", x, None, weight, bias)
+    _check("layer_norm", x, None, weight, bias)
     if chosen == "torch":
         y = layer_norm_reference(x, weight, bias, eps)
         return y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         out_dtype = x.dtype if _runtime.autocast_dtype(x) is None else torch.float32
-    return _fwd(rows, None, weight, bias, eps, out_dtype)[0].view(x.shape)
+    return _fwd(*_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -178,11 +183,11 @@ def add_layer_norm(
     result has the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
     """
     chosen = _runtime.resolve("add_layer_norm", x, implementation)
-    x2, res2, weight, bias = _checked_rows("add_layer_norm", x, residual, weight, bias)
+    _check("add_layer_norm", x, residual, weight, bias)
     if chosen == "torch":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out_dtype = torch.promote_types(x.dtype, residual.dtype)
     if _runtime.autocast_dtype(x) is not None:
         out_dtype = torch.float32
-    y, h = _fwd(x2, res2, weight, bias, eps, out_dtype)
+    y, h = _fwd(*_operands(x, residual, weight, bias), eps, out_dtype)
     return y.view(x.shape), h.view(x.shape)

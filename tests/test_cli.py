@@ -44,7 +44,10 @@ def test_demo_agrees_and_says_what_ran(capsys):
 
 def test_demo_fails_when_the_models_disagree(monkeypatch, capsys):
     real = deit_fast.layers.Mlp.forward
-    wrong = lambda self, x, **kwargs: 1.001 * real(self, x, **kwargs)  # noqa: E731
+
+    def wrong(self, x, **kwargs):
+        return 1.001 * real(self, x, **kwargs)
+
     monkeypatch.setattr(deit_fast.layers.Mlp, "forward", wrong)
     assert main(["demo", "--batch", "1"]) == 1
     assert "disagrees" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
 
 
-class _Fast(Fast):
+class FastTransformer(Fast):
     """Images are float (B, C, H, W), or uint8 (B, H, W, C), normalised with the mean and std of the
     model's `pretrained_cfg`."""
 
@@ -101,13 +101,13 @@ class _Fast(Fast):
         return operands
 
 
-class VisionTransformer(_Fast, timm_vit.VisionTransformer):
+class VisionTransformer(FastTransformer, timm_vit.VisionTransformer):
     """timm's VisionTransformer (ViT, DeiT, DeiT-III)."""
 
     timm_class = timm_vit.VisionTransformer
 
 
-class VisionTransformerDistilled(_Fast, timm_deit.VisionTransformerDistilled):
+class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled: class and distillation token, a head for each.
 
     `heads` says what inference returns: "joint" (mean of the logits, as timm), "joint_softmax"

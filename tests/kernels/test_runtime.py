@@ -41,7 +41,11 @@ def test_float64_is_not_tritons(op):
 
 def test_autocast_decides_with_its_own_dtype(monkeypatch):
     seen = []
-    choice = lambda op, chip, dtype: seen.append((op, dtype)) or _runtime.Choice("torch", "")  # noqa: E731
+
+    def choice(op, chip, dtype):
+        seen.append((op, dtype))
+        return _runtime.Choice("torch", "")
+
     monkeypatch.setattr(_runtime, "choose", choice)
     with torch.autocast("cpu", FP16):
         for op in ("linear", "layer_norm"):

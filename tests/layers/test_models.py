@@ -198,6 +198,15 @@ def test_features_and_intermediates():
     )
 
 
+def test_patch_embed_of_any_size_leaves_a_margin_out():
+    reference = timm.layers.PatchEmbed(img_size=None, patch_size=16, embed_dim=32)
+    fast = copy.deepcopy(reference)
+    deit_fast.accelerate(fast, "torch")
+    x = torch.randn(2, 3, 40, 56)
+    assert fast(x).shape == (2, 6, 32)
+    torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
+
+
 def test_features_only_wrapper():
     options = {"features_only": True, "depth": 3, "img_size": 64, "out_indices": (0, 2)}
     reference = randomize(timm.create_model("deit_tiny_patch16_224", **options)).eval()
@@ -215,7 +224,10 @@ def test_hooks_on_the_models_own_modules_fire(name):
     reference, fast = tiny_pair()
     seen = {}
     for model in (reference, fast):
-        hook = lambda module, args, out, model=model: seen.setdefault(id(model), out)  # noqa: E731
+
+        def hook(module, args, out, model=model):
+            seen.setdefault(id(model), out)
+
         model.get_submodule(name).register_forward_hook(hook)
     x = images(reference)
     with torch.no_grad():
