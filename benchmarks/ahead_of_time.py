@@ -97,7 +97,7 @@ def _layer_norm(arch):
                 moved = M * D * dtype.itemsize * (4 if residual else 2)
                 label = f"{'add, ' if residual else ''}D = {D}, {TRITON_TYPE[dtype]}"
                 yield Case(
-                    "layer_norm", label, "_fwd_kernel", arch, half | extra | sizes, {}, meta,
+                    "layer_norm", label, "_layer_norm_kernel", arch, half | extra | sizes, {}, meta,
                     moved, 0, False,
                 )  # fmt: skip
 
@@ -126,8 +126,8 @@ def _epilogue(arch):
             N = 1536 if activation == "gelu" else 384
             passes = 2 + (pointers["res_ptr"] is not None)
             yield Case(
-                "linear", f"behind cuBLAS: {name}, {TRITON_TYPE[dtype]}", "_epilogue_kernel", arch,
-                signature, {"ACTIVATION": activation}, meta,
+                "linear", f"behind cuBLAS: {name}, {TRITON_TYPE[dtype]}",
+                "_linear_epilogue_kernel", arch, signature, {"ACTIVATION": activation}, meta,
                 BATCH * TOKENS * N * dtype.itemsize * passes, 0, False,
             )  # fmt: skip
 
@@ -146,7 +146,7 @@ def _linear(arch):
                 tile = f"{meta['BLOCK_M']}x{meta['BLOCK_N']}x{meta['BLOCK_K']}"
                 elements = M * K + N * K + M * N * (1 + ("res_ptr" in present))
                 yield Case(
-                    "linear", f"{name}, {tile}, {TRITON_TYPE[dtype]}", "_kernel", arch,
+                    "linear", f"{name}, {tile}, {TRITON_TYPE[dtype]}", "_linear_kernel", arch,
                     pointers | sizes, {"ACTIVATION": activation, "EVEN_K": True}, meta,
                     elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
@@ -163,8 +163,8 @@ def _attention(arch):
             signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
             signature |= dict.fromkeys((*strides, "N", "H"), "i32")
             yield Case(
-                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}", "_fwd_kernel",
-                arch, signature, {"L": L, "HEAD_DIM": d}, meta,
+                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}",
+                "_attention_kernel", arch, signature, {"L": L, "HEAD_DIM": d}, meta,
                 BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
             )  # fmt: skip
 
@@ -181,7 +181,7 @@ def _patch_embed(arch):
                 pixels, out = BATCH * 224 * 224 * 3, BATCH * TOKENS * D
                 label = f"D = {D}, {'uint8 NHWC' if nhwc else 'NCHW'}, {TRITON_TYPE[dtype]}"
                 yield Case(
-                    "patch_embed", label, "_kernel", arch, signature, constexprs,
+                    "patch_embed", label, "_patch_embed_kernel", arch, signature, constexprs,
                     OPS["patch_embed"].meta(D, dtype, nhwc),
                     pixels * (1 if nhwc else dtype.itemsize) + (out + 768 * D) * dtype.itemsize,
                     2 * BATCH * 196 * D * 768, dtype != FP32,
@@ -197,8 +197,8 @@ def _classifier(arch):
             signature |= {"B": "i32", "C": "i32", "x_batch": "i32", "eps": "fp32", "factor": "fp32"}
             constexprs = {"D": D, "FIRST": 0, "LAST": 2, "SEPARATE": separate}
             yield Case(
-                "classifier", f"D = {D}, {fusion}, {TRITON_TYPE[dtype]}", "_kernel", arch,
-                signature, constexprs, OPS["classifier"].meta(dtype),
+                "classifier", f"D = {D}, {fusion}, {TRITON_TYPE[dtype]}",
+                "_classifier_kernel", arch, signature, constexprs, OPS["classifier"].meta(dtype),
                 (2 * BATCH * D + 2 * 1000 * D + 1000 * BATCH) * dtype.itemsize,
                 4 * BATCH * 1000 * D, False,
             )  # fmt: skip

@@ -65,7 +65,7 @@ def _attend(
 
 
 @triton.jit
-def _fwd_kernel(
+def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d) (H, N, L) or None
     o_ptr,  # out: (B, N, H, d), contiguous
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
@@ -142,7 +142,7 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> 
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     grid = (B * H * triton.cdiv(N, config["BLOCK_M"]),)
     with torch.cuda.device_of(q):
-        _fwd_kernel[grid](
+        _attention_kernel[grid](
             q, k, v, bias, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **config
         )
     return o

@@ -1,8 +1,16 @@
-"""The shapes that tests and benchmarks share: DeiT's own, and awkward ones.
+"""The shapes that tests and benchmarks share, and the inputs made of them.
 
-Each list holds dicts of keyword arguments for one operation's `make_inputs` in the tests.
+Each list holds dicts of keyword arguments for the operation's `<op>_inputs`: DeiT's shapes cut
+down, and awkward ones. `deit_cases` gives DeiT's own, at any batch size. Inputs are random with
+seed 0, in fp32; keys are the operation's argument names.
 D features, H heads, N tokens, C channels, B images.
 """
+
+from typing import NamedTuple
+
+import torch
+
+MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
 
 LAYER_NORM = [
     {"shape": (1, 192)},
@@ -59,3 +67,137 @@ CLASSIFIER = [
     {"B": 1, "N": 5, "D": 384, "classes": 65},
     {"B": 0, "N": 2, "D": 64, "classes": 10},
 ]
+
+
+def attention_inputs(B, H, N, L, d, bias=False, packed=False, device="cpu"):
+    """packed: q, k, v as views of one (B, L, 3, H, d) product, q the first N rows."""
+    torch.manual_seed(0)
+    if packed:
+        q, k, v = torch.randn(B, L, 3, H, d, device=device).unbind(2)
+        inputs = {"q": q[:, :N], "k": k, "v": v}
+    else:
+        inputs = {
+            name: torch.randn(B, n, H, d, device=device)
+            for name, n in zip("qkv", (N, L, L), strict=True)
+        }
+    if bias:
+        inputs["bias"] = torch.randn(H, N, L, device=device)
+    return inputs
+
+
+def classifier_inputs(B, N, D, classes, distilled=True, device="cpu"):
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(B, N, D, device=device) + 2,
+        "norm_weight": torch.randn(D, device=device),
+        "norm_bias": torch.randn(D, device=device),
+    }
+    for head in ("head", "dist") if distilled else ("head",):
+        inputs[f"{head}_weight"] = torch.randn(classes, D, device=device) / D**0.5
+        inputs[f"{head}_bias"] = torch.randn(classes, device=device)
+    return inputs
+
+
+def layer_norm_inputs(shape, device="cpu"):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device) + 3  # a mean far from zero
+    weight, bias = torch.randn(2, shape[-1], device=device)
+    return {"x": x, "weight": weight, "bias": bias}
+
+
+def layer_norm_mlp_inputs(M, S, D, hidden, scales=True, device="cpu"):
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(S, M // S, D, device=device) + 1,
+        "norm_weight": torch.randn(D, device=device),
+        "norm_bias": torch.randn(D, device=device),
+        "fc1_weight": torch.randn(hidden, D, device=device) / D**0.5,
+        "fc1_bias": torch.randn(hidden, device=device),
+        "fc2_weight": torch.randn(D, hidden, device=device) / hidden**0.5,
+        "fc2_bias": torch.randn(D, device=device),
+        "residual": torch.randn(S, M // S, D, device=device),
+    }
+    if scales:
+        inputs["layer_scale"] = torch.randn(D, device=device)
+        inputs["row_scale"] = torch.randint(0, 2, (S,), device=device) / 0.75
+    return inputs
+
+
+def linear_inputs(
+    M, S, K, N, bias=True, activation="none", residual=False, layer_scale=False, row_scale=False,
+    device="cpu",
+):  # fmt: skip
+    torch.manual_seed(0)
+    shape = (S, M // S)
+    inputs = {
+        "x": torch.randn(*shape, K, device=device),
+        "weight": torch.randn(N, K, device=device) / K**0.5,
+        "activation": activation,
+    }
+    if bias:
+        inputs["bias"] = torch.randn(N, device=device)
+    if residual:
+        inputs["residual"] = torch.randn(*shape, N, device=device)
+    if layer_scale:
+        inputs["layer_scale"] = torch.randn(N, device=device)
+    if row_scale:
+        inputs["row_scale"] = torch.randint(0, 2, (S,), device=device) / 0.75
+    return inputs
+
+
+def patch_embed_inputs(B, size, patch, C, D, T, prefix_pos, uint8=False, device="cpu"):
+    torch.manual_seed(0)
+    n = size[0] // patch[0] * (size[1] // patch[1])
+    inputs = {
+        "image": torch.randn(B, C, *size, device=device),
+        "weight": torch.randn(D, C, *patch, device=device) / (C * patch[0] * patch[1]) ** 0.5,
+        "bias": torch.randn(D, device=device),
+        "pos_embed": torch.randn(n + T * prefix_pos, D, device=device),
+    }
+    if T:
+        inputs["prefix_tokens"] = torch.randn(T, D, device=device)
+    if uint8:
+        inputs["image"] = torch.randint(0, 256, (B, *size, C), dtype=torch.uint8, device=device)
+        inputs |= {"mean": MEAN[:C], "std": STD[:C]}
+    return inputs
+
+
+class Network(NamedTuple):
+    D: int
+    H: int
+    N: int
+    image_size: int
+
+
+DEIT = {  # with class and distillation token
+    "Ti": Network(192, 3, 198, 224),
+    "S": Network(384, 6, 198, 224),
+    "B": Network(768, 12, 198, 224),
+    "B-384": Network(768, 12, 578, 384),
+}
+
+
+def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
+    """What one forward pass of DEIT[network] asks of `op`: label -> arguments of `<op>_inputs`."""
+    D, H, N, size = DEIT[network]
+    rows = {"M": batch * N, "S": batch}
+    image = {"size": (size, size), "patch": (16, 16), "C": 3, "D": D, "T": 2, "prefix_pos": True}
+    return {
+        "layer_norm": {"": {"shape": (batch, N, D)}},
+        "linear": {
+            "qkv": {**rows, "K": D, "N": 3 * D},
+            "proj": {**rows, "K": D, "N": D, "residual": True},
+            "fc1": {**rows, "K": D, "N": 4 * D, "activation": "gelu"},
+            "fc2": {**rows, "K": 4 * D, "N": D, "residual": True},
+        },
+        "attention": {
+            "": {"B": batch, "H": H, "N": N, "L": N, "d": 64, "packed": True},
+            "last block": {"B": batch, "H": H, "N": 2, "L": N, "d": 64, "packed": True},
+        },
+        "patch_embed": {
+            "float NCHW": {"B": batch, **image},
+            "uint8 NHWC": {"B": batch, **image, "uint8": True},
+        },
+        "layer_norm_mlp": {"": {**rows, "D": D, "hidden": 4 * D, "scales": False}},
+        "classifier": {"": {"B": batch, "N": N, "D": D, "classes": 1000}},
+    }[op]

@@ -49,7 +49,7 @@ def _tokens(fusion: str, distilled: bool) -> range:
 
 
 @triton.jit
-def _kernel(
+def _classifier_kernel(
     x_ptr, nw_ptr, nb_ptr, w0_ptr, b0_ptr, w1_ptr, b1_ptr,  # in; b0, w1, b1 may be None
     y_ptr,  # out: (B, classes), or (2, B, classes) where SEPARATE
     B, C, x_batch, eps, factor,
@@ -138,7 +138,7 @@ def _fwd(
     config = meta(head_weight.dtype)
     grid = (triton.cdiv(B, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        _kernel[grid](
+        _classifier_kernel[grid](
             x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, out,
             B, C, x.stride(0), eps, 1.0 / len(tokens),
             D=D, FIRST=tokens[0], LAST=tokens[-1] + 1, SEPARATE=separate, **config,

@@ -38,7 +38,7 @@ def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
 
 
 @triton.jit
-def _fwd_kernel(
+def _layer_norm_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr,  # in:  (M, N) (M, N) or None (N,) (N,)
     y_ptr, h_ptr,  # out: (M, N) (M, N) or None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,7 +95,7 @@ def _fwd(
         grid = (triton.cdiv(M, config["BLOCK_M"]),)
         h_out = None if residual is None else h
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _fwd_kernel[grid](x, residual, weight, bias, y, h_out, M, N, eps, **config)
+            _layer_norm_kernel[grid](x, residual, weight, bias, y, h_out, M, N, eps, **config)
     return y, h
 
 

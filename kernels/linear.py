@@ -75,7 +75,7 @@ def _epilogue(
 
 
 @triton.jit
-def _kernel(
+def _linear_kernel(
     x_ptr, w_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
     y_ptr,  # out: (M, N)
     M, N, K, rows_per_sample,
@@ -106,7 +106,7 @@ def _kernel(
 
 
 @triton.jit
-def _epilogue_kernel(
+def _linear_epilogue_kernel(
     z_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
     y_ptr,  # out: (M, N)
     M, N, rows_per_sample,
@@ -183,12 +183,14 @@ def _fwd(
                 return F.linear(x, weight, bias)
             z, config = F.linear(x, weight), EPILOGUE_META
             grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
-            _epilogue_kernel[grid](z, *extras, y, M, N, rows_per_sample, activation, **config)
+            _linear_epilogue_kernel[grid](
+                z, *extras, y, M, N, rows_per_sample, activation, **config
+            )
         else:
             config = _device_meta(x, N)
             grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
             even = K % config["BLOCK_K"] == 0
-            _kernel[grid](
+            _linear_kernel[grid](
                 x, weight, *extras, y, M, N, K, rows_per_sample, activation, even, **config
             )
     return y

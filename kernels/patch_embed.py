@@ -54,7 +54,7 @@ def patch_embed_reference(
 
 
 @triton.jit
-def _kernel(
+def _patch_embed_kernel(
     image_ptr, w_ptr, b_ptr, pos_ptr, prefix_ptr,  # in; the last three may be None
     y_ptr,  # out: (B, T + GH * GW, D)
     B, D, GH, GW,
@@ -182,7 +182,7 @@ def _fwd(
     config = meta(D, weight.dtype, nhwc)
     tiles = triton.cdiv(B * GH * GW, config["BLOCK_M"]) * triton.cdiv(D, config["BLOCK_N"])
     with torch.cuda.device_of(image):
-        _kernel[(tiles,)](
+        _patch_embed_kernel[(tiles,)](
             image, weight, bias, pos_embed, prefix_tokens, y, B, D, GH, GW,
             C=C, PH=PH, PW=PW, T=T, POS_T=pos_t, NHWC=nhwc, **config,
         )  # fmt: skip

@@ -8,19 +8,9 @@ from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_co
 
 from deit_fast.kernels import attention, attention_reference, cases
 from deit_fast.kernels.attention import _fwd
+from deit_fast.kernels.cases import attention_inputs as make_inputs
 
 triton_attention = partial(attention, implementation="triton")
-
-
-def make_inputs(B, H, N, L, d, bias=False, device="cpu"):
-    torch.manual_seed(0)
-    inputs = {
-        name: torch.randn(B, n, H, d, device=device)
-        for name, n in zip("qkv", (N, L, L), strict=True)
-    }
-    if bias:
-        inputs["bias"] = torch.randn(H, N, L, device=device)
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)

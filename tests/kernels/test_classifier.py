@@ -7,22 +7,10 @@ import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check
 
 from deit_fast.kernels import cases, classifier, classifier_reference
+from deit_fast.kernels.cases import classifier_inputs as make_inputs
 from deit_fast.kernels.classifier import FUSIONS, _fwd
 
 triton_classifier = partial(classifier, implementation="triton")
-
-
-def make_inputs(B, N, D, classes, distilled=True, device="cpu"):
-    torch.manual_seed(0)
-    inputs = {
-        "x": torch.randn(B, N, D, device=device) + 2,
-        "norm_weight": torch.randn(D, device=device),
-        "norm_bias": torch.randn(D, device=device),
-    }
-    for head in ("head", "dist") if distilled else ("head",):
-        inputs[f"{head}_weight"] = torch.randn(classes, D, device=device) / D**0.5
-        inputs[f"{head}_bias"] = torch.randn(classes, device=device)
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)

@@ -13,14 +13,8 @@ from deit_fast.kernels import (
     layer_norm,
     layer_norm_reference,
 )
+from deit_fast.kernels.cases import layer_norm_inputs as make_inputs
 from deit_fast.kernels.layer_norm import _fwd
-
-
-def make_inputs(shape, device="cpu"):
-    torch.manual_seed(0)
-    x = torch.randn(shape, device=device) + 3  # a mean far from zero
-    weight, bias = torch.randn(2, shape[-1], device=device)
-    return {"x": x, "weight": weight, "bias": bias}
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)

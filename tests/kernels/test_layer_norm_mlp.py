@@ -7,26 +7,9 @@ import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
 from deit_fast.kernels import cases, layer_norm_mlp, layer_norm_mlp_reference
+from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
 
 triton_layer_norm_mlp = partial(layer_norm_mlp, implementation="triton")
-
-
-def make_inputs(M, S, D, hidden, scales=True, device="cpu"):
-    torch.manual_seed(0)
-    inputs = {
-        "x": torch.randn(S, M // S, D, device=device) + 1,
-        "norm_weight": torch.randn(D, device=device),
-        "norm_bias": torch.randn(D, device=device),
-        "fc1_weight": torch.randn(hidden, D, device=device) / D**0.5,
-        "fc1_bias": torch.randn(hidden, device=device),
-        "fc2_weight": torch.randn(D, hidden, device=device) / hidden**0.5,
-        "fc2_bias": torch.randn(D, device=device),
-        "residual": torch.randn(S, M // S, D, device=device),
-    }
-    if scales:
-        inputs["layer_scale"] = torch.randn(D, device=device)
-        inputs["row_scale"] = torch.randint(0, 2, (S,), device=device) / 0.75
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)

@@ -7,6 +7,7 @@ import torch
 from checking import BF16, DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
 from deit_fast.kernels import cases, linear, linear_reference
+from deit_fast.kernels.cases import linear_inputs as make_inputs
 from deit_fast.kernels.linear import _fwd, meta
 
 EPILOGUES = {
@@ -18,28 +19,6 @@ EPILOGUES = {
         "activation": "gelu", "residual": True, "layer_scale": True, "row_scale": True,
     },
 }  # fmt: skip
-
-
-def make_inputs(
-    M, S, K, N, bias=True, activation="none", residual=False, layer_scale=False, row_scale=False,
-    device="cpu",
-):  # fmt: skip
-    torch.manual_seed(0)
-    shape = (S, M // S)
-    inputs = {
-        "x": torch.randn(*shape, K, device=device),
-        "weight": torch.randn(N, K, device=device) / K**0.5,
-        "activation": activation,
-    }
-    if bias:
-        inputs["bias"] = torch.randn(N, device=device)
-    if residual:
-        inputs["residual"] = torch.randn(*shape, N, device=device)
-    if layer_scale:
-        inputs["layer_scale"] = torch.randn(N, device=device)
-    if row_scale:
-        inputs["row_scale"] = torch.randint(0, 2, (S,), device=device) / 0.75
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)

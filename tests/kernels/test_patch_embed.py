@@ -7,27 +7,11 @@ import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
 from deit_fast.kernels import cases, patch_embed, patch_embed_reference
+from deit_fast.kernels.cases import MEAN, STD
+from deit_fast.kernels.cases import patch_embed_inputs as make_inputs
 from deit_fast.kernels.patch_embed import _fwd, normalize_reference
 
 triton_patch_embed = partial(patch_embed, implementation="triton")
-MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
-
-
-def make_inputs(B, size, patch, C, D, T, prefix_pos, uint8=False, device="cpu"):
-    torch.manual_seed(0)
-    n = size[0] // patch[0] * (size[1] // patch[1])
-    inputs = {
-        "image": torch.randn(B, C, *size, device=device),
-        "weight": torch.randn(D, C, *patch, device=device) / (C * patch[0] * patch[1]) ** 0.5,
-        "bias": torch.randn(D, device=device),
-        "pos_embed": torch.randn(n + T * prefix_pos, D, device=device),
-    }
-    if T:
-        inputs["prefix_tokens"] = torch.randn(T, D, device=device)
-    if uint8:
-        inputs["image"] = torch.randint(0, 256, (B, *size, C), dtype=torch.uint8, device=device)
-        inputs |= {"mean": MEAN[:C], "std": STD[:C]}
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
