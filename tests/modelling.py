@@ -7,22 +7,9 @@ import torch
 from checking import assert_as_accurate
 
 import deit_fast
+from deit_fast.bench.networks import randomize
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "num_classes": 11}
-
-
-def randomize(model, seed=0):
-    """Every parameter random: no zero bias and no unit LayerNorm that would hide a mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if "norm" in name and name.endswith("weight") or name.endswith("gamma"):
-            p.data.copy_(1 + 0.2 * noise)
-        elif p.dim() > 1 and "token" not in name and "pos" not in name:
-            p.data.copy_(noise / p[0].numel() ** 0.5)
-        else:
-            p.data.copy_(0.3 * noise)
-    return model
 
 
 def pair(name="deit_tiny_distilled_patch16_224", backend="torch", **kwargs):

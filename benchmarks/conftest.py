@@ -1,0 +1,130 @@
+"""pytest benchmarks/ --benchmark-only [options]: Table 5, latency and kernels on this machine."""
+
+import pytest
+from rich.console import Console
+
+from benchmarks import suite
+from deit_fast.bench import results
+from deit_fast.bench.profiling import print_shares
+from deit_fast.kernels.cases import deit_cases
+
+FLAGS = {
+    "quick": "a small set that shows that the suite works: two networks, five modes",
+    "again": "measure rows anew that this build has measured on this chip",
+    "profile": "after each row: a trace, and the time of one pass by kind of kernel",
+    "against-playbook": "at the end: each kernel's predicted time beside the measured one",
+}
+NUMBERS = {
+    "batch": "images a batch in the protocol of that name, or the largest that fits (256)",
+    "max-batch": "no batch is larger; ends the search for the largest (8 on a CPU)",
+    "runs": "timed calls a row (30)",
+    "warmup": "calls before them (10)",
+}
+NAMES = {
+    "rows": "rows of Table 5 by network, timm name or family (convnet, transformer)",
+    "modes": "modes, of deit_fast/bench/modes.py",
+    "protocols": "batch (a given batch, median), paper (largest batch that fits, mean); both",
+    "out": "folder of the results (benchmarks/results)",
+}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("deit_fast")
+    for name, text in FLAGS.items():
+        group.addoption(f"--{name}", action="store_true", help=text)
+    for name, text in NUMBERS.items():
+        group.addoption(f"--{name}", type=int, metavar="N", help=text)
+    for name, text in NAMES.items():
+        group.addoption(f"--{name}", metavar="NAMES" if name != "out" else "DIR", help=text)
+    group.addoption("--minutes", type=float, metavar="N", help="start no new row after that")
+
+
+def pytest_configure(config):
+    try:
+        config.bench_options = suite.Options.parse(lambda name: config.getoption(f"--{name}"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _label(value):
+    return getattr(value, "network", getattr(value, "name", str(value)))
+
+
+def pytest_generate_tests(metafunc):
+    options, wanted = metafunc.config.bench_options, metafunc.fixturenames
+    if "protocol" in wanted:
+        metafunc.parametrize("protocol", options.protocols)
+    if "entry" in wanted:  # a network's modes one after the other: it is built once
+        latency = "latency_batch" in wanted
+        modes = [m for m in options.modes if not (latency and m.train)]
+        pairs = [
+            (entry, mode)
+            for entry in options.networks()
+            for mode in modes
+            if not (mode.fast and entry.family == "convnet")
+        ]
+        metafunc.parametrize(("entry", "mode"), pairs, ids=_label)
+    if "latency_batch" in wanted:
+        batches = [b for b in options.latency_batches if b <= options.max_batch]
+        metafunc.parametrize("latency_batch", batches)
+    if "race" in wanted:
+        op = metafunc.module.__name__.rpartition("bench_")[2]
+        others = getattr(metafunc.module, "OTHERS", ())
+        cases = [
+            (network, label, implementation)
+            for network in options.kernel_networks()
+            for label in deit_cases(op, network, 1)
+            for implementation in (*suite.IMPLEMENTATIONS, *others)
+        ]
+        ids = ["-".join(filter(None, case)) for case in cases]
+        metafunc.parametrize("race", cases, ids=ids, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=suite.REPLAY))
+
+
+@pytest.fixture(scope="session")
+def session(pytestconfig):
+    try:
+        pytestconfig.bench_suite = suite.Suite.start(pytestconfig.bench_options)
+    except results.CorruptResults as error:
+        pytest.exit(f"{error}; left untouched", returncode=4)
+    return pytestconfig.bench_suite
+
+
+@pytest.fixture
+def race(request, session, benchmark):
+    """race(fn, reference, make_inputs): time one implementation on one of DeiT's shapes."""
+    network, label, implementation = request.param
+    op = request.module.__name__.rpartition("bench_")[2]
+    batch = min(session.options.batch, session.options.max_batch)
+    case = deit_cases(op, network, batch)[label]
+
+    def run(fn, reference, make_inputs, name=op):
+        def inputs(device):
+            return make_inputs(**case, device=device)
+
+        session.race(benchmark, name, network, label, implementation, fn, reference, inputs)
+
+    return run
+
+
+def pytest_terminal_summary(config):
+    session = getattr(config, "bench_suite", None)
+    if session is None:
+        return
+    console = Console()
+    console.width = max(console.width, 120)  # a figure cut short is no figure
+    for title, shares, trace in session.profiles:
+        print_shares(console, title, shares)
+        console.print(f"trace: {trace}", soft_wrap=True)
+    kernels = [r for r in session.measured if isinstance(r, results.KernelRow)]
+    models = [r for r in session.measured if isinstance(r, results.ModelRow)]
+    if kernels and config.getoption("--against-playbook"):
+        suite.print_kernels(kernels, console)
+    if models:
+        suite.print_models(models, console)
+    chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
+    console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)

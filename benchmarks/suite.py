@@ -1,0 +1,352 @@
+"""What the benchmark files share: the options, the open results files, one race of a kernel."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import table5
+from deit_fast.bench import profiling, results, timing
+from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
+from deit_fast.bench.networks import PROTOCOLS, Network, Plan
+from deit_fast.kernels import _runtime
+from deit_fast.kernels.cases import DEIT
+
+LATENCY_BATCHES = (1, 8, 32)
+IMPLEMENTATIONS = ("eager", "compiled", "fused")
+QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
+QUICK_MODES = [
+    "eager_fp32", "deit_fast_fp32", "compile_bf16", "eager_fp32_train", "deit_fast_fp32_train",
+]  # fmt: skip
+
+
+class Replay:
+    """A timer for pytest-benchmark: it replays times that the device's clock has taken."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, benchmark, times_ms: list[float]) -> None:
+        left = iter(times_ms)
+
+        def advance():
+            self.now += next(left) / 1e3
+
+        benchmark.pedantic(advance, rounds=len(times_ms))
+
+
+REPLAY = Replay()
+
+
+@dataclass
+class Options:
+    """The command line. Raises ValueError for names that nothing has."""
+
+    rows: list[table5.Entry]
+    modes: list[Mode]
+    protocols: list[str]
+    batch: int
+    latency_batches: tuple[int, ...]
+    max_batch: int
+    runs: int
+    warmup: int
+    deadline: float
+    out: Path
+    again: bool
+    profile: bool
+    quick: bool
+
+    @classmethod
+    def parse(cls, get) -> "Options":
+        """get(name): the value given for --name, or None."""
+        cuda, quick = torch.cuda.is_available(), bool(get("quick"))
+        rows = _names(get("rows")) or (QUICK_ROWS if quick else None)
+        modes = _names(get("modes")) or (QUICK_MODES if quick else list(MODES))
+        protocols = _names(get("protocols")) or ["batch", "paper"]
+        known = [p for p in PROTOCOLS if p != "latency"]
+        cap = 64 if quick else 1 << 20
+        numbers = {
+            "batch": 256, "max-batch": cap if cuda else min(cap, 2 if quick else 8),
+            "runs": 3 if quick else 30, "warmup": 1 if quick else 10, "minutes": 1e6,
+        }  # fmt: skip
+        for name, default in numbers.items():
+            given = get(name)
+            numbers[name] = default if given is None else given
+            if numbers[name] < (name != "warmup"):
+                raise ValueError(f"--{name}: {given}, want 1 or more")
+        return cls(
+            rows=table5.select(rows),
+            modes=[MODES[name] for name in pick("modes", modes, MODES)],
+            protocols=pick("protocols", protocols, known),
+            batch=numbers["batch"],
+            latency_batches=LATENCY_BATCHES[:1] if quick else LATENCY_BATCHES,
+            max_batch=numbers["max-batch"],
+            runs=numbers["runs"],
+            warmup=numbers["warmup"],
+            deadline=time.monotonic() + 60 * numbers["minutes"],
+            out=Path(get("out") or Path(__file__).with_name("results")),
+            again=bool(get("again")),
+            profile=bool(get("profile")),
+            quick=quick,
+        )
+
+    def networks(self) -> list[table5.Entry]:
+        return table5.distinct(self.rows)
+
+    def kernel_networks(self) -> list[str]:
+        """Of cases.DEIT, those whose Table 5 row was chosen."""
+        chosen = {e.network for e in self.rows}
+        return [n for n in DEIT if f"DeiT-{n} distilled" in chosen]
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
+@dataclass
+class Suite:
+    """One run on one device."""
+
+    options: Options
+    device: torch.device
+    hardware: dict
+    stamp: dict  # of every row: commit, build
+    folder: Path
+    files: dict = field(default_factory=dict)
+    measured: list = field(default_factory=list)
+    profiles: list = field(default_factory=list)
+    _ceilings: dict | None = None
+    _network: tuple = (None, None)
+
+    @classmethod
+    def start(cls, options: Options) -> "Suite":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hardware = timing.hardware(device)
+        stamp = {"commit": results.commit(), "build": results.build(hardware)}
+        suite = cls(options, device, hardware, stamp, options.out / timing.slug(device))
+        for path in suite.folder.glob("*.json"):
+            results.load(path)  # a corrupt one is refused before anything is measured
+        return suite
+
+    @property
+    def protocol(self):
+        timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
+        return {"runs": self.options.runs, "warmup": self.options.warmup, "timer": timer}
+
+    def ceilings(self, again: bool = False) -> dict:
+        """What the chip can do; measured once and kept for these versions on this chip."""
+        path = self.folder / "ceilings.json"
+        if self._ceilings is None and path.exists() and not again:
+            kept = results.load(path)
+            if kept.hardware == self.hardware:
+                self._ceilings = kept.ceilings
+        if self._ceilings is None or again:
+            self._ceilings = timing.ceilings(self.device, self.options.quick)
+            results.open_results(path, self.hardware, self.protocol, self._ceilings).save(path)
+        return self._ceilings
+
+    def network(self, entry: table5.Entry) -> Network:
+        """The network, kept until another is asked for."""
+        if self._network[0] != entry.measured_as:
+            self._network = (None, None)
+            timing.release(self.device)
+            built = Network(entry.timm_name, entry.image_size, self.device, entry.network)
+            self._network = (entry.measured_as, built)
+        return self._network[1]
+
+    def open(self, name: str) -> results.Results:
+        if name not in self.files:
+            path = self.folder / f"{name}.json"
+            self.files[name] = results.open_results(
+                path, self.hardware, self.protocol, self.ceilings()
+            )
+        return self.files[name]
+
+    def keep_or_stop(self, name: str, key: tuple) -> None:
+        """Skip what this build has measured here, and everything once the time is up."""
+        kept = self.open(name).fresh(key, self.stamp["build"], self.options.runs)
+        if kept is not None and kept.status == "measured" and not self.options.again:
+            self.measured.append(kept)
+            pytest.skip("kept: measured by this build on this chip")
+        if time.monotonic() > self.options.deadline:
+            pytest.skip("--minutes are over: run again to go on from here")
+
+    def record(self, benchmark, name: str, row, times: list[float]) -> None:
+        """Save a row, and hand its times to pytest-benchmark."""
+        file = self.open(name)
+        file.put(row)
+        file.save(self.folder / f"{name}.json")
+        self.measured.append(row)
+        if row.status != "measured":
+            pytest.fail(f"not timed: {row.note}", pytrace=False)
+        fields = ("batch", "tflops", "fraction_of_ceiling", "relative_error", "note")
+        benchmark.extra_info |= {f: getattr(row, f) for f in fields}
+        REPLAY.play(benchmark, times)
+
+    def measure(self, benchmark, name: str, entry: table5.Entry, mode: Mode, plan: Plan) -> None:
+        key = (*entry.measured_as, mode.name, plan.protocol, plan.batch)
+        self.keep_or_stop(name, key)
+        network = self.network(entry)
+        reason = network.why_not(mode)
+        if reason:
+            pytest.skip(reason)
+        row, times = network.measure(mode, plan, self.ceilings(), self.stamp)
+        self.record(benchmark, name, row, times)
+        if row.images_per_s:
+            benchmark.extra_info["images_per_s"] = row.images_per_s
+        if self.options.profile:
+            self._profile(network, mode, row)
+
+    def _profile(self, network, mode, row):
+        trace = self.folder / "traces" / f"{network.timm_name}-{mode.name}-{row.batch}.json.gz"
+        with mode.settings():
+            step = network.step(mode)
+            images = step.cast(network.batch(row.batch))
+            shares = profiling.profile(lambda: step(images), self.device, trace)
+        self.profiles.append((f"{network.label}, {mode.name}, batch {row.batch}", shares, trace))
+
+    def race(self, benchmark, op, network, case, implementation, fn, reference, inputs) -> None:
+        """One implementation of one operation on one of DeiT's shapes, in bf16.
+
+        inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
+        under torch.compile, "fused" the public function, anything else one of its implementations.
+        """
+        dtype, batch = torch.bfloat16, min(self.options.batch, self.options.max_batch)
+        if self.device.type == "cpu" and implementation not in IMPLEMENTATIONS:
+            pytest.skip(f"{implementation} needs a CUDA device")
+        self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
+        call, served_by = _implementation(fn, reference, implementation)
+
+        def make(device=self.device, dtype=dtype):
+            return _cast(inputs(device=device), dtype)
+
+        # no inference_mode: there, no tensor knows whose view it is
+        with MODES["eager_bf16"].settings(), torch.no_grad():
+            first = make()
+            truth = reference(**make(dtype=torch.float32))
+            wanted = _error(reference(**first), truth)
+            got = call(**first)
+            error = _error(got, truth)
+            del truth
+            moved = _bytes(first.values()) + _bytes(got)
+            flops = _flops(reference, make(device="meta"))
+            figures = {
+                "mode": implementation, "op": op, "network": network, "case": case,
+                "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
+                "bytes": moved, "flops": flops, "relative_error": error,
+                "served_by": served_by or self._served_by(op, first),
+                "predicted_ms": self.predicted_ms(moved, flops), **self.stamp,
+            }  # fmt: skip
+            if not error <= 2 * wanted + 1e-6:
+                note = f"relative error {error:.1e}, allowed {2 * wanted:.1e}"
+                row = results.KernelRow(**figures, status="failed", note=note)
+                self.record(benchmark, "kernels", row, [])
+            sets = timing.rotation(make, moved, self.device)
+            times = timing.kernel_ms(
+                lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
+            )
+        torch.compiler.reset()
+        typical = timing.summary(times)
+        tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
+        row = results.KernelRow(
+            **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
+            fraction_of_ceiling=figures["predicted_ms"] / typical["ms_median"],
+        )  # fmt: skip
+        benchmark.extra_info |= {"bytes": moved, "flops": flops, "device_ms": typical["ms_median"]}
+        self.record(benchmark, "kernels", row, times)
+
+    def predicted_ms(self, moved: int, flops: int) -> float:
+        ceilings = self.ceilings()
+        seconds = moved / ceilings["copy_tb_per_s"] / 1e12, flops / ceilings["bf16_tflops"] / 1e12
+        return 1e3 * max(seconds)
+
+    def _served_by(self, op, inputs):
+        if op == "layer_norm_mlp":
+            op = "linear"
+        x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
+        return _runtime.resolve(op, x, "auto")
+
+
+def _implementation(fn, reference, implementation):
+    """(callable, what serves it or None where `auto` decides)."""
+    if implementation == "eager":
+        return reference, "torch"
+    if implementation == "compiled":
+        return torch.compile(reference, dynamic=False), "torch.compile"
+    if implementation == "fused":
+        return fn, None
+    return lambda **inputs: fn(**inputs, implementation=implementation), implementation
+
+
+def _cast(inputs, dtype):
+    """Views of one tensor stay views of one tensor."""
+    cast = {}
+    for name, t in inputs.items():
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            cast[name] = t
+            continue
+        base = t if t._base is None else t._base
+        whole = cast.setdefault(id(base), base.to(dtype))
+        cast[name] = whole.as_strided(t.shape, t.stride(), t.storage_offset())
+    return {name: t for name, t in cast.items() if isinstance(name, str)}
+
+
+def _tensors(values):
+    values = [values] if isinstance(values, torch.Tensor) else values
+    return [t for t in values if isinstance(t, torch.Tensor)]
+
+
+def _bytes(values):
+    return sum(t.numel() * t.element_size() for t in _tensors(values))
+
+
+def _error(got, truth):
+    pairs = list(zip(_tensors(got), _tensors(truth), strict=True))
+    total = sum(t.double().norm() ** 2 for _, t in pairs)
+    return (sum((g.double() - t.double()).norm() ** 2 for g, t in pairs) / total).sqrt().item()
+
+
+def _flops(reference, inputs):
+    with FlopCounterMode(display=False) as counter:
+        reference(**inputs)
+    return counter.get_total_flops()
+
+
+def print_models(rows, console: Console) -> None:
+    table = Table("network", "mode", "protocol", title="images/s")
+    for heading in ("batch", "images/s", "ms", "of ceiling", "error"):
+        table.add_column(heading, justify="right")
+    for r in rows:
+        if r.status != "measured":
+            table.add_row(r.network, r.mode, r.protocol, str(r.batch), f"failed: {r.note}")
+            continue
+        share = f"{r.fraction_of_ceiling:.0%}" if r.fraction_of_ceiling else ""
+        table.add_row(
+            r.network, r.mode, r.protocol, str(r.batch), f"{r.images_per_s:,.1f}",
+            f"{r.ms_median:.2f}", share, f"{r.relative_error:.0e}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_kernels(rows, console: Console) -> None:
+    """Predicted against measured: bytes and FLOPs at the chip's ceilings, beside the clock."""
+    table = Table("operation", "network", "case", "mode", "served by", title="against the playbook")
+    for heading in ("MB", "GFLOP", "predicted us", "measured us", "ratio"):
+        table.add_column(heading, justify="right")
+    for r in rows:
+        measured = ("failed", "") if r.ms_median is None else (
+            f"{1e3 * r.ms_median:,.1f}", f"{r.ms_median / r.predicted_ms:.2f}",
+        )  # fmt: skip
+        table.add_row(
+            r.op, r.network, r.case, r.mode, r.served_by, f"{r.bytes / 1e6:,.1f}",
+            f"{r.flops / 1e9:,.2f}", f"{1e3 * r.predicted_ms:,.1f}", *measured,
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,92 @@
+"""What is compared: one network in eager PyTorch, compiled, and in deit_fast, by precision.
+
+Every mode is what a competent user would write: weights in the dtype of the arithmetic (autocast
+excepted), inference_mode, SDPA free to choose its backend, cudnn.benchmark, channels_last for
+convolutional networks wherever tensor cores take part (NCHW in plain fp32, as the paper had it).
+"""
+
+import difflib
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PRECISIONS = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+TRAIN = "_train"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run a network."""
+
+    name: str
+    dtype: torch.dtype = FP32  # of weights and images
+    tf32: bool = False
+    autocast: torch.dtype | None = None
+    compile: str | None = None  # torch.compile's mode
+    fast: bool = False  # through deit_fast.accelerate
+    train: bool = False  # forward + backward, no optimiser
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products: "fp32", "tf32", "fp16" or "bf16"; a ceiling has the same name."""
+        return "tf32" if self.tf32 else PRECISIONS[self.autocast or self.dtype]
+
+    @property
+    def forward(self) -> "Mode":
+        return MODES[self.name.removesuffix(TRAIN)]
+
+    @property
+    def eager(self) -> "Mode":
+        """The eager mode of the same precision: what this one is compared with."""
+        if self.autocast:
+            name = "eager_amp_fp16"
+        else:
+            name = f"eager_{self.precision}"
+        return MODES[name + TRAIN * (self.train and name + TRAIN in MODES)]
+
+    @contextmanager
+    def settings(self):
+        """PyTorch's global switches as this mode wants them, and as they were afterwards."""
+        cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+        before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = self.tf32, True, False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+            torch.set_float32_matmul_precision(precision)
+
+
+_FORWARD = (
+    Mode("eager_fp32"),  # the paper's
+    Mode("eager_tf32", tf32=True),
+    Mode("eager_amp_fp16", autocast=FP16),
+    Mode("eager_fp16", FP16),
+    Mode("eager_bf16", BF16),
+    Mode("compile_bf16", BF16, compile="default"),
+    Mode("compile_max_autotune_bf16", BF16, compile="max-autotune"),
+    Mode("deit_fast_fp32", fast=True),
+    Mode("deit_fast_fp16", FP16, fast=True),
+    Mode("deit_fast_bf16", BF16, fast=True),
+)
+# pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so
+_BACKWARD = tuple(
+    replace(mode, name=mode.name + TRAIN, train=True) for mode in _FORWARD if mode.dtype != FP16
+)
+MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD)}
+REFERENCE = MODES["eager_fp32"]  # outputs are compared with this one's
+
+
+def pick(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """`names` in their order, each once. Raises ValueError that names the nearest known ones."""
+    known, names = list(known), list(dict.fromkeys(names))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            wanted = f"did you mean {' or '.join(near)}?" if near else f"want one of {known}"
+            raise ValueError(f"{what}: unknown {name!r}, {wanted}")
+    return names

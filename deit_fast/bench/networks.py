@@ -1,0 +1,347 @@
+"""A network with its weights: every mode of it, whether it agrees, how much fits, one measured row.
+
+Weights are random: speed does not depend on them, and nothing needs a network connection. They are
+drawn so that every part matters for the output, which is what agreement is checked on.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import deit_fast
+from deit_fast.models import NAMES
+
+from .modes import MODES, REFERENCE, TRAIN, Mode, pick
+from .results import ModelRow
+from .timing import latency_ms, release, rotation, summary, throughput_ms
+
+CHECKED = 8  # images whose outputs are compared
+# Relative errors that PyTorch's own lower precisions may have against fp32, on these weights; five
+# times that for gradients through batch norm, where rounding flips many a ReLU
+TOLERANCE = {"fp32": 1e-4, "tf32": 0.03, "fp16": 0.03, "bf16": 0.2}
+PROTOCOLS = ("batch", "paper", "latency")
+
+
+class Disagreement(RuntimeError):
+    """A mode's outputs are not the network's."""
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter random: no zero bias and no unit LayerNorm that would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() < 2 and name.endswith(("weight", "gamma")):
+            p.data.copy_(1 + 0.2 * noise)
+        elif p.dim() > 1 and "token" not in name and "pos" not in name:
+            p.data.copy_(noise / p[0].numel() ** 0.5)
+        else:
+            p.data.copy_(0.3 * noise)
+    return model
+
+
+def random_images(batch: int, size: int, device: torch.device, seed: int = 1) -> Tensor:
+    """fp32 (batch, 3, size, size), normalised."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(batch, 3, size, size, generator=generator, device=device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row is measured."""
+
+    protocol: str = "batch"
+    batch: int = 256  # "paper": the cap of the search
+    runs: int = 30
+    warmup: int = 10
+
+
+class Network:
+    """A timm network at one image size, with random weights that all its modes share.
+
+    name: ours or timm's. Raises ValueError for an unknown network or an image size that does not
+    fit it, naming the nearest valid ones.
+    """
+
+    def __init__(self, name: str, image_size: int | None, device: torch.device, label: str = ""):
+        self.device, self.label = device, label or name
+        self.timm_name, self.image_size = check_network(name, image_size)
+        self.images = random_images(CHECKED, self.image_size, device)
+        self.model = randomize(self._create()).eval().to(device)
+        self.transformer = isinstance(self.model, VisionTransformer)
+        self.batch_norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        self._calibrate()
+        self._errors, self._references = {}, {}
+        with torch.device("meta"):
+            blank = self._create().eval()
+        self.flops = _count(blank, self.image_size)
+        self.why_not_fast = _why_not_fast(blank)
+
+    def _create(self):
+        size = {"img_size": self.image_size} if _patch(self.timm_name) else {}
+        return timm.create_model(self.timm_name, **size)
+
+    def _calibrate(self):
+        """Batch norm gets the statistics of random images, so that activations stay in range."""
+        for m in self.batch_norms:
+            m.reset_running_stats()
+            m.momentum = None  # the mean over what it sees
+        if self.batch_norms:
+            with torch.no_grad():
+                self.model.train()(random_images(4, min(self.image_size, 224), self.device, 2))
+            self.model.eval()
+        for m in self.batch_norms:
+            m.momentum = 0.1
+
+    def modes(self) -> list[Mode]:
+        """The modes that exist for this network on this device."""
+        return [mode for mode in MODES.values() if self.why_not(mode) is None]
+
+    def why_not(self, mode: Mode) -> str | None:
+        """Why the network has no such mode, or None."""
+        if mode.fast and self.why_not_fast:
+            return self.why_not_fast
+        if mode.tf32 and self.device.type == "cpu":
+            return "TF32 is a GPU's"
+        return None
+
+    def channels_last(self, mode: Mode) -> bool:
+        return not self.transformer and mode.precision != "fp32"
+
+    def step(self, mode: Mode, compiled: bool = True) -> "Step":
+        return Step(self, mode, compiled)
+
+    def error(self, step: "Step", batch: int) -> float:
+        """Relative error of a step's outputs, or of all parameters' gradients where it trains,
+        against eager fp32, on the first images of a batch."""
+        got = step.outputs(step.cast(self.batch(batch)))
+        want = self._reference(step.mode.train, batch)
+        total = sum((w.double().norm() ** 2).item() for w in want)
+        difference = sum(
+            ((g.double() - w.double()).norm() ** 2).item() for g, w in zip(got, want, strict=True)
+        )
+        return (difference / total) ** 0.5
+
+    def check(self, step: "Step", batch: int) -> float:
+        """The relative error; raises Disagreement where it is not at most twice that of the eager
+        mode of the same precision, or, for that mode itself, above what its precision explains."""
+        mode = step.mode
+        error = self.error(step, batch)
+        allowed = TOLERANCE[mode.precision] * (5 if mode.train and self.batch_norms else 1)
+        if mode.eager != mode:
+            allowed = min(allowed, 2 * self._eager_error(mode.eager) + 1e-4)
+        if not error <= allowed:  # NaN too
+            raise Disagreement(
+                f"relative error {error:.1e} against eager fp32, allowed {allowed:.1e}"
+            )
+        return error
+
+    def _reference(self, train, batch):
+        """What eager fp32 makes of the same images. In training, batch norm lets an image's
+        gradients depend on the whole batch; otherwise the checked images are enough."""
+        if not (train and self.batch_norms):
+            batch = min(batch, CHECKED)
+        key = (train, batch)
+        if key not in self._references:
+            step = self.step(MODES[REFERENCE.name + TRAIN * train])
+            with step.mode.settings():
+                want = step.outputs(self.batch(batch))
+            self._references[key] = [w.cpu() for w in want]
+        return [w.to(self.device) for w in self._references[key]]
+
+    def _eager_error(self, mode):
+        if mode not in self._errors:
+            with mode.settings():
+                self._errors[mode] = self.error(self.step(mode), CHECKED)
+        return self._errors[mode]
+
+    def measure(
+        self, mode: Mode, plan: Plan, ceilings: dict, stamp: dict
+    ) -> tuple[ModelRow, list[float]]:
+        """One row and its single times, ms. A mode that disagrees or does not run gives a row that
+        says so, and no times.
+
+        stamp: the row's `commit` and `build`. A batch too large for memory is halved."""
+        row = {
+            "network": self.label, "timm_name": self.timm_name, "image_size": self.image_size,
+            "mode": mode.name, "protocol": plan.protocol, "asked_batch": plan.batch,
+            "runs": plan.runs, "channels_last": self.channels_last(mode), **stamp,
+        }  # fmt: skip
+        with mode.settings():
+            batch, note = plan.batch, None
+            if plan.protocol == "paper":
+                batch, note = self.largest_batch(mode, plan.batch)
+            while True:
+                try:
+                    times, figures = self._timed(mode, batch, plan)
+                    break
+                except torch.OutOfMemoryError:
+                    note = f"batch {batch} does not fit in memory"
+                except Exception as error:  # a baseline that does not run is a finding
+                    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+                    return ModelRow(**row, batch=batch, status="failed", note=reason), []
+                finally:
+                    torch.compiler.reset()
+                    release(self.device)
+                if batch == 1:
+                    return ModelRow(**row, batch=1, status="failed", note=note), []
+                batch //= 2
+        figures |= summary(times)
+        images_per_s = 1e3 * batch / figures["ms_mean" if plan.protocol == "paper" else "ms_median"]
+        tflops = images_per_s * self.flops * (3 if mode.train else 1) / 1e12
+        ceiling = ceilings.get(f"{mode.precision}_tflops")
+        return ModelRow(
+            **row, **figures, batch=batch, note=note, images_per_s=images_per_s, tflops=tflops,
+            fraction_of_ceiling=tflops / ceiling if ceiling else None,
+        ), times  # fmt: skip
+
+    def _timed(self, mode, batch, plan):
+        cuda = self.device.type == "cuda"
+        step = self.step(mode)
+        nbytes = batch * 3 * self.image_size**2 * mode.dtype.itemsize
+        error = self.check(step, batch)
+        inputs = rotation(lambda: step.cast(self.batch(batch)), nbytes, self.device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        clock = latency_ms if plan.protocol == "latency" else throughput_ms
+        times = clock(step, inputs, plan.runs, plan.warmup, self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else None
+        return times, {"relative_error": error, "peak_memory_gb": peak}
+
+    def batch(self, batch: int) -> Tensor:
+        """fp32 images: the checked ones first, then as many more as it takes."""
+        if batch <= CHECKED:
+            return self.images[:batch]
+        more = random_images(batch - CHECKED, self.image_size, self.device, seed=3)
+        return torch.cat((self.images, more))
+
+    def largest_batch(self, mode: Mode, cap: int) -> tuple[int, str]:
+        """The largest power of two, or `cap` itself, that one uncompiled step fits in memory with;
+        and what ended the search. By doubling from 1."""
+        batch, fits = 1, 0
+        step = self.step(mode, compiled=False)
+        while fits < cap:
+            batch = min(batch, cap)
+            if not self._fits(step, batch):
+                return max(fits, 1), f"largest that fits: {batch} does not"
+            fits, batch = batch, 2 * batch
+        return fits, f"capped at {cap}"
+
+    def _fits(self, step, batch):
+        try:
+            step(step.cast(random_images(batch, self.image_size, self.device)))
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        step.model.zero_grad(set_to_none=True)
+        release(self.device)  # outside the handler: its traceback holds the step's tensors
+        return fits
+
+
+class Step:
+    """One call of a network in one mode: forward, or forward and backward."""
+
+    def __init__(self, network: Network, mode: Mode, compiled: bool = True):
+        self.mode, self.device = mode, network.device
+        self.model = copy.deepcopy(network.model)
+        if mode.fast:
+            deit_fast.accelerate(self.model)
+        layout = torch.channels_last if network.channels_last(mode) else torch.contiguous_format
+        self.layout = layout
+        self.model.to(mode.dtype).to(memory_format=layout).train(mode.train)
+        self.forward: Callable = self.model
+        self.captured = bool(mode.compile) and compiled
+        if self.captured:
+            self.forward = torch.compile(self.model, mode=mode.compile, dynamic=False)
+        self._upstream = None
+
+    def cast(self, images: Tensor) -> Tensor:
+        return images.to(self.mode.dtype, memory_format=self.layout)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.captured:
+            torch.compiler.cudagraph_mark_step_begin()
+        if not self.mode.train:
+            with torch.inference_mode(), self._autocast():
+                return self.forward(images)
+        self.model.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.forward(images)
+        if self._upstream is None or self._upstream.shape != logits.shape:
+            self._upstream = _upstream(logits)
+        logits.backward(self._upstream)
+        return logits.detach()
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """What agreement is about: the first logits, or the gradients that those images cause."""
+        if not self.mode.train:
+            return [self(images)[:CHECKED].clone()]
+        logits = self(images)  # fixes the shape
+        timed, self._upstream = self._upstream, _upstream(logits)
+        self._upstream[CHECKED:] = 0
+        self(images)
+        grads = [p.grad.clone() for p in self.model.parameters()]
+        self._upstream = timed
+        self.model.zero_grad(set_to_none=True)
+        return grads
+
+    def _autocast(self):
+        if self.mode.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.mode.autocast)
+
+
+def _upstream(logits):
+    """Random upstream gradients, in place of a loss: the same first rows whatever the batch."""
+    generator = torch.Generator().manual_seed(4)
+    first = torch.randn(CHECKED, *logits.shape[1:], generator=generator).to(logits)
+    return torch.cat((first, torch.randn_like(logits)))[: len(logits)]
+
+
+@functools.cache
+def _patch(timm_name):
+    """The side of a vision transformer's patches; 0 for networks of any image size."""
+    with torch.device("meta"):
+        model = timm.create_model(timm_name)
+    return model.patch_embed.patch_size[0] if isinstance(model, VisionTransformer) else 0
+
+
+def _count(model, image_size):
+    """FLOPs of one image's forward pass: convolutions and matrix products, two a multiply-add."""
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(image)
+    return counter.get_total_flops()
+
+
+def _why_not_fast(model):
+    try:
+        deit_fast.accelerate(model)
+    except ValueError:
+        return "deit_fast has no modules for it"
+
+
+def check_network(name: str, image_size: int | None) -> tuple[str, int]:
+    """(timm's name, image size in pixels; None: the one the network was made for). Raises
+    ValueError for a network that timm does not have and a size that the network cannot take."""
+    known = {*NAMES, *timm.list_models()}
+    (name,) = pick("network", [name.split(".")[0]], sorted(known))
+    timm_name = NAMES.get(name, name)
+    patch = _patch(timm_name)
+    if image_size is None:
+        size = timm.get_pretrained_cfg(timm_name).input_size[-1]
+        return timm_name, size
+    smallest = patch or 32
+    if image_size < smallest or (patch and image_size % patch):
+        near = max(smallest, image_size - image_size % (patch or 1))
+        valid = f"{near} or {near + patch}" if patch else f"{smallest} or more"
+        raise ValueError(f"image size: {image_size} for {timm_name}, nearest valid: {valid}")
+    return timm_name, image_size

@@ -1,0 +1,83 @@
+"""Where one call spends its time, by kind of kernel: the first thing a tuner needs."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from .timing import synchronize
+
+KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
+# the first that matches a kernel's name (GPU) or an operator's (CPU)
+_NAMES = (
+    ("norm", r"^triton_(per|red|poi)\w*norm"),  # Inductor's fusions name what they hold
+    ("elementwise", r"^triton_(per|red|poi)"),
+    ("copies", r"memcpy|memset|copy|catarray|::cat\b|::contiguous|::clone|::_to_copy|transpose"),
+    ("attention", r"attention|flash|fmha|softmax|sdpa|bmm"),
+    ("norm", r"(layer|batch|group)_?norm|bn_fw|bn_bw"),
+    ("GEMM", r"gemm|cutlass|cublas|nvjet|triton_tem|xmma|conv|::(add)?mm|linear_kernel"
+     r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),
+)  # fmt: skip
+
+
+def kind(name: str) -> str:
+    """The kind of a kernel or an operator, by its name."""
+    for found, pattern in _NAMES:
+        if re.search(pattern, name, re.IGNORECASE):
+            return found
+    return "elementwise"
+
+
+def profile(call: Callable[[], object], device: torch.device, trace: Path) -> dict[str, float]:
+    """Milliseconds of one warm call by kind (`KINDS`), and its trace for chrome://tracing. "idle"
+    is the device's time between its first and its last kernel with none running; on a CPU, what is
+    spent outside operators."""
+    for _ in range(3):
+        call()
+    synchronize(device)
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        synchronize(device)
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    events = list(profiler.events())
+    if device.type == "cuda":
+        events = [e for e in events if e.device_type == DeviceType.CUDA]
+        return _shares([(e.name, e.time_range.start, e.time_range.end) for e in events])
+    shares = dict.fromkeys(KINDS, 0.0)
+    for e in events:
+        shares[kind(e.name)] += e.self_cpu_time_total / 1e3
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    shares["idle"] = max(0.0, span / 1e3 - sum(shares.values()))
+    return shares
+
+
+def _shares(kernels):
+    """kernels: (name, start, end) in us, of one device. Where two overlap, the earlier has it."""
+    shares = dict.fromkeys(KINDS, 0.0)
+    busy_until = None
+    for name, start, end in sorted(kernels, key=lambda k: k[1]):
+        if busy_until is None:
+            busy_until = start
+        shares["idle"] += max(0.0, start - busy_until) / 1e3
+        shares[kind(name)] += max(0.0, end - max(start, busy_until)) / 1e3
+        busy_until = max(busy_until, end)
+    return shares
+
+
+def print_shares(console: Console, title: str, shares: dict[str, float]) -> None:
+    table = Table("kind", title=title)
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right")
+    total = sum(shares.values()) or 1.0
+    for name, ms in sorted(shares.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{ms:.3f}", f"{ms / total:.0%}")
+    console.print(table)

@@ -1,0 +1,207 @@
+"""The results file: one chip, one benchmark, every figure with the build that produced it.
+
+    {"hardware": {...}, "commit": "<sha>", "date": "2026-11-21", "protocol": {...},
+     "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
+
+A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of deit_fast's sources, the versions
+of torch, triton and timm, and the chip: rows are comparable where it is the same. The JSON schema
+is benchmarks/results.schema.json.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import date
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
+
+import deit_fast
+import deit_fast.kernels
+
+HEADER = ("hardware", "commit", "date", "protocol", "ceilings", "rows")
+
+
+class CorruptResults(ValueError):
+    """A results file that cannot be read as one; it is left as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What every row carries. Times in ms, of one call; None where the status is not "measured"."""
+
+    mode: str
+    status: str = "measured"  # or "failed": `note` says why
+    note: str | None = None
+    ms_median: float | None = None
+    ms_mean: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    runs: int
+    tflops: float | None = None
+    fraction_of_ceiling: float | None = None
+    relative_error: float | None = None  # against eager fp32 (models), a wider dtype (kernels)
+    commit: str
+    build: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow(Timing):
+    """One network in one mode. protocol: "batch" (a given batch, median), "paper" (the largest
+    batch that fits, mean) or "latency" (a given batch, each call waited for, median)."""
+
+    network: str
+    timm_name: str
+    image_size: int
+    protocol: str
+    asked_batch: int  # wanted, or the cap of the search
+    batch: int
+    images_per_s: float | None = None
+    peak_memory_gb: float | None = None  # None on a CPU
+    channels_last: bool
+
+    @property
+    def key(self):
+        return (self.timm_name, self.image_size, self.mode, self.protocol, self.asked_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow(Timing):
+    """One operation on one shape. mode: "eager", "compiled", "fused" or another implementation's
+    name. bytes: inputs read once and outputs written once. predicted_ms: what bytes and FLOPs take
+    at the chip's ceilings, the larger of the two."""
+
+    op: str
+    network: str  # of deit_fast.kernels.cases.DEIT
+    case: str
+    batch: int
+    dtype: str
+    served_by: str
+    bytes: int
+    flops: int
+    tb_per_s: float | None = None
+    predicted_ms: float
+
+    @property
+    def key(self):
+        return (self.op, self.network, self.case, self.batch, self.dtype, self.mode)
+
+
+@dataclass
+class Results:
+    hardware: dict
+    commit: str
+    date: str
+    protocol: dict
+    ceilings: dict
+    rows: list[ModelRow | KernelRow] = field(default_factory=list)
+
+    def put(self, row: ModelRow | KernelRow) -> None:
+        """Add a row; one of the same key gives way, at its place."""
+        for i, old in enumerate(self.rows):
+            if type(old) is type(row) and old.key == row.key:
+                self.rows[i] = row
+                return
+        self.rows.append(row)
+
+    def fresh(self, key: tuple, build: str, runs: int) -> ModelRow | KernelRow | None:
+        """The row of that key, if this build measured it over as many runs."""
+        for row in self.rows:
+            if row.key == key and row.build == build and row.runs >= runs:
+                return row
+        return None
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name beside `path`, then rename: never half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {name: getattr(self, name) for name in HEADER[:-1]}
+        content["rows"] = [asdict(row) for row in self.rows]
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(content, file, indent=1, allow_nan=False)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def load(path: Path) -> Results:
+    """Read a results file. Raises CorruptResults, naming the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptResults(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or set(content) != set(HEADER):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise CorruptResults(f"{path}: holds {found}, want the keys {sorted(HEADER)}")
+    if not isinstance(content["rows"], list):
+        raise CorruptResults(f"{path}: rows is {type(content['rows']).__name__}, want a list")
+    rows = [_row(path, i, values) for i, values in enumerate(content.pop("rows"))]
+    return Results(**content, rows=rows)
+
+
+def _row(path, i, values):
+    if not isinstance(values, dict):
+        raise CorruptResults(f"{path}: rows[{i}] is {type(values).__name__}, want an object")
+    kind = KernelRow if "op" in values else ModelRow
+    known = {f.name: f for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise CorruptResults(f"{path}: rows[{i}] has an unknown field {name!r}")
+    for name, f in known.items():
+        if name not in values:
+            if f.default is MISSING:
+                raise CorruptResults(f"{path}: rows[{i}] lacks {name!r}")
+        elif not _fits(values[name], f.type):
+            raise CorruptResults(f"{path}: rows[{i}].{name} is {values[name]!r}, want {f.type}")
+    return kind(**values)
+
+
+def _fits(value, kind):
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, k) for k in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where its Python files differ; else DEIT_FAST_COMMIT;
+    else "unknown" (an installed package)."""
+    here = Path(deit_fast.__file__).parent
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if git("ls-files", "__init__.py"):
+            return git("rev-parse", "HEAD") + "-dirty" * bool(
+                git("status", "--porcelain", ":/*.py")
+            )
+    except FileNotFoundError:
+        pass
+    return os.environ.get("DEIT_FAST_COMMIT", "unknown")
+
+
+def build(hardware: dict) -> str:
+    """A digest of what decides a figure: deit_fast's sources, the versions, the chip."""
+    digest = hashlib.sha256(json.dumps(hardware, sort_keys=True).encode())
+    kernels, package = (Path(m.__file__).parent for m in (deit_fast.kernels, deit_fast))
+    for folder in (kernels, package):
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.json"))):
+            if folder == kernels or kernels not in path.parents:
+                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def open_results(path: Path, hardware: dict, protocol: dict, ceilings: dict) -> Results:
+    """The file's rows under a header of today; no rows where there is no file yet."""
+    rows = load(path).rows if path.exists() else []
+    return Results(hardware, commit(), date.today().isoformat(), protocol, ceilings, rows)

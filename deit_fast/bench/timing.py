@@ -1,0 +1,174 @@
+"""Clocks, the rotation of inputs, and what the chip itself can do.
+
+Throughput is timed with device events around each call and no synchronisation between calls, as in
+a busy server; latency with the host's clock around one call and its synchronisation; a single
+kernel through a CUDA graph, so that launches do not count. On a CPU the host's clock serves all.
+"""
+
+import gc
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, median, quantiles
+
+import torch
+
+from .modes import MODES
+
+
+def device_name(device: torch.device) -> str:
+    """The chip as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The chip's folder under benchmarks/results: "h200", "cpu"."""
+    if device.type == "cpu":
+        return "cpu"
+    name = device_name(device).lower().replace("nvidia", "")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def hardware(device: torch.device) -> dict:
+    """What the figures were measured on and with. `gpu` is None on a CPU."""
+    found = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        found |= {"gpu": device_name(device), "driver": _driver()}
+    found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    found["python"] = platform.python_version()
+    for package in ("torch", "triton", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _driver():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return answer.splitlines()[0].strip()
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The cache that must not hold the inputs from one call to the next."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 32 << 20
+
+
+def rotation(make: Callable[[], object], nbytes: int, device: torch.device) -> list:
+    """Input sets to use in turn: together four times the cache, at most 64 of them."""
+    return [make() for _ in range(min(64, max(1, -(-4 * l2_bytes(device) // max(nbytes, 1)))))]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give memory back: what no one holds any more, and what the allocator keeps of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def throughput_ms(
+    call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
+) -> list[float]:
+    """Milliseconds of each of `runs` calls, one after the other without waiting."""
+    if device.type != "cuda":
+        return latency_ms(call, inputs, runs, warmup, device)
+    for i in range(warmup):
+        call(inputs[i % len(inputs)])
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    torch.cuda.synchronize(device)
+    for i, (start, end) in enumerate(events):
+        start.record()
+        call(inputs[i % len(inputs)])
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def latency_ms(
+    call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
+) -> list[float]:
+    """Milliseconds from each call to its result being there."""
+    times = []
+    for i in range(warmup + runs):
+        synchronize(device)
+        start = time.perf_counter()
+        call(inputs[i % len(inputs)])
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times[warmup:]
+
+
+def kernel_ms(
+    call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
+) -> list[float]:
+    """Milliseconds of device time a call; each of `runs` is the mean over all input sets."""
+    if device.type != "cuda":
+        return latency_ms(call, inputs, runs, warmup, device)
+    for x in inputs:  # compiles, tunes and fills the allocator before the capture
+        call(x)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            call(x)
+    times = throughput_ms(lambda _: graph.replay(), [None], runs, warmup, device)
+    return [t / len(inputs) for t in times]
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median, mean, 20th and 80th percentile of milliseconds."""
+    fifths = quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+    return {
+        "ms_median": median(times), "ms_mean": fmean(times),
+        "ms_p20": fifths[0], "ms_p80": fifths[3],
+    }  # fmt: skip
+
+
+def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """The chip's best, measured on random data: a large copy, counting bytes read and written
+    (copy_tb_per_s), and the best of several large matrix products in each precision."""
+    cuda, runs = device.type == "cuda", 3 if quick else 20
+    found = {"copy_tb_per_s": _copy_tb_per_s(2 << 30 if cuda else 64 << 20, runs, device)}
+    shapes = [(1024, 1024, 1024)] if not cuda else [
+        (8192, 8192, 8192), (16384, 8192, 4096), (50_688, 3072, 768), (50_688, 768, 3072),
+    ]  # fmt: skip
+    for name in ("fp32", "tf32", "fp16", "bf16") if cuda else ("fp32", "fp16", "bf16"):
+        mode = MODES[f"eager_{name}"]
+        with mode.settings():
+            best = max(_product_tflops(shape, mode.dtype, runs, device) for shape in shapes)
+        found[f"{name}_tflops"] = best
+    release(device)
+    return found
+
+
+def _copy_tb_per_s(size, runs, device):
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = throughput_ms(lambda _: target.copy_(source), [None], runs, 3, device)
+    return 2 * size / median(times) / 1e9
+
+
+def _product_tflops(shape, dtype, runs, device):
+    M, N, K = shape
+    a, b = (torch.randn(n, K, device=device).to(dtype) for n in (M, N))
+    times = throughput_ms(lambda _: a @ b.T, [None], runs, 3, device)
+    return 2 * M * N * K / median(times) / 1e9
