@@ -4,8 +4,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import suite
-from deit_fast.bench import results
-from deit_fast.bench.profiling import print_shares
+from deit_fast.bench import results, tables
 from deit_fast.kernels.cases import deit_cases
 
 FLAGS = {
@@ -118,13 +117,13 @@ def pytest_terminal_summary(config):
     console = Console()
     console.width = max(console.width, 120)  # a figure cut short is no figure
     for title, shares, trace in session.profiles:
-        print_shares(console, title, shares)
+        console.print(tables.shares(title, shares))
         console.print(f"trace: {trace}", soft_wrap=True)
     kernels = [r for r in session.measured if isinstance(r, results.KernelRow)]
     models = [r for r in session.measured if isinstance(r, results.ModelRow)]
     if kernels and config.getoption("--against-playbook"):
-        suite.print_kernels(kernels, console)
+        console.print(tables.kernels(kernels))
     if models:
-        suite.print_models(models, console)
+        console.print(tables.models(models))
     chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
     console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)

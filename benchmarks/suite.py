@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import table5
@@ -203,15 +201,7 @@ class Suite:
         if row.images_per_s:
             benchmark.extra_info["images_per_s"] = row.images_per_s
         if self.options.profile:
-            self._profile(network, mode, row)
-
-    def _profile(self, network, mode, row):
-        trace = self.folder / "traces" / f"{network.timm_name}-{mode.name}-{row.batch}.json.gz"
-        with mode.settings():
-            step = network.step(mode)
-            images = step.cast(network.batch(row.batch))
-            shares = profiling.profile(lambda: step(images), self.device, trace)
-        self.profiles.append((f"{network.label}, {mode.name}, batch {row.batch}", shares, trace))
+            self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
     def race(self, benchmark, op, network, case, implementation, fn, reference, inputs) -> None:
         """One implementation of one operation on one of DeiT's shapes, in bf16.
@@ -318,35 +308,3 @@ def _flops(reference, inputs):
     with FlopCounterMode(display=False) as counter:
         reference(**inputs)
     return counter.get_total_flops()
-
-
-def print_models(rows, console: Console) -> None:
-    table = Table("network", "mode", "protocol", title="images/s")
-    for heading in ("batch", "images/s", "ms", "of ceiling", "error"):
-        table.add_column(heading, justify="right")
-    for r in rows:
-        if r.status != "measured":
-            table.add_row(r.network, r.mode, r.protocol, str(r.batch), f"failed: {r.note}")
-            continue
-        share = f"{r.fraction_of_ceiling:.0%}" if r.fraction_of_ceiling else ""
-        table.add_row(
-            r.network, r.mode, r.protocol, str(r.batch), f"{r.images_per_s:,.1f}",
-            f"{r.ms_median:.2f}", share, f"{r.relative_error:.0e}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def print_kernels(rows, console: Console) -> None:
-    """Predicted against measured: bytes and FLOPs at the chip's ceilings, beside the clock."""
-    table = Table("operation", "network", "case", "mode", "served by", title="against the playbook")
-    for heading in ("MB", "GFLOP", "predicted us", "measured us", "ratio"):
-        table.add_column(heading, justify="right")
-    for r in rows:
-        measured = ("failed", "") if r.ms_median is None else (
-            f"{1e3 * r.ms_median:,.1f}", f"{r.ms_median / r.predicted_ms:.2f}",
-        )  # fmt: skip
-        table.add_row(
-            r.op, r.network, r.case, r.mode, r.served_by, f"{r.bytes / 1e6:,.1f}",
-            f"{r.flops / 1e9:,.2f}", f"{1e3 * r.predicted_ms:,.1f}", *measured,
-        )  # fmt: skip
-    console.print(table)

@@ -5,4 +5,5 @@ timing.py     clocks, input rotation, the chip's ceilings
 networks.py   a network with its weights: agreement, largest batch, one measured row
 results.py    the results file
 profiling.py  where one forward pass spends its time
+tables.py     all that for a terminal
 """

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from .timing import synchronize
+from .modes import MODES
+from .networks import Network
+from .results import ModelRow
+from .timing import release, synchronize
 
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)
@@ -73,11 +74,14 @@ def _shares(kernels):
     return shares
 
 
-def print_shares(console: Console, title: str, shares: dict[str, float]) -> None:
-    table = Table("kind", title=title)
-    for heading in ("ms", "share"):
-        table.add_column(heading, justify="right")
-    total = sum(shares.values()) or 1.0
-    for name, ms in sorted(shares.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{ms:.3f}", f"{ms / total:.0%}")
-    console.print(table)
+def profile_row(network: Network, row: ModelRow, folder: Path) -> tuple[str, dict, Path]:
+    """A measured row again, once: (what it is, milliseconds by kind, its trace in `folder`)."""
+    mode = MODES[row.mode]
+    trace = folder / f"{row.timm_name}-{row.mode}-{row.batch}.json.gz"
+    with mode.settings():
+        step = network.step(mode)
+        images = step.cast(network.batch(row.batch))
+        milliseconds = profile(lambda: step(images), network.device, trace)
+    torch.compiler.reset()
+    release(network.device)
+    return f"{row.network}, {row.mode}, batch {row.batch}", milliseconds, trace

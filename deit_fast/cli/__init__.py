@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import classify, demo, info
+from . import bench, classify, demo, info
 
-COMMANDS = {"demo": demo, "classify": classify, "info": info}
+COMMANDS = {"demo": demo, "classify": classify, "bench": bench, "info": info}
 
 
 def main(argv: list[str] | None = None) -> int:

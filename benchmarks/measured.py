@@ -1,0 +1,101 @@
+"""The results of one chip, looked up by what a table or a plot asks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import correlation
+
+from benchmarks.table5 import Entry, distinct
+from deit_fast.bench import results
+from deit_fast.bench.modes import MODES
+from deit_fast.bench.results import KernelRow, ModelRow, Results
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Every results file of one folder."""
+
+    folder: Path
+    files: dict[str, Results]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Chip":
+        """Raises CorruptResults, naming the file."""
+        paths = sorted(folder.glob("*.json"))
+        return cls(folder, {path.stem: results.load(path) for path in paths})
+
+    @property
+    def newest(self) -> Results:
+        return max(self.files.values(), key=lambda file: file.date)
+
+    @property
+    def name(self) -> str:
+        hardware = self.newest.hardware
+        return hardware["gpu"] or f"{hardware['cpu']} (CPU, {hardware['threads']} threads)"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.newest.hardware["gpu"] is None
+
+    @property
+    def ceilings(self) -> dict:
+        return self.newest.ceilings
+
+    @property
+    def models(self) -> list[ModelRow]:
+        return [r for file in self.files.values() for r in file.rows if isinstance(r, ModelRow)]
+
+    @property
+    def kernels(self) -> list[KernelRow]:
+        return [r for file in self.files.values() for r in file.rows if isinstance(r, KernelRow)]
+
+    def row(self, entry: Entry, mode: str, protocol: str, batch: int | None = None):
+        """The row of a network in a mode: measured rows before failed ones, then the largest
+        batch; None where there is none."""
+        found = [
+            r
+            for r in self.models
+            if (r.timm_name, r.image_size) == entry.measured_as
+            and (r.mode, r.protocol) == (mode, protocol)
+            and batch in (None, r.batch)
+        ]
+        return max(found, key=lambda r: (r.status == "measured", r.batch), default=None)
+
+    def throughput(self, entry: Entry, mode: str) -> ModelRow | None:
+        """As the paper measured it, or else at a given batch."""
+        rows = [self.row(entry, mode, protocol) for protocol in ("paper", "batch")]
+        return next((r for r in rows if r and r.status == "measured"), None)
+
+    def modes(self, protocol: str, train: bool = False) -> list[str]:
+        """The modes that some network has a row of, in their order."""
+        seen = {r.mode for r in self.models if r.protocol == protocol}
+        return [name for name, mode in MODES.items() if name in seen and mode.train == train]
+
+
+def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
+    """How many times faster; None unless both were measured by one build at one batch."""
+    if not (row and base and row.status == base.status == "measured"):
+        return None
+    if (row.build, row.batch, row.protocol) != (base.build, base.batch, base.protocol):
+        return None
+    return row.images_per_s / base.images_per_s
+
+
+def rank_correlation(chip: Chip, entries: list[Entry]) -> tuple[float, int] | None:
+    """Spearman's, between the paper's V100 throughputs and eager fp32 here; and of how many
+    networks. A network in several rows counts once, with its first."""
+    pairs = [
+        (entry.v100_images_per_s, row.images_per_s)
+        for entry in distinct(entries)
+        if (row := chip.throughput(entry, "eager_fp32"))
+    ]
+    if len(pairs) < 3:
+        return None
+    ranks = [_ranks(column) for column in zip(*pairs, strict=True)]
+    return correlation(*ranks), len(pairs)
+
+
+def _ranks(values):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    return [
+        (sum(v < x for v in values) + sum(v <= x for v in values) + 1) / 2 for x in values
+    ]  # fmt: skip

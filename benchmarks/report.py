@@ -1,0 +1,121 @@
+"""The README's tables, a page and plots for every chip, from the results files.
+
+python -m benchmarks.report            report.html and PNGs beside each chip's files, and README
+python -m benchmarks.report --check    is the README what the files say?
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.measured import Chip, ratio
+from benchmarks.table5 import ENTRIES, distinct
+from deit_fast.bench.results import CorruptResults
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTHING = "No GPU has been measured yet."
+COLUMNS = {
+    "eager fp32": "eager_fp32", "eager bf16": "eager_bf16",
+    "compile max-autotune bf16": "compile_max_autotune_bf16", "deit_fast bf16": "deit_fast_bf16",
+}  # fmt: skip
+
+
+def read_chips(folder: Path) -> list[Chip]:
+    """One for each folder with results. Raises CorruptResults."""
+    folders = [path for path in sorted(folder.glob("*/")) if any(path.glob("*.json"))]
+    return [Chip.read(path) for path in folders]
+
+
+def readme_tables(chips: list[Chip]) -> str:
+    """Markdown: one table for each GPU; a CPU's figures claim nothing and are left out."""
+    tables = [_readme_table(chip) for chip in chips if not chip.is_cpu]
+    return "\n\n".join(filter(None, tables)) or NOTHING
+
+
+def _readme_table(chip):
+    lines = []
+    for entry in distinct(list(ENTRIES)):
+        rows = {name: chip.row(entry, mode, "batch") for name, mode in COLUMNS.items()}
+        ours = rows["deit_fast bf16"]
+        if ours is None or ours.status != "measured":
+            continue
+        speeds = [
+            f"{r.images_per_s:,.0f}" if r and r.status == "measured" else "–" for r in rows.values()
+        ]
+        times = [
+            "–" if (x := ratio(ours, rows[base])) is None else f"{x:.2f}"
+            for base in ("eager bf16", "compile max-autotune bf16")
+        ]
+        lines.append("| " + " | ".join([entry.network, str(ours.batch), *speeds, *times]) + " |")
+    if not lines:
+        return ""
+    newest = chip.newest
+    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile"]
+    title = (
+        f"{chip.name}, torch {newest.hardware['torch']}, triton {newest.hardware['triton']}, "
+        f"{newest.date}, commit {newest.commit[:7]}: images/s, median of {newest.protocol['runs']} "
+        "calls; ratios where batch and build are the same."
+    )
+    table = [
+        "| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1), *lines,
+    ]  # fmt: skip
+    return "\n".join([title, "", *table])
+
+
+def with_tables(readme: str, tables: str) -> str:
+    """The README's text with what lies between the marks replaced. Raises ValueError without."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md: lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+
+
+def write(path: Path, content: bytes) -> None:
+    """To a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
+    args = parser.parse_args(argv)
+    try:
+        chips = read_chips(args.results)
+        readme = args.readme.read_text()
+        wanted = with_tables(readme, readme_tables(chips))
+    except (CorruptResults, ValueError, FileNotFoundError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if wanted != readme:
+            print(f"report: {args.readme} is not what the results say; run without --check")
+        return int(wanted != readme)
+
+    from benchmarks import page, plots  # matplotlib takes a second
+
+    for chip in chips:
+        drawn = plots.draw(chip)
+        for name, (_, png) in drawn.items():
+            write(chip.folder / f"{name}.png", png)
+        html = page.render(chip, {name: svg for name, (svg, _) in drawn.items()})
+        write(chip.folder / "report.html", html.encode())
+        print(f"{chip.name}: {chip.folder / 'report.html'}")
+    if wanted != readme:
+        write(args.readme, wanted.encode())
+        print(f"{args.readme}: tables renewed")
+    if not chips:
+        print(f"no results in {args.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

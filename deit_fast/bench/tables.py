@@ -1,0 +1,62 @@
+"""Measured rows and profiles as tables for a terminal."""
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from .results import KernelRow, ModelRow
+
+
+def _table(title, left, right):
+    table = Table(title=title)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def models(rows: Iterable[ModelRow]) -> Table:
+    """images/s and what belongs to them, a line a row."""
+    figures = ("batch", "images/s", "ms", "p20", "p80", "GB", "of ceiling", "error")
+    table = _table("images/s", ("network", "mode", "protocol"), figures)
+    for r in rows:
+        name = (r.network, r.mode, r.protocol, str(r.batch))
+        if r.status != "measured":
+            table.add_row(*name, f"failed: {r.note}")
+            continue
+        table.add_row(
+            *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}", f"{r.ms_p20:,.2f}",
+            f"{r.ms_p80:,.2f}", _or_dash(r.peak_memory_gb, "{:.2f}"),
+            _or_dash(r.fraction_of_ceiling, "{:.0%}"), f"{r.relative_error:.0e}",
+        )  # fmt: skip
+    return table
+
+
+def kernels(rows: Iterable[KernelRow]) -> Table:
+    """Predicted against measured: bytes and FLOPs at the chip's ceilings, beside the clock."""
+    figures = ("MB", "GFLOP", "predicted us", "measured us", "ratio", "error")
+    title = "against the playbook: bytes and FLOPs at the measured ceilings, and the clock"
+    table = _table(title, ("operation", "network", "case", "mode", "served by"), figures)
+    for r in rows:
+        measured = r.ms_median and 1e3 * r.ms_median
+        table.add_row(
+            r.op, r.network, r.case, r.mode, r.served_by, f"{r.bytes / 1e6:,.1f}",
+            f"{r.flops / 1e9:,.2f}", f"{1e3 * r.predicted_ms:,.1f}",
+            f"{measured:,.1f}" if measured else "failed",
+            f"{r.ms_median / r.predicted_ms:.2f}" if measured else "", f"{r.relative_error:.0e}",
+        )  # fmt: skip
+    return table
+
+
+def shares(title: str, milliseconds: dict[str, float]) -> Table:
+    """Where one call's time went, by kind of kernel."""
+    table = _table(title, ("kind",), ("ms", "share"))
+    total = sum(milliseconds.values()) or 1.0
+    for name, ms in sorted(milliseconds.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{ms:.3f}", f"{ms / total:.0%}")
+    return table
+
+
+def _or_dash(value, form):
+    return "–" if value is None else form.format(value)
