@@ -110,7 +110,8 @@ def race(request, session, benchmark):
     return run
 
 
-def pytest_terminal_summary(config):
+def pytest_unconfigure(config):
+    """The table comes last, after pytest's own summaries."""
     session = getattr(config, "bench_suite", None)
     if session is None:
         return

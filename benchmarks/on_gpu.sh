@@ -1,35 +1,120 @@
 #!/usr/bin/env bash
-# What needs a GPU, in stages of less than ten minutes each that need no network.
-#     benchmarks/on_gpu.sh correctness    the whole suite on the device: bf16 dots, real Triton code
-#     benchmarks/on_gpu.sh sanitize       out-of-bounds and misaligned accesses, uninitialised memory
-# Logs go to ${OUT:-benchmarks/results}.
+# What needs a GPU, in stages of less than ten minutes each that need no network:
+#     benchmarks/on_gpu.sh STAGE...
+# correctness       the whole suite on the device: bf16 dots, real Triton code
+# sanitize          out-of-bounds and misaligned accesses, uninitialised memory
+# ceilings          copy bandwidth and the best matrix products
+# kernels           every operation on DeiT's shapes, predicted and measured
+# table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
+# table5-convnets   the convolutional networks, eager first, then compiled
+# latency           batch 1, 8, 32
+# train             forward + backward
+# Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
+# that this build has measured on this chip are kept. Without a GPU every stage runs in little.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+stages=(correctness sanitize ceilings kernels table5-deit table5-convnets latency train)
+[ $# -gt 0 ] || { echo "on_gpu.sh: want stages, of: ${stages[*]}" >&2; exit 2; }
+for stage; do
+    [[ " ${stages[*]} " == *" $stage "* ]] ||
+        { echo "on_gpu.sh: no stage $stage, want one of: ${stages[*]}" >&2; exit 2; }
+done
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
-stage=${1:?want a stage: correctness or sanitize}
+if [ -d benchmarks/results ] && [ ! "$out" -ef benchmarks/results ]; then
+    cp -rn benchmarks/results/. "$out"
+fi
 export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
 
-python3 -m pip install -q --no-deps --no-build-isolation -e .
-python3 -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)'
+"$python" -m pip install -q --no-deps --no-build-isolation -e .
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+"$python" -c 'import torch; c = torch.cuda
+print(c.get_device_name() if c.is_available() else "no GPU", torch.__version__)'
 
-case $stage in
-correctness)
-    python3 -m pytest -q -n 8 tests/kernels tests/layers tests/test_checkpoint.py \
-        tests/test_cli.py 2>&1 | tee "$out/correctness.log"
-    ;;
-sanitize)
-    # Real allocations, so that the tool sees the true bounds; compile first, it slows everything.
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    cases='test_no_less_accurate_than_torch or test_layer_norm or test_add_layer_norm or test_two_heads'
-    for tool in memcheck initcheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            python3 -m pytest -q -x tests/kernels -k "($cases) and float16" 2>&1 |
-            tee "$out/sanitize-$tool.log"
-    done
-    ;;
-*)
-    echo "on_gpu.sh: no stage $stage, want correctness or sanitize" >&2
-    exit 2
-    ;;
-esac
+seconds=450 # of a stage, after which no row is begun; the last may take two minutes more
+left() { awk "BEGIN {s = $seconds - $SECONDS; print (s > 0 ? s : 0) / 60}"; }
+
+# bench FILE... OPTION...: what was measured is kept whether or not every row could be
+bench() {
+    local little=()
+    [ "$gpu" = 1 ] || little=(--max-batch 1 --runs 2 --warmup 1)
+    "$python" -m pytest -q --benchmark-only --benchmark-columns=median,mean,rounds \
+        --out "$out" --minutes "$(left)" "$@" "${little[@]}" || failed=1
+}
+
+deits="DeiT-Ti distilled,DeiT-S distilled,DeiT-B distilled"
+forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
+fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16
+compiled=compile_bf16,compile_max_autotune_bf16
+vits=transformer convnets=convnet
+if [ "$gpu" = 0 ]; then
+    deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
+    forward=eager_fp32 fast=deit_fast_fp32 compiled=compile_bf16
+fi
+
+run_stage() {
+    case $1 in
+    correctness)
+        "$python" -m pytest -q -n 8 tests/kernels tests/layers tests/test_checkpoint.py \
+            tests/test_cli.py 2>&1 | tee "$out/correctness.log" || failed=1
+        ;;
+    sanitize)
+        if [ "$gpu" = 0 ]; then
+            echo "sanitize: compute-sanitizer has nothing to watch without a GPU"
+            return
+        fi
+        # Real allocations, so that the tool sees the true bounds; compile first, it slows all.
+        local tests='test_no_less_accurate_than_torch or test_layer_norm or test_add_layer_norm'
+        for tool in memcheck initcheck; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+                "$python" -m pytest -q -x tests/kernels \
+                -k "($tests or test_two_heads) and float16" 2>&1 |
+                tee "$out/sanitize-$tool.log" || failed=1
+        done
+        ;;
+    ceilings)
+        bench benchmarks/bench_ceilings.py --again
+        cat "$out"/*/ceilings.json
+        ;;
+    kernels)
+        bench benchmarks/bench_{layer_norm,linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
+            --rows "$deits,DeiT-B-384 distilled" --against-playbook
+        ;;
+    table5-deit)
+        bench benchmarks/bench_table5.py --rows "$vits" --protocols batch \
+            --modes "$forward,$fast,$compiled"
+        bench benchmarks/bench_table5.py --rows "$vits" --protocols paper --max-batch 2048 \
+            --modes "eager_fp32,$fast"
+        ;;
+    table5-convnets)
+        for modes in $forward $compiled; do
+            bench benchmarks/bench_table5.py --rows "$convnets" --protocols batch --modes "$modes"
+        done
+        bench benchmarks/bench_table5.py --rows "$convnets" --protocols paper --max-batch 2048 \
+            --modes eager_fp32
+        ;;
+    latency)
+        bench benchmarks/bench_latency.py --rows "$deits" \
+            --modes "eager_${half},deit_fast_${half},$compiled"
+        ;;
+    train)
+        bench benchmarks/bench_table5.py --rows "$deits,ResNet-50" --protocols batch \
+            --modes "$train"
+        ;;
+    esac
+}
+
+half=bf16 train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
+train=$train,compile_bf16_train,compile_max_autotune_bf16_train
+[ "$gpu" = 1 ] || { half=fp32; train=eager_fp32_train,deit_fast_fp32_train; }
+
+failed=0
+for stage; do
+    printf '\n== %s\n' "$stage"
+    SECONDS=0
+    run_stage "$stage"
+    echo "$stage: $SECONDS s"
+done
+exit "$failed"

@@ -78,8 +78,9 @@ class Options:
         for name, default in numbers.items():
             given = get(name)
             numbers[name] = default if given is None else given
-            if numbers[name] < (name != "warmup"):
-                raise ValueError(f"--{name}: {given}, want 1 or more")
+            least = int(name not in ("warmup", "minutes"))
+            if numbers[name] < least:
+                raise ValueError(f"--{name}: {given}, want {least} or more")
         return cls(
             rows=table5.select(rows),
             modes=[MODES[name] for name in pick("modes", modes, MODES)],
@@ -215,13 +216,13 @@ class Suite:
         self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
         call, served_by = _implementation(fn, reference, implementation)
 
-        def make(device=self.device, dtype=dtype):
+        def make(device=self.device):
             return _cast(inputs(device=device), dtype)
 
         # no inference_mode: there, no tensor knows whose view it is
         with MODES["eager_bf16"].settings(), torch.no_grad():
             first = make()
-            truth = reference(**make(dtype=torch.float32))
+            truth = reference(**_cast(first, torch.float32))
             wanted = _error(reference(**first), truth)
             got = call(**first)
             error = _error(got, truth)
@@ -278,15 +279,16 @@ def _implementation(fn, reference, implementation):
 
 def _cast(inputs, dtype):
     """Views of one tensor stay views of one tensor."""
-    cast = {}
+    cast, bases = {}, {}
     for name, t in inputs.items():
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             cast[name] = t
             continue
         base = t if t._base is None else t._base
-        whole = cast.setdefault(id(base), base.to(dtype))
-        cast[name] = whole.as_strided(t.shape, t.stride(), t.storage_offset())
-    return {name: t for name, t in cast.items() if isinstance(name, str)}
+        if id(base) not in bases:
+            bases[id(base)] = base.to(dtype)
+        cast[name] = bases[id(base)].as_strided(t.shape, t.stride(), t.storage_offset())
+    return cast
 
 
 def _tensors(values):

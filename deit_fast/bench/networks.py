@@ -24,9 +24,10 @@ from .results import ModelRow
 from .timing import latency_ms, release, rotation, summary, throughput_ms
 
 CHECKED = 8  # images whose outputs are compared
-# Relative errors that PyTorch's own lower precisions may have against fp32, on these weights; five
-# times that for gradients through batch norm, where rounding flips many a ReLU
-TOLERANCE = {"fp32": 1e-4, "tf32": 0.03, "fp16": 0.03, "bf16": 0.2}
+# Relative errors that PyTorch's own lower precisions may have against fp32, on these weights (seen
+# over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
+# many a ReLU (seen: fp16 0.1, bf16 0.3)
+TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
 PROTOCOLS = ("batch", "paper", "latency")
 
 
@@ -90,7 +91,17 @@ class Network:
         return timm.create_model(self.timm_name, **size)
 
     def _calibrate(self):
-        """Batch norm gets the statistics of random images, so that activations stay in range."""
+        """Batch norm gets the statistics of random images, so that activations stay in range, and
+        residual branches a small gain: with gain 1, a deep random network amplifies rounding a
+        hundredfold, and nothing agrees with anything."""
+        for m in self.model.modules():
+            if hasattr(m, "zero_init_last"):  # ResNet and RegNet start from nothing here
+                m.zero_init_last()
+            elif getattr(m, "has_skip", False):  # EfficientNet
+                nn.init.zeros_(getattr(m, "bn3", m.bn2).weight)
+        for m in self.batch_norms:
+            if not m.weight.any():
+                nn.init.constant_(m.weight, 0.2)
         for m in self.batch_norms:
             m.reset_running_stats()
             m.momentum = None  # the mean over what it sees
@@ -135,7 +146,7 @@ class Network:
         mode of the same precision, or, for that mode itself, above what its precision explains."""
         mode = step.mode
         error = self.error(step, batch)
-        allowed = TOLERANCE[mode.precision] * (5 if mode.train and self.batch_norms else 1)
+        allowed = TOLERANCE[mode.precision] * (8 if mode.train and self.batch_norms else 1)
         if mode.eager != mode:
             allowed = min(allowed, 2 * self._eager_error(mode.eager) + 1e-4)
         if not error <= allowed:  # NaN too

@@ -51,7 +51,9 @@ def profile(call: Callable[[], object], device: torch.device, trace: Path) -> di
     profiler.export_chrome_trace(str(trace))
     events = list(profiler.events())
     if device.type == "cuda":
-        events = [e for e in events if e.device_type == DeviceType.CUDA]
+        events = [
+            e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+        ]
         return _shares([(e.name, e.time_range.start, e.time_range.end) for e in events])
     shares = dict.fromkeys(KINDS, 0.0)
     for e in events:

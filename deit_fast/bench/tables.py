@@ -18,7 +18,7 @@ def _table(title, left, right):
 
 def models(rows: Iterable[ModelRow]) -> Table:
     """images/s and what belongs to them, a line a row."""
-    figures = ("batch", "images/s", "ms", "p20", "p80", "GB", "of ceiling", "error")
+    figures = ("batch", "images/s", "ms", "p20 to p80", "GB", "of ceiling", "error")
     table = _table("images/s", ("network", "mode", "protocol"), figures)
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
@@ -26,8 +26,8 @@ def models(rows: Iterable[ModelRow]) -> Table:
             table.add_row(*name, f"failed: {r.note}")
             continue
         table.add_row(
-            *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}", f"{r.ms_p20:,.2f}",
-            f"{r.ms_p80:,.2f}", _or_dash(r.peak_memory_gb, "{:.2f}"),
+            *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",
+            f"{r.ms_p20:,.2f} to {r.ms_p80:,.2f}", _or_dash(r.peak_memory_gb, "{:.2f}"),
             _or_dash(r.fraction_of_ceiling, "{:.0%}"), f"{r.relative_error:.0e}",
         )  # fmt: skip
     return table

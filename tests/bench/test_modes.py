@@ -1,0 +1,58 @@
+"""What is compared, and that no mode leaves PyTorch's switches changed."""
+
+import pytest
+import torch
+
+from deit_fast.bench.modes import MODES, pick
+
+
+def test_the_modes_are_those_of_the_results_format():
+    forward = [
+        "eager_fp32", "eager_tf32", "eager_amp_fp16", "eager_fp16", "eager_bf16", "compile_bf16",
+        "compile_max_autotune_bf16", "deit_fast_fp32", "deit_fast_fp16", "deit_fast_bf16",
+    ]  # fmt: skip
+    backward = [f"{name}_train" for name in forward if not name.endswith(("r_fp16", "t_fp16"))]
+    assert list(MODES) == forward + backward
+    for name, mode in MODES.items():
+        assert mode.train == name.endswith("_train")
+        assert mode.fast == name.startswith("deit_fast")
+        assert bool(mode.compile) == name.startswith("compile")
+        assert mode.precision in name
+
+
+def test_each_mode_is_compared_with_eager_of_its_precision():
+    for name, eager in {
+        "deit_fast_fp16": "eager_fp16",
+        "deit_fast_bf16_train": "eager_bf16_train",
+        "compile_max_autotune_bf16": "eager_bf16",
+        "deit_fast_fp32": "eager_fp32",
+        "eager_amp_fp16": "eager_amp_fp16",
+        "eager_tf32": "eager_tf32",
+    }.items():
+        assert MODES[name].eager is MODES[eager]
+
+
+def switches():
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+
+
+def test_settings_come_and_go():
+    before = switches()
+    with MODES["eager_tf32"].settings():
+        assert switches() == ("high", True, True)
+        with MODES["eager_fp32"].settings():
+            assert switches() == ("highest", False, True)
+        assert switches() == ("high", True, True)
+    assert switches() == before
+    with pytest.raises(KeyError), MODES["eager_tf32"].settings():
+        raise KeyError
+    assert switches() == before
+
+
+def test_pick_names_the_nearest():
+    assert pick("modes", ["b", "a", "b"], ["a", "b"]) == ["b", "a"]
+    with pytest.raises(ValueError, match="modes: unknown 'eager_fp33', did you mean eager_fp32"):
+        pick("modes", ["eager_fp33"], MODES)
+    with pytest.raises(ValueError, match=r"rows: unknown 'zzz', want one of \['a', 'b'\]"):
+        pick("rows", ["zzz"], ["a", "b"])

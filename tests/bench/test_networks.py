@@ -1,0 +1,210 @@
+"""Agreement before a timing, the search for the largest batch, and what a row says."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import deit_fast
+from deit_fast.bench import networks
+from deit_fast.bench.modes import MODES
+from deit_fast.bench.networks import Network, Plan, check_network
+
+CPU = torch.device("cpu")
+STAMP = {"commit": "unknown", "build": "0" * 12}
+CEILINGS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "copy_tb_per_s": 1.0}
+ONE = Plan("batch", batch=3, runs=2, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return Network("deit_tiny_distilled", 32, CPU, "DeiT-Ti distilled")
+
+
+@pytest.fixture(scope="module")
+def convnet():
+    return Network("resnet18", 64, CPU)
+
+
+def measure(network, mode, plan=ONE):
+    return network.measure(MODES[mode], plan, CEILINGS, STAMP)
+
+
+@pytest.mark.parametrize("mode", ["eager_fp32", "eager_bf16", "deit_fast_fp32", "deit_fast_bf16"])
+@pytest.mark.parametrize("train", ["", "_train"])
+def test_a_row_of_a_vision_transformer(vit, mode, train):
+    row, times = measure(vit, mode + train)
+    assert row.status == "measured" and row.note is None
+    assert (row.network, row.timm_name) == ("DeiT-Ti distilled", "deit_tiny_distilled_patch16_224")
+    assert (row.batch, row.image_size, row.channels_last) == (3, 32, False)
+    assert len(times) == 2 and row.ms_mean == pytest.approx(sum(times) / 2)
+    assert row.images_per_s == pytest.approx(3e3 / row.ms_median)
+    flops = vit.flops * (3 if train else 1)
+    assert row.tflops == pytest.approx(flops * row.images_per_s / 1e12)
+    ceiling = 1.0 if mode.endswith("fp32") else 2.0
+    assert row.fraction_of_ceiling == pytest.approx(row.tflops / ceiling)
+    exact = mode.endswith("fp32")
+    assert row.relative_error < 1e-5 if exact else 1e-4 < row.relative_error < 0.05
+
+
+@pytest.mark.parametrize("mode", ["eager_fp32", "eager_bf16", "eager_fp32_train"])
+def test_a_row_of_a_convolutional_network(convnet, mode):
+    row, _ = measure(convnet, mode)
+    assert row.status == "measured", row.note
+    assert row.channels_last == (mode == "eager_bf16")
+    assert convnet.why_not(MODES["deit_fast_fp32"]) == "deit_fast has no modules for it"
+
+
+def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
+    row, times = measure(vit, "eager_fp32", Plan("paper", batch=5, runs=3, warmup=1))
+    assert (row.batch, row.asked_batch, row.note) == (5, 5, "capped at 5")
+    assert row.images_per_s == pytest.approx(5e3 * 3 / sum(times))
+
+
+def test_compiled_rows_agree(vit):
+    row, _ = measure(vit, "compile_bf16")
+    assert row.status == "measured", row.note
+
+
+WRONG = {  # what a broken fast mode may do to its output -> the mode that must notice
+    "scaled": (lambda y: 1.001 * y, "deit_fast_fp32"),
+    "NaN": (lambda y: y * float("nan"), "deit_fast_bf16"),
+    "permuted": (lambda y: y.roll(1, 0), "deit_fast_bf16"),
+    "gradient": (lambda y: y + 0.01 * (y - y.detach()), "deit_fast_fp32_train"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_disagrees_is_not_timed(vit, fault, monkeypatch):
+    break_it, mode = WRONG[fault]
+    real = deit_fast.layers.VisionTransformerDistilled.forward
+
+    def forward(self, x, **kwargs):
+        return break_it(real(self, x, **kwargs))
+
+    monkeypatch.setattr(deit_fast.layers.VisionTransformerDistilled, "forward", forward)
+    clocks = []
+    monkeypatch.setattr(networks, "throughput_ms", lambda *args: clocks.append(args))
+    row, times = measure(vit, mode)
+    assert row.status == "failed" and "Disagreement: relative error" in row.note
+    assert not times and not clocks and row.images_per_s is None
+
+
+def test_a_mode_that_raises_is_reported(vit, monkeypatch):
+    def forward(self, x, **kwargs):
+        raise TypeError("no such thing\nsecond line")
+
+    monkeypatch.setattr(deit_fast.layers.VisionTransformerDistilled, "forward", forward)
+    row, _ = measure(vit, "deit_fast_fp32")
+    assert (row.status, row.note) == ("failed", "TypeError: no such thing")
+
+
+def limit_memory(monkeypatch, images):
+    """Steps of more images than that run out of memory."""
+    real = networks.Step.__call__
+
+    def call(self, x):
+        if len(x) > images:
+            raise torch.OutOfMemoryError(f"{len(x)} images")
+        return real(self, x)
+
+    monkeypatch.setattr(networks.Step, "__call__", call)
+
+
+@pytest.mark.parametrize(
+    ("fits", "cap", "batch", "note"),
+    [(5, 100, 4, "8 does not"), (8, 8, 8, "capped at 8"), (7, 6, 6, "capped at 6"),
+     (1, 64, 1, "2 does not")],
+)  # fmt: skip
+def test_the_largest_batch_is_found_by_doubling(vit, monkeypatch, fits, cap, batch, note):
+    limit_memory(monkeypatch, fits)
+    found, said = vit.largest_batch(MODES["eager_fp32"], cap)
+    assert found == batch and note in said
+
+
+def test_a_batch_too_large_is_halved_and_said(vit, monkeypatch):
+    limit_memory(monkeypatch, 5)
+    row, _ = measure(vit, "eager_fp32", Plan("batch", 16, 2, 1))
+    assert (row.status, row.batch, row.asked_batch) == ("measured", 4, 16)
+    assert row.note == "batch 8 does not fit in memory"
+    limit_memory(monkeypatch, 0)
+    row, _ = measure(vit, "eager_bf16", Plan("batch", 2, 2, 1))
+    assert (row.status, row.batch) == ("failed", 1)
+
+
+@pytest.mark.gpu
+def test_running_out_of_memory_leaves_none_behind():
+    device = torch.device("cuda")
+    network = Network("deit_tiny", 224, device)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    share = 2e9 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        batch, note = network.largest_batch(MODES["eager_fp32"], 1 << 20)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 16 < batch < 1 << 16 and "does not" in note
+    assert torch.cuda.memory_allocated() <= before + (1 << 26)
+
+
+def test_modes_share_the_weights_and_leave_them(vit):
+    before = copy.deepcopy(vit.model.state_dict())
+    steps = [vit.step(MODES[name]) for name in ("eager_fp32", "deit_fast_fp32", "eager_bf16")]
+    for step in steps:
+        for name, value in step.model.state_dict().items():
+            torch.testing.assert_close(value, before[name].to(value.dtype), rtol=0, atol=0)
+    measure(vit, "eager_fp32_train")
+    torch.testing.assert_close(dict(vit.model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_every_part_matters_for_the_output(vit, convnet):
+    """Or a wrong part would go unnoticed: each parameter, zeroed, changes the logits."""
+    for network in (vit, convnet):
+        step = network.step(MODES["eager_fp32"])
+        want = step(network.images)
+        for name, p in step.model.named_parameters():
+            kept = p.detach().clone()
+            p.data.zero_()
+            if name.endswith("qkv.bias"):  # the keys' third cannot matter, the rest must
+                p.data[p.numel() // 3 : 2 * p.numel() // 3] = 0
+            assert networks_error(step(network.images), want) > 1e-5, name
+            p.data.copy_(kept)
+
+
+def networks_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_batch_norm_keeps_activations_in_range(convnet):
+    logits = convnet.step(MODES["eager_fp32"])(convnet.images)
+    assert 0.05 < logits.std() < 50
+    norms = [m for m in convnet.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.momentum == 0.1 and not m.training for m in norms)
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),
+    [("deit_tiny_distilled", 2.522), ("deit_small_distilled", 9.248),
+     ("deit_base_distilled_384", 111.18), ("resnet50", 8.18)],
+)  # fmt: skip
+def test_flops_are_the_published_ones(name, gflop):
+    timm_name, size = check_network(name, None)
+    with torch.device("meta"):
+        model = networks.timm.create_model(timm_name)
+    assert networks._count(model, size) / 1e9 == pytest.approx(gflop, rel=1e-3)
+
+
+def test_bad_networks_and_sizes_are_named():
+    with pytest.raises(ValueError, match="unknown 'deit_smal_distilled', did you mean deit_small"):
+        check_network("deit_smal_distilled", None)
+    with pytest.raises(ValueError, match="225 for deit_tiny.*, nearest valid: 224 or 240"):
+        check_network("deit_tiny", 225)
+    with pytest.raises(ValueError, match="image size: 3 for deit_tiny.*: 16 or 32"):
+        check_network("deit_tiny", 3)
+    with pytest.raises(ValueError, match="image size: 31 for resnet18, nearest valid: 32 or more"):
+        check_network("resnet18", 31)
+    assert check_network("resnet18", 33) == ("resnet18", 33)
+    assert check_network("deit_base_384", None) == ("deit_base_patch16_384", 384)
+    assert check_network("tf_efficientnet_b8", None)[1] == 672

@@ -1,0 +1,85 @@
+"""Clocks count what they say, inputs rotate, and the chip's ceilings are figures."""
+
+import time
+
+import pytest
+import torch
+
+from deit_fast.bench import timing
+
+CPU = torch.device("cpu")
+
+
+def test_summary_is_the_percentiles():
+    times = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0]
+    found = timing.summary(times)
+    want = torch.quantile(torch.tensor(times), torch.tensor([0.2, 0.5, 0.8]))
+    assert [found[k] for k in ("ms_p20", "ms_median", "ms_p80")] == pytest.approx(
+        want.tolist(), rel=1e-5
+    )
+    assert found["ms_mean"] == pytest.approx(sum(times) / 6)
+    assert set(timing.summary([7.0]).values()) == {7.0}
+
+
+@pytest.mark.parametrize("clock", [timing.throughput_ms, timing.latency_ms, timing.kernel_ms])
+def test_clocks_warm_up_rotate_and_count(clock):
+    seen = []
+
+    def call(x):
+        seen.append(x)
+        time.sleep(0.02 if x == "slow" else 0.002)
+
+    times = clock(call, ["slow", "fast"], runs=4, warmup=3, device=CPU)
+    assert seen == ["slow", "fast", "slow", "fast", "slow", "fast", "slow"]
+    assert len(times) == 4
+    assert min(times[1], times[3]) >= 20 > max(times[0], times[2]) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clock", [timing.throughput_ms, timing.latency_ms, timing.kernel_ms])
+def test_device_clocks_agree_on_a_large_copy(clock):
+    device = torch.device("cuda")
+    source = torch.randn(1 << 28, device=device)
+    target = torch.empty_like(source)
+    (low, high) = (0.5, 2.0)
+    want = 2e3 * source.nbytes / 1e12 / timing.ceilings(device, quick=True)["copy_tb_per_s"]
+    times = clock(lambda x: target.copy_(x), [source], runs=5, warmup=2, device=device)
+    assert low < sorted(times)[2] / want < high
+
+
+def test_rotation_leaves_no_input_in_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 100)
+    for nbytes, sets in ((1, 64), (30, 14), (100, 4), (399, 2), (400, 1), (5000, 1)):
+        made = timing.rotation(object, nbytes, CPU)
+        assert len(made) == len(set(map(id, made))) == sets, nbytes
+
+
+def test_folder_names(monkeypatch):
+    names = {
+        "NVIDIA H200": "h200",
+        "Tesla V100-SXM2-16GB": "tesla-v100-sxm2-16gb",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q": "rtx-pro-6000-blackwell-max-q",
+    }
+    for name, folder in names.items():
+        monkeypatch.setattr(timing, "device_name", lambda device, name=name: name)
+        assert timing.slug(torch.device("cuda")) == folder
+    assert timing.slug(CPU) == "cpu"
+
+
+def test_ceilings_are_plausible(device):
+    found = timing.ceilings(torch.device(device), quick=True)
+    assert {"copy_tb_per_s", "fp32_tflops", "fp16_tflops", "bf16_tflops"} <= set(found)
+    assert all(1e-5 < value < 1e5 for value in found.values())
+    a = torch.randn(1024, 1024)  # the same product by hand: within what noise there is
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        by_hand = 10 * 2 * 1024**3 / (time.perf_counter() - start) / 1e12
+        assert 0.2 < found["fp32_tflops"] / by_hand < 5
+
+
+def test_hardware_says_what_this_is():
+    found = timing.hardware(CPU)
+    assert found["gpu"] is None and found["cpu"] and found["threads"] >= 1
+    assert found["torch"].startswith(torch.__version__.partition("+")[0])
