@@ -1,7 +1,6 @@
 """pytest benchmarks/ --benchmark-only [options]: Table 5, latency and kernels on this machine."""
 
 import pytest
-from rich.console import Console
 
 from benchmarks import suite
 from deit_fast.bench import results, tables
@@ -115,8 +114,7 @@ def pytest_unconfigure(config):
     session = getattr(config, "bench_suite", None)
     if session is None:
         return
-    console = Console()
-    console.width = max(console.width, 120)  # a figure cut short is no figure
+    console = tables.console()
     for title, shares, trace in session.profiles:
         console.print(tables.shares(title, shares))
         console.print(f"trace: {trace}", soft_wrap=True)

@@ -2,13 +2,22 @@
 
 from collections.abc import Iterable
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from .results import KernelRow, ModelRow
 
 
+def console() -> Console:
+    """Wide enough for these tables: a line may wrap, but no figure is cut short."""
+    found = Console()
+    found.width = max(found.width, 150)
+    return found
+
+
 def _table(title, left, right):
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, title_justify="left")
     for heading in left:
         table.add_column(heading, no_wrap=True)
     for heading in right:
@@ -18,7 +27,7 @@ def _table(title, left, right):
 
 def models(rows: Iterable[ModelRow]) -> Table:
     """images/s and what belongs to them, a line a row."""
-    figures = ("batch", "images/s", "ms", "p20 to p80", "GB", "of ceiling", "error")
+    figures = ("batch", "images/s", "ms", "p20-p80", "GB", "of ceiling", "error")
     table = _table("images/s", ("network", "mode", "protocol"), figures)
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
@@ -27,7 +36,7 @@ def models(rows: Iterable[ModelRow]) -> Table:
             continue
         table.add_row(
             *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",
-            f"{r.ms_p20:,.2f} to {r.ms_p80:,.2f}", _or_dash(r.peak_memory_gb, "{:.2f}"),
+            f"{(r.ms_p80 - r.ms_p20) / r.ms_median:.1%}", _or_dash(r.peak_memory_gb, "{:.2f}"),
             _or_dash(r.fraction_of_ceiling, "{:.0%}"), f"{r.relative_error:.0e}",
         )  # fmt: skip
     return table
@@ -51,7 +60,7 @@ def kernels(rows: Iterable[KernelRow]) -> Table:
 
 def shares(title: str, milliseconds: dict[str, float]) -> Table:
     """Where one call's time went, by kind of kernel."""
-    table = _table(title, ("kind",), ("ms", "share"))
+    table = _table(None, (title,), ("ms", "share"))
     total = sum(milliseconds.values()) or 1.0
     for name, ms in sorted(milliseconds.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{ms:.3f}", f"{ms / total:.0%}")

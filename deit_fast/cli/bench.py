@@ -70,8 +70,7 @@ def run(args) -> int:
         raise ValueError(f"--modes: {mode.name} for {network.timm_name}: {reason}")
     modes = [mode for mode in modes if mode not in missing]
 
-    console, notes = Console(), Console(stderr=True)
-    console.width = max(console.width, 120)  # a figure cut short is no figure
+    console, notes = tables.console(), Console(stderr=True)
     todo = [(mode, batch) for batch in batches for mode in modes]
     rows, profiles, ceilings = [], [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

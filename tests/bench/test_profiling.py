@@ -1,0 +1,66 @@
+"""Kernels are sorted by what they do, and their times add up."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deit_fast.bench import profiling
+from deit_fast.bench.profiling import KINDS, kind, profile
+
+NAMES = {
+    "GEMM": [
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNT",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>",
+        "triton_tem_fused_addmm_gelu_3",
+        "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32",
+        "_linear_kernel", "_patch_embed_kernel", "_classifier_kernel",
+        "aten::addmm", "aten::mkldnn_convolution",
+    ],
+    "attention": [
+        "_attention_kernel", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    ],
+    "norm": [
+        "_layer_norm_kernel", "void at::native::vectorized_layer_norm_kernel<BFloat16, float>",
+        "triton_per_fused_add_addmm_native_layer_norm_view_4", "aten::native_batch_norm",
+        "void cudnn::bn_fw_inf_1C11_kernel_NCHW",
+    ],
+    "elementwise": [
+        "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>",
+        "triton_poi_fused_addmm_gelu_view_5", "_linear_epilogue_kernel", "aten::gelu",
+    ],
+    "copies": [
+        "Memcpy HtoD (Pinned -> Device)", "Memset (Device)", "aten::copy_",
+        "void at::native::direct_copy_kernel_cuda", "aten::cat",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_kinds(wanted):
+    assert {name: kind(name) for name in NAMES[wanted]} == dict.fromkeys(NAMES[wanted], wanted)
+
+
+def test_overlapping_kernels_count_once_and_gaps_are_idle():
+    shares = profiling._shares(
+        [("gemm", 100, 1100), ("aten::gelu", 600, 1600), ("memcpy", 700, 900), ("gemm", 3600, 4600)]
+    )
+    assert shares == {
+        "GEMM": 2.0, "elementwise": 0.5, "copies": 0.0, "idle": 2.0, "norm": 0.0, "attention": 0.0,
+    }  # fmt: skip
+    assert set(shares) == set(KINDS)
+
+
+def test_a_profile_finds_where_the_time_goes(tmp_path, device):
+    x = torch.randn(1500, 1500, device=device)
+    trace = tmp_path / "new" / "trace.json.gz"
+    shares = profile(lambda: F.gelu(x @ x @ x), torch.device(device), trace)
+    assert shares["GEMM"] > 0.5 * sum(shares.values()) > 0
+    assert shares["elementwise"] > 0 == shares["attention"]
+    names = {e.get("name") for e in json.loads(gzip.open(trace).read())["traceEvents"]}
+    assert "aten::mm" in names

@@ -1,0 +1,201 @@
+"""The README's tables and the page say what the files say, and nothing else."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import pytest
+from making import kernel_row, model_row, results_of
+
+from benchmarks import measured, report, table5
+from benchmarks.measured import Chip, ratio
+from benchmarks.table5 import ENTRIES
+from deit_fast.bench.modes import MODES
+
+ROOT = Path(__file__).parents[2]
+BY_NAME = {e.network: e for e in ENTRIES}
+SMALL, RESNET = BY_NAME["DeiT-S distilled"], BY_NAME["ResNet-50"]
+FAILED = {"status": "failed", "note": "relative error <0.5>"}
+SPEED = {  # made up, and different for each mode
+    "eager_fp32": 1000.0, "eager_bf16": 4000.0, "compile_max_autotune_bf16": 5000.0,
+    "deit_fast_bf16": 8000.0,
+}  # fmt: skip
+
+
+def everything():
+    """Rows of every network: twice as fast as the paper's V100 in fp32, and so on."""
+    rows = []
+    for entry in table5.distinct(list(ENTRIES)):
+        for mode, speed in SPEED.items():
+            if MODES[mode].fast and entry.family == "convnet":
+                continue
+            images = speed / 1000 * 2 * entry.v100_images_per_s
+            rows.append(model_row(entry, mode, images))
+            rows.append(model_row(entry, mode, images / 2, protocol="paper", asked_batch=4096))
+    rows += [
+        model_row(SMALL, "deit_fast_bf16", 500.0, protocol="latency", asked_batch=1, batch=1),
+        model_row(SMALL, "eager_bf16_train", 900.0),
+        model_row(SMALL, "deit_fast_bf16_train", 1800.0),
+        model_row(RESNET, "compile_bf16", **FAILED),
+        kernel_row(), kernel_row(mode="eager", ms=4.0),
+        kernel_row("layer_norm", flops=0, case=""),
+        kernel_row("attention", case="<last>", status="failed", note="no"),
+    ]  # fmt: skip
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    results_of(*everything()).save(tmp_path / "imaginary" / "table5.json")
+    return tmp_path
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return path
+
+
+def test_the_readme_of_this_checkout_is_what_its_files_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_readme_tables(folder, readme, capsys):
+    args = ["--results", str(folder), "--readme", str(readme)]
+    assert report.main([*args, "--check"]) == 1
+    assert "old" in readme.read_text() and not list(folder.glob("*/*.html"))
+    assert report.main(args) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| DeiT-S distilled | 256 | 1,872 | 7,490 | 9,362 | 14,979 | 2.00 | 1.60 |" in text
+    assert "NVIDIA Imaginary, torch 2.11.0, triton 3.6.0, 2026-11-21, commit aaaaaaa" in text
+    assert "ResNet" not in text  # deit_fast has no figure for it
+    assert report.main([*args, "--check"]) == 0
+    readme.write_text(text.replace("14,979", "15,979"))  # someone improves a figure
+    assert report.main([*args, "--check"]) == 1
+
+
+def test_a_cpu_claims_nothing_in_the_readme(folder, readme):
+    (path,) = folder.glob("*/table5.json")
+    results_of(*everything(), gpu=None).save(path)
+    assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
+    assert f"{report.BEGIN}\n{report.NOTHING}\n{report.END}" in readme.read_text()
+    page = (path.parent / "report.html").read_text()
+    assert "Measured on a CPU" in page and "(CPU, 2 threads)" in page
+
+
+def test_bad_files_are_named_and_nothing_is_written(folder, readme, capsys):
+    (path,) = folder.glob("*/table5.json")
+    path.write_text(path.read_text()[:-30])
+    assert report.main(["--results", str(folder), "--readme", str(readme)]) == 2
+    assert f"{path}: not JSON" in capsys.readouterr().err
+    assert "old" in readme.read_text() and not list(folder.glob("*/*.html"))
+    readme.write_text("no marks")
+    path.unlink()
+    assert report.main(["--results", str(folder), "--readme", str(readme)]) == 2
+    assert "lacks the marks" in capsys.readouterr().err
+
+
+def test_ratios_are_within_one_run():
+    fast, base = model_row(SMALL, "deit_fast_bf16", 300.0), model_row(SMALL, "eager_bf16", 100.0)
+    assert ratio(fast, base) == pytest.approx(3.0)
+    for change in ({"build": "c" * 12}, {"batch": 128}, {"protocol": "paper"}, FAILED):
+        assert (
+            ratio(fast, model_row(SMALL, "eager_bf16", **{"images_per_s": 100.0, **change})) is None
+        )
+    assert ratio(fast, None) is None
+
+
+def test_one_network_in_several_rows_is_reported_in_each(folder):
+    chip = Chip.read(folder / "imaginary")
+    long = BY_NAME["DeiT-S distilled 1000 epochs"]
+    assert chip.row(long, "deit_fast_bf16", "batch") is chip.row(SMALL, "deit_fast_bf16", "batch")
+    assert chip.throughput(SMALL, "eager_fp32").protocol == "paper"
+    assert chip.throughput(RESNET, "compile_bf16") is None
+    assert chip.row(RESNET, "compile_bf16", "batch").status == "failed"
+
+
+def test_rank_correlation():
+    chip = Chip(Path(), {"table5": results_of(*everything())})
+    assert measured.rank_correlation(chip, list(ENTRIES)) == (pytest.approx(1.0), 26)
+    rows = [model_row(e, images_per_s=1 / e.v100_images_per_s) for e in ENTRIES]
+    chip = Chip(Path(), {"table5": results_of(*rows)})
+    assert measured.rank_correlation(chip, list(ENTRIES)) == (pytest.approx(-1.0), 26)
+    assert measured.rank_correlation(Chip(Path(), {"x": results_of(*rows[:2])}), ENTRIES) is None
+    assert measured._ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+
+
+@pytest.fixture
+def page(folder, readme):
+    assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
+    return folder / "imaginary" / "report.html"
+
+
+def test_the_page_stands_alone_and_holds_every_row(page):
+    text = page.read_text()
+    cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", text)]
+    for entry in ENTRIES:
+        assert cells.count(entry.network) >= 2, entry.network
+        assert f"{entry.v100_images_per_s:,.1f}" in cells
+    assert "1,872" in cells and "14,979" in cells and "2.00" in cells and "1.60" in cells
+    assert "<b>1.000</b>" in text and "over 26 networks" in text
+    assert "attention &lt;last&gt;" in text and "<last>" not in text
+    assert "relative error &lt;0.5&gt;" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)  # needs nothing beside itself
+    assert text.count("data:image/svg+xml;base64,") == 3
+    images = sorted(page.parent.glob("*.png"))
+    assert [p.name for p in images] == ["figure1.png", "ratios.png", "rooflines.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in images)
+
+
+def test_a_chip_with_little_still_has_a_page(tmp_path, readme):
+    results_of(model_row(RESNET)).save(tmp_path / "imaginary" / "table5.json")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = (tmp_path / "imaginary" / "report.html").read_text()
+    assert "no rank correlation" in text and "Kernels" not in text
+    assert report.NOTHING in readme.read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium, to open the page in a real browser")
+def test_in_a_real_browser(page, tmp_path):
+    """No script error; a click on a heading sorts, a second one turns the order."""
+    copy = tmp_path / "clicked.html"
+    script = """<script>
+const table = document.querySelector("section:nth-of-type(2) table");
+const column = text => [...table.tHead.rows[0].cells].find(c => c.textContent === text);
+const names = () => [...table.tBodies[0].rows].map(r => r.cells[0].textContent);
+const found = {rows: document.querySelectorAll("tbody tr").length, start: names()};
+column("V100 (paper)").click(); found.slowest = names()[0];
+column("V100 (paper)").click(); found.fastest = names()[0];
+column("network").click(); found.first = names()[0]; found.all = names().length;
+column("deit_fast_bf16").click(); found.last = names().at(-1);
+found.images = [...document.images].every(i => i.complete && i.naturalWidth > 0);
+document.title = JSON.stringify(found);
+</script>"""
+    copy.write_text(page.read_text().replace("</html>", script + "</html>"))
+    shot = tmp_path / "page.png"
+    common = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+        "--window-size=1300,3000",
+    ]  # fmt: skip
+    done = subprocess.run([*common, "--dump-dom", f"file://{copy}"], capture_output=True, text=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    found = json.loads(title)
+    assert found["start"] == [e.network for e in ENTRIES]
+    assert (found["slowest"], found["fastest"]) == ("KDforAA-B8", "ResNet-18")
+    assert found["first"] == "DeiT-B" and found["all"] == 32 and found["images"]
+    assert BY_NAME[found["last"]].family == "convnet"  # without a figure: last
+    assert found["rows"] >= 3 * 32
+    subprocess.run([*common, f"--screenshot={shot}", f"file://{page}"], check=True,
+                   capture_output=True)  # fmt: skip
+    assert shot.stat().st_size > 50_000

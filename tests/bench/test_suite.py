@@ -1,0 +1,193 @@
+"""pytest benchmarks/, as a user runs it, and the script for a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from making import model_row
+
+from benchmarks import suite, table5
+from deit_fast.bench import results
+from deit_fast.bench.modes import MODES
+
+ROOT = Path(__file__).parents[2]
+LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
+
+
+def bench(out, *args):
+    drop = ("TRITON_INTERPRET", "PYTEST_")  # what the tests and xdist set
+    env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--out", out, *args],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ceilings(tmp_path_factory):
+    """A results folder whose ceilings are measured, for the others to start from."""
+    out = tmp_path_factory.mktemp("results")
+    done = bench(out, "benchmarks/bench_ceilings.py", "--quick")
+    assert done.returncode == 0, done.stdout
+    return out
+
+
+@pytest.fixture
+def out(ceilings, tmp_path):
+    (path,) = ceilings.glob("*/ceilings.json")
+    target = tmp_path / path.parent.name / path.name
+    target.parent.mkdir()
+    target.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def rows(out, name):
+    (path,) = out.glob(f"*/{name}.json")
+    return results.load(path).rows
+
+
+def test_rows_are_measured_kept_and_measured_again(out):
+    args = ["benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32,deit_fast_fp32"]
+    saved = out / "saved.json"
+    done = bench(out, *args, "--protocols", "batch", f"--benchmark-json={saved}")
+    assert "2 passed" in done.stdout, done.stdout
+    first = rows(out, "table5")
+    assert [(r.mode, r.batch, r.status) for r in first] == [
+        ("eager_fp32", 1, "measured"), ("deit_fast_fp32", 1, "measured"),
+    ]  # fmt: skip
+    # pytest-benchmark shows the times that the device's clock took
+    for shown, row in zip(json.loads(saved.read_text())["benchmarks"], first, strict=True):
+        assert shown["stats"]["median"] == pytest.approx(row.ms_median / 1e3)
+        assert shown["extra_info"]["images_per_s"] == row.images_per_s
+        assert shown["extra_info"]["relative_error"] == row.relative_error
+
+    done = bench(out, *args)  # both protocols now: what is there is kept
+    assert "2 passed, 2 skipped" in done.stdout, done.stdout
+    assert "kept: measured by this build on this chip" in done.stdout
+    assert len(re.findall(r"DeiT-Ti distilled +eager_fp32 ", done.stdout)) == 2
+    second = rows(out, "table5")
+    assert second[:2] == first and [r.protocol for r in second[2:]] == ["paper", "paper"]
+
+    done = bench(out, *args, "--protocols", "batch", "--again", "--profile")
+    assert "2 passed" in done.stdout, done.stdout
+    again = rows(out, "table5")
+    assert again[2:] == second[2:] and again[0].ms_median != first[0].ms_median
+    assert "DeiT-Ti distilled, eager_fp32, batch 1" in done.stdout and "GEMM" in done.stdout
+    assert len(list(out.glob("*/traces/*.json.gz"))) == 2
+
+
+def test_when_the_minutes_are_over_nothing_is_begun(out):
+    done = bench(out, "benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32",
+                 "--minutes", "0")  # fmt: skip
+    assert "2 skipped" in done.stdout and "--minutes are over" in done.stdout, done.stdout
+    assert not list(out.glob("*/table5.json"))
+
+
+def test_kernels_are_raced_against_the_playbook(out):
+    done = bench(out, "benchmarks/bench_layer_norm.py", "benchmarks/bench_linear.py", *LITTLE,
+                 "--against-playbook", "-k", "eager or fused or cublas")  # fmt: skip
+    assert "failed" not in done.stdout, done.stdout
+    measured = {(r.op, r.case, r.mode): r for r in rows(out, "kernels")}
+    cases = [("layer_norm", ""), ("add_layer_norm", ""), *[("linear", c) for c in
+             ("qkv", "proj", "fc1", "fc2")]]  # fmt: skip
+    assert {(op, case) for op, case, _ in measured} == set(cases)
+    norm = measured["layer_norm", "", "fused"]
+    assert norm.bytes == 2 * (2 * 198 * 192 + 2 * 192) and norm.flops == 0
+    fc1 = measured["linear", "fc1", "eager"]
+    assert fc1.flops == 2 * 198 * 192 * 768
+    assert fc1.bytes == 2 * (198 * 192 + 192 * 768 + 768 + 198 * 768)
+    (chip,) = out.glob("*/ceilings.json")
+    limits = json.loads(chip.read_text())["ceilings"]
+    moved, products = fc1.bytes / limits["copy_tb_per_s"], fc1.flops / limits["bf16_tflops"]
+    assert fc1.predicted_ms == pytest.approx(max(moved, products) / 1e9)
+    assert fc1.fraction_of_ceiling == pytest.approx(fc1.predicted_ms / fc1.ms_median)
+    assert "predicted us" in done.stdout
+
+
+def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path):
+    """A fused attention that is off by a per cent, in a process of its own."""
+    plugin = tmp_path / "off_by_a_percent.py"
+    plugin.write_text(
+        "from deit_fast import kernels\n"
+        "real = kernels.attention\n"
+        "kernels.attention = lambda *a, **k: 1.01 * real(*a, **k)\n"
+    )
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        done = bench(out, "-p", "off_by_a_percent", "benchmarks/bench_attention.py", *LITTLE,
+                     "-k", "fused")  # fmt: skip
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert "2 failed" in done.stdout and "not timed: relative error" in done.stdout, done.stdout
+    assert {(r.status, r.ms_median) for r in rows(out, "kernels")} == {("failed", None)}
+
+
+def test_a_corrupt_file_stops_the_suite_and_stays(out):
+    (ceilings,) = out.glob("*/ceilings.json")
+    broken = ceilings.with_name("table5.json")
+    broken.write_text('{"rows": [')
+    done = bench(out, "benchmarks/bench_latency.py", *LITTLE, "--modes", "eager_fp32")
+    assert done.returncode == 4
+    assert f"{broken}: not JSON" in done.stdout and "left untouched" in done.stdout
+    assert broken.read_text() == '{"rows": ['
+    assert not list(out.glob("*/latency.json"))
+
+
+def parse(**given):
+    return suite.Options.parse(lambda name: given.get(name.replace("-", "_")))
+
+
+def test_bad_options_are_named():
+    for given, message in (
+        ({"rows": "DeiT-X"}, "rows: unknown 'deit-x', did you mean deit-s"),
+        ({"modes": "eager_fp31"}, "modes: unknown 'eager_fp31', did you mean eager_fp32"),
+        ({"protocols": "latency"}, "protocols: unknown 'latency', did you mean batch"),
+        ({"runs": 0}, "--runs: 0, want 1 or more"),
+        ({"max_batch": -3}, "--max-batch: -3, want 1 or more"),
+        ({"warmup": -1}, "--warmup: -1, want 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(**given)
+
+
+def test_the_whole_of_table5_is_the_default():
+    options = parse()
+    assert options.rows == list(table5.ENTRIES) and options.modes == list(MODES.values())
+    assert options.protocols == ["batch", "paper"] and options.kernel_networks() == [
+        "Ti", "S", "B", "B-384",
+    ]  # fmt: skip
+    assert (options.runs, options.warmup, options.batch) == (30, 10, 256)
+    quick = parse(quick=True, runs=7)
+    assert [e.network for e in quick.rows] == ["ResNet-18", "DeiT-Ti distilled"]
+    assert (quick.runs, quick.kernel_networks()) == (7, ["Ti"])
+
+
+def test_table5_is_the_papers():
+    assert len(table5.ENTRIES) == 32 and len(table5.distinct(list(table5.ENTRIES))) == 26
+    (small,) = table5.select(["DeiT-S distilled 1000 epochs"])
+    assert (small.v100_images_per_s, small.imagenet_top1, small.params_m) == (936.2, 82.6, 22)
+    assert len(table5.select(["convnet"])) == 18 and len(table5.select(["transformer"])) == 14
+    same = table5.select(["deit_small_distilled_patch16_224"])
+    assert [e.network for e in same] == ["DeiT-S distilled", "DeiT-S distilled 1000 epochs"]
+    assert [e.network for e in table5.distinct(same)] == ["DeiT-S distilled"]
+    sizes = {e.network: e.image_size for e in table5.ENTRIES}
+    assert (sizes["EfficientNet-B1"], sizes["KDforAA-B8"], sizes["ViT-B/16"]) == (240, 800, 384)
+
+
+def test_a_row_of_another_build_is_measured_again(tmp_path):
+    (entry,) = table5.select(["DeiT-S"])
+    old = model_row(entry, build="c" * 12)
+    file = results.Results({}, "", "", {}, {}, [old])
+    assert file.fresh(old.key, "c" * 12, 30) is old
+    assert file.fresh(old.key, "d" * 12, 30) is None
+
+
+def test_on_gpu_names_its_stages():
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    for args, message in (([], "want stages, of: correctness"), (["tune"], "no stage tune, want")):
+        done = subprocess.run(["bash", script, *args], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr
