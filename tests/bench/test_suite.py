@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from making import model_row
 
@@ -15,6 +16,9 @@ from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
 
 ROOT = Path(__file__).parents[2]
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((ROOT / "benchmarks" / "results.schema.json").read_text())
+)
 LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
 
 
@@ -47,6 +51,7 @@ def out(ceilings, tmp_path):
 
 def rows(out, name):
     (path,) = out.glob(f"*/{name}.json")
+    SCHEMA.validate(json.loads(path.read_text()))
     return results.load(path).rows
 
 
