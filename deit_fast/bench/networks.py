@@ -95,14 +95,13 @@ class Network:
         residual branches a small gain: with gain 1, a deep random network amplifies rounding a
         hundredfold, and nothing agrees with anything."""
         for m in self.model.modules():
-            if hasattr(m, "zero_init_last"):  # ResNet and RegNet start from nothing here
+            if hasattr(m, "zero_init_last"):  # ResNet, RegNet
                 m.zero_init_last()
             elif getattr(m, "has_skip", False):  # EfficientNet
                 nn.init.zeros_(getattr(m, "bn3", m.bn2).weight)
         for m in self.batch_norms:
             if not m.weight.any():
                 nn.init.constant_(m.weight, 0.2)
-        for m in self.batch_norms:
             m.reset_running_stats()
             m.momentum = None  # the mean over what it sees
         if self.batch_norms:
