@@ -30,7 +30,7 @@ PAGE = Template("""<!doctype html>
   th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap;
            border-bottom: 1px solid #ddd; }
   th:first-child, td:first-child { text-align: left; }
-  th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; }
+  th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; white-space: normal; }
   th[aria-sort=ascending]::after { content: " \\25B2"; }
   th[aria-sort=descending]::after { content: " \\25BC"; }
   tr:hover td { background: #f8f8e8; }
@@ -116,7 +116,8 @@ def _plot(name, svgs):
 
 def _table(caption, headings, rows):
     """rows of cells made by `_text`, `_number` or `_speed`."""
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in headings)
+    breakable = (escape(h).replace("_", "_<wbr>") for h in headings)
+    head = "".join(f'<th scope="col">{h}</th>' for h in breakable)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return (
         f'<div class="wide"><table><caption>{escape(caption)}</caption>'

@@ -87,7 +87,7 @@ def ratios(chip: Chip) -> Figure | None:
         return None
     modes = list(dict.fromkeys(name for _, name, _ in bars))
     networks = list(dict.fromkeys(network for network, _, _ in bars))
-    figure = Figure(figsize=(9, 1 + 0.2 * len(bars) + 0.2 * len(networks)))
+    figure = Figure(figsize=(9, 1 + 0.15 * len(bars) + 0.15 * len(networks)))
     axes = figure.subplots()
     position, ticks = 0.0, []
     for network in networks:
@@ -102,7 +102,7 @@ def ratios(chip: Chip) -> Figure | None:
         axes.barh([0], [0], color=f"C{i}", label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(ticks, networks)
-    axes.invert_yaxis()
+    axes.set_ylim(position - 0.5, -1.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("times eager PyTorch of the same precision")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -56,6 +56,14 @@ def test_a_row_of_a_convolutional_network(convnet, mode):
     assert convnet.why_not(MODES["deit_fast_fp32"]) == "deit_fast has no modules for it"
 
 
+def test_gradients_of_a_large_batch_are_compared_on_its_first_images(vit, convnet):
+    """With batch norm, on all: there an image's gradients depend on the others."""
+    for network in (vit, convnet):
+        row, _ = measure(network, "eager_fp32_train", Plan("batch", 10, 2, 1))
+        assert row.status == "measured" and row.relative_error < 1e-5, row.note
+    assert (True, 8) in vit._references and (True, 10) in convnet._references
+
+
 def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
     row, times = measure(vit, "eager_fp32", Plan("paper", batch=5, runs=3, warmup=1))
     assert (row.batch, row.asked_batch, row.note) == (5, 5, "capped at 5")
@@ -69,6 +77,7 @@ def test_compiled_rows_agree(vit):
 
 WRONG = {  # what a broken fast mode may do to its output -> the mode that must notice
     "scaled": (lambda y: 1.001 * y, "deit_fast_fp32"),
+    "scaled beyond rounding": (lambda y: 1.03 * y, "deit_fast_bf16"),
     "NaN": (lambda y: y * float("nan"), "deit_fast_bf16"),
     "permuted": (lambda y: y.roll(1, 0), "deit_fast_bf16"),
     "gradient": (lambda y: y + 0.01 * (y - y.detach()), "deit_fast_fp32_train"),
