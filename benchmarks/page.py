@@ -211,17 +211,17 @@ def _kernel_table(chip):
     rows = [
         [
             _text(f"{r.op} {r.case}".strip()), _text(r.network), _number(r.batch, "{}"),
-            _text(r.mode), _text(r.served_by), _number(r.bytes / 1e6), _number(r.flops / 1e9),
-            _number(1e3 * r.predicted_ms), _number(r.ms_median and 1e3 * r.ms_median),
+            _text(r.mode), _text(r.served_by), _text(r.dtype),
+            _number(r.bytes / 1e6), _number(r.flops / 1e9), _number(1e3 * r.predicted_ms), _number(r.ms_median and 1e3 * r.ms_median),
             _number(r.fraction_of_ceiling, "{:.0%}"), _number(r.relative_error, "{:.1e}"),
         ]
         for r in chip.kernels
     ]  # fmt: skip
     headings = [
-        "operation", "network", "batch", "mode", "served by", "MB", "GFLOP", "predicted us",
-        "measured us", "of the roof", "relative error",
+        "operation", "network", "batch", "mode", "served by", "dtype", "MB", "GFLOP",
+        "predicted us", "measured us", "of the roof", "relative error",
     ]  # fmt: skip
-    caption = "bf16; predicted: bytes and FLOPs at the measured ceilings, the larger of the two"
+    caption = "predicted: bytes and FLOPs at the measured ceilings, the larger of the two"
     return _table(caption, headings, rows) if rows else ""
 
 

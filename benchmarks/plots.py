@@ -114,7 +114,8 @@ def rooflines(chip: Chip) -> Figure | None:
     rows = [r for r in chip.kernels if r.status == "measured"]
     if not rows:
         return None
-    bandwidth, peak = chip.ceilings["copy_tb_per_s"], chip.ceilings["bf16_tflops"]
+    dtype = rows[0].dtype
+    bandwidth, peak = chip.ceilings["copy_tb_per_s"], chip.ceilings[f"{dtype}_tflops"]
     figure = Figure(figsize=(11, 5))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     products = [r for r in rows if r.flops]
@@ -135,7 +136,7 @@ def rooflines(chip: Chip) -> Figure | None:
         for i, op in enumerate(ops):
             left.plot([], [], "o", color=f"C{i}", label=op)
         left.legend(fontsize=8)
-    left.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel="TFLOP/s, bf16")
+    left.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel=f"TFLOP/s, {dtype}")
     left.set_title("filled: fused · hollow: PyTorch, compiled, others", fontsize=9)
     moving = [r for r in rows if not r.flops]
     names = [f"{r.op} {r.network} {r.mode}" for r in moving]

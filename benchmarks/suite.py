@@ -205,12 +205,14 @@ class Suite:
             self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
     def race(self, benchmark, op, network, case, implementation, fn, reference, inputs) -> None:
-        """One implementation of one operation on one of DeiT's shapes, in bf16.
+        """One implementation of one operation on one of DeiT's shapes, in bf16 (fp16 on a GPU
+        without it).
 
         inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
         under torch.compile, "fused" the public function, anything else one of its implementations.
         """
-        dtype, batch = torch.bfloat16, min(self.options.batch, self.options.max_batch)
+        dtype = torch.bfloat16 if timing.has_bf16(self.device) else torch.float16
+        batch = min(self.options.batch, self.options.max_batch)
         if self.device.type == "cpu" and implementation not in IMPLEMENTATIONS:
             pytest.skip(f"{implementation} needs a CUDA device")
         self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
@@ -220,7 +222,7 @@ class Suite:
             return _cast(inputs(device=device), dtype)
 
         # no inference_mode: there, no tensor knows whose view it is
-        with MODES["eager_bf16"].settings(), torch.no_grad():
+        with MODES["eager_fp32"].settings(), torch.no_grad():
             first = make()
             truth = reference(**_cast(first, torch.float32))
             wanted = _error(reference(**first), truth)
@@ -234,7 +236,7 @@ class Suite:
                 "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
                 "bytes": moved, "flops": flops, "relative_error": error,
                 "served_by": served_by or self._served_by(op, first),
-                "predicted_ms": self.predicted_ms(moved, flops), **self.stamp,
+                "predicted_ms": self._predicted_ms(moved, flops, dtype), **self.stamp,
             }  # fmt: skip
             if not error <= 2 * wanted + 1e-6:
                 note = f"relative error {error:.1e}, allowed {2 * wanted:.1e}"
@@ -254,10 +256,10 @@ class Suite:
         benchmark.extra_info |= {"bytes": moved, "flops": flops, "device_ms": typical["ms_median"]}
         self.record(benchmark, "kernels", row, times)
 
-    def predicted_ms(self, moved: int, flops: int) -> float:
+    def _predicted_ms(self, moved, flops, dtype):
         ceilings = self.ceilings()
-        seconds = moved / ceilings["copy_tb_per_s"] / 1e12, flops / ceilings["bf16_tflops"] / 1e12
-        return 1e3 * max(seconds)
+        copied = moved / ceilings["copy_tb_per_s"]
+        return max(copied, flops / ceilings[f"{PRECISIONS[dtype]}_tflops"]) / 1e9
 
     def _served_by(self, op, inputs):
         if op == "layer_norm_mlp":

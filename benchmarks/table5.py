@@ -6,8 +6,6 @@ from pathlib import Path
 
 from deit_fast.bench.modes import pick
 
-FAMILIES = ("convnet", "transformer")
-
 
 @dataclass(frozen=True)
 class Entry:

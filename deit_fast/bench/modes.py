@@ -35,10 +35,6 @@ class Mode:
         return "tf32" if self.tf32 else PRECISIONS[self.autocast or self.dtype]
 
     @property
-    def forward(self) -> "Mode":
-        return MODES[self.name.removesuffix(TRAIN)]
-
-    @property
     def eager(self) -> "Mode":
         """The eager mode of the same precision: what this one is compared with."""
         if self.autocast:

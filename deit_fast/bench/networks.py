@@ -21,7 +21,7 @@ from deit_fast.models import NAMES
 
 from .modes import MODES, REFERENCE, TRAIN, Mode, pick
 from .results import ModelRow
-from .timing import latency_ms, release, rotation, summary, throughput_ms
+from .timing import capability, has_bf16, latency_ms, release, rotation, summary, throughput_ms
 
 CHECKED = 8  # images whose outputs are compared
 # Relative errors that PyTorch's own lower precisions may have against fp32, on these weights (seen
@@ -111,16 +111,14 @@ class Network:
         for m in self.batch_norms:
             m.momentum = 0.1
 
-    def modes(self) -> list[Mode]:
-        """The modes that exist for this network on this device."""
-        return [mode for mode in MODES.values() if self.why_not(mode) is None]
-
     def why_not(self, mode: Mode) -> str | None:
         """Why the network has no such mode, or None."""
         if mode.fast and self.why_not_fast:
             return self.why_not_fast
-        if mode.tf32 and self.device.type == "cpu":
-            return "TF32 is a GPU's"
+        if mode.tf32 and (self.device.type == "cpu" or capability(self.device) < (8, 0)):
+            return "TF32 needs a GPU of compute capability 8.0"
+        if mode.precision == "bf16" and not has_bf16(self.device):
+            return "the GPU has no bf16 arithmetic"
         return None
 
     def channels_last(self, mode: Mode) -> bool:

@@ -61,6 +61,15 @@ def _driver():
     return answer.splitlines()[0].strip()
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """In hardware, on a GPU; a CPU computes anything, some of it slowly."""
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def l2_bytes(device: torch.device) -> int:
     """The cache that must not hold the inputs from one call to the next."""
     if device.type == "cuda":
