@@ -212,7 +212,8 @@ def _kernel_table(chip):
         [
             _text(f"{r.op} {r.case}".strip()), _text(r.network), _number(r.batch, "{}"),
             _text(r.mode), _text(r.served_by), _text(r.dtype),
-            _number(r.bytes / 1e6), _number(r.flops / 1e9), _number(1e3 * r.predicted_ms), _number(r.ms_median and 1e3 * r.ms_median),
+            _number(r.bytes / 1e6), _number(r.flops / 1e9), _number(1e3 * r.predicted_ms),
+            _number(r.ms_median and 1e3 * r.ms_median),
             _number(r.fraction_of_ceiling, "{:.0%}"), _number(r.relative_error, "{:.1e}"),
         ]
         for r in chip.kernels
