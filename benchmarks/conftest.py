@@ -87,6 +87,8 @@ def pytest_collection_modifyitems(items):
 def session(pytestconfig):
     try:
         pytestconfig.bench_suite = suite.Suite.start(pytestconfig.bench_options)
+        for path in pytestconfig.bench_suite.folder.glob("*.json"):
+            results.load(path)  # before anything is measured
     except results.CorruptResults as error:
         pytest.exit(f"{error}; left untouched", returncode=4)
     return pytestconfig.bench_suite
@@ -100,11 +102,11 @@ def race(request, session, benchmark):
     batch = min(session.options.batch, session.options.max_batch)
     case = deit_cases(op, network, batch)[label]
 
-    def run(fn, reference, make_inputs, name=op):
+    def run(fn, reference, make_inputs, name=op, reads=None):
         def inputs(device):
             return make_inputs(**case, device=device)
 
-        session.race(benchmark, name, network, label, implementation, fn, reference, inputs)
+        session.race(benchmark, name, network, label, implementation, fn, reference, inputs, reads)
 
     return run
 
@@ -124,5 +126,7 @@ def pytest_unconfigure(config):
         console.print(tables.kernels(kernels))
     if models:
         console.print(tables.models(models))
+    limits = ", ".join(f"{name} {value:,.4g}" for name, value in session.ceilings().items())
+    console.print(f"ceilings: {limits}", soft_wrap=True)
     chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
     console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)

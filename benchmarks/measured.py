@@ -25,7 +25,8 @@ class Chip:
 
     @property
     def newest(self) -> Results:
-        return max(self.files.values(), key=lambda file: file.date)
+        """The file of the last run; of one day's, Table 5's."""
+        return max(self.files.items(), key=lambda item: (item[1].date, item[0] == "table5"))[1]
 
     @property
     def name(self) -> str:
@@ -40,6 +41,10 @@ class Chip:
     def ceilings(self) -> dict:
         return self.newest.ceilings
 
+    def is_old(self, row: ModelRow | KernelRow) -> bool:
+        """Measured by another build than the last run's."""
+        return row.build != self.newest.build
+
     @property
     def models(self) -> list[ModelRow]:
         return [r for file in self.files.values() for r in file.rows if isinstance(r, ModelRow)]
@@ -49,8 +54,8 @@ class Chip:
         return [r for file in self.files.values() for r in file.rows if isinstance(r, KernelRow)]
 
     def row(self, entry: Entry, mode: str, protocol: str, batch: int | None = None):
-        """The row of a network in a mode: measured rows before failed ones, then the largest
-        batch; None where there is none."""
+        """The row of a network in a mode: the newest build's before others, measured before failed
+        ones, the largest batch; None where there is none."""
         found = [
             r
             for r in self.models
@@ -58,12 +63,24 @@ class Chip:
             and (r.mode, r.protocol) == (mode, protocol)
             and batch in (None, r.batch)
         ]
-        return max(found, key=lambda r: (r.status == "measured", r.batch), default=None)
+
+        def rank(r):
+            return not self.is_old(r), r.status == "measured", r.batch
+
+        return max(found, key=rank, default=None)
+
+    @property
+    def protocol(self) -> str:
+        """One for every network of a comparison: the paper's, unless more were measured at a given
+        batch."""
+        rows = [r for r in self.models if r.mode == "eager_fp32" and r.status == "measured"]
+        given = sum(r.protocol == "batch" for r in rows)
+        return "batch" if given > sum(r.protocol == "paper" for r in rows) else "paper"
 
     def throughput(self, entry: Entry, mode: str) -> ModelRow | None:
-        """As the paper measured it, or else at a given batch."""
-        rows = [self.row(entry, mode, protocol) for protocol in ("paper", "batch")]
-        return next((r for r in rows if r and r.status == "measured"), None)
+        """The measured row by that protocol."""
+        row = self.row(entry, mode, self.protocol)
+        return row if row and row.status == "measured" else None
 
     def modes(self, protocol: str, train: bool = False) -> list[str]:
         """The modes that some network has a row of, in their order."""

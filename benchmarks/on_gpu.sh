@@ -11,6 +11,7 @@
 # train             forward + backward
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
 # that this build has measured on this chip are kept. Without a GPU every stage runs in little.
+# Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stages=(correctness sanitize ceilings kernels table5-deit table5-convnets latency train)
@@ -21,16 +22,22 @@ for stage; do
 done
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
-if [ -d benchmarks/results ] && [ ! "$out" -ef benchmarks/results ]; then
-    cp -rn benchmarks/results/. "$out"
-fi
+for file in benchmarks/results/*/*.json; do # what was measured before
+    copy=$out/${file#benchmarks/results/}
+    if [ -e "$file" ] && [ ! -e "$copy" ]; then
+        mkdir -p "$(dirname "$copy")"
+        cp "$file" "$copy"
+    fi
+done
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
 "$python" -m pip install -q --no-deps --no-build-isolation -e .
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 "$python" -c 'import torch; c = torch.cuda
-print(c.get_device_name() if c.is_available() else "no GPU", torch.__version__)'
+print(c.get_device_name() if c.is_available() else "no GPU", torch.__version__)
+from deit_fast.bench.results import commit
+print("commit", commit())'
 
 seconds=450 # of a stage, after which no row is begun; the last may take two minutes more
 left() { awk "BEGIN {s = $seconds - $SECONDS; print (s > 0 ? s : 0) / 60}"; }
@@ -58,6 +65,8 @@ run_stage() {
     correctness)
         "$python" -m pytest -q -n 8 tests/kernels tests/layers tests/test_checkpoint.py \
             tests/test_cli.py 2>&1 | tee "$out/correctness.log" || failed=1
+        "$python" -m pytest -q tests/bench/test_{networks,timing,profiling}.py 2>&1 |
+            tee -a "$out/correctness.log" || failed=1
         ;;
     sanitize)
         if [ "$gpu" = 0 ]; then
@@ -76,7 +85,6 @@ run_stage() {
         ;;
     ceilings)
         bench benchmarks/bench_ceilings.py --again
-        cat "$out"/*/ceilings.json
         ;;
     kernels)
         bench benchmarks/bench_{layer_norm,linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
@@ -85,15 +93,14 @@ run_stage() {
     table5-deit)
         bench benchmarks/bench_table5.py --rows "$vits" --protocols batch \
             --modes "$forward,$fast,$compiled"
-        bench benchmarks/bench_table5.py --rows "$vits" --protocols paper --max-batch 2048 \
+        bench benchmarks/bench_table5.py --rows "$deits" --protocols paper --max-batch 2048 \
             --modes "eager_fp32,$fast"
         ;;
     table5-convnets)
-        for modes in $forward $compiled; do
+        # no max-autotune: minutes for each of the large ones
+        for modes in eager_fp32 $forward ${compiled%%,*}; do
             bench benchmarks/bench_table5.py --rows "$convnets" --protocols batch --modes "$modes"
         done
-        bench benchmarks/bench_table5.py --rows "$convnets" --protocols paper --max-batch 2048 \
-            --modes eager_fp32
         ;;
     latency)
         bench benchmarks/bench_latency.py --rows "$deits" \

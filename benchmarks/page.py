@@ -84,6 +84,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
         _section("Training: forward and backward", _batch_table(chip, train=True)),
         _section("Kernels", _plot("rooflines", svgs), _kernel_table(chip)),
         _section("Not timed", _failed(chip)),
+        _section("Older rows", _older(chip)),
     ]
     return PAGE.substitute(
         chip=escape(chip.name),
@@ -141,7 +142,8 @@ def _speed(row):
         return '<td class="none" data-value="" title="not measured">–</td>'
     if row.status == "failed":
         return f'<td class="failed" data-value="" title="{escape(row.note)}">failed</td>'
-    title = f"batch {row.batch}" + (f"; {row.note}" if row.note else "")
+    title = f"batch {row.batch}, commit {row.commit[:7]}, build {row.build}"
+    title += f"; {row.note}" if row.note else ""
     kind = "fast" if MODES[row.mode].fast else ""
     shown = f"{row.images_per_s:,.0f}" if row.images_per_s >= 100 else f"{row.images_per_s:.1f}"
     return (
@@ -154,7 +156,8 @@ def _correlation(chip):
     if found is None:
         return "<p>Fewer than three networks measured: no rank correlation with the paper.</p>"
     return (
-        f"<p>Rank correlation (Spearman) of eager fp32 here with the paper's V100 over "
+        f"<p>Rank correlation (Spearman) of eager fp32 here (protocol: {chip.protocol}) with the "
+        f"paper's V100 over "
         f"{found[1]} networks: <b>{found[0]:.3f}</b>. The paper gives two figures for "
         "EfficientNet-B5, which counts once.</p>"
     )
@@ -162,6 +165,8 @@ def _correlation(chip):
 
 def _paper_table(chip):
     modes = chip.modes("paper")
+    if not modes:
+        return ""
     rows = []
     for e in ENTRIES:
         eager = chip.row(e, "eager_fp32", "paper")
@@ -233,3 +238,13 @@ def _failed(chip):
         for r in failed
     ]
     return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _older(chip):
+    old = sum(map(chip.is_old, (*chip.models, *chip.kernels)))
+    return (
+        f"<p>{old} rows are not of the last build ({chip.newest.build}); hover for each one's. "
+        "Ratios are drawn between rows of one build only.</p>"
+        if old
+        else ""
+    )

@@ -59,8 +59,8 @@ def figure1(chip: Chip) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("images/s")
     axes.set_ylabel("ImageNet top-1, % (of the paper)")
-    axes.set_title(f"hollow: V100 in the paper · filled: eager fp32 on {chip.name} · "
-                   "star: deit_fast", fontsize=9)  # fmt: skip
+    axes.set_title(f"hollow: V100 in the paper · filled: eager fp32 on {chip.name}, "
+                   f"protocol: {chip.protocol} · star: deit_fast", fontsize=9)  # fmt: skip
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), fontsize=8)

@@ -1,7 +1,7 @@
 """What the benchmark files share: the options, the open results files, one race of a kernel."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import table5
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
-from deit_fast.bench.networks import PROTOCOLS, Network, Plan
+from deit_fast.bench.networks import PROTOCOLS, Disagreement, Network, Plan, TooSlow, reason
 from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import DEIT
 
 LATENCY_BATCHES = (1, 8, 32)
+GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
 QUICK_MODES = [
@@ -130,10 +131,7 @@ class Suite:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hardware = timing.hardware(device)
         stamp = {"commit": results.commit(), "build": results.build(hardware)}
-        suite = cls(options, device, hardware, stamp, options.out / timing.slug(device))
-        for path in suite.folder.glob("*.json"):
-            results.load(path)  # a corrupt one is refused before anything is measured
-        return suite
+        return cls(options, device, hardware, stamp, options.out / timing.slug(device))
 
     @property
     def protocol(self):
@@ -145,10 +143,11 @@ class Suite:
         path = self.folder / "ceilings.json"
         if self._ceilings is None and path.exists() and not again:
             kept = results.load(path)
-            if kept.hardware == self.hardware:
+            runs = min(self.options.runs, timing.CEILING_RUNS)
+            if kept.hardware == self.hardware and kept.protocol["runs"] >= runs:
                 self._ceilings = kept.ceilings
         if self._ceilings is None or again:
-            self._ceilings = timing.ceilings(self.device, self.options.quick)
+            self._ceilings = timing.ceilings(self.device, self.options.runs)
             results.open_results(path, self.hardware, self.protocol, self._ceilings).save(path)
         return self._ceilings
 
@@ -170,13 +169,19 @@ class Suite:
         return self.files[name]
 
     def keep_or_stop(self, name: str, key: tuple) -> None:
-        """Skip what this build has measured here, and everything once the time is up."""
+        """End the test where this build has the row already, and all once the time is up."""
         kept = self.open(name).fresh(key, self.stamp["build"], self.options.runs)
-        if kept is not None and kept.status == "measured" and not self.options.again:
+        if kept is not None and not self.options.again:
             self.measured.append(kept)
+            if kept.status == "failed":  # or a stage would stumble over it each time
+                pytest.fail(f"not timed: {kept.note} (kept; --again tries anew)", pytrace=False)
             pytest.skip("kept: measured by this build on this chip")
-        if time.monotonic() > self.options.deadline:
+        if self.left() <= 0:
             pytest.skip("--minutes are over: run again to go on from here")
+
+    def left(self) -> float:
+        """Seconds until no row is begun."""
+        return self.options.deadline - time.monotonic()
 
     def record(self, benchmark, name: str, row, times: list[float]) -> None:
         """Save a row, and hand its times to pytest-benchmark."""
@@ -185,6 +190,8 @@ class Suite:
         file.save(self.folder / f"{name}.json")
         self.measured.append(row)
         if row.status != "measured":
+            if "AcceleratorError" in row.note:
+                pytest.exit(f"the device is lost ({row.note}); run again to go on", returncode=5)
             pytest.fail(f"not timed: {row.note}", pytrace=False)
         fields = ("batch", "tflops", "fraction_of_ceiling", "relative_error", "note")
         benchmark.extra_info |= {f: getattr(row, f) for f in fields}
@@ -197,19 +204,26 @@ class Suite:
         reason = network.why_not(mode)
         if reason:
             pytest.skip(reason)
-        row, times = network.measure(mode, plan, self.ceilings(), self.stamp)
+        plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
+        try:
+            row, times = network.measure(mode, plan, self.ceilings(), self.stamp)
+        except TooSlow as error:
+            pytest.skip(f"--minutes do not suffice: {error}")
         self.record(benchmark, name, row, times)
         if row.images_per_s:
             benchmark.extra_info["images_per_s"] = row.images_per_s
         if self.options.profile:
             self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
-    def race(self, benchmark, op, network, case, implementation, fn, reference, inputs) -> None:
+    def race(
+        self, benchmark, op, network, case, implementation, fn, reference, inputs, reads=None
+    ) -> None:
         """One implementation of one operation on one of DeiT's shapes, in bf16 (fp16 on a GPU
         without it).
 
         inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
         under torch.compile, "fused" the public function, anything else one of its implementations.
+        reads(arguments): the parts of them that are read; all by default.
         """
         dtype = torch.bfloat16 if timing.has_bf16(self.device) else torch.float16
         batch = min(self.options.batch, self.options.max_batch)
@@ -224,34 +238,33 @@ class Suite:
         # no inference_mode: there, no tensor knows whose view it is
         with MODES["eager_fp32"].settings(), torch.no_grad():
             first = make()
-            truth = reference(**_cast(first, torch.float32))
-            wanted = _error(reference(**first), truth)
-            got = call(**first)
-            error = _error(got, truth)
-            del truth
-            moved = _bytes(first.values()) + _bytes(got)
+            plain = reference(**first)
+            read = first if reads is None else first | reads(first)
+            moved = _bytes(read.values()) + _bytes(plain)
             flops = _flops(reference, make(device="meta"))
+            predicted = self._predicted_ms(moved, flops, dtype)
             figures = {
                 "mode": implementation, "op": op, "network": network, "case": case,
                 "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
-                "bytes": moved, "flops": flops, "relative_error": error,
+                "bytes": moved, "flops": flops, "predicted_ms": predicted, **self.stamp,
                 "served_by": served_by or self._served_by(op, first),
-                "predicted_ms": self._predicted_ms(moved, flops, dtype), **self.stamp,
             }  # fmt: skip
-            if not error <= 2 * wanted + 1e-6:
-                note = f"relative error {error:.1e}, allowed {2 * wanted:.1e}"
-                row = results.KernelRow(**figures, status="failed", note=note)
+            try:
+                figures["relative_error"] = _agree(call(**first), plain, reference, first)
+                sets = timing.rotation(make, moved, self.device)
+                times = timing.kernel_ms(
+                    lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
+                )
+            except Exception as error:
+                row = results.KernelRow(**figures, status="failed", note=reason(error))
                 self.record(benchmark, "kernels", row, [])
-            sets = timing.rotation(make, moved, self.device)
-            times = timing.kernel_ms(
-                lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
-            )
-        torch.compiler.reset()
+            finally:
+                torch.compiler.reset()
         typical = timing.summary(times)
         tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
         row = results.KernelRow(
             **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
-            fraction_of_ceiling=figures["predicted_ms"] / typical["ms_median"],
+            fraction_of_ceiling=predicted / typical["ms_median"],
         )  # fmt: skip
         benchmark.extra_info |= {"bytes": moved, "flops": flops, "device_ms": typical["ms_median"]}
         self.record(benchmark, "kernels", row, times)
@@ -300,6 +313,16 @@ def _tensors(values):
 
 def _bytes(values):
     return sum(t.numel() * t.element_size() for t in _tensors(values))
+
+
+def _agree(got, plain, reference, inputs):
+    """The relative error of `got` against the reference in fp32; raises Disagreement above twice
+    that of `plain`, the reference in the same dtype."""
+    truth = reference(**_cast(inputs, torch.float32))
+    error, allowed = _error(got, truth), 2 * _error(plain, truth) + 1e-6
+    if not error <= allowed:  # NaN too
+        raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
+    return error
 
 
 def _error(got, truth):

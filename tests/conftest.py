@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("DEIT_FAST_BACKEND", None)
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait for each other
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
 

@@ -197,6 +197,23 @@ def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkey
     assert [r.mode for r in results.load(path).rows] == ["eager_fp32"]
 
 
+def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeypatch):
+    real, calls = Network.measure, []
+
+    def measure(self, mode, *args):
+        calls.append(mode.name)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return real(self, mode, *args)
+
+    monkeypatch.setattr(Network, "measure", measure)
+    path = tmp_path / "tiny.json"
+    assert main([*BENCH, "--batches", "1,2", "--modes", "eager_fp32", "--json", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "out of luck" in printed.err and "eager_fp32 " in printed.out
+    assert [(r.mode, r.batch) for r in results.load(path).rows] == [("eager_fp32", 1)]
+
+
 def test_bench_says_what_does_not_agree(monkeypatch, capsys):
     real = deit_fast.layers.Mlp.forward
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ drawn so that every part matters for the output, which is what agreement is chec
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from .modes import MODES, REFERENCE, TRAIN, Mode, pick
 from .results import ModelRow
 from .timing import capability, has_bf16, latency_ms, release, rotation, summary, throughput_ms
 
-CHECKED = 8  # images whose outputs are compared
+DISTINCT = 8  # at most so many different images make a batch, each as often as any other
 # Relative errors that PyTorch's own lower precisions may have against fp32, on these weights (seen
 # over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
@@ -33,6 +34,10 @@ PROTOCOLS = ("batch", "paper", "latency")
 
 class Disagreement(RuntimeError):
     """A mode's outputs are not the network's."""
+
+
+class TooSlow(RuntimeError):
+    """The timed calls would take longer than the plan has."""
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -63,26 +68,29 @@ class Plan:
     batch: int = 256  # "paper": the cap of the search
     runs: int = 30
     warmup: int = 10
+    seconds: float = float("inf")  # that the timed calls may take
 
 
 class Network:
     """A timm network at one image size, with random weights that all its modes share.
 
     name: ours or timm's. Raises ValueError for an unknown network or an image size that does not
-    fit it, naming the nearest valid ones.
+    fit it, naming the nearest valid ones; and where DEIT_FAST_BACKEND would make deit_fast's modes
+    something else than their names say.
     """
 
     def __init__(self, name: str, image_size: int | None, device: torch.device, label: str = ""):
+        if os.environ.get("DEIT_FAST_BACKEND"):
+            raise ValueError("DEIT_FAST_BACKEND is set, want it unset: a mode runs what it names")
         self.device, self.label = device, label or name
         self.timm_name, self.image_size = check_network(name, image_size)
-        self.images = random_images(CHECKED, self.image_size, device)
+        self.images = random_images(DISTINCT, self.image_size, device)
         self.model = randomize(self._create()).eval().to(device)
         self.transformer = isinstance(self.model, VisionTransformer)
         self.batch_norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._calibrate()
         self._errors, self._references = {}, {}
-        with torch.device("meta"):
-            blank = self._create().eval()
+        blank = copy.deepcopy(self.model).to("meta")
         self.flops = _count(blank, self.image_size)
         self.why_not_fast = _why_not_fast(blank)
 
@@ -127,11 +135,19 @@ class Network:
     def step(self, mode: Mode, compiled: bool = True) -> "Step":
         return Step(self, mode, compiled)
 
+    def batch(self, batch: int) -> Tensor:
+        """fp32 (batch, 3, image_size, image_size): a few different images, each equally often, so
+        that every image of a batch of any size can be checked against a small reference, batch
+        norm or not."""
+        return self.images[: _distinct(batch)].repeat(batch // _distinct(batch), 1, 1, 1)
+
     def error(self, step: "Step", batch: int) -> float:
-        """Relative error of a step's outputs, or of all parameters' gradients where it trains,
-        against eager fp32, on the first images of a batch."""
+        """Relative error against eager fp32 of all logits of a batch, or of all parameters'
+        gradients where the step trains."""
         got = step.outputs(step.cast(self.batch(batch)))
         want = self._reference(step.mode.train, batch)
+        if not step.mode.train:
+            want = [w.repeat(batch // len(w), 1) for w in want]
         total = sum((w.double().norm() ** 2).item() for w in want)
         difference = sum(
             ((g.double() - w.double()).norm() ** 2).item() for g, w in zip(got, want, strict=True)
@@ -153,22 +169,21 @@ class Network:
         return error
 
     def _reference(self, train, batch):
-        """What eager fp32 makes of the same images. In training, batch norm lets an image's
-        gradients depend on the whole batch; otherwise the checked images are enough."""
-        if not (train and self.batch_norms):
-            batch = min(batch, CHECKED)
-        key = (train, batch)
+        """What eager fp32 makes of the different images of a batch: their logits; or the gradients
+        of the whole batch, whose upstream gradients are summed over the copies of each image."""
+        distinct = _distinct(batch)
+        key = (train, batch if train else distinct)
         if key not in self._references:
             step = self.step(MODES[REFERENCE.name + TRAIN * train])
             with step.mode.settings():
-                want = step.outputs(self.batch(batch))
+                want = step.outputs(self.batch(distinct), batch // distinct)
             self._references[key] = [w.cpu() for w in want]
         return [w.to(self.device) for w in self._references[key]]
 
     def _eager_error(self, mode):
         if mode not in self._errors:
             with mode.settings():
-                self._errors[mode] = self.error(self.step(mode), CHECKED)
+                self._errors[mode] = self.error(self.step(mode), DISTINCT)
         return self._errors[mode]
 
     def measure(
@@ -185,20 +200,20 @@ class Network:
         }  # fmt: skip
         with mode.settings():
             batch, note = plan.batch, None
-            if plan.protocol == "paper":
-                batch, note = self.largest_batch(mode, plan.batch)
             while True:
                 try:
+                    if plan.protocol == "paper" and note is None:
+                        batch, note = self.largest_batch(mode, plan.batch)
                     times, figures = self._timed(mode, batch, plan)
                     break
                 except torch.OutOfMemoryError:
                     note = f"batch {batch} does not fit in memory"
+                except TooSlow:
+                    raise
                 except Exception as error:  # a baseline that does not run is a finding
-                    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-                    return ModelRow(**row, batch=batch, status="failed", note=reason), []
+                    return ModelRow(**row, batch=batch, status="failed", note=reason(error)), []
                 finally:
-                    torch.compiler.reset()
-                    release(self.device)
+                    self._tidy()
                 if batch == 1:
                     return ModelRow(**row, batch=1, status="failed", note=note), []
                 batch //= 2
@@ -213,23 +228,28 @@ class Network:
 
     def _timed(self, mode, batch, plan):
         cuda = self.device.type == "cuda"
+        before = torch.cuda.memory_allocated(self.device) if cuda else 0
         step = self.step(mode)
-        nbytes = batch * 3 * self.image_size**2 * mode.dtype.itemsize
-        error = self.check(step, batch)
-        inputs = rotation(lambda: step.cast(self.batch(batch)), nbytes, self.device)
+        images = step.cast(self.batch(batch))
+        step(images)  # compiles; a CUDA graph warms up
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
+        step(images)  # a CUDA graph is recorded; from here on it is what will be timed
+        # the step's own: without the network that it was copied from
+        peak = (torch.cuda.max_memory_allocated(self.device) - before) / 1e9 if cuda else None
+        error = self.check(step, batch)
+        (one,) = latency_ms(step, [images], 1, 0, self.device)
+        if one * (plan.warmup + plan.runs) > 1e3 * plan.seconds:
+            raise TooSlow(f"{one / 1e3:.1f} s a call, {plan.seconds:.0f} s left")
+        inputs = rotation(lambda: step.cast(self.batch(batch)), images.nbytes, self.device)
         clock = latency_ms if plan.protocol == "latency" else throughput_ms
         times = clock(step, inputs, plan.runs, plan.warmup, self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else None
         return times, {"relative_error": error, "peak_memory_gb": peak}
 
-    def batch(self, batch: int) -> Tensor:
-        """fp32 images: the checked ones first, then as many more as it takes."""
-        if batch <= CHECKED:
-            return self.images[:batch]
-        more = random_images(batch - CHECKED, self.image_size, self.device, seed=3)
-        return torch.cat((self.images, more))
+    def _tidy(self):
+        torch.compiler.reset()
+        with contextlib.suppress(torch.AcceleratorError):  # a device that is lost stays lost
+            release(self.device)
 
     def largest_batch(self, mode: Mode, cap: int) -> tuple[int, str]:
         """The largest power of two, or `cap` itself, that one uncompiled step fits in memory with;
@@ -245,7 +265,7 @@ class Network:
 
     def _fits(self, step, batch):
         try:
-            step(step.cast(random_images(batch, self.image_size, self.device)))
+            step(step.cast(self.batch(batch)))
             fits = True
         except torch.OutOfMemoryError:
             fits = False
@@ -288,13 +308,15 @@ class Step:
         logits.backward(self._upstream)
         return logits.detach()
 
-    def outputs(self, images: Tensor) -> list[Tensor]:
-        """What agreement is about: the first logits, or the gradients that those images cause."""
+    def outputs(self, images: Tensor, copies: int = 1) -> list[Tensor]:
+        """What agreement is about: the logits, or all parameters' gradients. copies: as if the
+        batch held every image so many times."""
         if not self.mode.train:
-            return [self(images)[:CHECKED].clone()]
+            return [self(images).clone()]
         logits = self(images)  # fixes the shape
-        timed, self._upstream = self._upstream, _upstream(logits)
-        self._upstream[CHECKED:] = 0
+        timed = self._upstream
+        wanted = _upstream(logits.repeat(copies, 1))
+        self._upstream = wanted.unflatten(0, (copies, -1)).sum(0)
         self(images)
         grads = [p.grad.clone() for p in self.model.parameters()]
         self._upstream = timed
@@ -308,15 +330,26 @@ class Step:
 
 
 def _upstream(logits):
-    """Random upstream gradients, in place of a loss: the same first rows whatever the batch."""
+    """Random upstream gradients, in place of a loss: the same for the same shape."""
     generator = torch.Generator().manual_seed(4)
-    first = torch.randn(CHECKED, *logits.shape[1:], generator=generator).to(logits)
-    return torch.cat((first, torch.randn_like(logits)))[: len(logits)]
+    return torch.randn(logits.shape, generator=generator).to(logits)
+
+
+def _distinct(batch):
+    """How many different images make up a batch: the largest divisor up to DISTINCT."""
+    return max(n for n in range(1, DISTINCT + 1) if batch % n == 0)
+
+
+def reason(error: Exception) -> str:
+    """An exception as one line of a row's note."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
 
 @functools.cache
 def _patch(timm_name):
     """The side of a vision transformer's patches; 0 for networks of any image size."""
+    if not timm.models.is_model_in_modules(timm_name, ("vision_transformer", "deit")):
+        return 0  # and timm cannot build every network without memory
     with torch.device("meta"):
         model = timm.create_model(timm_name)
     return model.patch_embed.patch_size[0] if isinstance(model, VisionTransformer) else 0

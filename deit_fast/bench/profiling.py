@@ -16,12 +16,14 @@ from .timing import release, synchronize
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)
 _NAMES = (
+    ("GEMM", r"^triton_tem"),
     ("norm", r"^triton_(per|red|poi)\w*norm"),  # Inductor's fusions name what they hold
     ("elementwise", r"^triton_(per|red|poi)"),
-    ("copies", r"memcpy|memset|copy|catarray|::cat\b|::contiguous|::clone|::_to_copy|transpose"),
+    ("copies", r"memcpy|memset|copy|nchwToNhwc|nhwcToNchw|catarray|::cat\b|::contiguous|::clone"
+     r"|::_to_copy|transpose"),
     ("attention", r"attention|flash|fmha|softmax|sdpa|bmm"),
     ("norm", r"(layer|batch|group)_?norm|bn_fw|bn_bw"),
-    ("GEMM", r"gemm|cutlass|cublas|nvjet|triton_tem|xmma|conv|::(add)?mm|linear_kernel"
+    ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|linear_kernel"
      r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),
 )  # fmt: skip
 
@@ -54,6 +56,8 @@ def profile(call: Callable[[], object], device: torch.device, trace: Path) -> di
         events = [
             e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation
         ]
+        if not events:
+            raise RuntimeError("the profiler saw no kernel; is another profiler running?")
         return _shares([(e.name, e.time_range.start, e.time_range.end) for e in events])
     shares = dict.fromkeys(KINDS, 0.0)
     for e in events:

@@ -1,10 +1,11 @@
 """The results file: one chip, one benchmark, every figure with the build that produced it.
 
-    {"hardware": {...}, "commit": "<sha>", "date": "2026-11-21", "protocol": {...},
-     "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
+    {"hardware": {...}, "commit": "<sha>", "build": "<digest>", "date": "2026-11-21",
+     "protocol": {...}, "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
 
 A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of deit_fast's sources, the versions
-of torch, triton and timm, and the chip: rows are comparable where it is the same. The JSON schema
+of torch, triton and timm, and the chip: rows are comparable where it is the same. The file's own
+`hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The JSON schema
 is benchmarks/results.schema.json.
 """
 
@@ -22,7 +23,7 @@ from typing import get_args, get_origin
 import deit_fast
 import deit_fast.kernels
 
-HEADER = ("hardware", "commit", "date", "protocol", "ceilings", "rows")
+HEADER = ("hardware", "commit", "build", "date", "protocol", "ceilings", "rows")
 
 
 class CorruptResults(ValueError):
@@ -94,6 +95,7 @@ class KernelRow(Timing):
 class Results:
     hardware: dict
     commit: str
+    build: str
     date: str
     protocol: dict
     ceilings: dict
@@ -201,7 +203,15 @@ def build(hardware: dict) -> str:
     return digest.hexdigest()[:12]
 
 
-def open_results(path: Path, hardware: dict, protocol: dict, ceilings: dict) -> Results:
-    """The file's rows under a header of today; no rows where there is no file yet."""
-    rows = load(path).rows if path.exists() else []
-    return Results(hardware, commit(), date.today().isoformat(), protocol, ceilings, rows)
+def open_results(path: Path | None, hardware: dict, protocol: dict, ceilings: dict) -> Results:
+    """The file's rows under a header of today; no rows where there is no file (yet). Raises
+    CorruptResults, and ValueError where the file holds another chip's results."""
+    rows = []
+    if path is not None and path.exists():
+        old = load(path)
+        rows = old.rows
+        chips = [h["gpu"] or "a CPU" for h in (old.hardware, hardware)]
+        if chips[0] != chips[1]:
+            raise ValueError(f"{path}: holds results of {chips[0]}, this is {chips[1]}")
+    today = date.today().isoformat()
+    return Results(hardware, commit(), build(hardware), today, protocol, ceilings, rows)

@@ -19,6 +19,8 @@ import torch
 
 from .modes import MODES
 
+CEILING_RUNS = 20
+
 
 def device_name(device: torch.device) -> str:
     """The chip as its maker calls it."""
@@ -152,10 +154,10 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
+def ceilings(device: torch.device, runs: int = CEILING_RUNS) -> dict[str, float]:
     """The chip's best, measured on random data: a large copy, counting bytes read and written
     (copy_tb_per_s), and the best of several large matrix products in each precision."""
-    cuda, runs = device.type == "cuda", 3 if quick else 20
+    cuda, runs = device.type == "cuda", min(runs, CEILING_RUNS)
     found = {"copy_tb_per_s": _copy_tb_per_s(2 << 30 if cuda else 64 << 20, runs, device)}
     shapes = [(1024, 1024, 1024)] if not cuda else [
         (8192, 8192, 8192), (16384, 8192, 4096), (50_688, 3072, 768), (50_688, 768, 3072),

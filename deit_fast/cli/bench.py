@@ -61,8 +61,8 @@ def run(args) -> int:
     hardware = timing.hardware(device)
     timer = "cuda events" if device.type == "cuda" else "perf_counter"
     protocol = {"runs": args.runs, "warmup": args.warmup, "timer": timer}
-    if args.json:  # a corrupt file is refused before anything is measured
-        results.open_results(args.json, hardware, protocol, {})
+    # a corrupt file is refused before anything is measured
+    results.open_results(args.json, hardware, protocol, {})
     network = Network(args.model, args.image_size, device)
     missing = {mode: network.why_not(mode) for mode in modes if network.why_not(mode)}
     if missing and args.modes:
@@ -72,37 +72,38 @@ def run(args) -> int:
 
     console, notes = tables.console(), Console(stderr=True)
     todo = [(mode, batch) for batch in batches for mode in modes]
-    rows, profiles, ceilings = [], [], {}
+    rows, profiles = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     interrupted = False
-    with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as progress:
-        task = progress.add_task("ceilings of the chip", total=len(todo))
-        try:
-            ceilings = timing.ceilings(device)
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as progress:
+            task = progress.add_task("ceilings of the chip", total=len(todo))
+            ceilings = timing.ceilings(device, args.runs)
+            file = results.open_results(args.json, hardware, protocol, ceilings)
             stamp = {"commit": results.commit(), "build": results.build(hardware)}
             for mode, batch in todo:
                 progress.update(task, description=f"{mode.name}, batch {batch}")
                 plan = Plan(args.protocol, batch, args.runs, args.warmup)
                 rows.append(network.measure(mode, plan, ceilings, stamp)[0])
+                if args.json:
+                    file.put(rows[-1])
+                    file.save(args.json)
                 if args.profile and rows[-1].status == "measured":
                     profiles.append(profiling.profile_row(network, rows[-1], args.profile))
                 progress.advance(task)
-        except KeyboardInterrupt:
-            interrupted = True
-
-    if rows:
-        console.print(tables.models(rows))
-    for title, milliseconds, trace in profiles:
-        console.print(tables.shares(title, milliseconds))
-        console.print(f"trace: {trace}", soft_wrap=True)
-    console.print(f"device: {timing.device_name(device)}, {args.runs} calls after {args.warmup}")
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        if rows:
+            console.print(tables.models(rows))
+        for title, milliseconds, trace in profiles:
+            console.print(tables.shares(title, milliseconds))
+            console.print(f"trace: {trace}", soft_wrap=True)
+    name = timing.device_name(device)
+    console.print(f"device: {name}, {args.runs} calls after {args.warmup}", soft_wrap=True)
     if device.type == "cpu":
         console.print("These figures are a CPU's: deit_fast runs plain PyTorch there.")
     if args.json and rows:
-        file = results.open_results(args.json, hardware, protocol, ceilings)
-        for row in rows:
-            file.put(row)
-        file.save(args.json)
         console.print(f"results: {args.json}", soft_wrap=True)
     if interrupted:
         missing = ", ".join(f"{mode.name} at {batch}" for mode, batch in todo[len(rows) :])

@@ -43,5 +43,5 @@ def kernel_row(op="linear", mode="fused", flops=10**12, ms=2.0, **changes) -> Ke
 def results_of(*rows, **hardware) -> Results:
     protocol = {"runs": 30, "warmup": 10, "timer": "cuda events"}
     return Results(
-        HARDWARE | hardware, COMMIT, "2026-11-21", protocol, dict(CEILINGS), list(rows)
+        HARDWARE | hardware, COMMIT, BUILD, "2026-11-21", protocol, dict(CEILINGS), list(rows)
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 import deit_fast
 from deit_fast.bench import networks
 from deit_fast.bench.modes import MODES
-from deit_fast.bench.networks import Network, Plan, check_network
+from deit_fast.bench.networks import Network, Plan, check_network, random_images
 
 CPU = torch.device("cpu")
 STAMP = {"commit": "unknown", "build": "0" * 12}
@@ -56,12 +56,60 @@ def test_a_row_of_a_convolutional_network(convnet, mode):
     assert convnet.why_not(MODES["deit_fast_fp32"]) == "deit_fast has no modules for it"
 
 
-def test_gradients_of_a_large_batch_are_compared_on_its_first_images(vit, convnet):
-    """With batch norm, on all: there an image's gradients depend on the others."""
+@pytest.mark.parametrize("batch", [1, 7, 10, 11, 24])
+def test_batches_of_any_size_are_compared(vit, convnet, batch):
+    """Few different images, each equally often: then batch norm sees the reference's statistics."""
     for network in (vit, convnet):
-        row, _ = measure(network, "eager_fp32_train", Plan("batch", 10, 2, 1))
-        assert row.status == "measured" and row.relative_error < 1e-5, row.note
-    assert (True, 8) in vit._references and (True, 10) in convnet._references
+        images = network.batch(batch)
+        distinct = {1: 1, 7: 7, 10: 5, 11: 1, 24: 8}[batch]
+        assert len(images) == batch and len(images.unique(dim=0)) == distinct
+        for mode in ("eager_fp32", "eager_fp32_train"):
+            step = network.step(MODES[mode])
+            assert network.check(step, batch) < 5e-5
+
+
+def test_every_image_of_the_batch_is_compared(vit, monkeypatch):
+    """A kernel that computes the first images and leaves the rest is fast."""
+    real = deit_fast.layers.VisionTransformerDistilled.forward
+
+    def forward(self, x, **kwargs):
+        y = real(self, x, **kwargs)
+        return torch.cat((y[:-1], y[-2:-1]))
+
+    monkeypatch.setattr(deit_fast.layers.VisionTransformerDistilled, "forward", forward)
+    for mode in ("deit_fast_fp32", "deit_fast_fp32_train"):
+        row, _ = measure(vit, mode, Plan("batch", 40, 2, 1))
+        assert row.status == "failed" and "Disagreement" in row.note, mode
+
+
+def test_the_input_sets_are_different_memory(vit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        networks, "throughput_ms", lambda step, inputs, *args: seen.append(inputs) or [1.0, 2.0]
+    )
+    for mode in ("eager_fp32", "eager_bf16"):
+        measure(vit, mode, Plan("batch", 4, 2, 1))
+        assert len({x.data_ptr() for x in seen[-1]}) == len(seen[-1]) == 64
+
+
+def test_a_row_without_time_is_not_begun(vit):
+    with pytest.raises(networks.TooSlow, match="0 s left"):
+        measure(vit, "eager_fp32", Plan("batch", 1, 2, 1, seconds=0.0))
+
+
+def test_the_search_may_fail_too(vit, monkeypatch):
+    def call(self, x):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(networks.Step, "__call__", call)
+    row, _ = measure(vit, "eager_fp32", Plan("paper", 8, 2, 1))
+    assert row.status == "failed" and row.note == "RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"
+
+
+def test_modes_run_what_they_name(monkeypatch):
+    monkeypatch.setenv("DEIT_FAST_BACKEND", "torch")
+    with pytest.raises(ValueError, match="DEIT_FAST_BACKEND is set"):
+        Network("deit_tiny", 32, CPU)
 
 
 def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
@@ -187,10 +235,19 @@ def networks_error(got, want):
 
 
 def test_batch_norm_keeps_activations_in_range(convnet):
-    logits = convnet.step(MODES["eager_fp32"])(convnet.images)
-    assert 0.05 < logits.std() < 50
-    norms = [m for m in convnet.model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(m.momentum == 0.1 and not m.training for m in norms)
+    """At inference every batch norm normalises: what it has seen is what comes."""
+    step, seen = convnet.step(MODES["eager_fp32"]), []
+
+    def look(m, inputs, y):
+        normal = (y - m.bias[:, None, None]) / m.weight[:, None, None]
+        seen.append(normal.std().item())
+
+    norms = [m for m in step.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.register_forward_hook(look)
+    step(random_images(8, 64, CPU, seed=9))
+    assert len(seen) == len(norms) == 20 and 0.6 < min(seen) <= max(seen) < 1.6
+    assert all(m.momentum == 0.1 and not m.training for m in norms)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ NAMES = {
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
         "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>",
-        "triton_tem_fused_addmm_gelu_3",
+        "triton_tem_fused_addmm_gelu_3", "triton_tem_fused__to_copy_addmm_t_3",
+        "triton_tem_fused_native_layer_norm_addmm_3",
         "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32",
         "_linear_kernel", "_patch_embed_kernel", "_classifier_kernel",
         "aten::addmm", "aten::mkldnn_convolution",
@@ -36,6 +37,7 @@ NAMES = {
     ],
     "copies": [
         "Memcpy HtoD (Pinned -> Device)", "Memset (Device)", "aten::copy_",
+        "nchwToNhwcKernel<__half>",
         "void at::native::direct_copy_kernel_cuda", "aten::cat",
     ],
 }  # fmt: skip

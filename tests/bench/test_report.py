@@ -119,6 +119,54 @@ def test_one_network_in_several_rows_is_reported_in_each(folder):
     assert chip.row(RESNET, "compile_bf16", "batch").status == "failed"
 
 
+def test_a_measured_row_goes_before_a_failed_one_and_the_largest_batch_first():
+    rows = [model_row(SMALL, batch=b, asked_batch=b) for b in (8, 64, 16)]
+    failed = model_row(SMALL, batch=256, **FAILED)
+    chip = Chip(Path(), {"table5": results_of(failed, *rows)})
+    assert chip.row(SMALL, "eager_fp32", "batch") is rows[1]
+    assert chip.row(SMALL, "eager_fp32", "batch", 16) is rows[2]
+    assert chip.row(SMALL, "eager_fp32", "batch", 256) is failed
+
+
+def test_the_last_build_speaks():
+    """An old row is shown only where the last run has none, failed ones included; never in the
+    README."""
+    old = model_row(SMALL, "deit_fast_bf16", 500.0, build="c" * 12, batch=512, asked_batch=512)
+    failed = model_row(SMALL, "deit_fast_bf16", **FAILED)
+    chip = Chip(Path(), {"table5": results_of(old, failed)})
+    assert chip.row(SMALL, "deit_fast_bf16", "batch") is failed
+    assert report.readme_tables([chip]) == report.NOTHING
+    chip = Chip(Path(), {"table5": results_of(old, model_row(SMALL, "eager_bf16", 100.0))})
+    assert chip.row(SMALL, "deit_fast_bf16", "batch") is old
+    assert report.readme_tables([chip]) == report.NOTHING
+
+
+def test_the_readme_compares_only_what_ran_together():
+    rows = [
+        model_row(SMALL, "deit_fast_bf16", 800.0), model_row(SMALL, "eager_bf16", 400.0),
+        model_row(SMALL, "eager_fp32", 7.0, build="c" * 12),
+        model_row(SMALL, "compile_max_autotune_bf16", 9.0, batch=128),
+    ]  # fmt: skip
+    table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 2.00 | – |" in table
+
+
+def test_one_protocol_for_a_comparison():
+    """Mean at the largest batch and median at a given one are not mixed."""
+    rows = [model_row(e, images_per_s=e.v100_images_per_s) for e in ENTRIES[:6]]
+    rows += [model_row(e, images_per_s=5.0, protocol="paper") for e in ENTRIES[:2]]
+    chip = Chip(Path(), {"table5": results_of(*rows)})
+    assert chip.protocol == "batch"
+    assert chip.throughput(ENTRIES[0], "eager_fp32").images_per_s == ENTRIES[0].v100_images_per_s
+    assert measured.rank_correlation(chip, list(ENTRIES)) == (pytest.approx(1.0), 6)
+
+
+def test_the_header_is_table5s():
+    other = results_of(torch="2.9.0")
+    chip = Chip(Path(), {"ceilings": other, "table5": results_of(model_row(SMALL))})
+    assert chip.newest.hardware["torch"] == "2.11.0"
+
+
 def test_rank_correlation():
     chip = Chip(Path(), {"table5": results_of(*everything())})
     assert measured.rank_correlation(chip, list(ENTRIES)) == (pytest.approx(1.0), 26)

@@ -67,6 +67,13 @@ def test_committed_results_fit_the_schema(path):
     results.load(path)
 
 
+def test_another_chips_file_is_refused(file):
+    text = file.read_text()
+    with pytest.raises(ValueError, match="holds results of NVIDIA Imaginary, this is a CPU"):
+        results.open_results(file, HARDWARE | {"gpu": None}, {}, {})
+    assert file.read_text() == text
+
+
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda text: text[:-40], "not JSON"),
     (lambda text: "[]", "holds list, want the keys"),
