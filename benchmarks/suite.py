@@ -61,7 +61,6 @@ class Options:
     out: Path
     again: bool
     profile: bool
-    quick: bool
 
     @classmethod
     def parse(cls, get) -> "Options":
@@ -95,7 +94,6 @@ class Options:
             out=Path(get("out") or Path(__file__).with_name("results")),
             again=bool(get("again")),
             profile=bool(get("profile")),
-            quick=quick,
         )
 
     def networks(self) -> list[table5.Entry]:
@@ -201,9 +199,9 @@ class Suite:
         key = (*entry.measured_as, mode.name, plan.protocol, plan.batch)
         self.keep_or_stop(name, key)
         network = self.network(entry)
-        reason = network.why_not(mode)
-        if reason:
-            pytest.skip(reason)
+        missing = network.why_not(mode)
+        if missing:
+            pytest.skip(missing)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
             row, times = network.measure(mode, plan, self.ceilings(), self.stamp)
