@@ -126,7 +126,8 @@ def pytest_unconfigure(config):
         console.print(tables.kernels(kernels))
     if models:
         console.print(tables.models(models))
-    limits = ", ".join(f"{name} {value:,.4g}" for name, value in session.ceilings().items())
-    console.print(f"ceilings: {limits}", soft_wrap=True)
+    if session.limits:
+        limits = ", ".join(f"{name} {value:,.4g}" for name, value in session.limits.items())
+        console.print(f"ceilings: {limits}", soft_wrap=True)
     chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
     console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)

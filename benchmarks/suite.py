@@ -121,7 +121,7 @@ class Suite:
     files: dict = field(default_factory=dict)
     measured: list = field(default_factory=list)
     profiles: list = field(default_factory=list)
-    _ceilings: dict | None = None
+    limits: dict | None = None  # the ceilings, once they are asked for
     _network: tuple = (None, None)
 
     @classmethod
@@ -139,15 +139,15 @@ class Suite:
     def ceilings(self, again: bool = False) -> dict:
         """What the chip can do; measured once and kept for these versions on this chip."""
         path = self.folder / "ceilings.json"
-        if self._ceilings is None and path.exists() and not again:
+        if self.limits is None and path.exists() and not again:
             kept = results.load(path)
             runs = min(self.options.runs, timing.CEILING_RUNS)
             if kept.hardware == self.hardware and kept.protocol["runs"] >= runs:
-                self._ceilings = kept.ceilings
-        if self._ceilings is None or again:
-            self._ceilings = timing.ceilings(self.device, self.options.runs)
-            results.open_results(path, self.hardware, self.protocol, self._ceilings).save(path)
-        return self._ceilings
+                self.limits = kept.ceilings
+        if self.limits is None or again:
+            self.limits = timing.ceilings(self.device, self.options.runs)
+            results.open_results(path, self.hardware, self.protocol, self.limits).save(path)
+        return self.limits
 
     def network(self, entry: table5.Entry) -> Network:
         """The network, kept until another is asked for."""

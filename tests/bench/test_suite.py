@@ -136,14 +136,15 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     assert "2 passed" in done.stdout, done.stdout
 
 
-def test_a_corrupt_file_stops_the_suite_and_stays(out):
+@pytest.mark.parametrize("name", ["table5.json", "ceilings.json"])
+def test_a_corrupt_file_stops_the_suite_and_stays(out, name):
     (ceilings,) = out.glob("*/ceilings.json")
-    broken = ceilings.with_name("table5.json")
+    broken = ceilings.with_name(name)
     broken.write_text('{"rows": [')
     done = bench(out, "benchmarks/bench_latency.py", *LITTLE, "--modes", "eager_fp32")
     assert done.returncode == 4
     assert f"{broken}: not JSON" in done.stdout and "left untouched" in done.stdout
-    assert broken.read_text() == '{"rows": ['
+    assert broken.read_text() == '{"rows": [' and "Traceback" not in done.stdout + done.stderr
     assert not list(out.glob("*/latency.json"))
 
 
