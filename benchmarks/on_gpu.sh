@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in stages of less than ten minutes each that need no network:
+# What needs a GPU, in stages meant to end within ten minutes each, without a network:
 #     benchmarks/on_gpu.sh STAGE...
 # correctness       the whole suite on the device: bf16 dots, real Triton code
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory

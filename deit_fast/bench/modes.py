@@ -41,7 +41,7 @@ class Mode:
             name = "eager_amp_fp16"
         else:
             name = f"eager_{self.precision}"
-        return MODES[name + TRAIN * (self.train and name + TRAIN in MODES)]
+        return MODES[name + TRAIN * self.train]
 
     @contextmanager
     def settings(self):
