@@ -27,7 +27,15 @@ from triton.compiler import ASTSource
 
 OPS = {  # the modules: the functions of the same names hide them as attributes of the package
     name: importlib.import_module(f"deit_fast.kernels.{name}")
-    for name in ("layer_norm", "linear", "attention", "patch_embed", "classifier")
+    for name in (
+        "layer_norm",
+        "linear",
+        "layer_norm_linear",
+        "layer_norm_mlp",
+        "attention",
+        "patch_embed",
+        "classifier",
+    )
 }
 BATCH, TOKENS = 256, 198
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -41,8 +49,9 @@ ALIGNED = ("N", "K", "D")  # multiples of 16 in every DeiT
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration. `signature` maps the pointers to dtypes, and the integers
-    and floats to "i32" and "fp32"; a pointer of None is an argument left out."""
+    """One kernel in one configuration. `signature` maps the pointers to dtypes, tensor descriptors
+    to (dtype, *block), and the integers and floats to "i32" and "fp32"; a pointer of None is an
+    argument left out."""
 
     op: str
     label: str
@@ -80,8 +89,11 @@ def cases(archs):
         yield from _epilogue(arch)
         if arch in DOT_ARCHS:
             yield from _linear(arch)
+            yield from _layer_norm_linear(arch)
+            yield from _layer_norm_mlp(arch)
             yield from _attention(arch)
             yield from _patch_embed(arch)
+            yield from _patch_embed_fold(arch)
             yield from _classifier(arch)
 
 
@@ -102,25 +114,34 @@ def _layer_norm(arch):
                 )  # fmt: skip
 
 
-# name -> (activation, which optional pointers)
+# name -> (activation, which optional pointers, fp32 pointers of the LayerNorm)
 EPILOGUES = {
     "bias": ("none", ("b_ptr",)),
-    "gelu": ("gelu", ("b_ptr",)),
-    "residual": ("none", ("b_ptr", "res_ptr")),
-    "residual, scales": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
+    "bias+gelu": ("gelu", ("b_ptr",)),
+    "bias+residual": ("none", ("b_ptr", "res_ptr")),
+    "bias+residual+moments": ("none", ("b_ptr", "res_ptr", "moments_out_ptr")),
+    "folded+bias": ("none", ("b_ptr", "moments_ptr", "sums_ptr")),
+    "folded+bias+gelu": ("gelu", ("b_ptr", "moments_ptr", "sums_ptr")),
+    "bias+scales+residual": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
 }
+OPTIONAL = ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")
+MOMENTS = ("moments_ptr", "sums_ptr", "moments_out_ptr")
 
 
-def _optional(names, present, dtype):
-    return {name: dtype if name in present else None for name in names}
+def _optional(present, dtype):
+    pointers = {name: dtype if name in present else None for name in OPTIONAL}
+    pointers |= {name: FP32 if name in present else None for name in MOMENTS}
+    if "sums_ptr" in present:
+        pointers["b_ptr"] = FP32  # the folded bias
+    return pointers
 
 
 def _epilogue(arch):
     meta = OPS["linear"].EPILOGUE_META
-    for name in ("gelu", "residual, scales"):
+    for name in ("bias+gelu", "bias+residual+moments", "bias+scales+residual"):
         activation, present = EPILOGUES[name]
         for dtype in (FP16, BF16, FP32):
-            pointers = _optional(("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), present, dtype)
+            pointers = _optional(present, dtype)
             signature = {"z_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
             signature |= pointers | {"rows_per_sample": "i32"}
             N = 1536 if activation == "gelu" else 384
@@ -133,40 +154,109 @@ def _epilogue(arch):
 
 
 def _linear(arch):
-    """One shape for each tile that the rule can choose."""
-    shapes = ((BATCH * TOKENS, 384, 384), (BATCH * TOKENS, 192, 192), (TOKENS, 384, 384))
+    """Every configuration that a tuned table may name, with every epilogue that it may get."""
+    chip = (arch // 10, arch % 10)
+    M = BATCH * TOKENS
     for dtype in (FP16, BF16, FP32):
-        for M, K, N in shapes[:1] if dtype == FP32 else shapes:
-            chip = (arch // 10, arch % 10)
-            meta = OPS["linear"].meta(M, N, dtype, chip, PROCESSORS[arch])
+        for config in OPS["linear"].configs(dtype, chip):
+            K = N = 384 if config["BLOCK_N"] % 128 == 0 else 192
             for name, (activation, present) in EPILOGUES.items():
+                if "moments" in name and config["BLOCK_N"] < 64 or "scales" in name and N == 192:
+                    continue  # never asked of it
+                if dtype == FP32 and ("moments" in name or "folded" in name):
+                    continue
+                if dtype == FP16 and config not in OPS["linear"].configs(dtype, chip)[:2]:
+                    continue  # as bf16: enough of them to see that
                 pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype}
-                pointers |= _optional(("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), present, dtype)
-                sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
-                tile = f"{meta['BLOCK_M']}x{meta['BLOCK_N']}x{meta['BLOCK_K']}"
+                if config["TMA"]:
+                    pointers |= {
+                        "x_ptr": (dtype, config["BLOCK_M"], config["BLOCK_K"]),
+                        "w_ptr": (dtype, config["BLOCK_N"], config["BLOCK_K"]),
+                    }
+                pointers |= _optional(present, dtype)
+                sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
+                constexprs = {"ACTIVATION": activation, "EVEN_K": True, "PARTS": K // 64}
                 elements = M * K + N * K + M * N * (1 + ("res_ptr" in present))
                 yield Case(
-                    "linear", f"{name}, {tile}, {TRITON_TYPE[dtype]}", "_linear_kernel", arch,
-                    pointers | sizes, {"ACTIVATION": activation, "EVEN_K": True}, meta,
+                    "linear", f"{name}, {_tile(config)}, {TRITON_TYPE[dtype]}", "_linear_kernel",
+                    arch, pointers | sizes, constexprs, config,
                     elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
 
 
+def _tile(config):
+    """ "128x256x64 w8 s3 tma persistent"."""
+    sizes = "x".join(str(config[f"BLOCK_{d}"]) for d in "MNK")
+    kinds = [kind.lower() for kind in ("TMA", "PERSISTENT", "SPLIT") if config[kind]]
+    return " ".join((sizes, f"w{config['num_warps']}", f"s{config['num_stages']}", *kinds))
+
+
+def _layer_norm_linear(arch):
+    """What the folding costs apart from the product: the weights, and moments from nowhere."""
+    for D in (192, 384, 768):
+        for dtype in (FP16, BF16):
+            meta = OPS["layer_norm_linear"].meta(D)
+            names = ("w_ptr", "b_ptr", "g_ptr", "h_ptr", "w_out_ptr")
+            signature = dict.fromkeys(names, dtype) | dict.fromkeys(("b_out_ptr", "s_ptr"), FP32)
+            yield Case(
+                "layer_norm_linear", f"fold, D = {D}, {TRITON_TYPE[dtype]}",
+                "_fold_layer_norm_kernel", arch, signature | {"N": "i32", "K": "i32"}, {}, meta,
+                2 * 3 * D * D * dtype.itemsize, 0, False,
+            )  # fmt: skip
+            signature = {"x_ptr": dtype, "moments_ptr": FP32, "M": "i32", "K": "i32"}
+            yield Case(
+                "layer_norm_linear", f"moments, D = {D}, {TRITON_TYPE[dtype]}", "_moments_kernel",
+                arch, signature, {}, meta, BATCH * TOKENS * (D * dtype.itemsize + 8), 0, False,
+            )  # fmt: skip
+
+
+def _layer_norm_mlp(arch):
+    names = "x_ptr g_ptr h_ptr w1_ptr b1_ptr w2_ptr b2_ptr res_ptr y_ptr".split()
+    M = BATCH * TOKENS
+    for dtype in (FP16, BF16):
+        for D, (D0, D1) in OPS["layer_norm_mlp"].FUSED_D.items():
+            for config in OPS["layer_norm_mlp"].configs((arch // 10, arch % 10)):
+                signature = dict.fromkeys(names, dtype) | {"moments_out_ptr": FP32}
+                signature |= {"M": "i32", "eps": "fp32"}
+                tile = f"{config['BLOCK_M']}x{config['BLOCK_H']} w{config['num_warps']}"
+                yield Case(
+                    "layer_norm_mlp",
+                    f"fused, D = {D}, {tile} s{config['num_stages']}, {TRITON_TYPE[dtype]}",
+                    "_layer_norm_mlp_kernel", arch, signature,
+                    {"HIDDEN": 4 * D, "D0": D0, "D1": D1}, config,
+                    (3 * M * D + 8 * D * D) * dtype.itemsize, 2 * 2 * M * D * 4 * D, False,
+                )  # fmt: skip
+
+
 def _attention(arch):
+    """Every configuration that a tuned table may name, for DeiT's shapes and a TinyViT window."""
+    module, H = OPS["attention"], 6
     strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
     for dtype in (FP16, BF16, FP32):
         for N, L, d, bias in (
             (198, 198, 64, False), (578, 578, 64, False), (2, 198, 64, False), (49, 49, 32, True),
         ):  # fmt: skip
-            H, meta = 6, OPS["attention"].meta(N, L, dtype)
-            signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-            signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
-            signature |= dict.fromkeys((*strides, "N", "H"), "i32")
-            yield Case(
-                "attention", f"N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}",
-                "_attention_kernel", arch, signature, {"L": L, "HEAD_DIM": d}, meta,
-                BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
-            )  # fmt: skip
+            for config in module.configs(dtype, N, L, bias):
+                if d == 32 and config != module.meta(N, L, dtype, bias):
+                    continue
+                signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+                signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
+                signature |= dict.fromkeys((*strides, "N", "H"), "i32")
+                kind, constexprs = "", {"L": L, "HEAD_DIM": d}
+                meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
+                if config["RESIDENT"]:
+                    kind = "resident_"
+                    meta |= zip(("KEYS_0", "KEYS_1", "KEYS_2"), module.pieces(L), strict=True)
+                else:
+                    block = config["BLOCK_N"]
+                    meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block)}
+                sizes = f"{config['BLOCK_M']} w{config['num_warps']} s{config['num_stages']}"
+                yield Case(
+                    "attention",
+                    f"{kind[:-1]} N = {N}, L = {L}, {sizes}, {TRITON_TYPE[dtype]}".strip(),
+                    f"_attention_{kind}kernel", arch, signature, constexprs, meta,
+                    BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
+                )  # fmt: skip
 
 
 def _patch_embed(arch):
@@ -186,6 +276,18 @@ def _patch_embed(arch):
                     pixels * (1 if nhwc else dtype.itemsize) + (out + 768 * D) * dtype.itemsize,
                     2 * BATCH * 196 * D * 768, dtype != FP32,
                 )  # fmt: skip
+
+
+def _patch_embed_fold(arch):
+    for dtype in (FP16, BF16):
+        floats = [f"{name}_{c}" for name in ("mean", "std") for c in range(4)]
+        signature = dict.fromkeys(("w_ptr", "b_ptr", "folded_ptr"), dtype)
+        signature |= {"shift_ptr": FP32} | dict.fromkeys(floats, "fp32")
+        yield Case(
+            "patch_embed", f"fold, {TRITON_TYPE[dtype]}", "_fold_pixels_kernel", arch, signature,
+            {"C": 3, "PIXELS": 256}, {"BLOCK": 256, "num_warps": 4},
+            2 * 768 * 768 * dtype.itemsize, 0, False,
+        )  # fmt: skip
 
 
 def _classifier(arch):
@@ -216,6 +318,9 @@ def compile_case(case: Case) -> Row:
             signature[name] = "constexpr"
             if name not in constexprs:
                 constexprs[name] = None  # an optional pointer left out
+        elif isinstance(kind, tuple):  # a tensor descriptor of a block
+            dtype, *block = kind
+            signature[name] = f"tensordesc<{TRITON_TYPE[dtype]}{block}>".replace(" ", "")
         else:
             signature[name] = kind if isinstance(kind, str) else f"*{TRITON_TYPE[kind]}"
     # torch's pointers, and the sizes of these shapes, are multiples of 16

@@ -4,6 +4,7 @@
 # correctness       the whole suite on the device: bf16 dots, real Triton code
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
 # ceilings          copy bandwidth and the best matrix products
+# tune              which implementation and tiles serve DeiT's shapes best: tuned/<chip>.json
 # kernels           every operation on DeiT's shapes, predicted and measured
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
@@ -14,7 +15,7 @@
 # Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stages=(correctness sanitize ceilings kernels table5-deit table5-convnets latency train)
+stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets latency train)
 [ $# -gt 0 ] || { echo "on_gpu.sh: want stages, of: ${stages[*]}" >&2; exit 2; }
 for stage; do
     [[ " ${stages[*]} " == *" $stage "* ]] ||
@@ -30,6 +31,7 @@ for file in benchmarks/results/*/*.json; do # what was measured before
     fi
 done
 export PYTHONUNBUFFERED=1
+export DEIT_FAST_CACHE=$out # the stage tune writes its table there, and the stages after it use it
 python=${PYTHON:-python3}
 
 "$python" -m pip install -q --no-deps --no-build-isolation -e .
@@ -52,7 +54,7 @@ bench() {
 
 deits="DeiT-Ti distilled,DeiT-S distilled,DeiT-B distilled"
 forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
-fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16
+fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_graph_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
 vits=transformer convnets=convnet
 if [ "$gpu" = 0 ]; then
@@ -86,8 +88,19 @@ run_stage() {
     ceilings)
         bench benchmarks/bench_ceilings.py --again
         ;;
+    tune)
+        if [ "$gpu" = 0 ]; then
+            echo "tune: made of measurements, there are none without a GPU"
+            return
+        fi
+        # the large ones first; what the minutes leave goes on in the next run of the stage
+        for model in deit_base_distilled deit_base_distilled_384 deit_small_distilled \
+            deit_tiny_distilled; do
+            "$python" -m deit_fast.tune --model "$model" --minutes 2 || failed=1
+        done
+        ;;
     kernels)
-        bench benchmarks/bench_{layer_norm,linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
+        bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
             --rows "$deits,DeiT-B-384 distilled" --against-playbook
         ;;
     table5-deit)
@@ -104,7 +117,7 @@ run_stage() {
         ;;
     latency)
         bench benchmarks/bench_latency.py --rows "$deits" \
-            --modes "eager_${half},deit_fast_${half},$compiled"
+            --modes "eager_${half},deit_fast_${half},$graphed$compiled"
         ;;
     train)
         bench benchmarks/bench_table5.py --rows "$deits,ResNet-50" --protocols batch \
@@ -113,9 +126,9 @@ run_stage() {
     esac
 }
 
-half=bf16 train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
+half=bf16 graphed=deit_fast_graph_bf16, train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
 train=$train,compile_bf16_train,compile_max_autotune_bf16_train
-[ "$gpu" = 1 ] || { half=fp32; train=eager_fp32_train,deit_fast_fp32_train; }
+[ "$gpu" = 1 ] || { half=fp32 graphed=; train=eager_fp32_train,deit_fast_fp32_train; }
 
 failed=0
 for stage; do

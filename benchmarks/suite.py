@@ -273,7 +273,7 @@ class Suite:
         return max(copied, flops / ceilings[f"{PRECISIONS[dtype]}_tflops"]) / 1e9
 
     def _served_by(self, op, inputs):
-        if op == "layer_norm_mlp":
+        if op in ("layer_norm_linear", "layer_norm_mlp"):
             op = "linear"
         x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
         return _runtime.resolve(op, x, "auto")

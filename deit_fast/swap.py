@@ -124,6 +124,6 @@ def _resolve_backend(backend: str) -> tuple[str, str]:
     if backend != "auto":
         return backend, source
     if torch.cuda.is_available():
-        major, minor = _runtime.capability(torch.cuda.current_device())
+        major, minor = _runtime.capability("cuda", None)
         return backend, f"kernels for sm_{major}{minor} on CUDA tensors, PyTorch on CPU tensors"
     return backend, "no CUDA device: PyTorch"

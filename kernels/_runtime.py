@@ -9,6 +9,8 @@
 """
 
 import os
+from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,40 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when ke
 PRODUCTS = ("linear", "patch_embed", "classifier", "attention")  # these need tensor cores
 ROW_KERNELS = ("layer_norm", "add_layer_norm")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Op:
+    """An operator registered with PyTorch, for torch.compile, export and autograd; and its body,
+    called straight where none of them watches. The dispatcher costs a custom operator more time on
+    the host than a small kernel takes on a GPU."""
+
+    def __init__(self, name: str, body):
+        self.body = body
+        self.op = torch.library.custom_op(name, body, mutates_args=())
+        self.register_fake = self.op.register_fake
+        self.register_autograd = self.op.register_autograd
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or self._watched(args):
+            return self.op(*args)
+        return self.body(*args)
+
+    @staticmethod
+    def _watched(args) -> bool:
+        tensors = [t for t in args if isinstance(t, torch.Tensor)]
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        return (
+            not plain
+            or tensors[0].device.type == "meta"
+            or wants_grad(*tensors)
+            or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, counters
+            or torch.jit.is_tracing()
+        )
+
+
+def custom_op(name: str):
+    """Decorator: the function as the `Op` of that name."""
+    return lambda body: Op(name, body)
 
 
 class Choice(NamedTuple):
@@ -63,10 +99,51 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
     return _FUSED
 
 
+class Chip(NamedTuple):
+    """What rules and tuned tables go by."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+
+_INTERPRETED = Chip("Triton's interpreter", (9, 0), 4)  # few, so that small cases get large tiles
+_pretended: Chip | None = None
+
+
+@contextmanager
+def pretend(chip: Chip):
+    """Within it every tensor counts as lying on `chip`, for tests and tables of choices: on a CPU
+    the Triton parts then need the interpreter. Not for use from several threads at once."""
+    global _pretended
+    before, _pretended = _pretended, chip
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+@cache
+def _cuda_chip(index: int) -> Chip:
+    found = torch.cuda.get_device_properties(index)
+    return Chip(found.name, (found.major, found.minor), found.multi_processor_count)
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip whose configurations serve a tensor there; a CPU's kernels are interpreted."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return _INTERPRETED
+    return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @torch.compiler.assume_constant_result
-def capability(index: int) -> tuple[int, int]:
-    """Compute capability of a CUDA device; a constant under torch.compile."""
-    return torch.cuda.get_device_capability(index)
+def capability(kind: str, index: int | None) -> tuple[int, int] | None:
+    """Compute capability of a device, None for a CPU; a constant under torch.compile."""
+    if kind != "cuda" and _pretended is None:
+        return None
+    return chip(torch.device(kind, index)).capability
 
 
 def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "torch")) -> str:
@@ -75,9 +152,9 @@ def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "t
     if implementation == "torch":
         return "torch"
     if implementation == "auto":
-        chip = capability(x.device.index or 0) if x.is_cuda else None
         dtype = autocast_dtype(x) if op in PRODUCTS else None
-        return choose(op, chip, dtype or x.dtype).implementation
+        on = capability(x.device.type, x.device.index)
+        return choose(op, on, dtype or x.dtype).implementation
     if implementation not in allowed:
         names = ", ".join(repr(name) for name in ("auto", *allowed))
         raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
@@ -97,6 +174,14 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if kind == "meta":
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv is made for kernels, and takes its time on the host
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def cast(dtype: torch.dtype | None, *tensors):

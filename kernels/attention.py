@@ -12,13 +12,15 @@ costs no copy. o is a new (B, N, H, d), which is the projection's (B, N, H * d).
 sums are fp32; p is rounded to v's dtype for the second product. Saved for backward: the inputs.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _runtime, _tuned
 
 HEAD_DIMS = (32, 64)
 LOG2_E = 1.4426950408889634
@@ -47,18 +49,19 @@ def _attend(
     else:
         k, v = tl.load(k_ptrs), tl.load(v_ptrs)
 
-    s = tl.dot(q, k, input_precision="ieee") * scale
+    s = tl.dot(q, k, input_precision="ieee")
     if bias_ptrs is not None:
         bias = tl.load(bias_ptrs + keys[None, :], mask=inside[None, :], other=0.0)
-        s += bias.to(tl.float32) * 1.4426950408889634  # log2(e)
+        s = s * scale + bias.to(tl.float32) * 1.4426950408889634  # log2(e)
+        scale = 1.0
     if MASKED:
         s = tl.where(inside[None, :], s, float("-inf"))
 
     new_peak = tl.maximum(peak, tl.max(s, axis=1))
     # a row whose keys so far are all masked by the bias: -inf - -inf would be NaN
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - shift[:, None])
-    decay = tl.exp2(peak - shift)
+    p = tl.exp2(s * scale - (shift * scale)[:, None])  # one FMA: the scale is positive
+    decay = tl.exp2((peak - shift) * scale)
     total = total * decay + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_peak, total
@@ -113,22 +116,160 @@ def _attention_kernel(
     tl.store(o_ptr + o_offs, acc / total[:, None], mask=in_rows[:, None])
 
 
-def meta(N: int, L: int, dtype: torch.dtype) -> dict:
-    """Tiles by rule: 64 queries in 4 warps leave room for four CTAs a multiprocessor (sm_90); the
-    prefix tokens alone take 16. Keys in blocks of 64: 198 and 578 then leave a tail of 16."""
-    if dtype == torch.float32:  # FMA units: registers hold the operands too
-        return {
-            "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_TAIL": 16, "num_warps": 4, "num_stages": 2,
-        }  # fmt: skip
-    tail = max(triton.next_power_of_2(L % 64), 16)
+@triton.jit
+def _keys(ptr, first, L, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows first ... first + BLOCK - 1 of k or v, zero from L on."""
+    keys = first + tl.arange(0, BLOCK)
+    ptrs = ptr + keys[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
+    return tl.load(ptrs, mask=(keys < L)[:, None], other=0.0)
+
+
+@triton.jit
+def _scores(q, k, first, L: tl.constexpr, BLOCK: tl.constexpr):
+    s = tl.dot(q, k.T, input_precision="ieee")
+    if first + BLOCK > L:
+        s = tl.where((first + tl.arange(0, BLOCK) < L)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _attention_resident_kernel(
+    q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
+    o_ptr,  # out: (B, N, H, d), contiguous
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
+    N, H, scale,
+    L: tl.constexpr, BLOCK_M: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
+    KEYS_2: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program a head: its keys and values are read once, in two or three pieces that stay on
+    the chip, and each block of queries gets one softmax over all of them."""
+    head = (tl.program_id(0) % H).to(tl.int64)
+    sample = (tl.program_id(0) // H).to(tl.int64)  # int64, as head: strides may pass 2**31
+    q_ptr += sample * q_batch + head * q_head
+    k_ptr += sample * k_batch + head * k_head
+    v_ptr += sample * v_batch + head * v_head
+    o_ptr += (sample * N * H + head) * HEAD_DIM
+    SECOND: tl.constexpr = KEYS_0
+    THIRD: tl.constexpr = KEYS_0 + KEYS_1
+    k0, v0 = (
+        _keys(k_ptr, 0, L, k_row, KEYS_0, HEAD_DIM),
+        _keys(v_ptr, 0, L, v_row, KEYS_0, HEAD_DIM),
+    )
+    k1 = _keys(k_ptr, SECOND, L, k_row, KEYS_1, HEAD_DIM)
+    v1 = _keys(v_ptr, SECOND, L, v_row, KEYS_1, HEAD_DIM)
+    if KEYS_2:
+        k2 = _keys(k_ptr, THIRD, L, k_row, KEYS_2, HEAD_DIM)
+        v2 = _keys(v_ptr, THIRD, L, v_row, KEYS_2, HEAD_DIM)
+    dims = tl.arange(0, HEAD_DIM)
+    for first in range(0, N, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        in_rows = rows < N
+        q = tl.load(q_ptr + rows[:, None] * q_row + dims[None, :], mask=in_rows[:, None], other=0.0)
+        s0, s1 = _scores(q, k0, 0, L, KEYS_0), _scores(q, k1, SECOND, L, KEYS_1)
+        peak = tl.maximum(tl.max(s0, axis=1), tl.max(s1, axis=1))
+        if KEYS_2:
+            s2 = _scores(q, k2, THIRD, L, KEYS_2)
+            peak = tl.maximum(peak, tl.max(s2, axis=1))
+        peak *= scale  # positive
+        p0, p1 = tl.exp2(s0 * scale - peak[:, None]), tl.exp2(s1 * scale - peak[:, None])
+        total = tl.sum(p0, axis=1) + tl.sum(p1, axis=1)
+        acc = tl.dot(p0.to(v0.dtype), v0, input_precision="ieee")
+        acc = tl.dot(p1.to(v0.dtype), v1, acc, input_precision="ieee")
+        if KEYS_2:
+            p2 = tl.exp2(s2 * scale - peak[:, None])
+            total += tl.sum(p2, axis=1)
+            acc = tl.dot(p2.to(v0.dtype), v2, acc, input_precision="ieee")
+        o_ptrs = o_ptr + rows[:, None] * (H * HEAD_DIM) + dims[None, :]
+        tl.store(o_ptrs, acc / total[:, None], mask=in_rows[:, None])
+
+
+def _config(m, n, warps, stages, resident=False):
     return {
-        "BLOCK_M": 16 if N <= 16 else 64, "BLOCK_N": 64, "BLOCK_TAIL": tail,
-        "num_warps": 4, "num_stages": 3 if L > 256 else 2,
+        "RESIDENT": resident, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
-@torch.library.custom_op("deit_fast::attention", mutates_args=())
-def _fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+FP32_CONFIG = _config(16, 16, 4, 2)  # FMA units: registers hold the operands too
+# Keys and values resident, 64 queries at a time: two or three CTAs a multiprocessor.
+RESIDENT_CONFIG = _config(64, 64, 4, 1, resident=True)
+FEW_QUERIES_CONFIG = _config(16, 64, 4, 2)  # the prefix tokens alone
+# 64 queries in 4 warps leave room for four CTAs a multiprocessor (sm_90). Blocks of 64 keys leave
+# 198 and 578 a tail of 16.
+ONLINE_CONFIG = _config(64, 64, 4, 3)
+CONFIGS = [
+    RESIDENT_CONFIG,
+    _config(128, 64, 8, 1, resident=True),
+    FEW_QUERIES_CONFIG,
+    ONLINE_CONFIG,
+    _config(64, 64, 4, 2),
+    _config(128, 64, 8, 3),
+    _config(128, 64, 8, 2),
+]
+
+
+def configs(dtype: torch.dtype, N: int, L: int, bias: bool = False) -> list[dict]:
+    """Every configuration of the Triton kernels that a tuned table may name for a shape."""
+    if dtype == torch.float32:
+        return [FP32_CONFIG]
+    if N <= 16:
+        return [FEW_QUERIES_CONFIG]
+    fits = 64 < L <= 256 and not bias
+    return [c for c in CONFIGS if c["BLOCK_M"] >= 64 and (fits or not c["RESIDENT"])]
+
+
+@cache
+def meta(N: int, L: int, dtype: torch.dtype, bias: bool = False) -> dict:
+    """The configuration for a shape that no table lists."""
+    if dtype == torch.float32:
+        return FP32_CONFIG
+    if N <= 16:
+        return FEW_QUERIES_CONFIG
+    return RESIDENT_CONFIG if RESIDENT_CONFIG in configs(dtype, N, L, bias) else ONLINE_CONFIG
+
+
+@cache
+def pieces(L: int) -> tuple[int, int, int]:
+    """64 < L <= 256 keys in two or three pieces, powers of two, with little to spare: 198 in 128,
+    64 and 16; the third may be 0."""
+    first = 128 if L >= 128 else 64
+    rest = max(L - first, 1)
+    second = max(16, 1 << rest.bit_length() - 1)
+    rest = L - first - second
+    return first, second, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
+@cache
+def tail(L: int, block: int) -> int:
+    """The power of two that holds what whole blocks leave."""
+    return max(16, triton.next_power_of_2(L % block))
+
+
+@_tuned.validates("attention")
+def _why_not(shape, choice, capability):
+    dtype = getattr(torch, str(shape.get("dtype")), None)
+    if dtype not in _runtime.DTYPES:
+        return f"dtype {shape.get('dtype')!r}"
+    sizes = [shape.get(name) for name in ("N", "L")]
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        return f"N and L are {sizes}"
+    offered = configs(dtype, *sizes, bool(shape.get("bias")))
+    return _tuned.check_choice(choice, ("triton", "torch"), offered)
+
+
+def _choose(q, L, bias, implementation):
+    """("torch" or "triton", configuration): a tuned table's word, or the rule's."""
+    B, N, H, d = q.shape
+    shape = {"M": B * H, "N": N, "L": L, "d": d, "dtype": str(q.dtype)[6:], "bias": bias}
+    found = _tuned.lookup("attention", shape, _runtime.chip(q.device))
+    if found is not None and implementation in ("auto", found["implementation"]):
+        return found["implementation"], {k: v for k, v in found.items() if k != "implementation"}
+    return "triton", meta(N, L, q.dtype, bias)
+
+
+@_runtime.custom_op("deit_fast::attention")
+def _fwd(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, implementation: str
+) -> Tensor:
     o = q.new_empty(q.shape)
     B, N, H, d = q.shape
     L = k.shape[1]
@@ -138,23 +279,32 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> 
         raise ValueError(
             f"attention: one sample of q, k or v spans 2**31 elements ({N} queries, {L} keys)"
         )
-    config = meta(N, L, q.dtype)
+    chosen, config = _choose(q, L, bias is not None, implementation)
+    if chosen == "torch":
+        return attention_reference(q, k, v, scale, bias).contiguous()
+    options = {name: config[name] for name in ("BLOCK_M", "num_warps", "num_stages")}
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
-    grid = (B * H * triton.cdiv(N, config["BLOCK_M"]),)
     with torch.cuda.device_of(q):
-        _attention_kernel[grid](
-            q, k, v, bias, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **config
-        )
+        if config["RESIDENT"]:
+            keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L), strict=True))
+            _attention_resident_kernel[(B * H,)](
+                q, k, v, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **keys, **options
+            )
+        else:
+            _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
+                q, k, v, bias, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
+            )  # fmt: skip
     return o
 
 
 @_fwd.register_fake
-def _(q, k, v, bias, scale):
+def _(q, k, v, bias, scale, implementation):
     return q.new_empty(q.shape)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -169,7 +319,7 @@ def _backward(ctx, do):
     ds = p * (dp - (dp * p).sum(-1, keepdim=True))
     grads = ctx.scale * ds @ k, ctx.scale * ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ do
     dbias = None if bias is None else ds.sum(0).to(bias.dtype)
-    return *(g.transpose(1, 2).to(dtype) for g in grads), dbias, None
+    return *(g.transpose(1, 2).to(dtype) for g in grads), dbias, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -210,4 +360,6 @@ def attention(
     if d not in HEAD_DIMS:
         raise ValueError(f"attention: head dimension {d}, the Triton kernel takes {HEAD_DIMS}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    return _fwd(q, k, v, None if bias is None else bias.contiguous(), scale)
+    if scale <= 0:  # the kernels take the largest score before they scale it
+        q, scale = q * scale, 1.0
+    return _fwd(q, k, v, None if bias is None else bias.contiguous(), scale, implementation)

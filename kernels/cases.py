@@ -55,6 +55,13 @@ PATCH_EMBED = [
     {"B": 0, "size": (16, 16), "patch": (16, 16), "C": 3, "D": 32, "T": 1, "prefix_pos": True},
 ]
 
+LAYER_NORM_LINEAR = [
+    {"M": 2 * 198, "K": 192, "N": 576},  # DeiT-Ti qkv
+    {"M": 70, "K": 384, "N": 128, "activation": "gelu"},
+    {"M": 3, "K": 100, "N": 33},
+    {"M": 0, "K": 64, "N": 32},
+]
+
 LAYER_NORM_MLP = [
     {"M": 2 * 66, "S": 2, "D": 192, "hidden": 768},
     {"M": 7, "S": 7, "D": 100, "hidden": 40},
@@ -103,6 +110,25 @@ def layer_norm_inputs(shape, device="cpu"):
     x = torch.randn(shape, device=device) + 3  # a mean far from zero
     weight, bias = torch.randn(2, shape[-1], device=device)
     return {"x": x, "weight": weight, "bias": bias}
+
+
+def layer_norm_linear_inputs(M, K, N, activation="none", stream="normal", device="cpu"):
+    """stream: "normal", "outliers" (some channels 50 times the others) or "offset" (a mean of ten
+    deviations)."""
+    torch.manual_seed(0)
+    x = torch.randn(M, K, device=device)
+    if stream == "outliers":
+        x[:, ::37] *= 50
+    if stream == "offset":
+        x += 10
+    return {
+        "x": x,
+        "norm_weight": 1 + torch.randn(K, device=device) / 4,
+        "norm_bias": torch.randn(K, device=device),
+        "weight": torch.randn(N, K, device=device) / K**0.5,
+        "bias": torch.randn(N, device=device),
+        "activation": activation,
+    }
 
 
 def layer_norm_mlp_inputs(M, S, D, hidden, scales=True, device="cpu"):
@@ -189,6 +215,10 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
             "proj": {**rows, "K": D, "N": D, "residual": True},
             "fc1": {**rows, "K": D, "N": 4 * D, "activation": "gelu"},
             "fc2": {**rows, "K": 4 * D, "N": D, "residual": True},
+        },
+        "layer_norm_linear": {
+            "qkv": {"M": batch * N, "K": D, "N": 3 * D},
+            "fc1": {"M": batch * N, "K": D, "N": 4 * D, "activation": "gelu"},
         },
         "attention": {
             "": {"B": batch, "H": H, "N": N, "L": N, "d": 64, "packed": True},

@@ -116,7 +116,7 @@ def _alloc(x, head_weight):
     return head_weight.new_empty(x.shape[0], head_weight.shape[0])
 
 
-@torch.library.custom_op("deit_fast::classifier", mutates_args=())
+@_runtime.custom_op("deit_fast::classifier")
 def _fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -136,7 +136,7 @@ def _fwd(
     separate = len(tokens) == 2 and fusion == "joint_softmax"
     out = y.new_empty(2, B, C, dtype=torch.float32) if separate else y
     config = meta(head_weight.dtype)
-    grid = (triton.cdiv(B, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"]),)
+    grid = (_runtime.cdiv(B, config["BLOCK_M"]) * _runtime.cdiv(C, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _classifier_kernel[grid](
             x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, out,

@@ -12,6 +12,8 @@ output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backw
 there is no residual) and weight; mean and rstd are recomputed.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -64,6 +66,7 @@ def _layer_norm_kernel(
     tl.store(y_ptr + offs, diff * rstd[:, None] * w[None, :] + b[None, :], mask=mask)
 
 
+@cache
 def meta(N: int) -> dict:
     """Tile and warps by rule: 4 warps share about a thousand features; wide rows get more, so that
     no thread holds more than 16. A row kernel has nothing else to tune."""
@@ -79,7 +82,7 @@ def _alloc(x, residual, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), h
 
 
-@torch.library.custom_op("deit_fast::layer_norm", mutates_args=())
+@_runtime.custom_op("deit_fast::layer_norm")
 def _fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -92,7 +95,7 @@ def _fwd(
     M, N = x.shape
     config = meta(N)
     if M > 0:
-        grid = (triton.cdiv(M, config["BLOCK_M"]),)
+        grid = (_runtime.cdiv(M, config["BLOCK_M"]),)
         h_out = None if residual is None else h
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
             _layer_norm_kernel[grid](x, residual, weight, bias, y, h_out, M, N, eps, **config)

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _runtime
+from . import _runtime, _tuned
 
 ACTIVATIONS = ("none", "gelu")
 
@@ -40,125 +41,347 @@ def linear_reference(
 
 
 @triton.jit
-def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's tile: its first row (int64: M * N may pass 2**31), rows left from there, local
-    rows and columns. Offsets inside a tile stay 32-bit, which halves the registers they take.
-    Neighbouring programs share a row block, so x comes from device memory once; W fits in L2."""
+def _tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row of a tile, rows left from there, and its first column. Neighbouring tiles share a
+    row block, so x comes from device memory once; all of W fits in L2."""
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m = tl.program_id(0) // tiles_n
-    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tile_m.to(tl.int64) * BLOCK_M, M - tile_m * BLOCK_M, tl.arange(0, BLOCK_M), cols
+    first_row = tile // tiles_n * BLOCK_M
+    return first_row, M - first_row, tile % tiles_n * BLOCK_N
+
+
+@triton.jit
+def _gelu(z, EXACT: tl.constexpr):
+    """erf in fp32. For half precision z / (1 + 2^(z p(z^2))) with a p fitted to this end: nowhere
+    further from erf's than 0.54 of half a unit of bf16, 3e-5 at most. 13 instructions instead of
+    32, two of them on the unit for special functions, which is then the bound; 1 / (1 + e) is the
+    square of an rsqrt, which takes no care of denormals."""
+    if EXACT:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    s = tl.minimum(z * z, 30.25)
+    p = (4.96967374e-8 * s - 3.23612039e-6) * s + 6.32384836e-5
+    p = ((p * s + 6.43739593e-4) * s - 0.106197506) * s - 2.30119538
+    r = tl.rsqrt(1.0 + tl.exp2(z * p))
+    return z * r * r
+
+
+@triton.jit
+def _row_moments(
+    moments_ptr, first_row, left, M, K, eps, PARTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """mean and rstd of each row from the moments of its PARTS equal parts (Chan et al.): no
+    difference of large sums."""
+    rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, triton.next_power_of_2(PARTS))
+    mask = (parts < PARTS)[:, None] & (rows < left)[None, :]
+    ptrs = moments_ptr + 2 * parts[:, None] * M.to(tl.int64) + (first_row + rows)[None, :]
+    means = tl.load(ptrs, mask=mask, other=0.0)
+    squares = tl.load(ptrs + M, mask=mask, other=0.0)
+    mean = tl.sum(means, axis=0) / PARTS
+    diff = tl.where(mask, means - mean[None, :], 0.0)
+    var = tl.sum(squares + diff * diff * (K / PARTS), axis=0) / K
+    return mean, tl.rsqrt(var + eps)
 
 
 @triton.jit
 def _epilogue(
-    acc, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N, rows_per_sample,
-    ACTIVATION: tl.constexpr,
+    acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
+    rows_per_sample, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store y for one tile: acc is x @ W^T in fp32."""
-    in_cols, in_rows = cols < N, rows < left
+    """Store y for one tile: acc is x @ W^T in fp32. `vectors`: pointers to bias, layer_scale,
+    row_scale and, of a folded LayerNorm, the column sums; the rows' mean and rstd. All but acc and
+    y may be None. Offsets inside the tile are 32-bit, which halves the registers they take;
+    M * N may pass 2**31."""
+    b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd = vectors
+    rows, cols = tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
+    in_rows, in_cols = rows < left, cols < N
     mask = in_rows[:, None] & in_cols[None, :]
+    base = first_row.to(tl.int64) * N
     offs = rows[:, None] * N + cols[None, :]
+    if sums_ptr is not None:
+        sums = tl.load(sums_ptr + cols, mask=in_cols, other=0.0)
+        acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu":
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+        acc = _gelu(acc, EXACT)
     if ls_ptr is not None:
         acc *= tl.load(ls_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if rs_ptr is not None:
         sample = (first_row + rows) // rows_per_sample
         acc *= tl.load(rs_ptr + sample, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     if res_ptr is not None:
-        res = tl.load(res_ptr + first_row * N + offs, mask=mask, other=0.0)
-        acc += res.to(tl.float32)
-    tl.store(y_ptr + first_row * N + offs, acc, mask=mask)
+        acc += tl.load(res_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + base + offs, y, mask=mask)
+    if moments_out_ptr is not None:
+        PART: tl.constexpr = 64  # MOMENTS_WIDTH
+        h = tl.reshape(y.to(tl.float32), (BLOCK_M, BLOCK_N // PART, PART))
+        mean = tl.sum(h, axis=2) / PART
+        h -= mean[:, :, None]
+        parts = first_col // PART + tl.arange(0, BLOCK_N // PART)
+        ptrs = moments_out_ptr + 2 * parts[None, :] * M.to(tl.int64) + (first_row + rows)[:, None]
+        inside = in_rows[:, None] & (parts * PART < N)[None, :]
+        tl.store(ptrs, mean, mask=inside)
+        tl.store(ptrs + M, tl.sum(h * h, axis=2), mask=inside)
+
+
+@triton.jit
+def _product(
+    x_ptr, w_ptr, first_row, left, first_col, N, K, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x @ W^T of one tile in fp32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:  # x_ptr and w_ptr are tensor descriptors, which give zeros outside
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(x_ptr.load([first_row, k]), w_ptr.load([first_col, k]).T, acc)
+    else:
+        rows, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+        cols = first_col + tl.arange(0, BLOCK_N)
+        # Rows and columns outside read the first ones and are not stored: no mask in the loop.
+        safe_rows = tl.where(rows < left, rows, 0)
+        safe_cols = tl.where(cols < N, cols, 0)
+        x_ptrs = x_ptr + first_row.to(tl.int64) * K + (safe_rows[:, None] * K + ks[None, :])
+        w_ptrs = w_ptr + (safe_cols[None, :] * K + ks[:, None])
+        for k in range(0, K, BLOCK_K):
+            if EVEN_K:
+                x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=(k + ks < K)[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=(k + ks < K)[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _linear_tile(
+    tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, M, N, K,
+    rows_per_sample, eps, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first_row, left, first_col = _tile(tile, M, N, BLOCK_M, BLOCK_N)
+    b_ptr, ls_ptr, rs_ptr, sums_ptr = vectors
+    mean, rstd = None, None
+    if moments_ptr is not None:  # before the product: two numbers a row, and no loads behind it
+        mean, rstd = _row_moments(moments_ptr, first_row, left, M, K, eps, PARTS, BLOCK_M)
+    vectors = (b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd)
+    acc = _product(
+        x_ptr, w_ptr, first_row, left, first_col, N, K, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if SPLIT:  # half the columns at a time: the epilogue then fits in the registers of two CTAs
+        HALF: tl.constexpr = BLOCK_N // 2
+        left_acc, right_acc = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
+        _epilogue(
+            left_acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
+            rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
+        )  # fmt: skip
+        _epilogue(
+            right_acc, first_row, left, first_col + HALF, vectors, res_ptr, y_ptr,
+            moments_out_ptr, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        _epilogue(
+            acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
+            rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    y_ptr,  # out: (M, N)
-    M, N, K, rows_per_sample,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
+    moments_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N,), fp32, or None
+    y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
+    M, N, K, rows_per_sample, eps,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    first_row, left, rows, cols = _tile(M, N, BLOCK_M, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    # Rows and columns outside read the first ones and are not stored: no mask inside the loop.
-    safe_rows = tl.where(rows < left, rows, 0)
-    safe_cols = tl.where(cols < N, cols, 0)
-    x_ptrs = x_ptr + first_row * K + (safe_rows[:, None] * K + ks[None, :])
-    w_ptrs = w_ptr + (safe_cols[None, :] * K + ks[:, None])
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(k + ks < K)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(k + ks < K)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    _epilogue(
-        acc, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N,
-        rows_per_sample, ACTIVATION,
-    )  # fmt: skip
+    vectors = (b_ptr, ls_ptr, rs_ptr, sums_ptr)
+    if PERSISTENT:  # one program a multiprocessor: loads for a tile run behind the last epilogue
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _linear_tile(
+                tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, M, N, K,
+                rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _linear_tile(
+            tl.program_id(0), x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr,
+            M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
 def _linear_epilogue_kernel(
     z_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    y_ptr,  # out: (M, N)
+    y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
     M, N, rows_per_sample,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same epilogue as a pass of its own, behind a product from cuBLAS."""
-    first_row, left, rows, cols = _tile(M, N, BLOCK_M, BLOCK_N)
+    first_row, left, first_col = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    rows, cols = tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
     mask = (rows < left)[:, None] & (cols < N)[None, :]
     offs = rows[:, None] * N + cols[None, :]
-    z = tl.load(z_ptr + first_row * N + offs, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + first_row.to(tl.int64) * N + offs, mask=mask, other=0.0).to(tl.float32)
+    vectors = (b_ptr, ls_ptr, rs_ptr, None, None, None)
     _epilogue(
-        z, first_row, left, rows, cols, b_ptr, res_ptr, ls_ptr, rs_ptr, y_ptr, N,
-        rows_per_sample, ACTIVATION,
+        z, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
+        rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 EPILOGUE_META = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}  # 8 elements (16 bytes) a thread
+MOMENTS_WIDTH = 64  # columns of y that one pair of moments summarises
 
 
-def meta(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], processors: int) -> dict:
-    """Tiles by rule, until `tuned/` holds measured ones: the largest of three that still gives
-    every multiprocessor a tile."""
-    hopper = capability >= (9, 0)
-    if dtype == torch.float32:  # FMA units: registers hold the operands too
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    # 128x128 in 8 warps: two CTAs a multiprocessor, one runs its epilogue behind the other's
-    # product. Four warps, or 128x256 in eight, spill with the erf epilogue.
-    depth = {"BLOCK_K": 64, "num_stages": 3} if hopper else {"BLOCK_K": 32, "num_stages": 4}
-    large = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8} | depth
-    # N = 192 and its like: 128 columns would idle a quarter of the last tile.
-    narrow = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    small = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-    for config in (large, narrow) if N % 128 == 0 else (narrow,):
-        if triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]) >= processors:
+def _config(m, n, k, warps, stages, tma=False, persistent=False, split=False):
+    return {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": tma, "PERSISTENT": persistent,
+        "SPLIT": split, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+FP32_CONFIG = _config(64, 64, 16, 8, 2)  # FMA units: registers hold the operands too
+# What each chip may be served with; the order is the rule's. Nothing here spills or serialises its
+# products with any epilogue: tests/test_ahead_of_time.py. Left out, with the compiler's figures in
+# docs/performance.md: 128 x 128 in 4 warps and 128 x 256 in one piece (they spill, or ptxas
+# serialises the products), warp specialisation (waits for every product; no host descriptors).
+HOPPER_CONFIGS = [
+    # Two CTAs a multiprocessor: one runs its epilogue behind the other's product.
+    _config(128, 128, 64, 8, 3, tma=True, split=True),
+    # N = 192 and its like, where 128 columns would idle a quarter of the last tile. Three CTAs.
+    _config(128, 64, 64, 4, 3, tma=True),
+    _config(64, 32, 64, 4, 4),  # few rows
+    _config(128, 256, 64, 8, 3, tma=True, split=True),
+    _config(128, 128, 64, 8, 3, tma=True, persistent=True, split=True),
+    _config(128, 256, 64, 8, 3, tma=True, persistent=True, split=True),
+    _config(64, 128, 64, 4, 3, tma=True, split=True),
+    _config(128, 128, 64, 8, 3, split=True),
+    _config(128, 64, 64, 4, 3),
+]
+AMPERE_CONFIGS = [
+    _config(64, 128, 64, 4, 3, split=True),
+    _config(128, 64, 64, 4, 3),
+    _config(64, 32, 64, 4, 4),
+    _config(128, 128, 32, 8, 4, split=True),
+]
+
+
+def configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[dict]:
+    """Every configuration of the Triton kernel that a tuned table may name."""
+    if dtype == torch.float32:
+        return [FP32_CONFIG]
+    return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+
+
+@_tuned.validates("linear")
+def _why_not(shape, choice, capability):
+    dtype = getattr(torch, str(shape.get("dtype")), None)
+    if dtype not in _runtime.DTYPES:
+        return f"dtype {shape.get('dtype')!r}"
+    if choice.get("implementation") == "cublas" and "folded" in str(shape.get("epilogue")):
+        return "cuBLAS rounds the product before LayerNorm's mean is taken from it"
+    return _tuned.check_choice(choice, ("triton", "cublas"), configs(dtype, capability))
+
+
+def meta(
+    M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], processors: int,
+    moments: bool = False,
+) -> dict:  # fmt: skip
+    """The configuration for a shape that no table lists: the first of the chip's three that leaves
+    no tile half empty and every multiprocessor with one."""
+    if dtype == torch.float32:
+        return FP32_CONFIG
+    wide, narrow, small = configs(dtype, capability)[:3]
+    for config in (wide, narrow) if N % wide["BLOCK_N"] == 0 else (narrow,):
+        if _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]) >= processors:
             return config
-    return small
+    return narrow if moments else small  # moments take 64 columns at a time
 
 
-def _device_meta(x, N):
-    if not x.is_cuda:  # interpreter
-        return meta(x.shape[0], N, x.dtype, (9, 0), 4)
-    chip = torch.cuda.get_device_properties(x.device)
-    return meta(x.shape[0], N, x.dtype, (chip.major, chip.minor), chip.multi_processor_count)
+def epilogue_name(activation, bias, residual, scaled, normalised, moments) -> str:
+    """What follows the product, as tuned tables write it: "folded+bias+gelu"."""
+    parts = {
+        "folded": normalised, "bias": bias, activation: activation != "none",
+        "scales": scaled, "residual": residual, "moments": moments,
+    }  # fmt: skip
+    return "+".join(name for name, present in parts.items() if present)
 
 
-def _alloc(x, weight, residual):
+def _choose(x, N, epilogue, moments, implementation):
+    """("cublas" or "triton", configuration): a tuned table's word, or the rule's."""
+    (M, K), dtype = x.shape, x.dtype
+    chip = _runtime.chip(x.device)
+    shape = {"M": M, "K": K, "N": N, "dtype": str(dtype)[6:], "epilogue": epilogue}
+    found = _tuned.lookup("linear", shape, chip)
+    if found is not None and implementation in ("auto", found["implementation"]):
+        config = {k: v for k, v in found.items() if k != "implementation"}
+        return found["implementation"], config
+    if implementation == "auto":
+        implementation = _runtime.choose("linear", chip.capability, dtype).implementation
+    return implementation, meta(M, N, dtype, chip.capability, chip.processors, moments)
+
+
+def _alloc(x, weight, residual, emit):
     """What forward returns. Also its fake, so the two cannot disagree."""
+    (M, _), N = x.shape, weight.shape[0]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    moments = (N // MOMENTS_WIDTH, 2, M) if emit else 0
+    return x.new_empty(M, N, dtype=dtype), x.new_empty(moments, dtype=torch.float32)
 
 
-@torch.library.custom_op("deit_fast::linear", mutates_args=())
+def run(
+    y, x, weight, bias=None, residual=None, layer_scale=None, row_scale=None, moments=None,
+    column_sums=None, moments_out=None, activation="none", eps=0.0, implementation="triton",
+):  # fmt: skip
+    """Launch what computes y (M, N) of contiguous operands, by table or rule."""
+    (M, K), N = x.shape, weight.shape[0]
+    if N * K >= 2**31:
+        raise ValueError(f"linear: weight has {N} x {K} elements, want fewer than 2**31")
+    rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
+    extras = (bias, residual, layer_scale, row_scale)
+    scaled = layer_scale is not None or row_scale is not None
+    emit, exact = moments_out is not None, x.dtype == torch.float32
+    epilogue = epilogue_name(
+        activation, bias is not None, residual is not None, scaled, moments is not None, emit
+    )
+    chosen, config = _choose(x, N, epilogue, emit, implementation)
+    with torch.cuda.device_of(x):
+        if chosen == "cublas" and epilogue in ("", "bias"):
+            args = (x, weight.t()) if bias is None else (bias, x, weight.t())
+            (torch.mm if bias is None else torch.addmm)(*args, out=y)
+            return
+        if chosen == "cublas":
+            z, config = F.linear(x, weight), EPILOGUE_META
+            grid = (_runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]),)
+            _linear_epilogue_kernel[grid](
+                z, *extras, y, moments_out, M, N, rows_per_sample, activation, exact, **config
+            )
+            return
+        if config["TMA"] and K * x.element_size() % 16 == 0 and _aligned(x, weight):
+            x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
+            w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+        else:  # what the hardware's copies can't address, pointers can
+            config = config | {"TMA": False, "PERSISTENT": False}
+            x_arg, w_arg = x, weight
+        tiles = _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"])
+        if config["PERSISTENT"]:
+            tiles = min(tiles, _runtime.chip(x.device).processors)
+        _linear_kernel[(tiles,)](
+            x_arg, w_arg, *extras, moments, column_sums, y, moments_out,
+            M, N, K, rows_per_sample, eps, ACTIVATION=activation, EXACT=exact,
+            PARTS=1 if moments is None else moments.shape[0],
+            EVEN_K=K % config["BLOCK_K"] == 0, **config,
+        )  # fmt: skip
+
+
+@_runtime.custom_op("deit_fast::linear")
 def _fwd(
     x: Tensor,
     weight: Tensor,
@@ -167,47 +390,35 @@ def _fwd(
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
     activation: str,
+    emit: bool,
     implementation: str,
-) -> Tensor:
-    y = _alloc(x, weight, residual)
-    (M, K), N = x.shape, weight.shape[0]
-    if y.numel() == 0:
-        return y
-    if N * K >= 2**31:
-        raise ValueError(f"linear: weight has {N} x {K} elements, want fewer than 2**31")
-    rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
-    extras = (bias, residual, layer_scale, row_scale)
-    with torch.cuda.device_of(x):
-        if implementation == "cublas":
-            if activation == "none" and all(t is None for t in extras[1:]):
-                return F.linear(x, weight, bias)
-            z, config = F.linear(x, weight), EPILOGUE_META
-            grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
-            _linear_epilogue_kernel[grid](
-                z, *extras, y, M, N, rows_per_sample, activation, **config
-            )
-        else:
-            config = _device_meta(x, N)
-            grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
-            even = K % config["BLOCK_K"] == 0
-            _linear_kernel[grid](
-                x, weight, *extras, y, M, N, K, rows_per_sample, activation, even, **config
-            )
-    return y
+) -> tuple[Tensor, Tensor]:
+    y, moments = _alloc(x, weight, residual, emit)
+    if y.numel():
+        extras = (bias, residual, layer_scale, row_scale)
+        run(
+            y, x, weight, *extras, moments_out=moments if emit else None, activation=activation,
+            implementation=implementation,
+        )  # fmt: skip
+    return y, moments
+
+
+def _aligned(*tensors):
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 @_fwd.register_fake
-def _(x, weight, bias, residual, layer_scale, row_scale, activation, implementation):
-    return _alloc(x, weight, residual)
+def _(x, weight, bias, residual, layer_scale, row_scale, activation, emit, implementation):
+    return _alloc(x, weight, residual, emit)
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, residual, layer_scale, row_scale, ctx.activation, _ = inputs
+    x, weight, bias, residual, layer_scale, row_scale, ctx.activation, *_ = inputs
     ctx.save_for_backward(x, weight, bias, layer_scale, row_scale)
     ctx.res_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, _):
     x, weight, bias, layer_scale, row_scale = ctx.saved_tensors
     dz = dy.float()
     if row_scale is not None:
@@ -225,10 +436,38 @@ def _backward(ctx, dy):
     dbias = None if bias is None else dz.sum(0).to(bias.dtype)
     dz = dz.to(x.dtype)
     dresidual = None if ctx.res_dtype is None else dy.to(ctx.res_dtype)
-    return dz @ weight, dz.t() @ x, dbias, dresidual, dlayer_scale, None, None, None
+    return dz @ weight, dz.t() @ x, dbias, dresidual, dlayer_scale, *(None,) * 4
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
+
+
+def worth_moments(x, N, tensors) -> bool:
+    """Whether the next product, three or four times as wide in a transformer, can fold its
+    LayerNorm with profit: see layer_norm_linear."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    half = half and all(t is None or t.dtype == x.dtype for t in tensors)
+    return (
+        half
+        and N % MOMENTS_WIDTH == 0
+        and x.shape[0] >= 8 * N
+        and not _runtime.wants_grad(*tensors)
+    )
+
+
+def _torch(x, weight, bias, activation, residual, layer_scale, row_scale):
+    """The reference; where no gradient is wanted, with what follows the product in its place: a
+    new tensor a step costs a CPU more than the arithmetic."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or row_scale is not None:
+        return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
+    y = F.linear(x, weight, bias)
+    if activation == "gelu":
+        y = torch.ops.aten.gelu_(y)
+    if layer_scale is not None:
+        y = y.mul_(layer_scale) if y.dtype == layer_scale.dtype else y * layer_scale
+    if residual is None:
+        return y
+    return y.add_(residual) if y.dtype == residual.dtype else residual + y
 
 
 def linear(
@@ -240,15 +479,19 @@ def linear(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     implementation: str = "auto",
-) -> Tensor:
+    return_moments: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """`residual + row_scale * layer_scale * activation(x @ weight.T + bias)`, each part optional.
 
     x (..., K), weight (N, K), bias and layer_scale (N,), residual (..., N), row_scale (S,) where x
     has S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16;
     under autocast they are cast to its dtype and the residual stays as it is. Returns (..., N) in
-    the promoted dtype of x and residual. `activation`: "none" | "gelu" (exact, erf).
-    `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets no gradient. Raises
-    ValueError for shapes, devices and names, TypeError for dtypes that do not fit.
+    the promoted dtype of x and residual. `activation`: "none" | "gelu" (erf; in half precision
+    within 3e-5 of it). `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets
+    no gradient. With `return_moments` also what `layer_norm_linear` wants to know of the result's
+    rows, (N / 64, 2, rows) in fp32: mean and sum of squared differences from it, of each 64
+    columns; None where it would have no use for them or "torch" runs. Raises ValueError for
+    shapes, devices and names, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
     if activation not in ACTIVATIONS:
@@ -268,10 +511,15 @@ def linear(
     if dtype is None:
         _runtime.expect("linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
     if chosen == "torch":
-        return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
+        y = _torch(x, weight, bias, activation, residual, layer_scale, row_scale)
+        return (y, None) if return_moments else y
     x, weight, bias = _runtime.cast(dtype, x, weight, bias)
     x2 = x.reshape(-1, K).contiguous()
     res2 = None if residual is None else residual.reshape(-1, N)
     rest = (weight, bias, res2, layer_scale, row_scale)
-    y = _fwd(x2, *(t if t is None else t.contiguous() for t in rest), activation, chosen)
-    return y.view(*lead, N)
+    emit = return_moments and worth_moments(x2, N, (x, *rest))
+    y, moments = _fwd(
+        x2, *(t if t is None else t.contiguous() for t in rest), activation, emit, implementation
+    )
+    y = y.view(*lead, N)
+    return (y, moments if emit else None) if return_moments else y

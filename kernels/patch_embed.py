@@ -120,6 +120,30 @@ def _patch_embed_kernel(
         tl.store(y_ptr + y_offs, tl.broadcast_to(value[None, :], (BLOCK_M, BLOCK_N)), first_rows)
 
 
+@triton.jit
+def _fold_pixels_kernel(
+    w_ptr, b_ptr,  # in: (D, C, PIXELS) (D,) or None
+    mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
+    folded_ptr, shift_ptr,  # out: (D, PIXELS, C) (D,)
+    C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The normalisation of bytes, made part of one feature's weights."""
+    d = tl.program_id(0)
+    means, stds = (mean_0, mean_1, mean_2, mean_3), (std_0, std_1, std_2, std_3)
+    pixels = tl.arange(0, BLOCK)
+    inside = pixels < PIXELS
+    shift = tl.zeros((BLOCK,), tl.float32)
+    for c in tl.static_range(C):
+        w = tl.load(w_ptr + (d * C + c) * PIXELS + pixels, mask=inside, other=0.0).to(tl.float32)
+        w /= stds[c]
+        shift += w * (128 / 255 - means[c])
+        tl.store(folded_ptr + (d * PIXELS + pixels) * C + c, w / 255, mask=inside)
+    total = tl.sum(shift, axis=0)
+    if b_ptr is not None:
+        total += tl.load(b_ptr + d).to(tl.float32)
+    tl.store(shift_ptr + d, total)
+
+
 def meta(D: int, dtype: torch.dtype, nhwc: bool) -> dict:
     """Tiles by rule: 128 x 128 in 8 warps, half as wide where that would idle part of a tile."""
     if dtype == torch.float32:  # FMA units: registers hold the operands too
@@ -151,16 +175,20 @@ def _alloc(image, weight, pos_embed, prefix_tokens):
     return weight.new_empty((B, T + GH * GW, weight.shape[0]), dtype=dtype)
 
 
-def _fold_normalization(weight, bias, mean, std):
+def _fold(weight, bias, mean, std):
     """W' (D, PH, PW, C) for bytes minus 128, and its bias (D,) in fp32."""
-    mean, std = (_channels(t, weight).view(-1, 1, 1) for t in (mean, std))
-    scaled = weight.float() / std
-    shift = (scaled * (128 / 255 - mean)).sum((1, 2, 3))
-    folded = (scaled / 255).to(weight.dtype).permute(0, 2, 3, 1).contiguous()
-    return folded, shift if bias is None else shift + bias.float()
+    D, C, PH, PW = weight.shape
+    folded, shift = weight.new_empty(D, PH, PW, C), weight.new_empty(D, dtype=torch.float32)
+    mean, std = (tuple(t) + (0.0,) * (4 - C) for t in (mean, std))
+    BLOCK = triton.next_power_of_2(PH * PW)
+    with torch.cuda.device_of(weight):
+        _fold_pixels_kernel[(D,)](
+            weight, bias, *mean, *std, folded, shift, C=C, PIXELS=PH * PW, BLOCK=BLOCK
+        )
+    return folded, shift
 
 
-@torch.library.custom_op("deit_fast::patch_embed", mutates_args=())
+@_runtime.custom_op("deit_fast::patch_embed")
 def _fwd(
     image: Tensor,
     weight: Tensor,
@@ -177,10 +205,10 @@ def _fwd(
         return y
     nhwc = image.dtype == torch.uint8
     if nhwc:
-        weight, bias = _fold_normalization(weight, bias, mean, std)
+        weight, bias = _fold(weight, bias, mean, std)
     pos_t = 0 if pos_embed is None else pos_embed.shape[0] - GH * GW
     config = meta(D, weight.dtype, nhwc)
-    tiles = triton.cdiv(B * GH * GW, config["BLOCK_M"]) * triton.cdiv(D, config["BLOCK_N"])
+    tiles = _runtime.cdiv(B * GH * GW, config["BLOCK_M"]) * _runtime.cdiv(D, config["BLOCK_N"])
     with torch.cuda.device_of(image):
         _patch_embed_kernel[(tiles,)](
             image, weight, bias, pos_embed, prefix_tokens, y, B, D, GH, GW,

@@ -44,13 +44,18 @@ def test_demo_agrees_and_says_what_ran(capsys):
         assert "These figures are a CPU's" in out and "attention: torch" in out
 
 
+def wrong_mlps(monkeypatch, factor):
+    real = deit_fast.layers.Mlp.branch
+
+    def wrong(*args, **kwargs):
+        found = real(*args, **kwargs)
+        return (factor * found[0], None) if isinstance(found, tuple) else factor * found
+
+    monkeypatch.setattr(deit_fast.layers.Mlp, "branch", wrong)
+
+
 def test_demo_fails_when_the_models_disagree(monkeypatch, capsys):
-    real = deit_fast.layers.Mlp.forward
-
-    def wrong(self, x, **kwargs):
-        return 1.001 * real(self, x, **kwargs)
-
-    monkeypatch.setattr(deit_fast.layers.Mlp, "forward", wrong)
+    wrong_mlps(monkeypatch, 1.001)
     assert main(["demo", "--batch", "1"]) == 1
     assert "disagrees" in capsys.readouterr().out
 
@@ -215,10 +220,7 @@ def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeyp
 
 
 def test_bench_says_what_does_not_agree(monkeypatch, capsys):
-    real = deit_fast.layers.Mlp.forward
-    monkeypatch.setattr(
-        deit_fast.layers.Mlp, "forward", lambda self, x, **kwargs: 1.01 * real(self, x, **kwargs)
-    )
+    wrong_mlps(monkeypatch, 1.01)
     assert main([*BENCH, "--batches", "1", "--modes", "deit_fast_fp32"]) == 1
     assert "failed: Disagreement: relative error" in capsys.readouterr().out
 

@@ -27,6 +27,7 @@ class Mode:
     autocast: torch.dtype | None = None
     compile: str | None = None  # torch.compile's mode
     fast: bool = False  # through deit_fast.accelerate
+    graph: bool = False  # replayed as a CUDA graph, as max-autotune replays its own
     train: bool = False  # forward + backward, no optimiser
 
     @property
@@ -68,10 +69,14 @@ _FORWARD = (
     Mode("deit_fast_fp32", fast=True),
     Mode("deit_fast_fp16", FP16, fast=True),
     Mode("deit_fast_bf16", BF16, fast=True),
+    Mode("deit_fast_graph_bf16", BF16, fast=True, graph=True),
 )
-# pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so
+# Pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so. A graph
+# of a step is the optimiser's affair too.
 _BACKWARD = tuple(
-    replace(mode, name=mode.name + TRAIN, train=True) for mode in _FORWARD if mode.dtype != FP16
+    replace(mode, name=mode.name + TRAIN, train=True)
+    for mode in _FORWARD
+    if mode.dtype != FP16 and not mode.graph
 )
 MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD)}
 REFERENCE = MODES["eager_fp32"]  # outputs are compared with this one's

@@ -125,6 +125,8 @@ class Network:
             return self.why_not_fast
         if mode.tf32 and (self.device.type == "cpu" or capability(self.device) < (8, 0)):
             return "TF32 needs a GPU of compute capability 8.0"
+        if mode.graph and self.device.type == "cpu":
+            return "a CUDA graph needs a CUDA device"
         if mode.precision == "bf16" and not has_bf16(self.device):
             return "the GPU has no bf16 arithmetic"
         return None
@@ -276,6 +278,33 @@ class Network:
         return fits
 
 
+class Graph:
+    """A forward pass captured once for a batch size, and replayed. The result is overwritten by
+    the next call."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.images, self.graph, self.logits = model, None, None, None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.images is None or self.images.shape != images.shape:
+            self._capture(images)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.logits
+
+    def _capture(self, images):
+        self.graph = self.logits = None  # gives the last one's memory back
+        self.images = images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles
+            self.model(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.model(self.images)
+
+
 class Step:
     """One call of a network in one mode: forward, or forward and backward."""
 
@@ -291,6 +320,7 @@ class Step:
         self.captured = bool(mode.compile) and compiled
         if self.captured:
             self.forward = torch.compile(self.model, mode=mode.compile, dynamic=False)
+        self.graph = Graph(self.model) if mode.graph and compiled else None
         self._upstream = None
 
     def cast(self, images: Tensor) -> Tensor:
@@ -301,7 +331,7 @@ class Step:
             torch.compiler.cudagraph_mark_step_begin()
         if not self.mode.train:
             with torch.inference_mode(), self._autocast():
-                return self.forward(images)
+                return (self.graph or self.forward)(images)
         self.model.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images)

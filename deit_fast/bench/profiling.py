@@ -13,16 +13,21 @@ from .networks import Network
 from .results import ModelRow
 from .timing import release, synchronize
 
+FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that are not ours
+_OURS = re.compile(
+    r"^_((linear|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
+    r"|linear_epilogue|fold_layer_norm|fold_pixels|moments)_kernel)"
+)
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)
 _NAMES = (
-    ("GEMM", r"^triton_tem"),
+    ("GEMM", r"^triton_tem|layer_norm_mlp"),
     ("norm", r"^triton_(per|red|poi)\w*norm"),  # Inductor's fusions name what they hold
     ("elementwise", r"^triton_(per|red|poi)"),
     ("copies", r"memcpy|memset|copy|nchwToNhwc|nhwcToNchw|catarray|::cat\b|::contiguous|::clone"
      r"|::_to_copy|transpose"),
     ("attention", r"attention|flash|fmha|softmax|sdpa|bmm"),
-    ("norm", r"(layer|batch|group)_?norm|bn_fw|bn_bw"),
+    ("norm", r"(layer|batch|group)_?norm|^_moments|bn_fw|bn_bw"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|linear_kernel"
      r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),
 )  # fmt: skip
@@ -39,7 +44,7 @@ def kind(name: str) -> str:
 def profile(call: Callable[[], object], device: torch.device, trace: Path) -> dict[str, float]:
     """Milliseconds of one warm call by kind (`KINDS`), and its trace for chrome://tracing. "idle"
     is the device's time between its first and its last kernel with none running; on a CPU, what is
-    spent outside operators."""
+    spent outside operators. On a GPU also `FOREIGN`, which the kinds contain."""
     for _ in range(3):
         call()
     synchronize(device)
@@ -69,13 +74,15 @@ def profile(call: Callable[[], object], device: torch.device, trace: Path) -> di
 
 def _shares(kernels):
     """kernels: (name, start, end) in us, of one device. Where two overlap, the earlier has it."""
-    shares = dict.fromkeys(KINDS, 0.0)
+    shares = dict.fromkeys((*KINDS, FOREIGN), 0.0)
     busy_until = None
     for name, start, end in sorted(kernels, key=lambda k: k[1]):
         if busy_until is None:
             busy_until = start
         shares["idle"] += max(0.0, start - busy_until) / 1e3
-        shares[kind(name)] += max(0.0, end - max(start, busy_until)) / 1e3
+        alone = max(0.0, end - max(start, busy_until)) / 1e3
+        shares[kind(name)] += alone
+        shares[FOREIGN] += 0.0 if _OURS.match(name) else alone
         busy_until = max(busy_until, end)
     return shares
 

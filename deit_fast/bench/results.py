@@ -22,6 +22,7 @@ from typing import get_args, get_origin
 
 import deit_fast
 import deit_fast.kernels
+from deit_fast.kernels import _tuned
 
 HEADER = ("hardware", "commit", "build", "date", "protocol", "ceilings", "rows")
 
@@ -193,13 +194,15 @@ def commit() -> str:
 
 
 def build(hardware: dict) -> str:
-    """A digest of what decides a figure: deit_fast's sources, the versions, the chip."""
+    """A digest of what decides a figure: sources, tuned tables, the versions, the chip."""
     digest = hashlib.sha256(json.dumps(hardware, sort_keys=True).encode())
     kernels, package = (Path(m.__file__).parent for m in (deit_fast.kernels, deit_fast))
     for folder in (kernels, package):
         for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.json"))):
             if folder == kernels or kernels not in path.parents:
                 digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for path in sorted(_tuned.folder().glob("*.json")):  # the user's own choices
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .profiling import FOREIGN
 from .results import KernelRow, ModelRow
 
 
@@ -61,9 +62,14 @@ def kernels(rows: Iterable[KernelRow]) -> Table:
 def shares(title: str, milliseconds: dict[str, float]) -> Table:
     """Where one call's time went, by kind of kernel."""
     table = _table(None, (title,), ("ms", "share"))
+    milliseconds = dict(milliseconds)
+    foreign = milliseconds.pop(FOREIGN, None)
     total = sum(milliseconds.values()) or 1.0
     for name, ms in sorted(milliseconds.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{ms:.3f}", f"{ms / total:.0%}")
+    if foreign is not None:
+        table.add_section()
+        table.add_row(FOREIGN, f"{foreign:.3f}", f"{foreign / total:.0%}")
     return table
 
 

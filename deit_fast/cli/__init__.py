@@ -3,9 +3,11 @@
 import argparse
 import sys
 
+from deit_fast import tune
+
 from . import bench, classify, demo, info
 
-COMMANDS = {"demo": demo, "classify": classify, "bench": bench, "info": info}
+COMMANDS = {"demo": demo, "classify": classify, "bench": bench, "tune": tune, "info": info}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command].run(args)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"deit-fast {args.command}: {error}", file=sys.stderr)
         return 2

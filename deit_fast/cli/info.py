@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _runtime, _tuned
 
 
 def add_arguments(parser):
@@ -36,8 +36,18 @@ def run(args) -> int:
         else:
             table.add_row(op, "fp16, bf16", *choices[torch.float16])
             table.add_row("", "fp32", *choices[torch.float32])
-    table.add_row("layer_norm_mlp", "any", "its parts", "layer_norm, then linear twice")
+    folded = capability is not None and _runtime.choose("linear", capability, torch.float16)
+    if folded and folded.implementation == "triton":
+        why = "inference: mean, rstd in the product's epilogue"
+        table.add_row("layer_norm_linear", "fp16, bf16", "folded", why)
+        table.add_row("", "fp32", "its parts", "layer_norm, then linear")
+    else:
+        table.add_row("layer_norm_linear", "any", "its parts", "layer_norm, then linear")
+    table.add_row("layer_norm_mlp", "any", "its parts", "layer_norm_linear, then linear")
     console.print(table)
+    if args.chip is None and torch.cuda.is_available():
+        for line in _tables(_runtime.chip(torch.device("cuda"))):
+            console.print(line, soft_wrap=True)
     return 0
 
 
@@ -46,6 +56,20 @@ def _version(name):
         return version(name)
     except ModuleNotFoundError:
         return "not installed"
+
+
+def _tables(chip):
+    """What tuned tables say for this chip, the user's first."""
+    for folder in (_tuned.folder(), _tuned.SHIPPED):
+        path = folder / f"{_tuned.slug(chip.name)}.json"
+        try:
+            choices = _tuned.read(path, chip)
+        except FileNotFoundError:
+            yield f"no tuned table {path}"
+        except (OSError, ValueError) as error:
+            yield f"{path} is ignored: {error}"
+        else:
+            yield f"{path}: {sum(map(len, choices.values()))} choices that come before the rules"
 
 
 def _chip(chip):

@@ -3,7 +3,6 @@
 import timm.layers
 
 from deit_fast import kernels
-from deit_fast.kernels import _runtime
 from deit_fast.kernels.attention import HEAD_DIMS
 
 from ._base import Fast, is_identity, is_linear, weights
@@ -33,29 +32,37 @@ class Attention(Fast, timm.layers.Attention):
             return f"head dimension {module.head_dim}, the kernel takes {HEAD_DIMS}"
         return None
 
-    def forward(
-        self, x, attn_mask=None, is_causal=False, *,
-        norm=None, prefix=None, residual=None, layer_scale=None, row_scale=None,
-    ):  # fmt: skip
-        """`norm` (a LayerNorm module) comes first. With `prefix` only the first tokens ask, and all
-        answer: (B, prefix, D_out). The rest is the projection's epilogue:
-        [row_scale * layer_scale *] ... + residual."""
+    def forward(self, x, attn_mask=None, is_causal=False):
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        use = {"implementation": self.backend}
-        if norm is not None:
-            x = kernels.layer_norm(x, *norm.operands, out_dtype=_runtime.autocast_dtype(x), **use)
-        (B, N, _), H, d = x.shape, self.num_heads, self.head_dim
         weight, bias = weights(self.qkv)
-        if prefix is None:
-            q, k, v = kernels.linear(x, weight, bias, **use).view(B, N, 3, H, d).unbind(2)
+        qkv = kernels.linear(x, weight, bias, implementation=self.backend)
+        o = self._attend(*qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        return kernels.linear(o, *weights(self.proj), implementation=self.backend)
+
+    def branch(self, x, norm, first=None, moments=None, **epilogue):
+        """The attention half of a Block: `norm`, a LayerNorm module, comes first and the rest is
+        the projection's epilogue. With `first`, the first tokens (B, T, D) of x, only they ask, and
+        all answer: (B, T, D_out). `moments` are those of x's rows, if they are known."""
+        use = {"implementation": self.backend}
+        fold = {"moments": moments, **use}
+        norm_weight, norm_bias, eps = norm.operands
+        weight, bias = weights(self.qkv)
+        rows = self.num_heads * self.head_dim
+        if first is None:
+            qkv = kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, **fold)
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         else:
-            q_bias, kv_bias = (None, None) if bias is None else bias.split((H * d, 2 * H * d))
-            q = kernels.linear(x[:, :prefix], weight[: H * d], q_bias, **use)
-            q = q.view(B, prefix, H, d)
-            k, v = kernels.linear(x, weight[H * d :], kv_bias, **use).view(B, N, 2, H, d).unbind(2)
-        o = kernels.attention(q, k, v, self.scale, **use).flatten(2)
-        return kernels.linear(
-            o, *weights(self.proj), residual=residual, layer_scale=layer_scale,
-            row_scale=row_scale, **use,
-        )  # fmt: skip
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+            q = kernels.layer_norm_linear(
+                first, norm_weight, norm_bias, weight[:rows], q_bias, eps, **use
+            )
+            kv = kernels.layer_norm_linear(
+                x, norm_weight, norm_bias, weight[rows:], kv_bias, eps, **fold
+            )
+            q = q.unflatten(2, (self.num_heads, -1))
+            k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        return kernels.linear(self._attend(q, k, v), *weights(self.proj), **epilogue, **use)
+
+    def _attend(self, q, k, v):
+        return kernels.attention(q, k, v, self.scale, implementation=self.backend).flatten(2)

@@ -44,20 +44,28 @@ class Block(Fast, timm_vit.Block):
     def forward(self, x, attn_mask=None, is_causal=False):
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._forward(x, x, None)
+        return self.forward_with_moments(x, None, False)[0]
 
-    def forward_prefix(self, x: torch.Tensor, prefix: int) -> torch.Tensor:
-        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
-        return self._forward(x, x[:, :prefix], prefix)
-
-    def _forward(self, x, residual, prefix):
-        x = self.attn(
-            x, norm=self.norm1, prefix=prefix, residual=residual,
-            **_branch_scales(self.ls1, self.drop_path1, x),
-        )  # fmt: skip
-        return self.mlp(
-            x, norm=self.norm2, residual=x, **_branch_scales(self.ls2, self.drop_path2, x)
+    def forward_with_moments(self, x, moments, return_moments=True):
+        """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
+        block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
+        scales = _branch_scales(self.ls1, self.drop_path1, x)
+        x, moments = self.attn.branch(
+            x, self.norm1, moments=moments, residual=x, return_moments=True, **scales
         )
+        scales = _branch_scales(self.ls2, self.drop_path2, x)
+        x = self.mlp.branch(
+            x, self.norm2, moments=moments, residual=x, return_moments=return_moments, **scales
+        )
+        return x if return_moments else (x, None)
+
+    def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
+        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
+        first = x[:, :prefix].contiguous()
+        scales = _branch_scales(self.ls1, self.drop_path1, x)
+        x = self.attn.branch(x, self.norm1, first, moments, residual=first, **scales)
+        scales = _branch_scales(self.ls2, self.drop_path2, x)
+        return self.mlp.branch(x, self.norm2, residual=x, **scales)
 
 
 def _branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict:

@@ -24,14 +24,15 @@ class Mlp(Fast, timm.layers.Mlp):
             return "has a norm between fc1 and fc2"
         return None
 
-    def forward(self, x, *, norm=None, residual=None, layer_scale=None, row_scale=None):
-        """`norm`, a LayerNorm module, comes first; [row_scale * layer_scale *] ... + residual."""
-        fc1, fc2 = weights(self.fc1), weights(self.fc2)
-        rest = {"residual": residual, "layer_scale": layer_scale, "row_scale": row_scale}
-        if norm is None:
-            hidden = kernels.linear(x, *fc1, "gelu", implementation=self.backend)
-            return kernels.linear(hidden, *fc2, **rest, implementation=self.backend)
+    def forward(self, x):
+        hidden = kernels.linear(x, *weights(self.fc1), "gelu", implementation=self.backend)
+        return kernels.linear(hidden, *weights(self.fc2), implementation=self.backend)
+
+    def branch(self, x, norm, **epilogue):
+        """The second half of a Block: `norm`, a LayerNorm module, comes first; `epilogue` as
+        `deit_fast.kernels.layer_norm_mlp` takes it."""
         norm_weight, norm_bias, eps = norm.operands
         return kernels.layer_norm_mlp(
-            x, norm_weight, norm_bias, *fc1, *fc2, eps, **rest, implementation=self.backend
-        )
+            x, norm_weight, norm_bias, *weights(self.fc1), *weights(self.fc2), eps, **epilogue,
+            implementation=self.backend,
+        )  # fmt: skip

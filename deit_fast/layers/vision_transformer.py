@@ -28,8 +28,8 @@ class FastTransformer(Fast):
         if image.dtype == torch.uint8:
             config = getattr(self, "pretrained_cfg", None) or {}
             mean, std = config.get("mean"), config.get("std")
-        prefix = self._prefix_tokens()
-        prefix = torch.cat([t[0] for t in prefix]) if prefix else None
+        tokens = [t[0] for t in self._prefix_tokens()]
+        prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
         if pos_embed is not None:
             if self.dynamic_img_size:
@@ -57,7 +57,7 @@ class FastTransformer(Fast):
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
-            x = self.blocks(x)
+            x, _ = _run(self.blocks, x)
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
@@ -67,11 +67,10 @@ class FastTransformer(Fast):
         if attn_mask is not None or is_causal or classify is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.norm_pre(self.embed(x))
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x, moments = _run(self.blocks[:-1], x)
         last = self.blocks[-1]
         heads = len(self._heads())
-        x = last.forward_prefix(x, heads) if type(last) is Block else last(x)
+        x = last.forward_prefix(x, heads, moments) if type(last) is Block else last(x)
         return kernels.classifier(x, **classify, implementation=self.backend)
 
     def _heads(self) -> list[nn.Module]:
@@ -138,6 +137,17 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         if self.heads != "joint_softmax":
             logits = [logits[("class", "distill").index(self.heads)]]
         return fuse(self.heads, logits)
+
+
+def _run(blocks, x):
+    """Tokens after the blocks, and the moments of their rows or None."""
+    moments = None
+    for block in blocks:
+        if type(block) is Block and not is_watched(block):
+            x, moments = block.forward_with_moments(x, moments)
+        else:
+            x, moments = block(x), None
+    return x, moments
 
 
 def _height_width(image: torch.Tensor) -> tuple[int, int]:

@@ -10,8 +10,10 @@ def test_the_modes_are_those_of_the_results_format():
     forward = [
         "eager_fp32", "eager_tf32", "eager_amp_fp16", "eager_fp16", "eager_bf16", "compile_bf16",
         "compile_max_autotune_bf16", "deit_fast_fp32", "deit_fast_fp16", "deit_fast_bf16",
+        "deit_fast_graph_bf16",
     ]  # fmt: skip
-    backward = [f"{name}_train" for name in forward if not name.endswith(("r_fp16", "t_fp16"))]
+    without = ("r_fp16", "t_fp16", "graph_bf16")
+    backward = [f"{name}_train" for name in forward if not name.endswith(without)]
     assert list(MODES) == forward + backward
     for name, mode in MODES.items():
         assert mode.train == name.endswith("_train")

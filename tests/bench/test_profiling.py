@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import deit_fast.kernels
 from deit_fast.bench import profiling
-from deit_fast.bench.profiling import KINDS, kind, profile
+from deit_fast.bench.profiling import FOREIGN, KINDS, kind, profile
 
 NAMES = {
     "GEMM": [
@@ -18,16 +21,18 @@ NAMES = {
         "triton_tem_fused_addmm_gelu_3", "triton_tem_fused__to_copy_addmm_t_3",
         "triton_tem_fused_native_layer_norm_addmm_3",
         "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32",
-        "_linear_kernel", "_patch_embed_kernel", "_classifier_kernel",
+        "_linear_kernel", "_patch_embed_kernel", "_classifier_kernel", "_layer_norm_mlp_kernel",
         "aten::addmm", "aten::mkldnn_convolution",
     ],
     "attention": [
-        "_attention_kernel", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
+        "_attention_kernel", "_attention_resident_kernel",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
     "norm": [
-        "_layer_norm_kernel", "void at::native::vectorized_layer_norm_kernel<BFloat16, float>",
+        "_layer_norm_kernel", "_moments_kernel", "_fold_layer_norm_kernel",
+        "void at::native::vectorized_layer_norm_kernel<BFloat16, float>",
         "triton_per_fused_add_addmm_native_layer_norm_view_4", "aten::native_batch_norm",
         "void cudnn::bn_fw_inf_1C11_kernel_NCHW",
     ],
@@ -50,12 +55,26 @@ def test_kinds(wanted):
 
 def test_overlapping_kernels_count_once_and_gaps_are_idle():
     shares = profiling._shares(
-        [("gemm", 100, 1100), ("aten::gelu", 600, 1600), ("memcpy", 700, 900), ("gemm", 3600, 4600)]
-    )
+        [
+            ("gemm", 100, 1100), ("aten::gelu", 600, 1600), ("memcpy", 700, 900),
+            ("_linear_kernel", 3600, 4600),
+        ]
+    )  # fmt: skip
     assert shares == {
         "GEMM": 2.0, "elementwise": 0.5, "copies": 0.0, "idle": 2.0, "norm": 0.0, "attention": 0.0,
+        FOREIGN: 1.5,
     }  # fmt: skip
-    assert set(shares) == set(KINDS)
+    assert set(shares) == {*KINDS, FOREIGN}
+
+
+def test_every_kernel_of_ours_is_known_as_ours():
+    """FOREIGN is what no name of a kernel in deit_fast.kernels explains."""
+    folder = Path(deit_fast.kernels.__file__).parent
+    names = re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.glob("*.py")),
+                       re.MULTILINE)  # fmt: skip
+    assert len(names) == len(set(names)) >= 11
+    shares = profiling._shares([(name, i, i + 1) for i, name in enumerate(names)])
+    assert shares[FOREIGN] == 0.0
 
 
 def test_a_profile_finds_where_the_time_goes(tmp_path, device):

@@ -71,7 +71,9 @@ def test_readme_tables(folder, readme, capsys):
     assert report.main(args) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| DeiT-S distilled | 256 | 1,872 | 7,490 | 9,362 | 14,979 | 2.00 | 1.60 |" in text
+    assert (
+        "| DeiT-S distilled | 256 | 1,872 | 7,490 | 9,362 | 14,979 | – | 2.00 | 1.60 | – |" in text
+    )
     assert "NVIDIA Imaginary, torch 2.11.0, triton 3.6.0, 2026-11-21, commit aaaaaaa" in text
     assert "ResNet" not in text  # deit_fast has no figure for it
     assert report.main([*args, "--check"]) == 0
@@ -144,11 +146,12 @@ def test_the_last_build_speaks():
 def test_the_readme_compares_only_what_ran_together():
     rows = [
         model_row(SMALL, "deit_fast_bf16", 800.0), model_row(SMALL, "eager_bf16", 400.0),
+        model_row(SMALL, "deit_fast_graph_bf16", 1200.0),
         model_row(SMALL, "eager_fp32", 7.0, build="c" * 12),
         model_row(SMALL, "compile_max_autotune_bf16", 9.0, batch=128),
     ]  # fmt: skip
     table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
-    assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 2.00 | – |" in table
+    assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 1,200 | 2.00 | – | – |" in table
 
 
 def test_one_protocol_for_a_comparison():

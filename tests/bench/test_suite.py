@@ -191,6 +191,9 @@ def test_table5_is_the_papers():
 
 def test_on_gpu_names_its_stages():
     script = ROOT / "benchmarks" / "on_gpu.sh"
-    for args, message in (([], "want stages, of: correctness"), (["tune"], "no stage tune, want")):
+    for args, message in (
+        ([], "want stages, of: correctness"),
+        (["dance"], "no stage dance, want"),
+    ):
         done = subprocess.run(["bash", script, *args], capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr

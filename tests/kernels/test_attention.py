@@ -6,8 +6,8 @@ import pytest
 import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
-from deit_fast.kernels import attention, attention_reference, cases
-from deit_fast.kernels.attention import _fwd
+from deit_fast.kernels import _tuned, attention, attention_reference, cases
+from deit_fast.kernels.attention import CONFIGS, FP32_CONFIG, _fwd, configs, meta, pieces
 from deit_fast.kernels.cases import attention_inputs as make_inputs
 
 triton_attention = partial(attention, implementation="triton")
@@ -20,6 +20,42 @@ def test_no_less_accurate_than_torch(case, bias, dtype, device):
     inputs = make_inputs(**case, bias=bias, device=device)
     # PyTorch gives no gradient to the bias of an empty batch
     check(triton_attention, attention_reference, inputs, dtype, grads=case["B"] > 0)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(198, 198), (40, 578), (2, 198)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration_a_table_may_name(config, shape, dtype, device):
+    N, L = shape
+    if config not in configs(dtype, N, L):
+        pytest.skip("no table may name it for this shape")
+    inputs = make_inputs(1, 2, N, max(N, L), 64, packed=True, device=device)
+    with _tuned.forced("attention", {"implementation": "triton", **config}):
+        check(triton_attention, attention_reference, inputs, dtype, grads=False)
+
+
+@pytest.mark.parametrize("L", [65, 100, 128, 130, 144, 196, 197, 240, 255, 256])
+def test_resident_keys_in_pieces(L, device):
+    inputs = make_inputs(1, 1, 70, L, 32, device=device)
+    first, second, third = pieces(L)
+    assert L <= first + second + third < L + 32
+    assert meta(70, L, FP16)["RESIDENT"]
+    check(triton_attention, attention_reference, inputs, FP16, grads=False)
+
+
+def test_rule():
+    """Resident where all keys fit; never with a bias, in fp32 or for the prefix tokens alone."""
+    assert meta(198, 198, FP16)["RESIDENT"] and not meta(198, 257, FP16)["RESIDENT"]
+    assert not meta(198, 198, FP16, bias=True)["RESIDENT"]
+    assert meta(2, 198, FP16)["BLOCK_M"] == 16
+    assert meta(198, 198, FP32) == FP32_CONFIG
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_that_is_not_positive(scale, device):
+    inputs = make_inputs(1, 2, 20, 70, 32, device=device)
+    got = triton_attention(**inputs, scale=scale)
+    torch.testing.assert_close(got, attention_reference(**inputs, scale=scale))
 
 
 @pytest.mark.parametrize("N", [1, 63, 64, 65, 100])
@@ -101,8 +137,8 @@ def test_autocast(device):
 def test_op_contract(device):
     q, k, v, bias = make_inputs(1, 2, 5, 7, 32, bias=True, device=device).values()
     tensors = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(_fwd, (*tensors, bias.requires_grad_(), 0.2))
-    torch.library.opcheck(_fwd, (*tensors, None, 0.2))
+    torch.library.opcheck(_fwd.op, (*tensors, bias.requires_grad_(), 0.2, "triton"))
+    torch.library.opcheck(_fwd.op, (*tensors, None, 0.2, "triton"))
 
 
 def test_compiles_into_one_graph(device):

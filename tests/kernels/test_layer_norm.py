@@ -94,8 +94,8 @@ def test_autocast_keeps_torchs_dtype(device):
 def test_op_contract(device):
     x, weight, bias = make_inputs((6, 64), device).values()
     x.requires_grad_()
-    torch.library.opcheck(_fwd, (x, None, weight, bias, 1e-6, FP32))
-    torch.library.opcheck(_fwd, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
+    torch.library.opcheck(_fwd.op, (x, None, weight, bias, 1e-6, FP32))
+    torch.library.opcheck(_fwd.op, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
 
 
 def test_compiles_into_one_graph(device):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
-from deit_fast.kernels import cases, layer_norm_mlp, layer_norm_mlp_reference
+from deit_fast.kernels import _tuned, cases, layer_norm_mlp, layer_norm_mlp_reference
 from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
+from deit_fast.kernels.layer_norm_mlp import AMPERE_CONFIGS, HOPPER_CONFIGS, _fwd
 
+fused = partial(layer_norm_mlp, implementation="fused")
 triton_layer_norm_mlp = partial(layer_norm_mlp, implementation="triton")
 
 
@@ -27,6 +29,75 @@ def test_autocast_keeps_the_stream_in_fp32(device):
         got, torchs = triton_layer_norm_mlp(**inputs), layer_norm_mlp_reference(**inputs)
     assert got.dtype == torchs.dtype == FP32
     assert_as_accurate(got, torchs, exact)
+
+
+def half_inputs(M, S, hidden, device, dtype=FP16):
+    inputs = make_inputs(M, S, 192, hidden, scales=False, device=device)
+    return {k: t.to(dtype) for k, t in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
+def test_fused_in_every_configuration_a_table_may_name(config, dtype, device):
+    inputs = make_inputs(150, 2, 192, 128, scales=False, device=device)
+    with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **config}):
+        check(fused, layer_norm_mlp_reference, inputs, dtype, grads=False)
+        del inputs["fc1_bias"], inputs["fc2_bias"], inputs["residual"]
+        inputs |= {"fc1_bias": None, "fc2_bias": None}
+        check(fused, layer_norm_mlp_reference, inputs, dtype, grads=False)
+
+
+def test_fused_and_parts_leave_the_same_moments(device):
+    inputs = half_inputs(8 * 192, 1, 64, device)
+    with torch.no_grad():
+        y, moments = fused(**inputs, return_moments=True)
+        others = triton_layer_norm_mlp(**inputs, return_moments=True)
+    torch.testing.assert_close(y, others[0], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(moments, others[1], rtol=1e-2, atol=1e-2)
+    parts = y.double().view(-1, 3, 64)
+    torch.testing.assert_close(moments[:, 0].t().double(), parts.mean(2), rtol=1e-5, atol=1e-5)
+    assert fused(**half_inputs(20, 1, 64, device), return_moments=True)[1] is None
+
+
+def test_a_table_decides_whether_it_is_fused(device, monkeypatch):
+    calls = []
+    module = __import__("sys").modules["deit_fast.kernels.layer_norm_mlp"]
+    monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or _fwd(*args))
+    inputs = half_inputs(20, 2, 64, device)
+    triton_layer_norm_mlp(**inputs)
+    assert not calls
+    with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **HOPPER_CONFIGS[2]}):
+        triton_layer_norm_mlp(**inputs)
+    assert len(calls) == 1
+    with _tuned.forced("layer_norm_mlp", {"implementation": "parts"}):
+        triton_layer_norm_mlp(**inputs)
+    assert len(calls) == 1
+
+
+def test_fused_op(device):
+    inputs = half_inputs(20, 2, 64, device)
+    tensors = [t.flatten(0, -2) if t.dim() == 3 else t for t in inputs.values()]
+    torch.library.opcheck(_fwd.op, (*tensors, 1e-6, False))
+    compiled = torch.compile(fused, fullgraph=True)(**inputs)
+    torch.testing.assert_close(compiled, fused(**inputs), rtol=0, atol=0)
+    empty = fused(**inputs | {k: inputs[k][:0] for k in ("x", "residual")})
+    assert empty.shape == (0, 10, 192)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x": torch.zeros(2, 3, 192)}, "x is torch.float32"),
+        ({"residual": torch.zeros(2, 3, 192)}, "residual is torch.float32 and x torch.float16"),
+        ({"layer_scale": torch.ones(192)}, "it has no LayerScale"),
+        ({"fc1_weight": torch.zeros(50, 192)}, "hidden 50, want"),
+        ({"norm_weight": torch.ones(192, requires_grad=True)}, "gradients are wanted"),
+        ({"fc2_weight": torch.zeros(192, 32).half()}, r"fc2_weight has shape \(192, 32\)"),
+    ],
+)
+def test_fused_says_why_not(changed, message):
+    with pytest.raises(ValueError, match=message):
+        fused(**half_inputs(6, 2, 64, "cpu") | changed)
 
 
 def test_compiles_into_one_graph(device):

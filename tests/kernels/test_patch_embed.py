@@ -92,10 +92,10 @@ def test_prefix_tokens_carry_their_dtype(device):
 def test_op_contract(device):
     inputs = make_inputs(1, (32, 32), (16, 16), 3, 32, 2, True, device=device)
     tensors = [t.requires_grad_() for t in inputs.values()]
-    torch.library.opcheck(_fwd, (*tensors, [], []))
+    torch.library.opcheck(_fwd.op, (*tensors, [], []))
     inputs = make_inputs(1, (32, 32), (16, 16), 3, 32, 2, False, uint8=True, device=device)
     image, weight = inputs["image"], inputs["weight"]
-    torch.library.opcheck(_fwd, (image, weight, None, None, None, list(MEAN[:3]), list(STD[:3])))
+    torch.library.opcheck(_fwd.op, (image, weight, None, None, None, list(MEAN[:3]), list(STD[:3])))
 
 
 def test_compiles_into_one_graph(device):

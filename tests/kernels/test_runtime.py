@@ -68,10 +68,10 @@ def test_triton_on_a_cpu_without_the_interpreter_raises(monkeypatch):
 
 
 def test_the_chip_is_a_constant_under_compile(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_runtime, "chip", lambda device: _runtime.Chip("H100", H100, 132))
 
     def f(x):
-        choice = _runtime.choose("linear", _runtime.capability(0), FP16)
+        choice = _runtime.choose("linear", _runtime.capability("cuda", 0), FP16)
         return x + 1 if choice.implementation == "triton" else x - 1
 
     assert torch.compile(f, fullgraph=True)(torch.zeros(1)) == 1

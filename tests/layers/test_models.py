@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import timm
@@ -163,13 +164,13 @@ def test_the_last_block_runs_for_the_prefix_tokens_alone(monkeypatch):
     _, fast = tiny_pair()
     x = images(fast)
     rows = []
-    real = layers.Mlp.forward
+    real = layers.Mlp.branch
 
-    def spy(self, x, **kwargs):
+    def spy(self, x, *args, **kwargs):
         rows.append(x.shape[1])
-        return real(self, x, **kwargs)
+        return real(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(layers.Mlp, "forward", spy)
+    monkeypatch.setattr(layers.Mlp, "branch", spy)
     with torch.no_grad():
         fast(x)
     assert rows == [18, 2]
@@ -424,3 +425,45 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
             assert_as_accurate(out, reference(x), exact)
             # float64 is not for the kernels: PyTorch computes it
             torch.testing.assert_close(fast.double()(x.double()), exact)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_folded_layer_norms_and_moments_through_the_whole_model(distilled, monkeypatch):
+    """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
+    from the product before, the first apart; the logits err no more than timm's."""
+    reference, fast = tiny_pair("triton", distilled, depth=3)
+    x = images(reference, batch=96).half()  # rows enough to fold without moments
+    seen = []
+    module = sys.modules["deit_fast.kernels.layer_norm_linear"]
+    real = module._fwd
+
+    def spy(*args):
+        seen.append((args[3].shape[0], args[5] is not None))
+        return real(*args)
+
+    monkeypatch.setattr(module, "_fwd", spy)
+    exact = copy.deepcopy(reference).half().double()
+    with torch.no_grad():
+        got = fast.half()(x)
+        assert_as_accurate(got, reference.half()(x), exact(x.double()))
+    # qkv, fc1, qkv, fc1, then keys and values alone: the prefix tokens' rows are few
+    assert seen == [(192, False), (256, True), (192, True), (256, True), (128, True)]
+    seen.clear()
+    with torch.no_grad():
+        features, torchs = (m.forward_features(x) for m in (fast, reference))
+        assert_as_accurate(features, torchs, exact.forward_features(x.double()))
+    assert [has for _, has in seen] == [False, True, True, True, True, True]
+    seen.clear()
+    fast(x[:2])  # with gradients on nothing is folded
+    assert not seen
+
+
+def test_hooks_on_blocks_fire_between_moments():
+    reference, fast = tiny_pair("triton", depth=3)
+    x = images(reference, batch=32).half()
+    fast.half(), reference.half()
+    for model in (fast, reference):
+        model.blocks[1].register_forward_hook(lambda module, args, out: out * 1.5)
+    exact = copy.deepcopy(reference).double()
+    with torch.no_grad():
+        assert_as_accurate(fast(x), reference(x), exact(x.double()))

@@ -1,0 +1,98 @@
+"""What the shortcuts of the kernels cost in accuracy, computed in PyTorch on any machine.
+
+    python -m benchmarks.accuracy
+
+Relative errors against fp64, of LayerNorm followed by a product: separate (the normalised x rounded
+before the product), folded as the kernel does it, and folded wrongly, to see what the details are
+for; then of GELU's forms. Operands are rounded as the kernels round them, sums are fp32, and the
+result is not rounded, so that nothing hides behind its rounding.
+"""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from deit_fast.kernels.cases import layer_norm_linear_inputs
+
+STREAMS = ("normal", "outliers", "offset")
+ROWS = 2048
+
+
+def relative(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def layer_norm_product(stream: str, D: int, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of LN(x) @ W^T, W (3 D, D), x a rounded residual stream of that kind."""
+    inputs = layer_norm_linear_inputs(M=ROWS, K=D, N=3 * D, stream=stream)
+    x, g, h, w = (inputs[k].to(dtype) for k in ("x", "norm_weight", "norm_bias", "weight"))
+    wide = [t.double() for t in (x, g, h, w)]
+    exact = torch.nn.functional.layer_norm(wide[0], (D,), wide[1], wide[2], 1e-6) @ wide[3].t()
+
+    fp32 = x.float()
+    var, mean = torch.var_mean(fp32, 1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + 1e-6)
+    separate = ((fp32 - mean) * rstd * g.float() + h.float()).to(dtype)
+    scaled = w.float() * g.float()
+    folded, shift = scaled.to(dtype).float(), w.float() @ h.float()
+    product = fp32 @ folded.t()
+
+    def fold(sums):
+        return relative((product - mean * sums) * rstd + shift, exact)
+
+    return {
+        "separate": relative(separate.float() @ w.float().t(), exact),
+        "folded": fold(folded.sum(1)),
+        "sums not rounded": fold(scaled.sum(1)),
+    }
+
+
+def gelu_forms() -> dict[str, tuple[float, float, float]]:
+    """{form: (largest error for |x| < 4, relative error in norm for normal x, largest error in half
+    units of bf16)}."""
+    x = torch.linspace(-9, 9, 90_001, dtype=torch.float64)
+    exact = torch.nn.functional.gelu(x)
+    half_unit = 2.0 ** (exact.abs().clamp_min(2.0**-16).log2().floor() - 8)
+    density = torch.exp(-x * x / 2)
+    s = (x * x).clamp(max=30.25)
+    ours = torch.full_like(s, 4.96967374e-8)
+    for c in (-3.23612039e-6, 6.32384836e-5, 6.43739593e-4, -0.106197506, -2.30119538):
+        ours = ours * s + c
+    s = (x * x).clamp(max=64)
+    quintic = x * (0.797502613 + s * (0.0370104418 - 0.000352295709 * s))
+    forms = {
+        "the kernels'": x / (1 + torch.exp2(x * ours)),
+        "sigmoid of a quintic": x * torch.sigmoid(2 * quintic),
+        "the same by tanh.approx (error 2^-11)": 0.5 * x * (1 + torch.tanh(quintic) * (1 - 2**-11)),
+        "tanh form": torch.nn.functional.gelu(x, approximate="tanh"),
+        "erf, rounded to bf16": exact.bfloat16().double(),
+    }
+
+    def errors(y):
+        error = (y - exact).abs()
+        norm = ((error.square() * density).sum() / (exact.square() * density).sum()).sqrt()
+        return error[x.abs() < 4].max().item(), norm.item(), (error / half_unit).max().item()
+
+    return {name: errors(y) for name, y in forms.items()}
+
+
+def main():
+    console = Console(width=120)
+    names = ("separate", "folded", "sums not rounded")
+    table = Table("dtype", "D", "stream", *names, title="LayerNorm, then a product")
+    for dtype in (torch.bfloat16, torch.float16):
+        for D in (192, 384, 768):
+            for stream in STREAMS:
+                found = layer_norm_product(stream, D, dtype)
+                figures = [f"{found[name]:.2e}" for name in names]
+                table.add_row(str(dtype)[6:], str(D), stream, *figures)
+    console.print(table)
+    columns = ("largest, |x| < 4", "relative, x normal", "in half units of bf16")
+    table = Table("form", *columns, title="GELU")
+    for name, (largest, norm, units) in gelu_forms().items():
+        table.add_row(name, f"{largest:.1e}", f"{norm:.1e}", f"{units:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

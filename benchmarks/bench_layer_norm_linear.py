@@ -1,0 +1,10 @@
+"""layer_norm_linear: qkv and fc1 with the LayerNorm before them; folded, and as two operations."""
+
+from deit_fast.kernels import layer_norm_linear, layer_norm_linear_reference
+from deit_fast.kernels.cases import layer_norm_linear_inputs
+
+OTHERS = ("cublas",)
+
+
+def test_layer_norm_linear(race):
+    race(layer_norm_linear, layer_norm_linear_reference, layer_norm_linear_inputs)

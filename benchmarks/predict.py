@@ -1,0 +1,324 @@
+"""What one forward pass should take on an H200, kernel by kernel, and what it took where measured.
+
+    python -m benchmarks.predict                        DeiT-Ti, S, B and B-384 at batch 256
+    python -m benchmarks.predict --network S --batch 64
+
+The launches are those of the model itself, run on the meta device as if on the chip: what is not
+listed is not launched, and what is no kernel of deit_fast is named. A launch is predicted to take
+the longer of its arithmetic (at a share of the measured matrix ceiling that grows with K) and its
+traffic (at 90% of the measured copy), and half of its epilogue's instructions, the other half being
+hidden by the second program on a multiprocessor. Ceilings are those of benchmarks/results/h200
+where that is there, else another H200's: 788 TFLOP/s, 4.3 TB/s. Nothing here is a measurement but
+what stands under "measured".
+"""
+
+import argparse
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import deit_fast
+from benchmarks.measured import Chip as Measured
+from benchmarks.table5 import ENTRIES
+from deit_fast.bench.launches import Recorder, record
+from deit_fast.kernels import _runtime
+from deit_fast.kernels.cases import DEIT
+
+H200 = _runtime.Chip("NVIDIA H200", (9, 0), 132)
+CLOCK_GHZ = 1.75  # under load
+ELSEWHERE = {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}
+RESULTS = Path(__file__).with_name("results")
+# of the matrix ceiling, by K: filling and draining the pipeline weighs more when K is small
+EFFICIENCY = {192: 0.50, 384: 0.62, 768: 0.72, 1536: 0.75, 3072: 0.78}
+ATTENTION_EFFICIENCY = 0.5
+COPY_EFFICIENCY = 0.9
+LEAST_US = 2.0  # of any launch
+# the ahead-of-time count of GELU: instructions and of them MUFU an element; 128 and 16 lanes
+GELU_CYCLES = max(13 / 128, 2 / 16)
+HIDDEN = 0.5
+NETWORKS = {
+    "Ti": "deit_tiny_distilled", "S": "deit_small_distilled", "B": "deit_base_distilled",
+    "B-384": "deit_base_distilled_384",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    op: str
+    shape: str
+    flops: int
+    bytes: int
+    gelu: int = 0  # elements
+    k: int | None = None  # of a matrix product
+    parts: int = 1  # kernels it consists of
+
+    def times(self, ceilings: dict) -> dict[str, float]:
+        """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
+        efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k)
+        found = {
+            "arithmetic": self.flops / (efficiency * ceilings["bf16_tflops"]) / 1e6,
+            "traffic": self.bytes / (COPY_EFFICIENCY * ceilings["copy_tb_per_s"]) / 1e6,
+        }
+        cycles = self.gelu * GELU_CYCLES * (1 - HIDDEN)
+        found["epilogue"] = cycles / (H200.processors * CLOCK_GHZ * 1e3)
+        total = max(found["arithmetic"], found["traffic"]) + found["epilogue"]
+        return found | {"predicted": max(total, LEAST_US * self.parts)}
+
+
+def _efficiency(k):
+    """Linear in log K between the marks."""
+    marks = sorted(EFFICIENCY.items())
+    if k <= marks[0][0]:
+        return marks[0][1]
+    for (low, a), (high, b) in zip(marks, marks[1:], strict=False):
+        if k <= high:
+            return a + (b - a) * math.log(k / low) / math.log(high / low)
+    return marks[-1][1]
+
+
+def _product(op, x, weight, others, out, activation, parts=1, extra=0):
+    (M, K), N = x.shape, weight.shape[0]
+    shape = f"{M} x {K} -> {N}" + (", gelu" if activation == "gelu" else "")
+    moved = _nbytes(x, weight, *others, out) + extra
+    return Launch(
+        op, shape, 2 * M * N * K, moved, M * N * (activation == "gelu"), K, parts
+    )  # fmt: skip
+
+
+def _nbytes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, _):
+    y, moments = out
+    return _product(
+        "linear", x, weight, (bias, residual, layer_scale, row_scale, moments), y, activation
+    )
+
+
+def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
+    extra = 2 * _nbytes(weight)  # read, folded, written
+    extra += _nbytes(x) + 8 * x.shape[0] if moments is None else 0
+    parts = 2 + (moments is None)
+    return _product(
+        "layer_norm_linear", x, weight, (bias, moments), out, activation, parts, extra
+    )  # fmt: skip
+
+
+def _layer_norm_mlp(out, x, norm_weight, norm_bias, w1, b1, w2, b2, residual, eps, emit):
+    M, D = x.shape
+    hidden = w1.shape[0]
+    return Launch(
+        "layer_norm_mlp", f"{M} x {D}, hidden {hidden}, fused", 4 * M * D * hidden,
+        _nbytes(x, w1, w2, residual, *out), M * hidden, D,
+    )  # fmt: skip
+
+
+def _attention(out, q, k, v, *_):
+    B, N, H, d = q.shape
+    L = k.shape[1]
+    flops, moved = 4 * B * H * N * L * d, _nbytes(q, k, v, out)
+    return Launch("attention", f"{B} x {H}, {N} of {L}", flops, moved)
+
+
+def _layer_norm(out, x, residual, *_):
+    return Launch("layer_norm", " x ".join(map(str, x.shape)), 0, _nbytes(x, residual, *out))
+
+
+def _patch_embed(out, image, weight, *_):
+    D, K = weight.shape[0], weight[0].numel()
+    patches = image.numel() // K
+    kind = "uint8" if image.dtype == torch.uint8 else "float"
+    return Launch(
+        "patch_embed", f"{patches} x {K} -> {D}, {kind}", 2 * patches * K * D,
+        _nbytes(image, weight, out), 0, K,
+    )  # fmt: skip
+
+
+def _classifier(out, x, norm_weight, norm_bias, w0, b0, w1, *_):
+    B, _, D = x.shape
+    heads = 1 if w1 is None else 2
+    return Launch(
+        "classifier", f"{B} x {D} -> {w0.shape[0]}", 2 * heads * B * D * w0.shape[0],
+        2 * heads * B * D + _nbytes(w0, w1, out), 0, D,
+    )  # fmt: skip
+
+
+_READ = {
+    "linear": _linear, "layer_norm_linear": _layer_norm_linear, "layer_norm_mlp": _layer_norm_mlp,
+    "attention": _attention, "layer_norm": _layer_norm, "patch_embed": _patch_embed,
+    "classifier": _classifier,
+}  # fmt: skip
+
+
+def launches(recorder: Recorder) -> list[Launch]:
+    return [_READ[name](result, *args) for name, args, result in recorder.calls]
+
+
+def ceilings() -> tuple[dict, str]:
+    """Of the H200, and where they are from."""
+    path = RESULTS / "h200"
+    if (path / "ceilings.json").exists():
+        measured = Measured.read(path)
+        return measured.ceilings, f"measured here, {measured.newest.date}"
+    return ELSEWHERE, "measured on another H200"
+
+
+def measured_rows(batch: int) -> tuple[dict, dict]:
+    """{(op, network, case): microseconds} of the kernels and {network: images/s} of the models."""
+    path = RESULTS / "h200"
+    if not path.exists():
+        return {}, {}
+    chip = Measured.read(path)
+    kernels = {
+        (r.op, r.network, r.case): 1e3 * r.ms_median
+        for r in chip.kernels
+        if r.mode == "fused" and r.batch == batch and r.ms_median
+    }
+    models = {}
+    for entry in ENTRIES:
+        row = chip.row(entry, "deit_fast_graph_bf16", "batch", batch)
+        if row and row.images_per_s:
+            models[entry.network.removeprefix("DeiT-").removesuffix(" distilled")] = (
+                row.images_per_s
+            )
+    return kernels, models
+
+
+def case_of(launch: Launch, network: str) -> str | None:
+    """The case of benchmarks/bench_<op>.py that is this launch; None: it has none."""
+    D = DEIT[network].D
+    if launch.op in ("linear", "layer_norm_linear"):
+        wide = launch.shape.split(" -> ")[1].removesuffix(", gelu")
+        names = {3 * D: "qkv", 4 * D: "fc1", D: "proj" if launch.k == D else "fc2"}
+        return names.get(int(wide))
+    if launch.op == "attention":
+        return "" if ", 2 of" not in launch.shape else "last block"
+    if launch.op == "patch_embed":
+        return "uint8 NHWC" if "uint8" in launch.shape else "float NCHW"
+    return ""
+
+
+def predict(network: str, batch: int, limits: dict, uint8: bool = False):
+    """(rows of (launch, count, times), total microseconds, operations of PyTorch's own)."""
+    with torch.device("meta"):
+        model = getattr(deit_fast, NETWORKS[network])()
+    recorder = record(model, batch, torch.bfloat16, H200, uint8)
+    counted = Counter(launches(recorder))
+    rows = [(launch, count, launch.times(limits)) for launch, count in counted.items()]
+    total = sum(count * times["predicted"] for _, count, times in rows)
+    return rows, total + LEAST_US * sum(recorder.others.values()), recorder.others
+
+
+def full_flops(network: str) -> int:
+    """Of one image, with the whole of the last block."""
+    D, _, N, size = DEIT[network]
+    patches = (size // 16) ** 2
+    return 2 * patches * 768 * D + 12 * (24 * N * D * D + 4 * N * N * D) + 4 * 1000 * D
+
+
+def markdown() -> str:
+    """The table of docs/performance.md: batch 256, another H200's ceilings."""
+    lines = [
+        "| | Ti | S | B | B-384 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    found = {n: predict(n, 256, ELSEWHERE) for n in NETWORKS}
+
+    def line(name, value, form):
+        lines.append(f"| {name} | " + " | ".join(form.format(value(n)) for n in NETWORKS) + " |")
+
+    for label, op, wide in (
+        ("qkv, LayerNorm folded, us", "layer_norm_linear", 3), ("attention, us", "attention", 0),
+        ("proj + residual, us", "linear", 1), ("fc1, folded, GELU, us", "layer_norm_linear", 4),
+        ("fc2 + residual, us", "linear", 0),
+    ):  # fmt: skip
+
+        def of(network, op=op, wide=wide):
+            D = DEIT[network].D
+            k = {"attention": None, "linear": D if wide else 4 * D}.get(op, D)
+            rows = [
+                (launch, times)
+                for launch, count, times in found[network][0]
+                if (launch.op, launch.k) == (op, k) and count >= 10
+            ]
+            if op == "layer_norm_linear":
+                rows = [r for r in rows if bool(r[0].gelu) == (wide == 4)]
+            (row,) = rows
+            return row[1]["predicted"]
+
+        line(label, of, "{:.0f}")
+    line("one pass, us", lambda n: found[n][1], "{:,.0f}")
+    line("images/s", lambda n: 256 / found[n][1] * 1e6, "{:,.0f}")
+
+    def of_ceiling(network):
+        flops = 256 * full_flops(network)
+        return flops / ELSEWHERE["bf16_tflops"] / 1e4 / found[network][1]
+
+    line("of the matrix ceiling, full-model FLOPs", of_ceiling, "{:.0f}%")
+    return "\n".join(lines)
+
+
+def show(network: str, batch: int, console: Console, uint8: bool) -> None:
+    limits, source = ceilings()
+    kernels, models = measured_rows(batch)
+    rows, total, others = predict(network, batch, limits, uint8)
+    title = (
+        f"DeiT-{network} distilled, bf16, batch {batch}, H200: {limits['bf16_tflops']:.0f} "
+        f"TFLOP/s, {limits['copy_tb_per_s']:.1f} TB/s ({source})"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("kernel")
+    table.add_column("shape")
+    for name in ("calls", "GFLOP", "MB", "arithmetic us", "traffic us", "epilogue us",
+                 "predicted us", "measured us"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for launch, count, times in rows:
+        clock = kernels.get((launch.op, network, case_of(launch, network)))
+        figures = [f"{times[t]:.1f}" for t in ("arithmetic", "traffic", "epilogue", "predicted")]
+        table.add_row(
+            launch.op, launch.shape, str(count), f"{launch.flops / 1e9:.1f}",
+            f"{launch.bytes / 1e6:.0f}", *figures, "-" if clock is None else f"{clock:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    clock = models.get(network)
+    flops = sum(count * launch.flops for launch, count, _ in rows)
+    shares = Counter()
+    for launch, count, times in rows:
+        shares[launch.op] += count * times["predicted"] / total
+    console.print(
+        f"one pass: {total:.0f} us predicted, {batch / total * 1e6:,.0f} images/s; "
+        f"measured: {'not yet' if clock is None else f'{clock:,.0f} images/s'}; "
+        f"{flops / 1e9:.0f} GFLOP, at the ceiling {flops / limits['bf16_tflops'] / 1e6:.0f} us"
+    )
+    console.print("shares: " + ", ".join(f"{op} {100 * s:.0f}%" for op, s in shares.most_common()))
+    named = ", ".join(f"{count} x {name}" for name, count in others.items()) or "none"
+    console.print(f"operations of PyTorch's own: {named}\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.predict", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--markdown", action="store_true", help="docs/performance.md's table")
+    parser.add_argument("--uint8", action="store_true", help="images as bytes, NHWC")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error(f"--batch: {args.batch}, want 1 or more")
+    if args.markdown:
+        print(markdown())
+        return
+    console = Console(width=160)
+    for network in args.network:
+        show(network, args.batch, console, args.uint8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""Measure on this GPU which implementation and tiles serve each operation of a model best.
+
+examples:
+  python -m deit_fast.tune --model deit_base_distilled
+  python -m deit_fast.tune --model deit_tiny deit_small --batch 64 256 --dtype fp16 --minutes 10
+
+The winners go to a table in the user's cache directory ($DEIT_FAST_CACHE, $XDG_CACHE_HOME/deit_fast
+or ~/.cache/deit_fast), from where every process that uses this GPU takes them. Choices for other
+shapes stay in the table. Each candidate has to agree with PyTorch before it is timed. When the
+minutes are over, or with Ctrl-C, what was settled until then is written.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from triton.errors import TritonError
+
+from deit_fast.bench import timing
+from deit_fast.bench.launches import record
+from deit_fast.kernels import (
+    _runtime,
+    _tuned,
+    attention_reference,
+    layer_norm_linear_reference,
+    layer_norm_mlp_reference,
+    linear_reference,
+)
+from deit_fast.kernels import attention as run_attention
+from deit_fast.kernels import layer_norm_linear as run_layer_norm_linear
+from deit_fast.kernels import layer_norm_mlp as run_layer_norm_mlp
+from deit_fast.kernels import linear as run_linear
+from deit_fast.models import create_model
+
+attention, linear, layer_norm_linear, layer_norm_mlp = (
+    sys.modules[f"deit_fast.kernels.{name}"]  # the modules, whose names their functions hide
+    for name in ("attention", "linear", "layer_norm_linear", "layer_norm_mlp")
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp")
+RUNS, WARMUP = 20, 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation on one shape, and what may serve it. Frozen and hashed by what the table
+    calls it."""
+
+    op: str
+    shape: tuple  # as `_tuned.lookup` is asked, in items
+    candidates: tuple  # of choices, in items
+    make: Callable[[torch.device], dict]
+    call: Callable[..., object]
+    reference: Callable[..., object]
+
+    def __hash__(self):
+        return hash((self.op, self.shape))
+
+    def __eq__(self, other):
+        return (self.op, self.shape) == (other.op, other.shape)
+
+    def __str__(self):
+        return f"{self.op} {', '.join(f'{k} {v}' for k, v in self.shape)}"
+
+
+@dataclass
+class Settled:
+    """A row of the table: the winner, its time in ms, and everyone's; None: it failed."""
+
+    op: str
+    shape: dict
+    choice: dict
+    ms: float
+    others: dict
+
+
+def tasks(model: torch.nn.Module, batch: int, dtype: torch.dtype, chip) -> list[Task]:
+    """What a forward pass of `model` (moved to the meta device) asks, each once. What is made of
+    products comes behind them, and is compared with the best of them."""
+    recorder = record(model, batch, dtype, chip, tables=False)
+    found: dict[Task, None] = {}
+    for op in _TASKS:
+        for name, args, _ in recorder.calls:
+            if name == op:
+                found |= dict.fromkeys(_TASKS[op](args, chip))
+    found |= dict.fromkeys(_mlps(recorder.calls, chip))
+    return ordered(found)
+
+
+def ordered(wanted) -> list[Task]:
+    return sorted(wanted, key=lambda task: ORDER.index(task.op))
+
+
+def _randn(like: torch.Tensor | None, device, scale=1.0):
+    if like is None:
+        return None
+    return (scale * torch.randn(like.shape, device=device)).to(like.dtype)
+
+
+def _linear_candidates(dtype, chip, cublas, narrow=True):
+    triton_choices = [
+        {"implementation": "triton", **config}
+        for config in linear.configs(dtype, chip.capability)
+        if narrow or config["BLOCK_N"] >= linear.MOMENTS_WIDTH
+    ]
+    return _items([{"implementation": "cublas"}] * cublas + triton_choices)
+
+
+def _items(choices):
+    return tuple(tuple(choice.items()) for choice in choices)
+
+
+def _linear_task(args, chip):
+    x, weight, bias, residual, layer_scale, row_scale, activation, emit, _ = args
+    (M, K), N = x.shape, weight.shape[0]
+    scaled = layer_scale is not None or row_scale is not None
+    epilogue = linear.epilogue_name(
+        activation, bias is not None, residual is not None, scaled, False, emit
+    )
+    shape = {"M": M, "K": K, "N": N, "dtype": str(x.dtype)[6:], "epilogue": epilogue}
+
+    def make(device):
+        return {
+            "x": _randn(x, device), "weight": _randn(weight, device, K**-0.5),
+            "bias": _randn(bias, device), "activation": activation,
+            "residual": _randn(residual, device), "layer_scale": _randn(layer_scale, device),
+            "row_scale": _randn(row_scale, device),
+        }  # fmt: skip
+
+    def call(**inputs):
+        return run_linear(**inputs, return_moments=emit)
+
+    yield Task(
+        "linear", tuple(shape.items()), _linear_candidates(x.dtype, chip, True, not emit), make,
+        call, linear_reference,
+    )  # fmt: skip
+
+
+def _layer_norm_linear_tasks(args, chip):
+    """The product with the LayerNorm folded into it; then whether to fold at all."""
+    x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
+    (M, K), N = x.shape, weight.shape[0]
+    dtype = str(x.dtype)[6:]
+    epilogue = linear.epilogue_name(activation, True, False, False, True, False)
+
+    def make(device):
+        made = {
+            "x": _randn(x, device), "norm_weight": _randn(norm_weight, device),
+            "norm_bias": _randn(norm_bias, device), "weight": _randn(weight, device, K**-0.5),
+            "bias": _randn(bias, device), "eps": eps, "activation": activation,
+        }  # fmt: skip
+        if moments is not None:  # right ones, of any number of parts
+            parts = made["x"].float().view(M, moments.shape[0], -1)
+            mean = parts.mean(2)
+            squares = (parts - mean[..., None]).square().sum(2)
+            made["moments"] = torch.stack([mean.t(), squares.t()], 1).contiguous()
+        return made
+
+    def reference(moments=None, **inputs):
+        return layer_norm_linear_reference(**inputs)
+
+    def folded(**inputs):
+        return run_layer_norm_linear(**inputs, implementation="fold")
+
+    product = {"M": M, "K": K, "N": N, "dtype": dtype, "epilogue": epilogue}
+    yield Task(
+        "linear", tuple(product.items()), _linear_candidates(x.dtype, chip, False), make, folded,
+        reference,
+    )  # fmt: skip
+    separate = product | {
+        "epilogue": linear.epilogue_name(activation, bias is not None, False, False, False, False)
+    }
+
+    def plain(x, weight, bias, activation, **_):
+        return run_linear(x, weight, bias, activation)
+
+    def plain_reference(x, weight, bias, activation, **_):
+        return linear_reference(x, weight, bias, activation)
+
+    yield Task(
+        "linear", tuple(separate.items()), _linear_candidates(x.dtype, chip, True), make, plain,
+        plain_reference,
+    )  # fmt: skip
+    shape = {"M": M, "K": K, "N": N, "dtype": dtype}
+    both = _items([{"implementation": "fold"}, {"implementation": "separate"}])
+    yield Task(
+        "layer_norm_linear", tuple(shape.items()), both, make, run_layer_norm_linear, reference
+    )
+
+
+def _attention_task(args, chip):
+    q, k, v, bias, scale, _ = args
+    B, N, H, d = q.shape
+    L = k.shape[1]
+    shape = {
+        "M": B * H, "N": N, "L": L, "d": d, "dtype": str(q.dtype)[6:], "bias": bias is not None,
+    }  # fmt: skip
+
+    def make(device):
+        packed = torch.randn(B, L, 3, H, d, device=device).to(q.dtype)
+        queries, keys, values = packed.unbind(2)
+        return {
+            "q": queries[:, :N], "k": keys, "v": values, "scale": scale,
+            "bias": _randn(bias, device),
+        }  # fmt: skip
+
+    choices = [
+        {"implementation": "triton", **config}
+        for config in attention.configs(q.dtype, N, L, bias is not None)
+    ]
+    yield Task(
+        "attention", tuple(shape.items()), _items([{"implementation": "torch"}, *choices]), make,
+        run_attention, attention_reference,
+    )  # fmt: skip
+
+
+def _mlps(calls, chip):
+    """fc1 and the fc2 behind it, where one kernel can do both."""
+    for (name, args, hidden), (after, rest, _) in zip(calls, calls[1:], strict=False):
+        if (name, after) != ("layer_norm_linear", "linear") or rest[0].shape != hidden.shape:
+            continue
+        x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
+        _, weight2, bias2, residual, layer_scale, row_scale, *_ = rest
+        D = x.shape[1]
+        scaled = layer_scale is not None or row_scale is not None
+        fits = D in layer_norm_mlp.FUSED_D and weight2.shape[0] == D and weight.shape[0] % 32 == 0
+        if activation != "gelu" or scaled or not fits:
+            continue
+        yield _mlp_task(
+            x, (norm_weight, norm_bias, weight, bias, weight2, bias2), residual, eps, chip
+        )
+
+
+def _mlp_task(x, weights, residual, eps, chip):
+    hidden, D = weights[2].shape
+    shape = {"M": x.shape[0], "D": D, "hidden": hidden, "dtype": str(x.dtype)[6:]}
+    names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+    def make(device):
+        made = {
+            name: _randn(t, device, 1.0 if t is None or t.dim() == 1 else t.shape[1] ** -0.5)
+            for name, t in zip(names, weights, strict=True)
+        }
+        made["x"] = _randn(x, device)
+        return made | {"residual": _randn(residual, device), "eps": eps}
+
+    choices = [{"implementation": "fused", **c} for c in layer_norm_mlp.configs(chip.capability)]
+    return Task(
+        "layer_norm_mlp", tuple(shape.items()), _items([{"implementation": "parts"}, *choices]),
+        make, run_layer_norm_mlp, layer_norm_mlp_reference,
+    )  # fmt: skip
+
+
+_TASKS = {
+    "linear": _linear_task, "layer_norm_linear": _layer_norm_linear_tasks,
+    "attention": _attention_task,
+}  # fmt: skip
+
+
+def settle(
+    wanted: list[Task], device: torch.device, clock: Callable, deadline: float,
+    tick: Callable = lambda task: None,
+) -> Iterator[Settled]:  # fmt: skip
+    """Race the candidates of each task, until `time.monotonic()` passes `deadline`. clock(call,
+    inputs) gives the milliseconds of call(x) for x in turn. What was settled before serves the
+    tasks that follow."""
+    known: list[Settled] = []
+    for task in wanted:
+        if time.monotonic() >= deadline:
+            return
+        times = _race(task, device, clock, known)
+        tick(task)
+        if not any(times.values()):
+            continue
+        winner = min((c for c in times if times[c]), key=times.get)
+        row = Settled(
+            task.op, dict(task.shape), dict(winner), times[winner],
+            {_name(c): ms for c, ms in times.items() if c != winner},
+        )  # fmt: skip
+        known.append(row)
+        yield row
+
+
+def _race(task, device, clock, known):
+    chip = _runtime.chip(device)
+    """{choice: milliseconds, or None where it failed or disagreed}."""
+    times = {}
+    with torch.no_grad(), _tuned.disabled(), _tuned.assumed([asdict(row) for row in known], chip):
+        inputs = task.make(device)
+        nbytes = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+        others = timing.rotation(lambda: task.make(device), nbytes, device)[1:]
+        wide = {k: _wide(v) for k, v in inputs.items()}
+        exact = task.reference(**wide)
+        plain = _error(task.reference(**inputs), exact)
+        for candidate in task.candidates:
+            with ExitStack() as stack:
+                stack.enter_context(_tuned.forced(task.op, dict(candidate)))
+                try:
+                    got = task.call(**inputs)
+                    times[candidate] = None
+                    if _error(got, exact) <= 2 * plain + 1e-6:  # not so for NaN
+                        times[candidate] = clock(lambda x: task.call(**x), [inputs, *others])
+                except (RuntimeError, TritonError) as error:  # beyond this chip's resources
+                    if type(error).__name__ == "AcceleratorError":
+                        raise  # the device is lost
+                    times[candidate] = None
+    return times
+
+
+def _wide(value):
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if floating else value
+
+
+def _error(got, exact):
+    got = got[0] if isinstance(got, tuple) else got
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def _name(choice):
+    return ", ".join(f"{k} {v}" if k != "implementation" else v for k, v in choice)
+
+
+def write(path: Path, rows: list[Settled], chip) -> int:
+    """Merge `rows` into the table at `path`; returns how many choices it then has. Raises
+    ValueError where a table is there that can't be merged into: it is left as it is."""
+    kept = []
+    if path.exists():
+        _tuned.read(path, chip)
+        kept = json.loads(path.read_text())["choices"]
+    new = [asdict(row) for row in rows]
+    keys = [(row["op"], row["shape"]) for row in new]
+    choices = [row for row in kept if (row["op"], row["shape"]) not in keys] + new
+    table = {
+        "gpu": chip.name, "capability": list(chip.capability), "torch": torch.__version__,
+        "triton": triton.__version__, "date": date.today().isoformat(), "choices": choices,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(table, indent=1) + "\n")
+    part.replace(path)
+    return len(choices)
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", nargs="+", required=True, help="ours or timm's names")
+    parser.add_argument("--batch", nargs="+", type=int, default=[256], help="(default: 256)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="(default: the model's own)")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="after which nothing is begun (default: 5)"
+    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help="another table than the cache's")
+
+
+def run(args, clock: Callable | None = None) -> int:
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch: {min(args.batch)}, want 1 or more")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes: {args.minutes}, want more than 0")
+    if not torch.cuda.is_available() and clock is None:
+        raise RuntimeError("tuning measures on a CUDA device, and this machine has none")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chip = _runtime.chip(device)
+    if chip.capability < (8, 0):
+        print(f"{chip.name}: cuBLAS and PyTorch serve its products, there is nothing to choose")
+        return 0
+    path = args.out or _tuned.folder() / f"{_tuned.slug(chip.name)}.json"
+    if path.exists():
+        _tuned.read(path, chip)  # before minutes are spent
+    options = {} if args.image_size is None else {"img_size": args.image_size}
+    wanted: dict[Task, None] = {}
+    for name in args.model:
+        for batch in args.batch:
+            with torch.device("meta"):
+                model = create_model(name, backend="triton", **options)
+            wanted |= dict.fromkeys(tasks(model, batch, DTYPES[args.dtype], chip))
+    todo = ordered(wanted)
+    if clock is None:
+
+        def clock(call, inputs):
+            return median(timing.kernel_ms(call, inputs, RUNS, WARMUP, device))
+
+    settled: list[Settled] = []
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    stopped = False
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("tuning", total=len(todo))
+
+        def tick(task):
+            progress.update(bar, advance=1, description=str(task))
+
+        deadline = time.monotonic() + 60 * args.minutes
+        try:
+            for row in settle(todo, device, clock, deadline, tick):
+                settled.append(row)
+        except KeyboardInterrupt:
+            stopped = True
+    if not settled:
+        print("nothing was settled: no table written", file=sys.stderr)
+        return 130 if stopped else 1
+    total = write(path, settled, chip)
+    _tuned.forget()
+    left = len(todo) - len(settled)
+    more = f", {left} left" if left else ""
+    print(f"{path}: {len(settled)} choices measured, {total} in all{more}")
+    return 130 if stopped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m deit_fast.tune", description=summary, epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+        print(f"deit_fast.tune: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

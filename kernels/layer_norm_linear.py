@@ -1,0 +1,202 @@
+"""LayerNorm followed by a linear layer, with the normalisation folded into the product.
+
+    y = act(LN(x) @ W^T + b)   with   LN(x) = (x - mean) * rstd * g + h
+      = act(rstd * (x @ W'^T - mean * s) + b')
+    W' = round(W * g)      s = rowsum(W')      b' = b + W @ h
+
+g and h are LayerNorm's weight and bias. The product reads x itself, its epilogue does the rest, and
+the normalised x is never written. W' and s are made anew at each call, so that a change of the
+weights is seen: 4 N K bytes, where a LayerNorm moves 4 M K. s sums the *rounded* W', and the mean
+is taken from the fp32 product: then x may be rounded only once, and the error is below that of the
+separate operations also where channels or means are far from zero (docs/performance.md).
+
+mean and rstd come from the moments that `linear(..., return_moments=True)` leaves beside x, or from
+a pass over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); moments (P, 2, M)
+in fp32: mean and sum of squared differences from it, of each of P equal parts of a row. Half
+precision and inference only: with gradients, in fp32, under autocast with an fp32 x, and where rows
+are few beside N, the two operations run one after the other.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _runtime, _tuned
+from .layer_norm import MAX_N, layer_norm, layer_norm_reference
+from .linear import ACTIVATIONS, linear, linear_reference, run
+
+
+def layer_norm_linear_reference(
+    x, norm_weight, norm_bias, weight, bias=None, eps=1e-6, activation="none"
+):
+    y = layer_norm_reference(x, norm_weight, norm_bias, eps)
+    return linear_reference(y, weight, bias, activation)
+
+
+@triton.jit
+def _fold_layer_norm_kernel(
+    w_ptr, b_ptr, g_ptr, h_ptr,  # in: (N, K) (N,) or None (K,) (K,)
+    w_out_ptr, b_out_ptr, s_ptr,  # out: (N, K) (N,) (N,), the last two fp32
+    N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    in_rows, in_cols = rows < N, cols < K
+    mask = in_rows[:, None] & in_cols[None, :]
+    offs = rows[:, None] * K + cols[None, :]
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
+    shift = tl.sum(w * h[None, :], axis=1)
+    if b_ptr is not None:
+        shift += tl.load(b_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    folded = (w * g[None, :]).to(w_out_ptr.dtype.element_ty)
+    tl.store(w_out_ptr + offs, folded, mask=mask)
+    tl.store(b_out_ptr + rows, shift, mask=in_rows)
+    tl.store(s_ptr + rows, tl.sum(folded.to(tl.float32), axis=1), mask=in_rows)
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr,  # in: (M, K)
+    moments_ptr,  # out: (1, 2, M)
+    M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # int64: M * K may pass 2**31
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / K
+    diff = tl.where(mask, x - mean[:, None], 0.0)
+    tl.store(moments_ptr + rows, mean, mask=rows < M)
+    tl.store(moments_ptr + M + rows, tl.sum(diff * diff, axis=1), mask=rows < M)
+
+
+@cache
+def meta(K: int) -> dict:
+    """As layer_norm's: 4 warps share about a thousand features, wide rows get more."""
+    BLOCK_N = triton.next_power_of_2(K)
+    BLOCK_M = max(1024 // BLOCK_N, 1)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": max(4, BLOCK_N // 512)}
+
+
+@_runtime.custom_op("deit_fast::layer_norm_linear")
+def _fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    (M, K), N = x.shape, weight.shape[0]
+    if y.numel() == 0:
+        return y
+    config = meta(K)
+    folded = torch.empty_like(weight)
+    shift, sums = x.new_empty(2, N, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        if moments is None:
+            moments = x.new_empty(1, 2, M, dtype=torch.float32)
+            _moments_kernel[(_runtime.cdiv(M, config["BLOCK_M"]),)](x, moments, M, K, **config)
+        _fold_layer_norm_kernel[(_runtime.cdiv(N, config["BLOCK_M"]),)](
+            weight, bias, norm_weight, norm_bias, folded, shift, sums, N, K, **config
+        )
+    run(y, x, folded, shift, activation=activation, moments=moments, column_sums=sums, eps=eps)
+    return y
+
+
+@_fwd.register_fake
+def _(x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_tuned.validates("layer_norm_linear")
+def _why_not(shape, choice, capability):
+    return _tuned.check_choice(choice, ("fold", "separate"), ())
+
+
+def _why_not_fold(x, tensors, rows, moments, implementation) -> str | None:
+    """Why the normalisation can't or shouldn't be folded here; None: it is."""
+    if _runtime.wants_grad(x, *tensors):
+        return "gradients are wanted: it has none"
+    dtype = _runtime.autocast_dtype(x) or x.dtype
+    if x.dtype not in (torch.float16, torch.bfloat16) or dtype != x.dtype:
+        return f"x is {x.dtype} and the product {dtype}: it takes one half precision"
+    if implementation == "fold":
+        return None
+    if _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
+        return "Triton does not serve the product"
+    features, width = tensors[2].shape
+    shape = ("K", width), ("N", features), ("dtype", str(dtype)[6:])
+    on = x.device.type, x.device.index
+    if _tuned.implementation("layer_norm_linear", shape, *on) == "separate":
+        return "measured slower on this chip"
+    if rows < (8 if moments is None else 2) * features:
+        return "rows are few: folding W would cost more than normalising x"
+    return None
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str = "none",
+    moments: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """`activation(layer_norm(x) @ weight.T + bias)`.
+
+    x (..., K), K <= 8192; norm_weight, norm_bias (K,); weight (N, K), bias (N,); dtypes as for
+    `linear`. `moments` (P, 2, rows) in fp32: what `linear(..., return_moments=True)` gave with x;
+    they are believed. Returns (..., N) in x's dtype. `implementation`: "auto" and "triton" fold the
+    normalisation into the product where the module's docstring and tuned tables say so, "fold"
+    insists, "cublas" and "torch" run the two operations. Raises ValueError for shapes, devices and
+    names that do not fit, or for "fold" where it can't be; TypeError for dtypes.
+    """
+    if weight.dim() != 2 or x.dim() < 1 or not 0 < weight.shape[1] <= MAX_N:
+        raise ValueError(
+            f"layer_norm_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
+            f"want (..., K) and (N, K) with 0 < K <= {MAX_N}"
+        )
+    (N, K), lead = weight.shape, x.shape[:-1]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"layer_norm_linear: activation {activation!r}, want one of {ACTIVATIONS}")
+    rows = math.prod(lead)
+    _runtime.expect(
+        "layer_norm_linear", x, x=(x, (*lead, K)), norm_weight=(norm_weight, (K,)),
+        norm_bias=(norm_bias, (K,)), bias=(bias, (N,)),
+    )  # fmt: skip
+    if moments is not None:
+        parts = moments.shape[0] if moments.dim() == 3 else 1
+        _runtime.expect("layer_norm_linear", x, torch.float32, moments=(moments, (parts, 2, rows)))
+        if K % parts:
+            raise ValueError(f"layer_norm_linear: moments of {parts} parts, want a divisor of {K}")
+    tensors = (norm_weight, norm_bias, weight, bias)
+    reason = _why_not_fold(x, tensors, rows, moments, implementation)
+    if reason is None:
+        dtype = _runtime.autocast_dtype(x)
+        weight, bias = _runtime.cast(dtype, weight, bias)
+        _runtime.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)))
+        if implementation == "fold":
+            _runtime.resolve("linear", x, "triton")
+        tensors = (norm_weight, norm_bias, weight, bias, moments)
+        tensors = (t if t is None else t.contiguous() for t in tensors)
+        return _fwd(x.reshape(-1, K).contiguous(), *tensors, eps, activation).view(*lead, N)
+    if implementation == "fold":
+        raise ValueError(f"layer_norm_linear: implementation 'fold', but {reason}")
+    # under autocast the product rounds its input anyway: let the LayerNorm write that
+    normalise = "triton" if implementation == "cublas" else implementation
+    y = layer_norm(x, norm_weight, norm_bias, eps, _runtime.autocast_dtype(x), normalise)
+    return linear(y, weight, bias, activation, implementation=implementation)

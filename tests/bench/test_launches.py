@@ -1,0 +1,177 @@
+"""What a forward pass launches, seen without a GPU; and what it is predicted to take."""
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from making import kernel_row, model_row, results_of
+from modelling import images, tiny_pair
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deit_fast
+from benchmarks import predict
+from benchmarks.table5 import select
+from deit_fast.bench.launches import record
+from deit_fast.kernels._runtime import Chip
+from deit_fast.kernels.cases import DEIT
+
+V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
+H200, B200 = predict.H200, Chip("B200", (10, 0), 148)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BLOCK = ["layer_norm_linear", "attention", "linear", "layer_norm_linear", "linear"]
+
+
+def meta_model(name="deit_base_distilled", **options):
+    with torch.device("meta"):
+        return deit_fast.create_model(name, **options)
+
+
+@pytest.mark.parametrize("chip", [A100, H200, B200], ids=lambda chip: chip.name)
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_small_distilled", "deit_base_distilled_384"])
+def test_nothing_but_our_kernels_in_half_precision(name, uint8, chip):
+    """No casts, no transposes, no copies between kernels: PyTorch's own are one copy of the prefix
+    tokens' rows and, of a distilled model, of the tokens themselves."""
+    recorder = record(meta_model(name), 256, BF16, chip, uint8)
+    ops = [op for op, _, _ in recorder.calls]
+    assert ops[0] == "patch_embed" and ops[-1] == "classifier"
+    assert ops[1 : 1 + 11 * 5] == BLOCK * 11
+    last = Counter(ops[1 + 11 * 5 : -1])
+    assert last["attention"] == 1 and sum(last.values()) == 8
+    assert recorder.others == {"clone": 1} | ({"cat": 1} if "distilled" in name else {})
+
+
+def test_moments_come_with_the_product_before():
+    recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
+    moments = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]
+    assert len(moments) == 23 and moments[0] is None
+    assert all(m.shape == (6, 2, 256 * 198) for m in moments[1:])
+
+
+def test_the_last_block_is_for_the_prefix_tokens():
+    recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
+    (x, weight) = [args[:2] for op, args, _ in recorder.calls if op == "linear"][-1]
+    assert x.shape == (512, 1536) and weight.shape == (384, 1536)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_chips_without_tensor_cores_for_triton(dtype):
+    """Products are cuBLAS' (in deit_fast::linear), attention and convolution PyTorch's."""
+    recorder = record(meta_model("deit_small_distilled"), 64, dtype, V100)
+    ops = Counter(op for op, _, _ in recorder.calls)
+    assert ops == {"layer_norm": 25, "linear": 49}
+    assert recorder.others["convolution"] == 1
+
+
+def test_small_batches_are_not_folded():
+    recorder = record(meta_model("deit_base_distilled"), 1, BF16, H200)
+    assert "layer_norm_linear" not in {op for op, _, _ in recorder.calls}
+    assert not [1 for op, args, _ in recorder.calls if op == "linear" and args[-2]]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that PyTorch's operations made and someone still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {id(t.untyped_storage()) for t in args if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.seen:
+                self._hold(t.untyped_storage(), known)
+        return result
+
+    def _hold(self, storage, known):
+        if id(storage) in known:
+            return
+        address, size = storage.data_ptr(), storage.nbytes()
+        self.seen.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone():
+            self.now -= size
+            self.seen.discard(address)
+
+        weakref.finalize(storage, gone)
+
+
+def test_peak_memory_is_no_more_than_eagers():
+    """Activations of a half-precision pass in inference, in Triton's interpreter."""
+    reference, fast = tiny_pair("triton", depth=3)
+    x = images(reference, batch=32).half()
+    peaks = []
+    for model in (reference.half(), fast.half()):
+        with torch.no_grad(), PeakMemory() as memory:
+            model(x)
+        peaks.append(memory.peak)
+    tokens = 32 * 18 * 64 * 2
+    assert peaks[0] >= 6 * tokens, "the yardstick sees eager's hidden layers"
+    assert 5 * tokens < peaks[1] < 0.8 * peaks[0]
+
+
+@pytest.mark.parametrize("network", predict.NETWORKS)
+def test_prediction_counts_the_whole_model(network):
+    """Its FLOPs are those of the paper's model less the last block's pruning, and its time lies
+    between the tensor floor and the plan of separate kernels."""
+    rows, total, others = predict.predict(network, 256, predict.ELSEWHERE)
+    D, H, N, size = DEIT[network]
+    patches = (size // 16) ** 2
+    block = 2 * N * D * 12 * D + 4 * N * N * D
+    last = 2 * N * 2 * D * D + 2 * 2 * 10 * D * D + 4 * 2 * N * D
+    whole = 11 * block + last + 2 * patches * 768 * D + 2 * 2 * 1000 * D
+    counted = sum(count * launch.flops for launch, count, _ in rows)
+    assert counted == pytest.approx(256 * whole, rel=1e-9)
+    floor = counted / 788e12 * 1e6
+    assert 1.2 * floor < total < 3 * floor
+    assert sum(others.values()) == 2
+    for launch, _, times in rows:
+        assert times["predicted"] >= max(predict.LEAST_US, times["traffic"], times["arithmetic"])
+        assert launch.bytes > 0
+
+
+def test_prediction_of_one_product():
+    """By hand: 50,688 x 768 -> 3072 with GELU."""
+    rows, _, _ = predict.predict("B", 256, predict.ELSEWHERE)
+    (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
+    launch, count, times = row
+    assert count == 11 and launch.flops == 2 * 50688 * 768 * 3072
+    w = 3072 * 768 * 2
+    assert launch.bytes == 50688 * (768 + 3072) * 2 + 3 * w + 3072 * 2 + 12 * 2 * 50688 * 4
+    assert times["arithmetic"] == pytest.approx(launch.flops / (0.72 * 788e12) * 1e6)
+    assert times["traffic"] == pytest.approx(launch.bytes / (0.9 * 4.3e12) * 1e6)
+    mufu = 50688 * 3072 * 2 / (16 * 132 * 1.75e9) * 1e6
+    assert times["epilogue"] == pytest.approx(mufu / 2)
+    assert times["predicted"] == pytest.approx(times["arithmetic"] + mufu / 2)
+
+
+def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
+    """What was measured stands in its column; what was not, does not."""
+    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    predict.main(["--network", "Ti"])
+    before = capsys.readouterr().out
+    assert "measured: not yet" in before and "788 TFLOP/s" in before
+    limits = {"bf16_tflops": 700.0, "copy_tb_per_s": 4.0}
+    folder = tmp_path / "h200"
+    folder.mkdir()
+    kernel = kernel_row(network="Ti", case="fc2", ms=0.0345)
+    model = model_row(select(["DeiT-Ti distilled"])[0], "deit_fast_graph_bf16", 123456.0)
+    for name, rows in (("ceilings", []), ("kernels", [kernel]), ("table5", [model])):
+        results = replace(results_of(*rows), ceilings=limits)
+        results.save(folder / f"{name}.json")
+    predict.main(["--network", "Ti"])
+    out = capsys.readouterr().out
+    assert "700 TFLOP/s" in out and "123,456 images/s" in out and "34.5" in out
+    assert "34.5" not in before and out.count("measured here") == 1
+
+
+def test_the_documented_predictions_are_the_commands():
+    page = (Path(predict.__file__).parents[1] / "docs" / "performance.md").read_text()
+    documented = page.split("<!-- predictions: begin -->\n")[1].split("\n<!-- predictions: end")[0]
+    assert documented == predict.markdown(), "python -m benchmarks.predict --markdown"

@@ -1,0 +1,184 @@
+"""layer_norm_linear against fp64: folded into the product, and as two operations."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import BF16, DOT_DTYPES, FP16, FP32, check, check_compiles
+
+from deit_fast.kernels import (
+    _tuned,
+    cases,
+    layer_norm_linear,
+    layer_norm_linear_reference,
+    linear,
+)
+from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels.cases import layer_norm_linear_inputs as make_inputs
+from deit_fast.kernels.layer_norm_linear import _fwd
+from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
+
+folded = partial(layer_norm_linear, implementation="fold")
+separate = partial(layer_norm_linear, implementation="cublas")
+
+
+def in_dtype(inputs, dtype):
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("stream", ["normal", "outliers", "offset"])
+@pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
+def test_folding_is_no_less_accurate_than_torch(case, stream, dtype, device):
+    """Also where some channels are 50 times the others, and where the mean is ten deviations."""
+    inputs = make_inputs(**case, stream=stream, device=device)
+    check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
+def test_values_and_gradients_of_the_two_operations(case, implementation, dtype, device):
+    function = partial(layer_norm_linear, implementation=implementation)
+    check(function, layer_norm_linear_reference, make_inputs(**case, device=device), dtype)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
+def test_every_configuration_a_table_may_name(config, dtype, device):
+    if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this chip has no tensor descriptors")
+    inputs = make_inputs(M=300, K=192, N=320, activation="gelu", stream="offset", device=device)
+    with _tuned.forced("linear", {"implementation": "triton", **config}):
+        check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+def test_moments_of_the_product_before(implementation, device):
+    """The moments that a linear leaves give what a pass over its result gives."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1600, 96, device=device), torch.randn(192, 96, device=device)
+    x, moments = linear(
+        hidden.half(), weight.half(), implementation=implementation, return_moments=True
+    )
+    inputs = in_dtype(make_inputs(M=1600, K=192, N=64, device=device), FP16) | {"x": x}
+    got = folded(**inputs, moments=moments)
+    torch.testing.assert_close(got, folded(**inputs), rtol=1e-3, atol=2e-3)
+    moments[:, 0] += 1.0  # they are believed
+    assert (folded(**inputs, moments=moments) - got).abs().max() > 0.1
+
+
+def test_rows_that_do_not_vary(device):
+    """Variance zero: eps alone keeps rstd finite."""
+    inputs = in_dtype(make_inputs(M=5, K=64, N=32, device=device), FP16)
+    inputs["x"] = torch.full_like(inputs["x"], 3.0)
+    want = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
+    torch.testing.assert_close(folded(**inputs).double(), want, rtol=2e-3, atol=2e-3)
+
+
+def test_nan_stays_in_its_row(device):
+    inputs = in_dtype(make_inputs(M=70, K=64, N=48, device=device), FP16)
+    inputs["x"][3, 5] = torch.nan
+    y = folded(**inputs)
+    assert y[3].isnan().all() and y.isnan().any(1).sum() == 1
+
+
+def test_changed_weights_are_seen(device):
+    inputs = in_dtype(make_inputs(M=70, K=64, N=48, device=device), FP16)
+    before = folded(**inputs)
+    for name in ("weight", "norm_weight", "norm_bias", "bias"):
+        inputs[name].data.add_(1.0)
+        after = folded(**inputs)
+        assert (after - before).abs().max() > 0.5, name
+        before = after
+
+
+def test_when_it_folds(device, monkeypatch):
+    """Half precision, no gradients, rows twice the features (eight times where their moments are
+    not known), and what a table says."""
+    calls = []
+    module = __import__("sys").modules["deit_fast.kernels.layer_norm_linear"]
+    real = module._fwd
+    monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or real(*args))
+
+    def folds(dtype=FP16, implementation="triton", grad=False, known=True, **sizes):
+        calls.clear()
+        sizes = {"M": 96, "K": 64, "N": 48} | sizes
+        inputs = in_dtype(make_inputs(**sizes, device=device), dtype)
+        inputs["weight"].requires_grad_(grad)
+        moments = torch.ones(1, 2, sizes["M"], device=device) if known else None
+        layer_norm_linear(**inputs, moments=moments, implementation=implementation)
+        return bool(calls)
+
+    assert folds() and folds(M=20, implementation="fold")
+    assert folds(M=384, known=False) and not folds(M=383, known=False)
+    assert not folds(FP32) and not folds(grad=True) and not folds(M=95)
+    assert not folds(implementation="cublas") and not folds(implementation="torch")
+    with pretend(Chip("A100", (8, 0), 108)):
+        assert folds(implementation="auto")
+    with pretend(Chip("V100", (7, 0), 80)):
+        assert not folds(implementation="auto")
+    with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
+        assert not folds()
+    with _tuned.forced("layer_norm_linear", {"implementation": "fold"}):
+        assert folds() and not folds(M=95)
+
+
+def test_autocast(device):
+    """An fp32 stream is not folded: rounding it would cost accuracy. A half one is."""
+    inputs = make_inputs(M=96, K=64, N=48, device=device)
+    exact = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
+    with torch.autocast(device, FP16):
+        got = layer_norm_linear(**inputs, implementation="triton")
+        with pytest.raises(ValueError, match="'fold', but x is torch.float32"):
+            folded(**inputs)
+        half = folded(**inputs | {"x": inputs["x"].half()})
+    assert got.dtype == half.dtype == FP16
+    torch.testing.assert_close(got.double(), exact, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(half.double(), exact, rtol=4e-3, atol=1e-2)
+
+
+def test_op_contract(device):
+    inputs = in_dtype(make_inputs(M=6, K=32, N=16, device=device), FP16)
+    tensors = [inputs[k] for k in ("x", "norm_weight", "norm_bias", "weight", "bias")]
+    torch.library.opcheck(_fwd.op, (*tensors, None, 1e-6, "gelu"))
+
+
+def test_compiles_into_one_graph(device):
+    inputs = make_inputs(M=6, K=32, N=16, device=device)
+    names = ("x", "norm_weight", "norm_bias", "weight", "bias")
+
+    def f(*leaves):
+        return layer_norm_linear(*leaves, activation="gelu", implementation="triton").cos()
+
+    check_compiles(f, [inputs[k] for k in names])
+    half = [inputs[k].detach().half() for k in names]
+    compiled = torch.compile(folded, fullgraph=True)(*half)
+    torch.testing.assert_close(compiled, folded(*half), rtol=0, atol=0)
+
+
+def test_strided_and_empty_input(device):
+    inputs = in_dtype(make_inputs(M=12, K=64, N=48, device=device), FP16)
+    x = inputs["x"]
+    wide = torch.cat([x, x], 1)[:, ::2]
+    want = folded(**inputs | {"x": wide.contiguous()})
+    torch.testing.assert_close(folded(**inputs | {"x": wide}), want)
+    assert folded(**inputs | {"x": x[:0]}).shape == (0, 48)
+
+
+def test_bad_input_is_named():
+    x, g, w = torch.zeros(6, 32), torch.ones(32), torch.zeros(16, 32)
+    with pytest.raises(ValueError, match=r"norm_weight has shape \(31,\), want \(32,\)"):
+        layer_norm_linear(x, g[:31], g, w)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), want \(6, 31\)"):
+        layer_norm_linear(x, g, g, w[:, :31])
+    with pytest.raises(ValueError, match="activation 'relu'"):
+        layer_norm_linear(x, g, g, w, activation="relu")
+    with pytest.raises(ValueError, match=r"moments has shape \(1, 2, 5\), want \(1, 2, 6\)"):
+        layer_norm_linear(x, g, g, w, moments=torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="moments of 3 parts, want a divisor of 32"):
+        layer_norm_linear(x, g, g, w, moments=torch.zeros(3, 2, 6))
+    with pytest.raises(ValueError, match="'fold', but gradients are wanted"):
+        folded(x.half(), g.half().requires_grad_(), g.half(), w.half())
+    with pytest.raises(TypeError, match="weight has dtype torch.bfloat16, want torch.float16"):
+        folded(x.half(), g.half(), g.half(), w.to(BF16))

@@ -1,0 +1,188 @@
+"""Tuned tables: what is found in them, and that what is no use is named and ignored."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from deit_fast.kernels import _tuned, linear
+from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels.attention import RESIDENT_CONFIG
+from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
+from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
+
+CHIP = Chip("NVIDIA H9000", (9, 0), 132)
+SHAPE = {"K": 64, "N": 128, "dtype": "float16", "epilogue": "bias"}
+CUBLAS = {"implementation": "cublas"}
+
+
+def row(M=1000, op="linear", shape=SHAPE, choice=CUBLAS):
+    return {"op": op, "shape": {"M": M, **shape}, "choice": choice, "ms": 0.1, "others": {}}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes the user's table, for CHIP."""
+    monkeypatch.setenv("DEIT_FAST_CACHE", str(tmp_path))
+    path = tmp_path / "tuned" / "h9000.json"
+    path.parent.mkdir()
+
+    def write(*rows, **header):
+        table = {"gpu": CHIP.name, "capability": [9, 0], "choices": list(rows)} | header
+        path.write_text(json.dumps(table))
+        _tuned.forget()
+        return path
+
+    yield write
+    _tuned.forget()
+
+
+def find(M, op="linear", **changed):
+    return _tuned.lookup(op, {"M": M} | SHAPE | changed, CHIP)
+
+
+def test_nearest_within_a_factor_of_two(write):
+    triton = {"implementation": "triton", **HOPPER_CONFIGS[0]}
+    write(row(1000), row(3000, choice=triton))
+    assert find(1000) == find(500) == find(1700) == CUBLAS
+    assert find(1800) == find(6000) == triton
+    assert find(499) is find(6001) is find(0) is None
+    assert find(1000, N=256) is find(1000, op="attention") is None
+    shape = tuple(SHAPE.items())
+    with pretend(CHIP):
+        assert _tuned.implementation("linear", shape, "cpu", None) == "triton"
+        assert _tuned.implementation("linear", (*shape, ("x", 1)), "cpu", None) is None
+
+
+def test_the_users_table_comes_before_the_shipped_one(write, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(_tuned, "SHIPPED", shipped)
+    triton = {"implementation": "triton", **HOPPER_CONFIGS[0]}
+    table = {"gpu": CHIP.name, "capability": [9, 0]}
+    table["choices"] = [row(1000, choice=triton), row(9000, choice=triton)]
+    (shipped / "h9000.json").write_text(json.dumps(table))
+    write(row(1000))
+    assert find(1000) == CUBLAS and find(9000) == triton
+
+
+def test_the_table_serves_the_operation(write, monkeypatch):
+    """auto follows it; an implementation that is asked for only takes its configuration."""
+    seen = []
+    module = __import__("sys").modules["deit_fast.kernels.linear"]
+    real = module._choose
+    monkeypatch.setattr(module, "_choose", lambda *a: seen.append(real(*a)) or seen[-1])
+    x, weight, bias = torch.randn(1000, 64).half(), torch.randn(128, 64).half(), torch.zeros(128)
+    with pretend(CHIP):
+        for choice, asked, want in (
+            (CUBLAS, "auto", "cublas"),
+            (CUBLAS, "triton", "triton"),
+            ({"implementation": "triton", **HOPPER_CONFIGS[8]}, "auto", "triton"),
+            ({"implementation": "triton", **HOPPER_CONFIGS[8]}, "cublas", "cublas"),
+        ):
+            write(row(choice=choice))
+            linear(x, weight, bias.half(), implementation=asked)
+            assert seen[-1][0] == want
+            if want == choice["implementation"] == "triton":
+                assert seen[-1][1] == HOPPER_CONFIGS[8]
+        with _tuned.disabled():
+            linear(x, weight, bias.half())
+            assert seen[-1][1] == HOPPER_CONFIGS[2]
+
+
+ATTENTION = {"N": 198, "L": 198, "d": 64, "dtype": "float16", "bias": False}
+MLP = {"D": 192, "hidden": 768, "dtype": "bfloat16"}
+
+
+def test_every_kind_of_choice(write):
+    resident = {"implementation": "triton", **RESIDENT_CONFIG}
+    fused = {"implementation": "fused", **FUSED_CONFIGS[0]}
+    write(
+        row(op="attention", shape=ATTENTION, choice=resident),
+        row(op="layer_norm_mlp", shape=MLP, choice=fused),
+        row(op="layer_norm_linear", shape={"K": 64}, choice={"implementation": "separate"}),
+    )
+    assert _tuned.lookup("attention", {"M": 768} | ATTENTION, CHIP) == resident
+    assert _tuned.lookup("layer_norm_mlp", {"M": 1000} | MLP, CHIP) == fused
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (row(op="softmax"), r"choices\[1\]: no operation 'softmax'"),
+        ({"op": "linear"}, r"choices\[1\] is malformed \(KeyError\('shape'\)\)"),
+        (row(M="many"), "M is 'many'"),
+        (row(choice={"implementation": "cutlass"}), "implementation 'cutlass', want one of"),
+        (row(choice={"implementation": "triton"}), "no configuration"),
+        (
+            row(choice={"implementation": "triton", **AMPERE_CONFIGS[3]}),
+            "a configuration that 'triton' does not offer",
+        ),
+        (row(shape=SHAPE | {"dtype": "int7"}), "dtype 'int7'"),
+        (row(shape=SHAPE | {"epilogue": "folded+bias"}), "cuBLAS rounds the product before"),
+        (
+            row(
+                op="attention", shape=ATTENTION | {"L": 578},
+                choice={"implementation": "triton", **RESIDENT_CONFIG},
+            ),
+            "does not offer",
+        ),
+        (
+            row(
+                op="layer_norm_mlp", shape=MLP | {"D": 384},
+                choice={"implementation": "fused", **FUSED_CONFIGS[0]},
+            ),
+            "want D in",
+        ),
+    ],
+)  # fmt: skip
+def test_a_table_with_a_choice_that_cannot_be_is_ignored(write, bad, reason):
+    path = write(row(), bad)
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert find(1000) is None
+    assert str(path) in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    "header, reason",
+    [
+        ({"gpu": "NVIDIA A100"}, "another chip's: gpu is 'NVIDIA A100', this one's 'NVIDIA H9000'"),
+        ({"capability": [8, 0]}, r"another chip's: capability is \[8, 0\]"),
+        ({"choices": None}, "want an object with"),
+    ],
+)
+def test_foreign_and_shapeless_tables_are_ignored(write, header, reason):
+    path = write(row(), **header)
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert find(1000) is None
+    assert str(path) in str(caught[0].message)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"gpu": "NVID', b"\xff\xfe\x00", b"[1, 2]"])
+def test_a_corrupt_table_is_ignored_once(write, content):
+    path = write()
+    path.write_bytes(content)
+    _tuned.forget()
+    with pytest.warns(UserWarning, match="h9000.json is ignored: "):
+        assert find(1000) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find(2000) is None
+
+
+def test_where_tables_are(monkeypatch, tmp_path):
+    monkeypatch.delenv("DEIT_FAST_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _tuned.folder() == tmp_path / "deit_fast" / "tuned"
+    assert _tuned.slug("NVIDIA H200") == "h200"
+    assert _tuned.slug("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
+
+
+def test_shipped_tables_are_right():
+    """Each is read as its own chip would; there may be none yet."""
+    for path in _tuned.SHIPPED.glob("*.json"):
+        header = json.loads(path.read_text())
+        chip = Chip(header["gpu"], tuple(header["capability"]), 1)
+        assert path.stem == _tuned.slug(chip.name)
+        assert _tuned.read(path, chip)
