@@ -80,6 +80,17 @@ def test_large_scores_do_not_overflow(device):
     assert_as_accurate(triton_attention(q, k, v), attention_reference(q, k, v), exact)
 
 
+@pytest.mark.parametrize("key", [0, 130, 197])
+def test_one_key_far_above_the_others(key, device):
+    """The largest score counts in whichever piece it is: e^200 would overflow."""
+    inputs = make_inputs(1, 1, 70, 198, 64, device=device)
+    inputs["q"] = torch.full_like(inputs["q"], 5.0)
+    inputs["k"][:, key] = 5.0
+    q, k, v = (t.half() for t in inputs.values())
+    o = triton_attention(q, k, v)
+    torch.testing.assert_close(o, v[:, key : key + 1].expand_as(o), rtol=1e-3, atol=1e-3)
+
+
 def test_scale_argument(device):
     inputs = make_inputs(1, 2, 20, 20, 32, device=device)
     torch.testing.assert_close(

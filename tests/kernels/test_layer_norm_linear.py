@@ -132,6 +132,8 @@ def test_autocast(device):
         got = layer_norm_linear(**inputs, implementation="triton")
         with pytest.raises(ValueError, match="'fold', but x is torch.float32"):
             folded(**inputs)
+        with pytest.raises(ValueError, match="x is torch.bfloat16 and the product torch.float16"):
+            folded(**inputs | {"x": inputs["x"].bfloat16()})
         half = folded(**inputs | {"x": inputs["x"].half()})
     assert got.dtype == half.dtype == FP16
     torch.testing.assert_close(got.double(), exact, rtol=4e-3, atol=4e-3)

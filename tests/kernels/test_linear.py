@@ -1,5 +1,6 @@
 """linear and its epilogues against fp64, as one Triton kernel and behind a cuBLAS product."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from checking import BF16, DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
 from deit_fast.kernels import _tuned, cases, linear, linear_reference
+from deit_fast.kernels._runtime import Chip, pretend
 from deit_fast.kernels.cases import linear_inputs as make_inputs
 from deit_fast.kernels.linear import (
     AMPERE_CONFIGS,
@@ -71,6 +73,28 @@ def test_moments_of_the_rounded_result(config, dtype, implementation, device):
     torch.testing.assert_close(moments[:, 0].t().double(), parts.mean(2), rtol=1e-6, atol=1e-5)
     squares = (parts - parts.mean(2, keepdim=True)).square().sum(2)
     torch.testing.assert_close(moments[:, 1].t().double(), squares, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_programs(persistent, device, monkeypatch):
+    """A program a tile; persistent ones, as many as the chip has multiprocessors."""
+    config = HOPPER_CONFIGS[4 if persistent else 0]
+    assert config["PERSISTENT"] == persistent
+    grids = []
+    module = sys.modules["deit_fast.kernels.linear"]
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "_linear_kernel", Kernel())
+    chip = Chip("NVIDIA H9000", (9, 0), 7)
+    with pretend(chip), _tuned.forced("linear", {"implementation": "triton", **config}):
+        for M in (100, 128 * 9):
+            inputs = make_inputs(M=M, S=1, K=64, N=256, device=device)
+            linear(inputs["x"].half(), inputs["weight"].half(), implementation="triton")
+    assert grids == ([(2,), (7,)] if persistent else [(2,), (18,)])
 
 
 def test_moments_only_where_they_serve(device):

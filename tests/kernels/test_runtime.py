@@ -1,9 +1,14 @@
 """Which implementation serves which chip, and that the choice can be asked for and explained."""
 
+import sys
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from deit_fast.kernels import _runtime
+from deit_fast.bench.launches import Recorder
+from deit_fast.kernels import _runtime, linear
 
 FP16, FP32 = torch.float16, torch.float32
 V100, T4, A100, H100, B200 = (7, 0), (7, 5), (8, 0), (9, 0), (10, 0)
@@ -82,3 +87,52 @@ def test_the_device_of_the_tensor_decides():
     x = torch.zeros(1, device="cuda")
     assert _runtime.resolve("layer_norm", x, "auto") == "triton"
     assert _runtime.resolve("layer_norm", x.cpu(), "auto") == "torch"
+
+
+class Straight(Exception):
+    """The body was called without the dispatcher."""
+
+
+@pytest.fixture
+def call(device, monkeypatch):
+    """linear in Triton, which raises Straight where it skips the dispatcher."""
+    module = sys.modules["deit_fast.kernels.linear"]
+
+    def body(*args):
+        raise Straight
+
+    monkeypatch.setattr(module._fwd, "body", body)
+
+    def call(x=None, grad=False, on=device):
+        x = torch.randn(4, 32, device=on) if x is None else x
+        weight = torch.nn.Parameter(torch.randn(8, 32, device=on), requires_grad=grad)
+        return linear(x, weight, implementation="triton")
+
+    return call
+
+
+def test_an_operator_is_called_straight_where_nothing_watches(call):
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context(), pytest.raises(Straight):
+            call()
+    with torch.no_grad(), pytest.raises(Straight):
+        call(grad=True)
+
+
+def test_an_operator_is_dispatched_where_something_watches(call, device):
+    assert call(grad=True).requires_grad
+    assert call(x=torch.randn(4, 32, device=device, requires_grad=True)).requires_grad
+    with Recorder() as recorder:
+        call()
+    assert [name for name, _, _ in recorder.calls] == ["linear"]
+    with FakeTensorMode() as mode:
+        assert isinstance(call(x=mode.from_tensor(torch.randn(4, 32))), FakeTensor)
+    graph = make_fx(lambda x: call(x=x))(torch.randn(4, 32, device=device)).graph
+    assert "deit_fast.linear" in str(graph)
+    compiled = torch.compile(lambda x: call(x=x), fullgraph=True)
+    assert compiled(torch.randn(4, 32, device=device)).shape == (4, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for the device")
+def test_an_operator_is_dispatched_on_the_meta_device(call, monkeypatch):
+    assert call(on="meta").shape == (4, 8)
