@@ -213,7 +213,7 @@ def layer_norm_mlp(
     scaled = layer_scale is not None or row_scale is not None
     reason = _why_not_fused(x, weights, residual, scaled, hidden, implementation)
     if reason is None:
-        return _fused(x, *weights, residual, eps, return_moments)
+        return _fused(x, weights, residual, eps, return_moments)
     if implementation == "fused":
         raise ValueError(f"layer_norm_mlp: implementation 'fused', but {reason}")
     y = layer_norm_linear(
@@ -225,12 +225,11 @@ def layer_norm_mlp(
     )  # fmt: skip
 
 
-def _fused(x, *arguments):
-    *weights, residual, eps, return_moments = arguments
+def _fused(x, weights, residual, eps, return_moments):
     D, hidden = x.shape[-1], weights[2].shape[0]
     shapes = ((D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-    weights[2:] = _runtime.cast(_runtime.autocast_dtype(x), *weights[2:])
+    weights = [*weights[:2], *_runtime.cast(_runtime.autocast_dtype(x), *weights[2:])]
     named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
     _runtime.expect("layer_norm_mlp", x, **named, residual=(residual, x.shape))
     _runtime.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})

@@ -103,9 +103,10 @@ def call(device, monkeypatch):
 
     monkeypatch.setattr(module._fwd, "body", body)
 
-    def call(x=None, grad=False, on=device):
+    def call(x=None, grad=False, on=device, weight=None):
         x = torch.randn(4, 32, device=on) if x is None else x
-        weight = torch.nn.Parameter(torch.randn(8, 32, device=on), requires_grad=grad)
+        if weight is None:
+            weight = torch.nn.Parameter(torch.randn(8, 32, device=on), requires_grad=grad)
         return linear(x, weight, implementation="triton")
 
     return call
@@ -129,8 +130,8 @@ def test_an_operator_is_dispatched_where_something_watches(call, device):
         assert isinstance(call(x=mode.from_tensor(torch.randn(4, 32))), FakeTensor)
     graph = make_fx(lambda x: call(x=x))(torch.randn(4, 32, device=device)).graph
     assert "deit_fast.linear" in str(graph)
-    compiled = torch.compile(lambda x: call(x=x), fullgraph=True)
-    assert compiled(torch.randn(4, 32, device=device)).shape == (4, 8)
+    compiled = torch.compile(lambda x, weight: call(x=x, weight=weight), fullgraph=True)
+    assert compiled(*torch.randn(2, 4, 32, device=device)).shape == (4, 4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for the device")
