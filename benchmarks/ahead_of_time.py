@@ -89,6 +89,7 @@ def cases(archs):
         yield from _epilogue(arch)
         if arch in DOT_ARCHS:
             yield from _linear(arch)
+            yield from _one_row(arch)
             yield from _layer_norm_linear(arch)
             yield from _layer_norm_mlp(arch)
             yield from _attention(arch)
@@ -182,6 +183,19 @@ def _linear(arch):
                     arch, pointers | sizes, constexprs, config,
                     elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
+
+
+def _one_row(arch):
+    """Triton makes a size of 1 a constant."""
+    config = OPS["linear"].configs(BF16, (arch // 10, arch % 10))[0]
+    present = ("b_ptr", "res_ptr", "moments_ptr", "sums_ptr", "moments_out_ptr")
+    signature = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), BF16) | _optional(present, BF16)
+    signature |= dict.fromkeys(("N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
+    constexprs = {"M": 1, "ACTIVATION": "gelu", "EVEN_K": True, "PARTS": 3, "EXACT": False}
+    yield Case(
+        "linear", "one row, everything, bf16", "_linear_kernel", arch, signature,
+        constexprs, config | {"TMA": False}, 2 * 384 * 384, 2 * 384 * 384, False,
+    )  # fmt: skip
 
 
 def _tile(config):

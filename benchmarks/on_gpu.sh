@@ -4,7 +4,7 @@
 # correctness       the whole suite on the device: bf16 dots, real Triton code
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
 # ceilings          copy bandwidth and the best matrix products
-# tune              which implementation and tiles serve DeiT's shapes best: tuned/<chip>.json
+# tune              which implementation and tiles serve DeiT's shapes best: cache/tuned/<chip>.json
 # kernels           every operation on DeiT's shapes, predicted and measured
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
@@ -31,7 +31,7 @@ for file in benchmarks/results/*/*.json; do # what was measured before
     fi
 done
 export PYTHONUNBUFFERED=1
-export DEIT_FAST_CACHE=$out # the stage tune writes its table there, and the stages after it use it
+export DEIT_FAST_CACHE=$out/cache # the stage tune writes its table there, the stages after it use it
 python=${PYTHON:-python3}
 
 "$python" -m pip install -q --no-deps --no-build-isolation -e .
@@ -93,7 +93,7 @@ run_stage() {
             echo "tune: made of measurements, there are none without a GPU"
             return
         fi
-        # the large ones first; what the minutes leave goes on in the next run of the stage
+        # what the minutes leave goes on in the next run of the stage
         for model in deit_base_distilled deit_base_distilled_384 deit_small_distilled \
             deit_tiny_distilled; do
             "$python" -m deit_fast.tune --model "$model" --minutes 2 || failed=1

@@ -204,11 +204,11 @@ def case_of(launch: Launch, network: str) -> str | None:
     return ""
 
 
-def predict(network: str, batch: int, limits: dict, uint8: bool = False):
+def predict(network: str, batch: int, limits: dict, uint8: bool = False, tables: bool = True):
     """(rows of (launch, count, times), total microseconds, operations of PyTorch's own)."""
     with torch.device("meta"):
         model = getattr(deit_fast, NETWORKS[network])()
-    recorder = record(model, batch, torch.bfloat16, H200, uint8)
+    recorder = record(model, batch, torch.bfloat16, H200, uint8, tables)
     counted = Counter(launches(recorder))
     rows = [(launch, count, launch.times(limits)) for launch, count in counted.items()]
     total = sum(count * times["predicted"] for _, count, times in rows)
@@ -223,12 +223,12 @@ def full_flops(network: str) -> int:
 
 
 def markdown() -> str:
-    """The table of docs/performance.md: batch 256, another H200's ceilings."""
+    """The table of docs/performance.md: batch 256, another H200's ceilings, no tuned table."""
     lines = [
         "| | Ti | S | B | B-384 |",
         "|---|---:|---:|---:|---:|",
     ]
-    found = {n: predict(n, 256, ELSEWHERE) for n in NETWORKS}
+    found = {n: predict(n, 256, ELSEWHERE, tables=False) for n in NETWORKS}
 
     def line(name, value, form):
         lines.append(f"| {name} | " + " | ".join(form.format(value(n)) for n in NETWORKS) + " |")

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import table5
+from deit_fast import tune
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
 from deit_fast.bench.networks import PROTOCOLS, Disagreement, Network, Plan, TooSlow, reason
@@ -273,10 +274,12 @@ class Suite:
         return max(copied, flops / ceilings[f"{PRECISIONS[dtype]}_tflops"]) / 1e9
 
     def _served_by(self, op, inputs):
-        if op in ("layer_norm_linear", "layer_norm_mlp"):
-            op = "linear"
         x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
-        return _runtime.resolve(op, x, "auto")
+        of = "linear" if op in ("layer_norm_linear", "layer_norm_mlp") else op
+        by_rule = _runtime.resolve(of, x, "auto")
+        if by_rule == "torch" or op not in ("linear", "attention"):
+            return by_rule
+        return tune.served_by(op, inputs)
 
 
 def _implementation(fn, reference, implementation):

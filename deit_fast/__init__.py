@@ -1,4 +1,4 @@
-"""DeiT, several times faster on NVIDIA GPUs, computing what timm computes."""
+"""DeiT on NVIDIA GPUs with fused kernels, computing what timm computes."""
 
 from .models import (
     NAMES,

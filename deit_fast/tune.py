@@ -6,16 +6,16 @@ examples:
 
 The winners go to a table in the user's cache directory ($DEIT_FAST_CACHE, $XDG_CACHE_HOME/deit_fast
 or ~/.cache/deit_fast), from where every process that uses this GPU takes them. Choices for other
-shapes stay in the table. Each candidate has to agree with PyTorch before it is timed. When the
-minutes are over, or with Ctrl-C, what was settled until then is written.
+shapes stay in the table; the shapes that it has are not measured again without --again. Each
+candidate has to agree with PyTorch before it is timed. When the minutes are over, or with Ctrl-C,
+what was settled until then is written, and the same call goes on from there.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -90,10 +90,11 @@ def tasks(model: torch.nn.Module, batch: int, dtype: torch.dtype, chip) -> list[
     products comes behind them, and is compared with the best of them."""
     recorder = record(model, batch, dtype, chip, tables=False)
     found: dict[Task, None] = {}
-    for op in _TASKS:
-        for name, args, _ in recorder.calls:
-            if name == op:
-                found |= dict.fromkeys(_TASKS[op](args, chip))
+    # the last first: of the calls of one shape only the model's first lacks its moments
+    for name, args, _ in reversed(recorder.calls):
+        if name in _TASKS:
+            for task in _TASKS[name](args, chip):
+                found.setdefault(task)
     found |= dict.fromkeys(_mlps(recorder.calls, chip))
     return ordered(found)
 
@@ -106,6 +107,14 @@ def _randn(like: torch.Tensor | None, device, scale=1.0):
     if like is None:
         return None
     return (scale * torch.randn(like.shape, device=device)).to(like.dtype)
+
+
+def _moments(x, parts):
+    """What a product leaves beside x."""
+    parts = x.float().view(len(x), parts, -1)
+    mean = parts.mean(2)
+    squares = (parts - mean[..., None]).square().sum(2)
+    return torch.stack([mean.t(), squares.t()], 1).contiguous()
 
 
 def _linear_candidates(dtype, chip, cublas, narrow=True):
@@ -160,11 +169,8 @@ def _layer_norm_linear_tasks(args, chip):
             "norm_bias": _randn(norm_bias, device), "weight": _randn(weight, device, K**-0.5),
             "bias": _randn(bias, device), "eps": eps, "activation": activation,
         }  # fmt: skip
-        if moments is not None:  # right ones, of any number of parts
-            parts = made["x"].float().view(M, moments.shape[0], -1)
-            mean = parts.mean(2)
-            squares = (parts - mean[..., None]).square().sum(2)
-            made["moments"] = torch.stack([mean.t(), squares.t()], 1).contiguous()
+        if moments is not None:
+            made["moments"] = _moments(made["x"], moments.shape[0])
         return made
 
     def reference(moments=None, **inputs):
@@ -225,24 +231,40 @@ def _attention_task(args, chip):
     )  # fmt: skip
 
 
+def served_by(op: str, inputs: dict) -> str:
+    """The implementation that "auto" takes for `linear` or `attention`, by table or rule."""
+    if op == "attention":
+        bias = inputs.get("bias") is not None
+        return attention._choose(inputs["q"], inputs["k"].shape[1], bias, "auto")[0]
+    x, weight = inputs["x"], inputs["weight"]
+    bias, residual, layer_scale, row_scale = (
+        inputs.get(name) is not None for name in ("bias", "residual", "layer_scale", "row_scale")
+    )
+    epilogue = linear.epilogue_name(
+        inputs["activation"], bias, residual, layer_scale or row_scale, False, False
+    )
+    return linear._choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
+
+
 def _mlps(calls, chip):
     """fc1 and the fc2 behind it, where one kernel can do both."""
     for (name, args, hidden), (after, rest, _) in zip(calls, calls[1:], strict=False):
         if (name, after) != ("layer_norm_linear", "linear") or rest[0].shape != hidden.shape:
             continue
         x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
-        _, weight2, bias2, residual, layer_scale, row_scale, *_ = rest
+        _, weight2, bias2, residual, layer_scale, row_scale, _, emit, _ = rest
         D = x.shape[1]
         scaled = layer_scale is not None or row_scale is not None
         fits = D in layer_norm_mlp.FUSED_D and weight2.shape[0] == D and weight.shape[0] % 32 == 0
         if activation != "gelu" or scaled or not fits:
             continue
         yield _mlp_task(
-            x, (norm_weight, norm_bias, weight, bias, weight2, bias2), residual, eps, chip
-        )
+            x, (norm_weight, norm_bias, weight, bias, weight2, bias2), residual, moments, eps, emit,
+            chip,
+        )  # fmt: skip
 
 
-def _mlp_task(x, weights, residual, eps, chip):
+def _mlp_task(x, weights, residual, moments, eps, emit, chip):
     hidden, D = weights[2].shape
     shape = {"M": x.shape[0], "D": D, "hidden": hidden, "dtype": str(x.dtype)[6:]}
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -253,12 +275,20 @@ def _mlp_task(x, weights, residual, eps, chip):
             for name, t in zip(names, weights, strict=True)
         }
         made["x"] = _randn(x, device)
+        if moments is not None:
+            made["moments"] = _moments(made["x"], moments.shape[0])
         return made | {"residual": _randn(residual, device), "eps": eps}
+
+    def call(**inputs):
+        return run_layer_norm_mlp(**inputs, return_moments=emit)
+
+    def reference(moments=None, **inputs):
+        return layer_norm_mlp_reference(**inputs)
 
     choices = [{"implementation": "fused", **c} for c in layer_norm_mlp.configs(chip.capability)]
     return Task(
         "layer_norm_mlp", tuple(shape.items()), _items([{"implementation": "parts"}, *choices]),
-        make, run_layer_norm_mlp, layer_norm_mlp_reference,
+        make, call, reference,
     )  # fmt: skip
 
 
@@ -270,12 +300,12 @@ _TASKS = {
 
 def settle(
     wanted: list[Task], device: torch.device, clock: Callable, deadline: float,
-    tick: Callable = lambda task: None,
+    tick: Callable = lambda task: None, known: Iterable[dict] = (),
 ) -> Iterator[Settled]:  # fmt: skip
     """Race the candidates of each task, until `time.monotonic()` passes `deadline`. clock(call,
     inputs) gives the milliseconds of call(x) for x in turn. What was settled before serves the
-    tasks that follow."""
-    known: list[Settled] = []
+    tasks that follow, as do `known` rows of a table."""
+    known = list(known)
     for task in wanted:
         if time.monotonic() >= deadline:
             return
@@ -288,34 +318,41 @@ def settle(
             task.op, dict(task.shape), dict(winner), times[winner],
             {_name(c): ms for c, ms in times.items() if c != winner},
         )  # fmt: skip
-        known.append(row)
+        known.append(asdict(row))
         yield row
 
 
 def _race(task, device, clock, known):
-    chip = _runtime.chip(device)
-    """{choice: milliseconds, or None where it failed or disagreed}."""
-    times = {}
-    with torch.no_grad(), _tuned.disabled(), _tuned.assumed([asdict(row) for row in known], chip):
-        inputs = task.make(device)
-        nbytes = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
-        others = timing.rotation(lambda: task.make(device), nbytes, device)[1:]
-        wide = {k: _wide(v) for k, v in inputs.items()}
-        exact = task.reference(**wide)
-        plain = _error(task.reference(**inputs), exact)
+    """{choice: milliseconds, or None where it failed or disagreed}; nothing where the device's
+    memory does not hold the task."""
+    times, chip = {}, _runtime.chip(device)
+    with torch.no_grad(), _tuned.disabled(), _tuned.assumed(known, chip):
+        try:
+            inputs = task.make(device)
+            exact = task.reference(**{k: _wide(v) for k, v in inputs.items()})
+            plain = _error(task.reference(**inputs), exact)
+            nbytes = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+            others = timing.rotation(lambda: task.make(device), nbytes, device)[1:]
+        except torch.OutOfMemoryError:
+            return {}
         for candidate in task.candidates:
-            with ExitStack() as stack:
-                stack.enter_context(_tuned.forced(task.op, dict(candidate)))
+            times[candidate] = None
+            with _tuned.forced(task.op, dict(candidate)):
                 try:
-                    got = task.call(**inputs)
-                    times[candidate] = None
-                    if _error(got, exact) <= 2 * plain + 1e-6:  # not so for NaN
+                    if _agrees(task.call(**inputs), exact, 2 * plain + 1e-6):
                         times[candidate] = clock(lambda x: task.call(**x), [inputs, *others])
                 except (RuntimeError, TritonError) as error:  # beyond this chip's resources
                     if type(error).__name__ == "AcceleratorError":
                         raise  # the device is lost
-                    times[candidate] = None
     return times
+
+
+def _agrees(got, exact, allowed):
+    """Whether the result errs no more than allowed, and the moments, if any, are its own."""
+    y, moments = got if isinstance(got, tuple) else (got, None)
+    if not _error(y, exact) <= allowed:  # NaN too
+        return False
+    return moments is None or _error(moments, _moments(y, len(moments))) < 1e-4
 
 
 def _wide(value):
@@ -324,7 +361,6 @@ def _wide(value):
 
 
 def _error(got, exact):
-    got = got[0] if isinstance(got, tuple) else got
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
@@ -332,13 +368,22 @@ def _name(choice):
     return ", ".join(f"{k} {v}" if k != "implementation" else v for k, v in choice)
 
 
+def _kept(path: Path, chip) -> list[dict]:
+    """The rows of the table at `path`, if there is one. Raises ValueError, naming it, where it is
+    not this chip's or not one."""
+    if not path.exists():
+        return []
+    try:
+        _tuned.read(path, chip)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it, or pass --out for another") from None
+    return json.loads(path.read_text())["choices"]
+
+
 def write(path: Path, rows: list[Settled], chip) -> int:
     """Merge `rows` into the table at `path`; returns how many choices it then has. Raises
     ValueError where a table is there that can't be merged into: it is left as it is."""
-    kept = []
-    if path.exists():
-        _tuned.read(path, chip)
-        kept = json.loads(path.read_text())["choices"]
+    kept = _kept(path, chip)
     new = [asdict(row) for row in rows]
     keys = [(row["op"], row["shape"]) for row in new]
     choices = [row for row in kept if (row["op"], row["shape"]) not in keys] + new
@@ -361,6 +406,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--minutes", type=float, default=5.0, help="after which nothing is begun (default: 5)"
     )
+    parser.add_argument("--again", action="store_true", help="also what the table has already")
     parser.add_argument("--out", type=Path, metavar="PATH", help="another table than the cache's")
 
 
@@ -377,16 +423,20 @@ def run(args, clock: Callable | None = None) -> int:
         print(f"{chip.name}: cuBLAS and PyTorch serve its products, there is nothing to choose")
         return 0
     path = args.out or _tuned.folder() / f"{_tuned.slug(chip.name)}.json"
-    if path.exists():
-        _tuned.read(path, chip)  # before minutes are spent
+    kept = _kept(path, chip)  # before minutes are spent
     options = {} if args.image_size is None else {"img_size": args.image_size}
     wanted: dict[Task, None] = {}
     for name in args.model:
         for batch in args.batch:
             with torch.device("meta"):
-                model = create_model(name, backend="triton", **options)
+                model = create_model(name, **options)
             wanted |= dict.fromkeys(tasks(model, batch, DTYPES[args.dtype], chip))
-    todo = ordered(wanted)
+    there = [] if args.again else [(row["op"], row["shape"]) for row in kept]
+    todo = [task for task in ordered(wanted) if (task.op, dict(task.shape)) not in there]
+    if not todo:
+        print(f"{path}: has all {len(wanted)} choices already; --again measures them anew")
+        return 0
+    known = [] if args.again else kept
     if clock is None:
 
         def clock(call, inputs):
@@ -406,14 +456,15 @@ def run(args, clock: Callable | None = None) -> int:
 
         deadline = time.monotonic() + 60 * args.minutes
         try:
-            for row in settle(todo, device, clock, deadline, tick):
+            for row in settle(todo, device, clock, deadline, tick, known):
                 settled.append(row)
         except KeyboardInterrupt:
             stopped = True
+        finally:  # a lost device does not lose what was settled
+            total = write(path, settled, chip) if settled else 0
     if not settled:
         print("nothing was settled: no table written", file=sys.stderr)
         return 130 if stopped else 1
-    total = write(path, settled, chip)
     _tuned.forget()
     left = len(todo) - len(settled)
     more = f", {left} left" if left else ""

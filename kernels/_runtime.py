@@ -34,21 +34,22 @@ class Op:
         self.register_autograd = self.op.register_autograd
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or self._watched(args):
-            return self.op(*args)
-        return self.body(*args)
-
-    @staticmethod
-    def _watched(args) -> bool:
         tensors = [t for t in args if isinstance(t, torch.Tensor)]
-        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-        return (
-            not plain
-            or tensors[0].device.type == "meta"
-            or wants_grad(*tensors)
-            or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, counters
-            or torch.jit.is_tracing()
-        )
+        return (self.op if is_watched(*tensors) else self.body)(*args)
+
+
+def is_watched(*tensors: torch.Tensor) -> bool:
+    """Whether autograd, a compiler or a tracer has to see what happens to these tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        or tensors[0].is_meta
+        or wants_grad(*tensors)
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, counters
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
 
 
 def custom_op(name: str):
@@ -158,7 +159,7 @@ def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "t
     if implementation not in allowed:
         names = ", ".join(repr(name) for name in ("auto", *allowed))
         raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
-    if not (x.is_cuda or INTERPRET):
+    if not (x.is_cuda or x.is_meta or INTERPRET):
         raise RuntimeError(
             f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on {x.device}; "
             "use 'torch' or 'auto' there"

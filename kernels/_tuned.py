@@ -91,10 +91,18 @@ def lookup(op: str, shape: dict, chip) -> dict | None:
     return _find(op, tuple(shape.items()), chip)
 
 
-@torch.compiler.assume_constant_result
-def implementation(op: str, shape: tuple, kind: str, index: int | None) -> str | None:
+def implementation(op: str, weight, x, dtype: torch.dtype, **sizes) -> str | None:
     """The implementation alone, by shapes without M, for choices that a caller makes before it
-    knows M or while torch.compile watches: the one measured at the largest M; a constant there."""
+    knows M: the one measured at the largest M. Under torch.compile a constant; there the rule
+    serves a weight that is no parameter, whose sizes may be symbols."""
+    if torch.compiler.is_compiling() and not isinstance(weight, torch.nn.Parameter):
+        return None
+    shape = *sizes.items(), ("dtype", str(dtype)[6:])
+    return _implementation(op, shape, x.device.type, x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _implementation(op, shape, kind, index):
     found = lookup(op, dict(shape) | {"M": None}, _runtime.chip(torch.device(kind, index)))
     return found and found["implementation"]
 
@@ -163,15 +171,15 @@ def _index(choices, chip):
         try:
             op, shape, choice = row["op"], dict(row["shape"]), dict(row["choice"])
             M = shape.pop("M")
-            if not isinstance(M, int) or M < 0:
+            if type(M) is not int or M < 0:
                 raise TypeError(f"M is {M!r}")
             key = op, frozenset(shape.items())
-        except (KeyError, TypeError, ValueError) as error:
+            if op in _validators:
+                problem = _validators[op](shape, choice, chip.capability)
+            else:
+                problem = f"no operation of that name, want one of {sorted(_validators)}"
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"choices[{i}] is malformed ({error!r})") from error
-        if op not in _validators:
-            known = sorted(_validators)
-            raise ValueError(f"choices[{i}]: no operation {op!r}, want one of {known}")
-        problem = _validators[op](row["shape"], choice, chip.capability)
         if problem:
             raise ValueError(f"choices[{i}] of {op}: {problem}")
         entries.setdefault(key, []).append((M, choice))
@@ -184,6 +192,8 @@ def check_choice(choice, implementations, configs) -> str | None:
     if name not in implementations:
         return f"implementation {name!r}, want one of {list(implementations)}"
     config = {k: v for k, v in choice.items() if k != "implementation"}
+    if any(type(v) not in (int, bool) for v in config.values()):
+        return f"a configuration that is not made of whole numbers: {config}"
     if config and (name != "triton" or config not in configs):
         return f"a configuration that {name!r} does not offer: {config}"
     if name == "triton" and not config:

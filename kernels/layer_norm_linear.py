@@ -1,14 +1,15 @@
 """LayerNorm followed by a linear layer, with the normalisation folded into the product.
 
     y = act(LN(x) @ W^T + b)   with   LN(x) = (x - mean) * rstd * g + h
-      = act(rstd * (x @ W'^T - mean * s) + b')
-    W' = round(W * g)      s = rowsum(W')      b' = b + W @ h
+      = act(rstd * u * (x @ W'^T - mean * s) + b')
+    W' = round(W * g / u)      s = rowsum(W')      b' = b + W @ h
 
 g and h are LayerNorm's weight and bias. The product reads x itself, its epilogue does the rest, and
 the normalised x is never written. W' and s are made anew at each call, so that a change of the
-weights is seen: 4 N K bytes, where a LayerNorm moves 4 M K. s sums the *rounded* W', and the mean
-is taken from the fp32 product: then x may be rounded only once, and the error is below that of the
-separate operations also where channels or means are far from zero (docs/performance.md).
+weights is seen: 4 N K bytes, where a LayerNorm moves 4 M K. The unit u, the power of two below the
+largest of g, keeps W' of a small g out of fp16's subnormal numbers. s sums the *rounded* W', and
+the mean comes off the fp32 product: x is rounded once instead of twice, so the error is below that
+of the separate operations also where channels or means are far from zero (docs/performance.md).
 
 mean and rstd come from the moments that `linear(..., return_moments=True)` leaves beside x, or from
 a pass over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); moments (P, 2, M)
@@ -29,6 +30,8 @@ from . import _runtime, _tuned
 from .layer_norm import MAX_N, layer_norm, layer_norm_reference
 from .linear import ACTIVATIONS, linear, linear_reference, run
 
+IMPLEMENTATIONS = ("auto", "fold", "triton", "cublas", "torch")
+
 
 def layer_norm_linear_reference(
     x, norm_weight, norm_bias, weight, bias=None, eps=1e-6, activation="none"
@@ -40,7 +43,7 @@ def layer_norm_linear_reference(
 @triton.jit
 def _fold_layer_norm_kernel(
     w_ptr, b_ptr, g_ptr, h_ptr,  # in: (N, K) (N,) or None (K,) (K,)
-    w_out_ptr, b_out_ptr, s_ptr,  # out: (N, K) (N,) (N,), the last two fp32
+    w_out_ptr, b_out_ptr, s_ptr,  # out: (N, K) (N,) (N + 1,), the last two fp32; u behind s
     N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,10 +57,14 @@ def _fold_layer_norm_kernel(
     shift = tl.sum(w * h[None, :], axis=1)
     if b_ptr is not None:
         shift += tl.load(b_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
-    folded = (w * g[None, :]).to(w_out_ptr.dtype.element_ty)
+    largest = tl.max(tl.abs(g), axis=0)
+    u = tl.exp2(tl.floor(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
+    folded = (w * (g / u)[None, :]).to(w_out_ptr.dtype.element_ty)
     tl.store(w_out_ptr + offs, folded, mask=mask)
     tl.store(b_out_ptr + rows, shift, mask=in_rows)
     tl.store(s_ptr + rows, tl.sum(folded.to(tl.float32), axis=1), mask=in_rows)
+    if tl.program_id(0) == 0:
+        tl.store(s_ptr + N, u)
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def _fwd(
         return y
     config = meta(K)
     folded = torch.empty_like(weight)
-    shift, sums = x.new_empty(2, N, dtype=torch.float32)
+    shift, sums = (x.new_empty(n, dtype=torch.float32) for n in (N, N + 1))
     with torch.cuda.device_of(x):
         if moments is None:
             moments = x.new_empty(1, 2, M, dtype=torch.float32)
@@ -124,6 +131,13 @@ def _why_not(shape, choice, capability):
     return _tuned.check_choice(choice, ("fold", "separate"), ())
 
 
+def uses_moments(x: Tensor, weight: Tensor) -> bool:
+    """Whether a fold of rows like x's into `weight` (N, K) is not ruled out by a tuned table."""
+    N, K = weight.shape
+    dtype = _runtime.autocast_dtype(x) or x.dtype
+    return _tuned.implementation("layer_norm_linear", weight, x, dtype, K=K, N=N) != "separate"
+
+
 def _why_not_fold(x, tensors, rows, moments, implementation) -> str | None:
     """Why the normalisation can't or shouldn't be folded here; None: it is."""
     if _runtime.wants_grad(x, *tensors):
@@ -135,11 +149,9 @@ def _why_not_fold(x, tensors, rows, moments, implementation) -> str | None:
         return None
     if _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
         return "Triton does not serve the product"
-    features, width = tensors[2].shape
-    shape = ("K", width), ("N", features), ("dtype", str(dtype)[6:])
-    on = x.device.type, x.device.index
-    if _tuned.implementation("layer_norm_linear", shape, *on) == "separate":
+    if not uses_moments(x, tensors[2]):
         return "measured slower on this chip"
+    features = tensors[2].shape[0]
     if rows < (8 if moments is None else 2) * features:
         return "rows are few: folding W would cost more than normalising x"
     return None
@@ -171,6 +183,12 @@ def layer_norm_linear(
             f"want (..., K) and (N, K) with 0 < K <= {MAX_N}"
         )
     (N, K), lead = weight.shape, x.shape[:-1]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"layer_norm_linear: implementation {implementation!r}, want one of {IMPLEMENTATIONS}"
+        )
+    if N * K >= 2**31:
+        raise ValueError(f"layer_norm_linear: weight is {N} x {K}, want fewer than 2**31 elements")
     if activation not in ACTIVATIONS:
         raise ValueError(f"layer_norm_linear: activation {activation!r}, want one of {ACTIVATIONS}")
     rows = math.prod(lead)
@@ -188,7 +206,7 @@ def layer_norm_linear(
     if reason is None:
         dtype = _runtime.autocast_dtype(x)
         weight, bias = _runtime.cast(dtype, weight, bias)
-        _runtime.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)))
+        _runtime.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
         if implementation == "fold":
             _runtime.resolve("linear", x, "triton")
         tensors = (norm_weight, norm_bias, weight, bias, moments)

@@ -28,6 +28,8 @@ from .linear import (
     worth_moments,
 )
 
+IMPLEMENTATIONS = ("auto", "fused", "triton", "cublas", "torch")
+
 
 def layer_norm_mlp_reference(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=1e-6,
@@ -177,8 +179,8 @@ def _why_not_fused(x, weights, residual, scaled, hidden, implementation) -> str 
         return None
     if _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
         return "Triton does not serve the products"
-    shape = ("D", weights[4].shape[0]), ("hidden", hidden), ("dtype", str(x.dtype)[6:])
-    found = _tuned.implementation("layer_norm_mlp", shape, x.device.type, x.device.index)
+    D, hidden = weights[4].shape
+    found = _tuned.implementation("layer_norm_mlp", weights[4], x, x.dtype, D=D, hidden=hidden)
     return None if found == "fused" else "not measured faster"
 
 
@@ -198,16 +200,20 @@ def layer_norm_mlp(
     implementation: str = "auto",
     return_moments: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """LayerNorm -> fc1 -> GELU (exact) -> fc2 [-> layer scale, row scale, + residual].
+    """LayerNorm -> fc1 -> GELU -> fc2 [-> layer scale, row scale, + residual].
 
     x, residual (..., D); norm_weight, norm_bias, layer_scale, fc2_bias (D,); fc1_weight (hidden,
     D), fc1_bias (hidden,), fc2_weight (D, hidden); row_scale (S,) for S samples along x's first
     dimension. Weights in x's dtype (under autocast in any). Returns (..., D) in the promoted dtype
     of the product and the residual; pass `residual=x` for a pre-norm block. `moments` of x's rows
     and `return_moments` of the result's: as `layer_norm_linear` and `linear`. `implementation`:
-    "auto" | "triton" | "torch", in parts unless a tuned table says fused; "fused" insists and
-    raises ValueError where it can't be. Other errors name the part that raised them.
+    "auto" | "triton" | "cublas" | "torch", in parts unless a tuned table says fused; "fused"
+    insists and raises ValueError where it can't be. Other errors name the part that raised them.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"layer_norm_mlp: implementation {implementation!r}, want one of {IMPLEMENTATIONS}"
+        )
     hidden = fc1_weight.shape[0]
     weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     scaled = layer_scale is not None or row_scale is not None

@@ -72,7 +72,8 @@ def _row_moments(
     difference of large sums."""
     rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, triton.next_power_of_2(PARTS))
     mask = (parts < PARTS)[:, None] & (rows < left)[None, :]
-    ptrs = moments_ptr + 2 * parts[:, None] * M.to(tl.int64) + (first_row + rows)[None, :]
+    # the parts are cast, not M: an M of 1 is a constant
+    ptrs = moments_ptr + 2 * parts[:, None].to(tl.int64) * M + (first_row + rows)[None, :]
     means = tl.load(ptrs, mask=mask, other=0.0)
     squares = tl.load(ptrs + M, mask=mask, other=0.0)
     mean = tl.sum(means, axis=0) / PARTS
@@ -119,7 +120,8 @@ def _epilogue(
         mean = tl.sum(h, axis=2) / PART
         h -= mean[:, :, None]
         parts = first_col // PART + tl.arange(0, BLOCK_N // PART)
-        ptrs = moments_out_ptr + 2 * parts[None, :] * M.to(tl.int64) + (first_row + rows)[:, None]
+        parts = parts.to(tl.int64)
+        ptrs = moments_out_ptr + 2 * parts[None, :] * M + (first_row + rows)[:, None]
         inside = in_rows[:, None] & (parts * PART < N)[None, :]
         tl.store(ptrs, mean, mask=inside)
         tl.store(ptrs + M, tl.sum(h * h, axis=2), mask=inside)
@@ -167,6 +169,7 @@ def _linear_tile(
     mean, rstd = None, None
     if moments_ptr is not None:  # before the product: two numbers a row, and no loads behind it
         mean, rstd = _row_moments(moments_ptr, first_row, left, M, K, eps, PARTS, BLOCK_M)
+        rstd *= tl.load(sums_ptr + N)  # the unit in which W' is written
     vectors = (b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd)
     acc = _product(
         x_ptr, w_ptr, first_row, left, first_col, N, K, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K
@@ -192,7 +195,7 @@ def _linear_tile(
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    moments_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N,), fp32, or None
+    moments_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N + 1,), fp32, or None
     y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
     M, N, K, rows_per_sample, eps,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
@@ -285,8 +288,11 @@ def _why_not(shape, choice, capability):
     dtype = getattr(torch, str(shape.get("dtype")), None)
     if dtype not in _runtime.DTYPES:
         return f"dtype {shape.get('dtype')!r}"
-    if choice.get("implementation") == "cublas" and "folded" in str(shape.get("epilogue")):
+    epilogue = str(shape.get("epilogue"))
+    if choice.get("implementation") == "cublas" and "folded" in epilogue:
         return "cuBLAS rounds the product before LayerNorm's mean is taken from it"
+    if "moments" in epilogue and choice.get("BLOCK_N", 64) < MOMENTS_WIDTH:
+        return f"a tile narrower than the {MOMENTS_WIDTH} columns of moments"
     return _tuned.check_choice(choice, ("triton", "cublas"), configs(dtype, capability))
 
 
@@ -456,9 +462,10 @@ def worth_moments(x, N, tensors) -> bool:
 
 
 def _torch(x, weight, bias, activation, residual, layer_scale, row_scale):
-    """The reference; where no gradient is wanted, with what follows the product in its place: a
-    new tensor a step costs a CPU more than the arithmetic."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or row_scale is not None:
+    """The reference; where nothing watches, with what follows the product in its place: a new
+    tensor a step costs a CPU more than the arithmetic."""
+    tensors = [t for t in (x, weight, bias, residual, layer_scale) if t is not None]
+    if row_scale is not None or _runtime.is_watched(*tensors):
         return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
     y = F.linear(x, weight, bias)
     if activation == "gelu":

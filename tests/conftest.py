@@ -2,6 +2,7 @@
 first kernel is decorated."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("DEIT_FAST_BACKEND", None)
+os.environ["DEIT_FAST_CACHE"] = tempfile.mkdtemp()  # no tuned table of this machine's user
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait for each other
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))

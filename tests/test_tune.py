@@ -1,15 +1,17 @@
 """python -m deit_fast.tune, on an interpreted chip with a made-up clock."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from modelling import TINY
+from modelling import TINY, images, tiny_pair
 
 import deit_fast
 from deit_fast import tune
-from deit_fast.bench.launches import record
 from deit_fast.kernels import _runtime, _tuned
 from deit_fast.kernels.linear import HOPPER_CONFIGS
 
@@ -57,22 +59,38 @@ def test_tasks_of_deit_tiny():
         assert len(problems) > 1 and not any(problems), (task, problems)
 
 
+def test_every_moment_is_known_in_the_race():
+    """Of the two kinds of calls for qkv, with and without moments, the one of eleven blocks."""
+    found = tune.tasks(meta_model(), 256, torch.bfloat16, _runtime.Chip("H200", (9, 0), 132))
+    for task in found:
+        if task.op in ("layer_norm_linear", "layer_norm_mlp"):
+            made = task.make(torch.device("meta"))
+            assert made["moments"].shape[:2] == (3, 2), task
+
+
 def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
     """Every shape under which a forward pass looks for a choice is one that tuning settles."""
-    settled = {(t.op, t.shape) for t in tune.tasks(meta_model(), 256, torch.float16, CHIP)}
+    model = tiny_pair("auto", depth=3)[1].half()
+    x = images(model, batch=96).half()
     asked = set()
-    real = _tuned.implementation
+    real = _tuned.lookup
 
-    def spy(op, shape, *on):
-        asked.add((op, frozenset(shape)))
-        return real(op, shape, *on)
+    def spy(op, shape, chip):
+        asked.add((op, frozenset((k, v) for k, v in shape.items() if k != "M")))
+        return real(op, shape, chip)
 
-    monkeypatch.setattr(_tuned, "implementation", spy)
-    record(meta_model(), 256, torch.float16, CHIP)
-    without_m = {(op, frozenset(i for i in shape if i[0] != "M")) for op, shape in settled}
-    assert {op for op, _ in asked} == {"layer_norm_linear", "layer_norm_mlp"}
-    few = {entry for entry in asked if entry not in without_m}
-    assert all(dict(shape).get("N") == 192 or op == "layer_norm_mlp" for op, shape in few), few
+    with torch.no_grad():
+        monkeypatch.setattr(_tuned, "lookup", spy)
+        model(x)
+        monkeypatch.undo()
+    assert {op for op, _ in asked} >= {"linear", "attention", "layer_norm_linear"}
+    settled = {
+        (task.op, frozenset(item for item in task.shape if item[0] != "M"))
+        for task in tune.tasks(model, 96, torch.float16, CHIP)
+    }
+    # whether to fold is asked for the prefix tokens' queries too, which are too few for it
+    few = ("layer_norm_linear", frozenset({"K": 64, "N": 64, "dtype": "float16"}.items()))
+    assert asked - settled <= {few}
 
 
 def run(clock, *arguments):
@@ -117,14 +135,18 @@ def test_the_winner_is_written_and_then_serves(small, cache, capsys):
         assert _tuned.lookup(r["op"], r["shape"], CHIP) == r["choice"]
 
 
-def test_a_second_run_adds_and_renews(small, cache):
+def test_a_second_run_has_nothing_to_do_and_renews_if_asked(small, cache, capsys):
     run(prefer({"implementation": "cublas"}))
     before = json.loads(cache.read_text())["choices"]
     other = {"op": "linear", "shape": before[0]["shape"] | {"N": 5}, "choice": before[0]["choice"]}
     table = json.loads(cache.read_text())
     table["choices"].append(other)
     cache.write_text(json.dumps(table))
-    run(prefer({"implementation": "triton", **HOPPER_CONFIGS[1]}))
+    favourite = prefer({"implementation": "triton", **HOPPER_CONFIGS[1]})
+    assert run(favourite) == 0
+    assert "has all" in capsys.readouterr().out
+    assert json.loads(cache.read_text())["choices"] == table["choices"]
+    run(favourite, "--again")
     after = json.loads(cache.read_text())["choices"]
     assert len(after) == len(before) + 1 and other in after
     assert [r["choice"] for r in after if r["op"] == "linear"] != [
@@ -172,6 +194,77 @@ def test_time_is_bounded(small, cache, monkeypatch, capsys):
     assert run(slow, "--minutes", "1") == 0
     out = capsys.readouterr().out
     assert "1 choices measured, 1 in all" in out and " left" in out
+
+
+def test_the_next_call_goes_on(small, cache, capsys):
+    """What is in the table is not raced again, but serves what is made of it."""
+    run(prefer({"implementation": "cublas"}))
+    table = json.loads(cache.read_text())
+    gone = [r for r in table["choices"] if r["op"] == "attention"]
+    table["choices"] = [r for r in table["choices"] if r not in gone]
+    cache.write_text(json.dumps(table))
+    seen = []
+
+    def clock(call, inputs):
+        seen.append(dict(_tuned._forced))
+        return 1.0
+
+    assert run(clock) == 0
+    assert gone and len(seen) == sum(1 + len(r["others"]) for r in gone)
+    assert all(list(forced) == ["attention"] for forced in seen)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("lost")])
+def test_an_error_outside_the_candidates_keeps_what_was_settled(small, cache, monkeypatch, error):
+    """Memory: that task is left out. Anything else: what was settled is written, then it raises."""
+    count = [0]
+    real = tune.timing.rotation
+
+    def failing(*args):
+        count[0] += 1
+        if count[0] == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(tune.timing, "rotation", failing)
+    if isinstance(error, torch.OutOfMemoryError):
+        assert run(prefer({})) == 0
+    else:
+        with pytest.raises(RuntimeError, match="lost"):
+            run(prefer({}))
+    settled = len(json.loads(cache.read_text())["choices"])
+    assert settled == 2 if str(error) == "lost" else settled > 2
+
+
+def test_wrong_moments_are_out(small, cache, monkeypatch):
+    wrong = HOPPER_CONFIGS[0]
+    real = tune.run_linear
+
+    def run_linear(*args, **kwargs):
+        y = real(*args, **kwargs)
+        forced = _tuned._forced.get("linear", {})
+        if isinstance(y, tuple) and all(forced.get(k) == v for k, v in wrong.items()):
+            y[1][:, 0] += 0.1
+        return y
+
+    monkeypatch.setattr(tune, "run_linear", run_linear)
+    run(prefer({"implementation": "triton", **wrong}), "--batch", "48")
+    rows = json.loads(cache.read_text())["choices"]
+    emitting = [r for r in rows if "moments" in r["shape"].get("epilogue", "")]
+    assert emitting and all(r["ms"] == 2.0 for r in emitting)
+
+
+def test_tasks_without_the_interpreter():
+    """On a machine with a GPU nothing is interpreted: listing what to tune must not need it."""
+    code = (
+        "import torch; from deit_fast import tune; from deit_fast.kernels._runtime import Chip\n"
+        "with torch.device('meta'): model = tune.create_model('deit_tiny')\n"
+        "print(len(tune.tasks(model, 256, torch.bfloat16, Chip('H', (9, 0), 132))))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
 
 
 def test_an_interrupt_keeps_what_was_settled(small, cache):

@@ -279,27 +279,25 @@ class Network:
 
 
 class Graph:
-    """A forward pass captured once for a batch size, and replayed. The result is overwritten by
-    the next call."""
+    """A forward pass of one batch size: run in the first call, which compiles, captured in the
+    second, replayed in each. The result is overwritten by the next call."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.images, self.graph, self.logits = model, None, None, None
+        self.model, self.warm, self.images, self.graph, self.logits = model, None, None, None, None
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.images is None or self.images.shape != images.shape:
+        if self.warm != images.shape:
+            self.images = self.graph = self.logits = None  # gives the last one's memory back
+            self.warm = images.shape
+            return self.model(images)
+        if self.graph is None:
             self._capture(images)
         self.images.copy_(images)
         self.graph.replay()
         return self.logits
 
     def _capture(self, images):
-        self.graph = self.logits = None  # gives the last one's memory back
         self.images = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles
-            self.model(self.images)
-        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self.model(self.images)

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (some input failed) or 2 (wrong call)."""
     parser = argparse.ArgumentParser(
         prog="deit-fast",
-        description="DeiT, several times faster on NVIDIA GPUs, computing what timm computes.",
+        description="DeiT on NVIDIA GPUs with fused kernels, computing what timm computes.",
         epilog="deit-fast COMMAND --help shows examples.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -32,10 +32,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Whether one of these modules has to be called: it has a hook, or a forward of its own."""
+    """Whether one of these modules has to be called: it has a hook, a forward of its own, or is
+    compiled."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or "forward" in m.__dict__
+        or "forward" in m.__dict__ or m._compiled_call_impl is not None
         for m in modules
     )  # fmt: skip
 

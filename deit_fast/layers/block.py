@@ -5,7 +5,9 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
-from ._base import Fast, is_identity
+from deit_fast.kernels.layer_norm_linear import uses_moments
+
+from ._base import Fast, is_identity, weights
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -50,14 +52,21 @@ class Block(Fast, timm_vit.Block):
         """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
         block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
         scales = _branch_scales(self.ls1, self.drop_path1, x)
-        x, moments = self.attn.branch(
-            x, self.norm1, moments=moments, residual=x, return_moments=True, **scales
+        wanted = self._wants_moments(x, self.mlp.fc1)
+        x = self.attn.branch(
+            x, self.norm1, moments=moments, residual=x, return_moments=wanted, **scales
         )
+        x, moments = x if wanted else (x, None)
         scales = _branch_scales(self.ls2, self.drop_path2, x)
+        wanted = return_moments and self._wants_moments(x, self.attn.qkv)  # the next one's is alike
         x = self.mlp.branch(
-            x, self.norm2, moments=moments, residual=x, return_moments=return_moments, **scales
+            x, self.norm2, moments=moments, residual=x, return_moments=wanted, **scales
         )
-        return x if return_moments else (x, None)
+        return x if wanted else (x, None)
+
+    @staticmethod
+    def _wants_moments(x, linear):
+        return not torch.is_grad_enabled() and uses_moments(x, weights(linear)[0])
 
     def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
         """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""

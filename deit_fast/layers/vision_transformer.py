@@ -56,8 +56,10 @@ class FastTransformer(Fast):
                 x = block(x, attn_mask=attn_mask, is_causal=is_causal)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
+        elif torch.is_grad_enabled() or is_watched(self.blocks):
+            x = self.blocks(x)
         else:
-            x, _ = _run(self.blocks, x)
+            x = _run(self.blocks, x, return_moments=False)[0]
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
@@ -139,12 +141,13 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return fuse(self.heads, logits)
 
 
-def _run(blocks, x):
+def _run(blocks, x, return_moments=True):
     """Tokens after the blocks, and the moments of their rows or None."""
     moments = None
-    for block in blocks:
+    for i, block in enumerate(blocks, 1):
         if type(block) is Block and not is_watched(block):
-            x, moments = block.forward_with_moments(x, moments)
+            more = return_moments or i < len(blocks)
+            x, moments = block.forward_with_moments(x, moments, more)
         else:
             x, moments = block(x), None
     return x, moments

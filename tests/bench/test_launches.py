@@ -14,14 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deit_fast
 from benchmarks import predict
 from benchmarks.table5 import select
-from deit_fast.bench.launches import record
+from deit_fast.bench import launches
+from deit_fast.kernels import _tuned
 from deit_fast.kernels._runtime import Chip
 from deit_fast.kernels.cases import DEIT
+from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 
 V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
 H200, B200 = predict.H200, Chip("B200", (10, 0), 148)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = ["layer_norm_linear", "attention", "linear", "layer_norm_linear", "linear"]
+
+
+def record(*args):
+    return launches.record(*args, tables=False)
 
 
 def meta_model(name="deit_base_distilled", **options):
@@ -64,6 +70,21 @@ def test_chips_without_tensor_cores_for_triton(dtype):
     ops = Counter(op for op, _, _ in recorder.calls)
     assert ops == {"layer_norm": 25, "linear": 49}
     assert recorder.others["convolution"] == 1
+
+
+def test_a_table_that_says_separate_or_fused():
+    """Then nobody makes moments, and what a table chooses can be listed too."""
+    with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
+        recorder = record(meta_model("deit_tiny"), 256, BF16, H200)
+        ops = Counter(op for op, _, _ in recorder.calls)
+        assert ops["layer_norm"] == 25 and "layer_norm_linear" not in ops
+        assert not [1 for op, args, _ in recorder.calls if op == "linear" and args[-2]]
+        rows, _, _ = predict.predict("Ti", 256, predict.ELSEWHERE)
+        assert "layer_norm" in {launch.op for launch, _, _ in rows}
+    with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **FUSED_CONFIGS[0]}):
+        rows, total, _ = predict.predict("Ti", 256, predict.ELSEWHERE)
+        (mlp,) = [r for r in rows if r[0].op == "layer_norm_mlp" and r[0].bytes > 1e7]
+        assert mlp[1] == 11 and total > 0
 
 
 def test_small_batches_are_not_folded():
@@ -120,7 +141,7 @@ def test_peak_memory_is_no_more_than_eagers():
 def test_prediction_counts_the_whole_model(network):
     """Its FLOPs are those of the paper's model less the last block's pruning, and its time lies
     between the tensor floor and the plan of separate kernels."""
-    rows, total, others = predict.predict(network, 256, predict.ELSEWHERE)
+    rows, total, others = predict.predict(network, 256, predict.ELSEWHERE, tables=False)
     D, H, N, size = DEIT[network]
     patches = (size // 16) ** 2
     block = 2 * N * D * 12 * D + 4 * N * N * D
@@ -138,7 +159,7 @@ def test_prediction_counts_the_whole_model(network):
 
 def test_prediction_of_one_product():
     """By hand: 50,688 x 768 -> 3072 with GELU."""
-    rows, _, _ = predict.predict("B", 256, predict.ELSEWHERE)
+    rows, _, _ = predict.predict("B", 256, predict.ELSEWHERE, tables=False)
     (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
     launch, count, times = row
     assert count == 11 and launch.flops == 2 * 50688 * 768 * 3072

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 from benchmarks import suite, table5
+from deit_fast import tune
 from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
+from deit_fast.kernels import _runtime, _tuned
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(
@@ -187,6 +190,20 @@ def test_table5_is_the_papers():
     assert [e.network for e in table5.distinct(same)] == ["DeiT-S distilled"]
     sizes = {e.network: e.image_size for e in table5.ENTRIES}
     assert (sizes["EfficientNet-B1"], sizes["KDforAA-B8"], sizes["ViT-B/16"]) == (240, 800, 384)
+
+
+def test_served_by_is_what_a_table_says():
+    """The results file names who computed, not who would by rule."""
+    x = torch.zeros(2, 100, 64).half()
+    inputs = {"x": x, "weight": torch.zeros(128, 64).half(), "activation": "none"}
+    qkv = torch.zeros(2, 70, 3, 1, 32).half().unbind(2)
+    attended = dict(zip("qkv", qkv, strict=True))
+    with _runtime.pretend(_runtime.Chip("H", (9, 0), 132)):
+        assert tune.served_by("linear", inputs) == tune.served_by("attention", attended) == "triton"
+        with _tuned.forced("linear", {"implementation": "cublas"}):
+            assert tune.served_by("linear", inputs) == "cublas"
+        with _tuned.forced("attention", {"implementation": "torch"}):
+            assert tune.served_by("attention", attended) == "torch"
 
 
 def test_on_gpu_names_its_stages():

@@ -68,6 +68,17 @@ def test_moments_of_the_product_before(implementation, device):
     assert (folded(**inputs, moments=moments) - got).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 30.0])
+def test_small_and_large_gammas(size, device):
+    """W g would be subnormal in fp16, or overflow with W up to 4000."""
+    inputs = make_inputs(M=40, K=192, N=64, device=device)
+    inputs["norm_weight"] *= size
+    inputs["weight"] *= 0.3 if size < 1 else 9000.0
+    inputs["norm_bias"] *= 0
+    inputs["bias"] *= size
+    check(folded, layer_norm_linear_reference, inputs, FP16, grads=False)
+
+
 def test_rows_that_do_not_vary(device):
     """Variance zero: eps alone keeps rstd finite."""
     inputs = in_dtype(make_inputs(M=5, K=64, N=32, device=device), FP16)
@@ -156,6 +167,9 @@ def test_compiles_into_one_graph(device):
     check_compiles(f, [inputs[k] for k in names])
     half = [inputs[k].detach().half() for k in names]
     compiled = torch.compile(folded, fullgraph=True)(*half)
+    with torch.no_grad():
+        dynamic = torch.compile(f, fullgraph=True, dynamic=True)
+        torch.testing.assert_close(dynamic(*half), f(*half), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(compiled, folded(*half), rtol=0, atol=0)
 
 
@@ -176,6 +190,10 @@ def test_bad_input_is_named():
         layer_norm_linear(x, g, g, w[:, :31])
     with pytest.raises(ValueError, match="activation 'relu'"):
         layer_norm_linear(x, g, g, w, activation="relu")
+    with pytest.raises(ValueError, match="layer_norm_linear: implementation 'flod', want one of"):
+        layer_norm_linear(x, g, g, w, implementation="flod")
+    with pytest.raises(TypeError, match="bias has dtype torch.bfloat16, want torch.float16"):
+        folded(x.half(), g.half(), g.half(), w.half(), w[:, 0].to(BF16))
     with pytest.raises(ValueError, match=r"moments has shape \(1, 2, 5\), want \(1, 2, 6\)"):
         layer_norm_linear(x, g, g, w, moments=torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="moments of 3 parts, want a divisor of 32"):

@@ -128,6 +128,9 @@ def test_an_operator_is_dispatched_where_something_watches(call, device):
     assert [name for name, _, _ in recorder.calls] == ["linear"]
     with FakeTensorMode() as mode:
         assert isinstance(call(x=mode.from_tensor(torch.randn(4, 32))), FakeTensor)
+    x, weight = torch.randn(4, 32, device=device), torch.randn(8, 32, device=device)
+    rows = torch.func.vmap(lambda x: call(x=x[None], weight=weight)[0])(x)
+    assert rows.shape == (4, 8)
     graph = make_fx(lambda x: call(x=x))(torch.randn(4, 32, device=device)).graph
     assert "deit_fast.linear" in str(graph)
     compiled = torch.compile(lambda x, weight: call(x=x, weight=weight), fullgraph=True)

@@ -9,6 +9,7 @@ import torch
 from deit_fast.kernels import _tuned, linear
 from deit_fast.kernels._runtime import Chip, pretend
 from deit_fast.kernels.attention import RESIDENT_CONFIG
+from deit_fast.kernels.layer_norm_linear import uses_moments
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
 
@@ -18,7 +19,8 @@ CUBLAS = {"implementation": "cublas"}
 
 
 def row(M=1000, op="linear", shape=SHAPE, choice=CUBLAS):
-    return {"op": op, "shape": {"M": M, **shape}, "choice": choice, "ms": 0.1, "others": {}}
+    shape = {"M": M} | shape if isinstance(shape, dict) else shape
+    return {"op": op, "shape": shape, "choice": choice, "ms": 0.1, "others": {}}
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def test_nearest_within_a_factor_of_two(write):
     assert find(1000, N=256) is find(1000, op="attention") is None
     shape = tuple(SHAPE.items())
     with pretend(CHIP):
-        assert _tuned.implementation("linear", shape, "cpu", None) == "triton"
-        assert _tuned.implementation("linear", (*shape, ("x", 1)), "cpu", None) is None
+        assert _tuned._implementation("linear", shape, "cpu", None) == "triton"
+        assert _tuned._implementation("linear", (*shape, ("x", 1)), "cpu", None) is None
 
 
 def test_the_users_table_comes_before_the_shipped_one(write, tmp_path, monkeypatch):
@@ -110,7 +112,20 @@ def test_every_kind_of_choice(write):
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        (row(op="softmax"), r"choices\[1\]: no operation 'softmax'"),
+        (row(op="softmax"), r"choices\[1\] of softmax: no operation of that name"),
+        (row(op=["linear"]), r"choices\[1\] is malformed \(TypeError"),
+        (row(shape=[["K", 64]]) | {"shape": [["M", 1], ["K", [64]]]}, "is malformed"),
+        (
+            row(choice={"implementation": "triton", **HOPPER_CONFIGS[0], "BLOCK_M": 128.0}),
+            "not made of whole numbers",
+        ),
+        (
+            row(
+                shape=SHAPE | {"epilogue": "bias+residual+moments"},
+                choice={"implementation": "triton", **HOPPER_CONFIGS[2]},
+            ),
+            "narrower than the 64 columns of moments",
+        ),
         ({"op": "linear"}, r"choices\[1\] is malformed \(KeyError\('shape'\)\)"),
         (row(M="many"), "M is 'many'"),
         (row(choice={"implementation": "cutlass"}), "implementation 'cutlass', want one of"),
@@ -157,6 +172,28 @@ def test_foreign_and_shapeless_tables_are_ignored(write, header, reason):
     with pytest.warns(UserWarning, match=reason) as caught:
         assert find(1000) is None
     assert str(path) in str(caught[0].message)
+
+
+def test_a_table_under_compile(write):
+    """It decides for parameters; a weight that is an input, whose sizes may be symbols, has the
+    rule's choice."""
+    shape = {"K": 64, "N": 48, "dtype": "float16"}
+    write(row(op="layer_norm_linear", shape=shape, choice={"implementation": "separate"}))
+    weight, x = torch.nn.Parameter(torch.zeros(48, 64)), torch.zeros(2, 64).half()
+
+    def uses(x, w):
+        return x + 1 if uses_moments(x, w) else x - 1
+
+    def of_parameter(x):
+        return uses(x, weight)
+
+    with pretend(CHIP):
+        for dynamic in (False, True):
+            torch.compiler.reset()
+            assert (torch.compile(of_parameter, fullgraph=True, dynamic=dynamic)(x) == -1).all()
+            compiled = torch.compile(uses, fullgraph=True, dynamic=dynamic)
+            assert (compiled(x, weight.detach()) == 1).all()
+        assert (of_parameter(x) == -1).all()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"gpu": "NVID', b"\xff\xfe\x00", b"[1, 2]"])

@@ -467,3 +467,22 @@ def test_hooks_on_blocks_fire_between_moments():
     exact = copy.deepcopy(reference).double()
     with torch.no_grad():
         assert_as_accurate(fast(x), reference(x), exact(x.double()))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_hooks_on_the_container_of_blocks_fire_in_forward_features(grad):
+    _, fast = tiny_pair()
+    fired = []
+    fast.blocks.register_forward_hook(lambda *args: fired.append(1))
+    with torch.set_grad_enabled(grad):
+        fast.forward_features(images(fast))
+    assert fired == [1]
+
+
+def test_a_block_compiled_by_itself_is_called():
+    _, fast = tiny_pair(depth=3)
+    calls = []
+    fast.blocks[1]._compiled_call_impl = lambda x: calls.append(1) or x
+    with torch.no_grad():
+        fast(images(fast))
+    assert calls == [1]
