@@ -76,7 +76,7 @@ run_stage() {
             return
         fi
         # Real allocations, so that the tool sees the true bounds; compile first, it slows all.
-        local tests='test_no_less_accurate_than_torch or test_layer_norm or test_add_layer_norm'
+        local tests='no_less_accurate or every_configuration or test_layer_norm or test_add_layer_norm'
         for tool in memcheck initcheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \

@@ -12,7 +12,12 @@ M rows, K input features, N output features, S samples of M / S rows each. Shape
 K), b and layer_scale (N,), row_scale (S,) (stochastic depth: 0 or 1 / keep probability), residual
 and y (M, N). Products accumulate in fp32; the epilogue is fp32 and rounds once, to y's dtype: the
 residual's where there is one (autocast keeps that stream in fp32), x's otherwise. fp32 products
-are IEEE fp32, never TF32. Saved for backward: the inputs; z is recomputed.
+are IEEE fp32, never TF32. GELU is erf in fp32 and within 3e-5 of it in half precision. Saved for
+backward: the inputs; z is recomputed.
+
+In inference the epilogue may also leave the moments of y's rounded rows, (N / 64, 2, M) in fp32:
+mean and sum of squared differences from it, of each 64 columns. layer_norm_linear, which shares the
+kernel, makes its LayerNorm of them.
 """
 
 import torch

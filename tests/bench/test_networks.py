@@ -274,3 +274,22 @@ def test_bad_networks_and_sizes_are_named():
     assert check_network("resnet18", 33) == ("resnet18", 33)
     assert check_network("deit_base_384", None) == ("deit_base_patch16_384", 384)
     assert check_network("tf_efficientnet_b8", None)[1] == 672
+
+
+def test_a_graph_needs_a_gpu(vit):
+    mode = MODES["deit_fast_graph_bf16"]
+    if not torch.cuda.is_available():
+        assert vit.why_not(mode) == "a CUDA graph needs a CUDA device"
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_what_the_model_computes():
+    """For new images and for another batch, too; its memory counts."""
+    network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
+    graphed, plain = (network.step(MODES[f"deit_fast_{kind}bf16"]) for kind in ("graph_", ""))
+    for seed, batch in enumerate((8, 8, 8, 4)):
+        images = random_images(batch, 224, network.device, seed).bfloat16()
+        got = graphed(images).clone()
+        torch.testing.assert_close(got, plain(images), rtol=0, atol=0)
+    row, times = measure(network, "deit_fast_graph_bf16")
+    assert row.status == "measured" and row.peak_memory_gb > 0 and len(times) == 2
