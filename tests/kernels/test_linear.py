@@ -57,6 +57,8 @@ def test_every_configuration_a_table_may_name(config, case, dtype, device):
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_moments_of_the_rounded_result(config, dtype, implementation, device):
     """mean and sum of squared differences of each 64 columns, also with a mean far from zero."""
+    if implementation == "cublas" and config != HOPPER_CONFIGS[0]:
+        pytest.skip("cuBLAS takes no configuration: once is enough")
     if config["BLOCK_N"] < 64:
         pytest.skip("narrower than what moments summarise: the rule never chooses it for them")
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):

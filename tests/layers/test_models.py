@@ -427,12 +427,11 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
             torch.testing.assert_close(fast.double()(x.double()), exact)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_folded_layer_norms_and_moments_through_the_whole_model(distilled, monkeypatch):
+def test_folded_layer_norms_and_moments_through_the_whole_model(monkeypatch):
     """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
     from the product before, the first apart; the logits err no more than timm's."""
-    reference, fast = tiny_pair("triton", distilled, depth=3)
-    x = images(reference, batch=96).half()  # rows enough to fold without moments
+    reference, fast = tiny_pair("triton", depth=3)
+    x = images(reference, batch=86).half()  # rows enough to fold without moments
     seen = []
     module = sys.modules["deit_fast.kernels.layer_norm_linear"]
     real = module._fwd
