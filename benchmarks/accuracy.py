@@ -44,7 +44,29 @@ def layer_norm_product(stream: str, D: int, dtype: torch.dtype) -> dict[str, flo
         "separate": relative(separate.float() @ w.float().t(), exact),
         "folded": fold(folded.sum(1)),
         "sums not rounded": fold(scaled.sum(1)),
+        "fp32 stream, cast": _of_a_cast_stream(inputs, dtype),
     }
+
+
+def _of_a_cast_stream(inputs, dtype):
+    """The error of folding an fp32 stream that is rounded first."""
+    x, g, h, w = (inputs[k].to(dtype) for k in ("x", "norm_weight", "norm_bias", "weight"))
+    rest = [t.double() for t in (g, h, w)]
+
+    def exact(x):
+        y = torch.nn.functional.layer_norm(x.double(), x.shape[1:], *rest[:2], 1e-6)
+        return y @ rest[2].t()
+
+    return relative(exact(x), exact(inputs["x"]))
+
+
+def gelu(z):
+    """The kernels' form for half precision, in z's precision."""
+    s = (z * z).clamp(max=30.25)
+    p = torch.full_like(s, 4.96967374e-8)
+    for c in (-3.23612039e-6, 6.32384836e-5, 6.43739593e-4, -0.106197506, -2.30119538):
+        p = p * s + c
+    return z / (1 + torch.exp2(z * p))
 
 
 def gelu_forms() -> dict[str, tuple[float, float, float]]:
@@ -54,14 +76,10 @@ def gelu_forms() -> dict[str, tuple[float, float, float]]:
     exact = torch.nn.functional.gelu(x)
     half_unit = 2.0 ** (exact.abs().clamp_min(2.0**-16).log2().floor() - 8)
     density = torch.exp(-x * x / 2)
-    s = (x * x).clamp(max=30.25)
-    ours = torch.full_like(s, 4.96967374e-8)
-    for c in (-3.23612039e-6, 6.32384836e-5, 6.43739593e-4, -0.106197506, -2.30119538):
-        ours = ours * s + c
     s = (x * x).clamp(max=64)
     quintic = x * (0.797502613 + s * (0.0370104418 - 0.000352295709 * s))
     forms = {
-        "the kernels'": x / (1 + torch.exp2(x * ours)),
+        "the kernels'": gelu(x),
         "sigmoid of a quintic": x * torch.sigmoid(2 * quintic),
         "the same by tanh.approx (error 2^-11)": 0.5 * x * (1 + torch.tanh(quintic) * (1 - 2**-11)),
         "tanh form": torch.nn.functional.gelu(x, approximate="tanh"),
@@ -78,7 +96,7 @@ def gelu_forms() -> dict[str, tuple[float, float, float]]:
 
 def main():
     console = Console(width=120)
-    names = ("separate", "folded", "sums not rounded")
+    names = ("separate", "folded", "sums not rounded", "fp32 stream, cast")
     table = Table("dtype", "D", "stream", *names, title="LayerNorm, then a product")
     for dtype in (torch.bfloat16, torch.float16):
         for D in (192, 384, 768):

@@ -233,24 +233,21 @@ def markdown() -> str:
     def line(name, value, form):
         lines.append(f"| {name} | " + " | ".join(form.format(value(n)) for n in NETWORKS) + " |")
 
-    for label, op, wide in (
-        ("qkv, LayerNorm folded, us", "layer_norm_linear", 3), ("attention, us", "attention", 0),
-        ("proj + residual, us", "linear", 1), ("fc1, folded, GELU, us", "layer_norm_linear", 4),
-        ("fc2 + residual, us", "linear", 0),
-    ):  # fmt: skip
+    for label, op, case in (
+        ("qkv, LayerNorm folded, us", "layer_norm_linear", "qkv"),
+        ("attention, us", "attention", ""),
+        ("proj + residual, us", "linear", "proj"),
+        ("fc1, folded, GELU, us", "layer_norm_linear", "fc1"),
+        ("fc2 + residual, us", "linear", "fc2"),
+    ):
 
-        def of(network, op=op, wide=wide):
-            D = DEIT[network].D
-            k = {"attention": None, "linear": D if wide else 4 * D}.get(op, D)
-            rows = [
-                (launch, times)
+        def of(network, op=op, case=case):
+            (us,) = [
+                times["predicted"]
                 for launch, count, times in found[network][0]
-                if (launch.op, launch.k) == (op, k) and count >= 10
+                if count >= 10 and (launch.op, case_of(launch, network)) == (op, case)
             ]
-            if op == "layer_norm_linear":
-                rows = [r for r in rows if bool(r[0].gelu) == (wide == 4)]
-            (row,) = rows
-            return row[1]["predicted"]
+            return us
 
         line(label, of, "{:.0f}")
     line("one pass, us", lambda n: found[n][1], "{:,.0f}")

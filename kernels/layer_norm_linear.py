@@ -19,7 +19,6 @@ are few beside N, the two operations run one after the other.
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime, _tuned
-from .layer_norm import MAX_N, layer_norm, layer_norm_reference
+from .layer_norm import MAX_N, layer_norm, layer_norm_reference, meta
 from .linear import ACTIVATIONS, linear, linear_reference, run
 
 IMPLEMENTATIONS = ("auto", "fold", "triton", "cublas", "torch")
@@ -82,14 +81,6 @@ def _moments_kernel(
     diff = tl.where(mask, x - mean[:, None], 0.0)
     tl.store(moments_ptr + rows, mean, mask=rows < M)
     tl.store(moments_ptr + M + rows, tl.sum(diff * diff, axis=1), mask=rows < M)
-
-
-@cache
-def meta(K: int) -> dict:
-    """As layer_norm's: 4 warps share about a thousand features, wide rows get more."""
-    BLOCK_N = triton.next_power_of_2(K)
-    BLOCK_M = max(1024 // BLOCK_N, 1)
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": max(4, BLOCK_N // 512)}
 
 
 @_runtime.custom_op("deit_fast::layer_norm_linear")

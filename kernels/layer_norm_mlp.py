@@ -135,9 +135,8 @@ def _fwd(
     chip = _runtime.chip(x.device)
     shape = {"M": M, "D": D, "hidden": hidden, "dtype": str(x.dtype)[6:]}
     found = _tuned.lookup("layer_norm_mlp", shape, chip) or {}
-    config = {k: v for k, v in found.items() if k != "implementation"} or configs(chip.capability)[
-        0
-    ]
+    config = {k: v for k, v in found.items() if k != "implementation"}
+    config = config or configs(chip.capability)[0]
     with torch.cuda.device_of(x):
         _layer_norm_mlp_kernel[(_runtime.cdiv(M, config["BLOCK_M"]),)](
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual,

@@ -258,8 +258,8 @@ def _config(m, n, k, warps, stages, tma=False, persistent=False, split=False):
 FP32_CONFIG = _config(64, 64, 16, 8, 2)  # FMA units: registers hold the operands too
 # What each chip may be served with; the order is the rule's. Nothing here spills or serialises its
 # products with any epilogue: tests/test_ahead_of_time.py. Left out, with the compiler's figures in
-# docs/performance.md: 128 x 128 in 4 warps and 128 x 256 in one piece (they spill, or ptxas
-# serialises the products), warp specialisation (waits for every product; no host descriptors).
+# docs/performance.md: 128 x 256 in one piece (Triton 3.6's ptxas serialises the products) and warp
+# specialisation (Triton 3.9 refuses host descriptors).
 HOPPER_CONFIGS = [
     # Two CTAs a multiprocessor: one runs its epilogue behind the other's product.
     _config(128, 128, 64, 8, 3, tma=True, split=True),
@@ -378,9 +378,8 @@ def run(
         if config["TMA"] and K * x.element_size() % 16 == 0 and _aligned(x, weight):
             x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
             w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-        else:  # what the hardware's copies can't address, pointers can
-            config = config | {"TMA": False, "PERSISTENT": False}
-            x_arg, w_arg = x, weight
+        else:
+            config, x_arg, w_arg = _without_tma(config), x, weight
         tiles = _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"])
         if config["PERSISTENT"]:
             tiles = min(tiles, _runtime.chip(x.device).processors)
@@ -412,6 +411,14 @@ def _fwd(
             implementation=implementation,
         )  # fmt: skip
     return y, moments
+
+
+def _without_tma(config):
+    """What the hardware's copies can't address, pointers can: the listed tile of the same width."""
+    if not config["TMA"]:
+        return config
+    width = min(config["BLOCK_N"], 128)
+    return next(c for c in HOPPER_CONFIGS if not c["TMA"] and c["BLOCK_N"] == width)
 
 
 def _aligned(*tensors):

@@ -17,6 +17,8 @@ from statistics import fmean, median, quantiles
 
 import torch
 
+from deit_fast.kernels import _tuned
+
 from .modes import MODES
 
 CEILING_RUNS = 20
@@ -35,8 +37,7 @@ def slug(device: torch.device) -> str:
     """The chip's folder under benchmarks/results: "h200", "cpu"."""
     if device.type == "cpu":
         return "cpu"
-    name = device_name(device).lower().replace("nvidia", "")
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return _tuned.slug(device_name(device))
 
 
 def hardware(device: torch.device) -> dict:

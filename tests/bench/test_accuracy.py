@@ -1,0 +1,31 @@
+"""The figures of `python -m benchmarks.accuracy`: what the kernels do costs what it says."""
+
+import pytest
+import torch
+
+from benchmarks import accuracy
+from deit_fast.kernels import linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stream", accuracy.STREAMS)
+def test_folding_errs_less_than_two_operations(stream, dtype):
+    found = accuracy.layer_norm_product(stream, 192, dtype)
+    assert 0 < found["folded"] < found["separate"]
+    if stream == "offset":  # what the sums of the rounded weight, and a rounded stream, are for
+        assert found["sums not rounded"] > 5 * found["folded"]
+        assert found["fp32 stream, cast"] > 5 * found["folded"]
+
+
+def test_gelu_is_the_kernels(device):
+    x = torch.linspace(-9, 9, 2048, device=device).half()[:, None]
+    one, zero = torch.ones(1, 1, device=device).half(), torch.zeros(2048, 1, device=device)
+    y = linear(x, one, activation="gelu", residual=zero, implementation="triton")
+    torch.testing.assert_close(y, accuracy.gelu(x.float()), rtol=1e-5, atol=1e-7)
+
+
+def test_gelu_forms():
+    found = accuracy.gelu_forms()
+    assert found["the kernels'"][0] < 3.1e-5 and found["the kernels'"][2] < 0.55
+    assert found["erf, rounded to bf16"][2] == pytest.approx(1.0, abs=0.01)
+    assert all(units > 10 for name, (_, _, units) in found.items() if "of a quintic" in name)
