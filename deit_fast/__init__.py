@@ -1,5 +1,6 @@
 """DeiT on NVIDIA GPUs with fused kernels, computing what timm computes."""
 
+from .engine import InferenceEngine
 from .models import (
     NAMES,
     create_model,
@@ -17,6 +18,7 @@ from .swap import Left, Report, accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = [
+    "InferenceEngine",
     "NAMES",
     "Left",
     "Report",

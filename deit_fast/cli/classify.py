@@ -1,131 +1,158 @@
-"""Class names for pictures, from a DeiT or any other timm model that can be accelerated.
+"""Class names, or features, of pictures, from a DeiT or any timm model that can be accelerated.
 
 examples:
   deit-fast classify cat.jpg dog.png
   deit-fast classify --model deit_base_distilled_384 --topk 3 --json *.jpg
   deit-fast classify --checkpoint deit_base_distilled.safetensors --heads distill cat.jpg
+  deit-fast classify photos/ --out classes.csv
+  deit-fast classify 'photos/**/*.jpg' more.txt --out classes.parquet --topk 1 --workers 16
+  deit-fast classify photos/ --embed --out features.npy     (features.csv says whose each row is)
 
-Weights are timm's from the Hugging Face hub unless --checkpoint names a file. Files that are no
-readable picture are reported, the rest is classified all the same, and the exit code is then 1.
+An IMAGE is a picture, a folder with its subfolders, a pattern in quotes, or a .txt list of paths.
+With --out, a run that was interrupted goes on where it stopped when the same command is given
+again; until it is complete, what it has lies in OUT.partial. Unreadable files get a row with the
+reason.
+
+Weights are timm's from the Hugging Face hub unless --checkpoint names a file or --model a folder.
+Exit code: 0; 1 where some file could not be read (with --out that is no failure: 0); 2 for an
+error; 130 for Ctrl-C.
 """
 
-import argparse
 import json
+import os
 import sys
-from pathlib import Path
 
-import timm.data
 import torch
-from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import deit_fast
-from deit_fast.kernels.classifier import FUSIONS
+from deit_fast import bulk, images, outputs
 
-BATCH = 32
+from . import _models
 
 
 def add_arguments(parser):
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument(
         "--model", default="deit_small_distilled", metavar="NAME",
-        help="one of ours or any timm name (default: %(default)s)",
+        help="one of ours, any timm name, or a folder from save_pretrained (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="official .pth or .safetensors"
-    )
-    parser.add_argument(
-        "--pretrained", action=argparse.BooleanOptionalAction,
-        help="weights from the hub (default without --checkpoint); --no-pretrained: random ones",
-    )  # fmt: skip
+    _models.add_arguments(parser)
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    parser.add_argument(
-        "--heads",
-        choices=FUSIONS,
-        default="joint",
-        help="of a distilled model (default: %(default)s)",
-    )
     parser.add_argument("--json", action="store_true", help="a JSON list instead of lines")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
+    )
+    parser.add_argument(
+        "--embed", action="store_true", help="what the heads work on, instead of classes"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE when complete")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted run left"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="processes that decode (default: one a CPU core up to 16; without --out none)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=_models.DTYPES, help="to compute in (default: fp16; fp32 on a CPU)"
+    )
 
 
 def run(args) -> int:
-    if args.topk < 1:
-        raise ValueError(f"--topk: {args.topk}, want 1 or more")
-    model = _model(args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    label = _labels(model.num_classes)
+    cuda = torch.cuda.is_available()
+    workers = args.workers
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), 16) if args.out else 0
+    batch = (256 if cuda else 32) if args.batch is None else args.batch
+    limits = {"topk": (args.topk, 1), "batch": (batch, 1), "workers": (workers, 0)}
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ValueError(f"--{name}: {value}, want {least} or more")
+    if args.embed and not args.out:
+        raise ValueError("--embed: want --out FILE for the features")
+    if args.json and args.out:
+        raise ValueError("--json: goes to standard output, want --out FILE.jsonl instead")
+    if args.out:
+        outputs.check(args.out, args.embed, args.overwrite)
+    if next(images.find(args.images), None) is None:
+        raise ValueError(f"no images found in {', '.join(args.images)}")
+    dtype = args.dtype or ("fp16" if cuda else "fp32")
+    model = _models.load(args).to("cuda" if cuda else "cpu", _models.DTYPES[dtype])
+    predictor = bulk.Predictor(model, batch, args.topk, args.embed)
+    if not args.out:
+        return _print(predictor, args, workers)
+    return _write(predictor, args, workers, dtype)
 
-    results = []
-    for start in range(0, len(args.images), BATCH):
-        entries, tensors = [], []
-        for path in args.images[start : start + BATCH]:
-            entries.append({"image": str(path)})
-            try:
-                with Image.open(path) as image:
-                    tensors.append(transform(image.convert("RGB")))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                entries[-1]["error"] = _reason(path, error)
-        readable = [entry for entry in entries if "error" not in entry]
-        if readable:
-            scores = _scores(model, torch.stack(tensors).to(device), args.heads)
-            top = scores.topk(min(args.topk, scores.shape[1]))
-            for entry, values, indices in zip(readable, *top, strict=True):
-                entry["predictions"] = [
-                    {"class": i, "label": label(i), "score": round(v, 6)}
-                    for v, i in zip(values.tolist(), indices.tolist(), strict=True)
-                ]
-        results += entries
-        if not args.json:
-            _print(entries)
+
+def _print(predictor, args, workers):
+    labels = bulk.label_names(predictor.engine.model)
+    count = failed = 0
+    for batch in bulk.predict(predictor, images.find(args.images), workers):
+        for entry in outputs.entries(batch, labels):
+            if args.json:
+                text = json.dumps(entry, indent=1)
+                print(f"{',' if count else '['}\n{text}", end="")
+            else:
+                _show(entry)
+            count += 1
+            failed += "error" in entry
     if args.json:
-        print(json.dumps(results, indent=1))
-    return 1 if any("error" in entry for entry in results) else 0
+        print("\n]")
+    return 1 if failed else 0
 
 
-def _model(args):
-    pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    options = {"checkpoint": args.checkpoint, "heads": args.heads}
-    if not pretrained:
-        if args.checkpoint is None:
-            print("deit-fast classify: random weights, the labels mean nothing", file=sys.stderr)
-            torch.manual_seed(0)
-        return deit_fast.create_model(args.model, **options)
-    if args.checkpoint is not None:
-        raise ValueError("--pretrained and --checkpoint: want one of them, got both")
+def _show(entry):
+    if "error" in entry:
+        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)
+        return
+    print(entry["image"])
+    for p in entry["predictions"]:
+        print(f"  {p['score']:7.2%}  {p['label']}")
+
+
+def _write(predictor, args, workers, dtype):
+    model, console = predictor.engine.model, Console(stderr=True)
+    description = {
+        "images": args.images, "model": args.model, "weights": bulk.digest(model), "dtype": dtype,
+        "heads": getattr(model, "heads", None), "embed": args.embed, "topk": predictor.topk,
+        "image_size": list(predictor.engine.image_shape), "out": os.path.basename(args.out),
+    }  # fmt: skip
+    labels = None if args.embed else bulk.label_names(model)
+    job = outputs.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
+    job.begin(images.find(args.images))
+    total, before = job.state["total"], job.state["done"]
+    if job.resumed:
+        console.print(f"resumed: {before:,} of {total:,} images are done", soft_wrap=True)
+    clock = bulk.Clock()
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
     try:
-        return deit_fast.create_model(args.model, pretrained=True, **options)
-    except (OSError, RuntimeError) as error:  # no network, no such repository, unknown name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RuntimeError(
-            f"no pretrained weights for {args.model} ({reason}); "
-            "--checkpoint PATH takes a local file"
-        ) from error
-
-
-def _scores(model, images, heads):
-    with torch.inference_mode():
-        output = model(images).float()
-    return output / 2 if heads == "joint_softmax" else output.softmax(-1)
-
-
-def _labels(classes):
-    if classes != 1000:
-        return lambda index: f"class {index}"
-    return timm.data.ImageNetInfo().index_to_description
-
-
-def _reason(path, error):
-    if not path.exists():
-        return "no such file"
-    return str(error).replace(str(path.resolve()), path.name) or type(error).__name__
-
-
-def _print(entries):
-    for entry in entries:
-        if "error" in entry:
-            print(f"{entry['image']}: {entry['error']}", file=sys.stderr)
-            continue
-        print(entry["image"])
-        for p in entry["predictions"]:
-            print(f"  {p['score']:7.2%}  {p['label']}")
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("", total=total, completed=before, rate="")
+            for batch in bulk.predict(predictor, job.todo(), workers, clock):
+                job.write(batch)
+                rate = (job.state["done"] - before) / max(clock.total, 1e-9)
+                progress.update(bar, completed=job.state["done"], rate=f"{rate:,.1f} images/s")
+    except KeyboardInterrupt:
+        job.save()
+        done = job.state["done"]
+        note = (
+            f"interrupted after {done:,} of {total:,} images: the same command goes on from there"
+        )
+        console.print(note, soft_wrap=True)
+        return 130
+    made = job.finish()
+    count, failed = job.state["done"] - before, job.state["failed"]
+    rate = count / max(clock.total, 1e-9)
+    names = ", ".join(map(str, made))
+    for line in (
+        f"{names}: {total:,} images, {failed:,} of them unreadable",
+        f"{count:,} images in {clock.total:.1f} s, {rate:,.1f} images/s ({dtype} on "
+        f"{predictor.engine.device})",
+        f"waiting for the decoder: {clock.share:.0%} of the time, {workers} workers",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+    return 0

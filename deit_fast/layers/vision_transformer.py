@@ -9,6 +9,7 @@ from torch import nn
 
 from deit_fast import kernels
 from deit_fast.kernels.classifier import fuse
+from deit_fast.kernels.patch_embed import normalize_reference
 
 from ._base import Fast, is_identity, is_linear, is_watched
 from .block import Block
@@ -22,12 +23,14 @@ class FastTransformer(Fast):
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Image -> (B, T + n, D): patches, positions and prefix tokens."""
-        if type(self.patch_embed) is not PatchEmbed or is_watched(self.patch_embed):
-            return self.patch_drop(self._pos_embed(self.patch_embed(image)))
         mean = std = None
         if image.dtype == torch.uint8:
             config = getattr(self, "pretrained_cfg", None) or {}
             mean, std = config.get("mean"), config.get("std")
+        if type(self.patch_embed) is not PatchEmbed or is_watched(self.patch_embed):
+            if image.dtype == torch.uint8:
+                image = normalize_reference(image, mean, std, self.pos_embed.dtype)
+            return self.patch_drop(self._pos_embed(self.patch_embed(image)))
         tokens = [t[0] for t in self._prefix_tokens()]
         prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
@@ -68,12 +71,21 @@ class FastTransformer(Fast):
         classify = self._classifier_operands()
         if attn_mask is not None or is_causal or classify is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = self.norm_pre(self.embed(x))
-        x, moments = _run(self.blocks[:-1], x)
+        return kernels.classifier(self._run_prefix(x), **classify, implementation=self.backend)
+
+    def forward_pre_logits(self, x):
+        """What the heads work on, (B, D): timm's `forward_head(..., pre_logits=True)`, with the
+        last block and the final norm for the prefix tokens alone where `forward` does so."""
+        if self._classifier_operands() is None:
+            return self.forward_head(self.forward_features(x), pre_logits=True)
+        return self.forward_head(self.norm(self._run_prefix(x)), pre_logits=True)
+
+    def _run_prefix(self, x):
+        """Tokens after the last block: as many as there are heads, or more."""
+        x, moments = _run(self.blocks[:-1], self.norm_pre(self.embed(x)))
         last = self.blocks[-1]
         heads = len(self._heads())
-        x = last.forward_prefix(x, heads, moments) if type(last) is Block else last(x)
-        return kernels.classifier(x, **classify, implementation=self.backend)
+        return last.forward_prefix(x, heads, moments) if type(last) is Block else last(x)
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]

@@ -1,0 +1,183 @@
+"""From names to pixels: finding images, and decoding them in worker processes.
+
+What a decoder returns is timm's evaluation transform for the model, stopped before it normalises:
+uint8 (H, W, C), a quarter of the bytes, which the patch embedding kernel normalises.
+"""
+
+import glob
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+SUFFIXES = frozenset(
+    ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp .avif".split()
+)
+LISTS = (".txt", ".lst", ".list")
+CHUNK = 16  # images a worker decodes at a time: small, so that few images reach every worker
+SORTED = 100_000  # names of a folder that are sorted at once; more of them need no more memory
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class Decoder:
+    """`decoder(path or file object)` -> uint8 (H, W, C).
+
+    config: timm's data configuration (`deit_fast.engine.data_config(model)`). Raises `Unreadable`
+    for a file that can't be decoded, saying why.
+    """
+
+    def __init__(self, config: dict):
+        channels, *size = config["input_size"]
+        if channels not in _MODES:
+            raise ValueError(f"config: {channels} channels, want one of {tuple(_MODES)}")
+        self.mode = _MODES[channels]
+        self.resized = max(size) / (config.get("crop_pct") or 1)
+        # As timm's own loader has it: the normalisation is left to the device.
+        self.transform = timm.data.create_transform(**config, use_prefetcher=True)
+
+    def __call__(self, file) -> np.ndarray:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata: the pixels are what counts
+                with Image.open(file) as opened:
+                    image = opened.convert(self.mode)
+        except Exception as error:  # a broken file makes a decoder raise anything
+            raise Unreadable(_reason(file, error)) from error
+        narrow, wide = sorted(image.size)
+        if wide / narrow * self.resized**2 > Image.MAX_IMAGE_PIXELS:
+            raise Unreadable(f"{image.width} x {image.height} pixels are too narrow to be resized")
+        return np.ascontiguousarray(np.asarray(self.transform(image)).transpose(1, 2, 0))
+
+
+class Unreadable(ValueError):
+    """A file that is no image that can be decoded, and why, in one line."""
+
+
+def _reason(file, error):
+    if isinstance(file, str | os.PathLike):
+        if not os.path.exists(file):
+            return "no such file"
+        if os.path.isdir(file):
+            return "is a folder"
+    elif isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"
+    said = str(error).replace(repr(str(file)), "").replace(repr(os.path.realpath(str(file))), "")
+    return " ".join(said.split()) or type(error).__name__
+
+
+def find(inputs: Iterable[str | Path]) -> Iterator[str]:
+    """Paths of images, in a fixed order, without ever holding them all.
+
+    Each input is a folder (searched with its subfolders for names that end as images do), a pattern
+    such as "photos/**/*.jpg", a list (.txt: a path a line, relative to where the command runs), or
+    an image. What a pattern, a list or the input itself names is taken whatever its name ends in.
+
+    Raises FileNotFoundError for what is no file, folder or pattern, OSError for a folder that
+    can't be read.
+    """
+    for one in map(str, inputs):
+        path = Path(one)
+        if path.is_dir():
+            yield from _walk(one, ())
+        elif path.suffix.lower() in LISTS:
+            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+                yield from (line.rstrip("\r\n") for line in lines if line.strip())
+        elif path.exists():
+            yield one
+        elif glob.has_magic(one):
+            matches = glob.iglob(one, recursive=True)
+            yield from _sorted(m for m in matches if not os.path.isdir(m) and not _loops(m))
+        elif path.suffix.lower() in SUFFIXES:
+            yield one  # to be reported with the unreadable ones
+        else:
+            raise FileNotFoundError(f"no image, folder, pattern or list {one}")
+
+
+def _walk(folder, above):
+    """Images in `folder`, then in its subfolders. `above`: the folders on the way, so that a link
+    to one of them ends there."""
+    identity = _identity(folder)
+    if identity in above:
+        return
+    folders = []
+    with os.scandir(folder) as entries:
+        for name, is_folder in _sorted((entry.name, entry.is_dir()) for entry in entries):
+            path = os.path.join(folder, name)
+            if is_folder:
+                folders.append(path)
+            elif os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield path
+    for path in folders:
+        yield from _walk(path, (*above, identity))
+
+
+def _loops(path):
+    """Whether a path goes through the same folder twice, by a link to one above it."""
+    folders = [_identity(str(folder)) for folder in Path(path).parents]
+    return len(set(folders)) < len(folders)
+
+
+@lru_cache(maxsize=1024)
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _sorted(items):
+    while chunk := sorted(islice(items, SORTED)):
+        yield from chunk
+
+
+Decoded = tuple[list[str], list[str | None], np.ndarray]
+
+
+class _Files(Dataset):
+    def __init__(self, decoder):
+        self.decoder = decoder
+
+    def __getitem__(self, path):
+        try:
+            return path, None, self.decoder(path)
+        except Unreadable as error:
+            return path, str(error), None
+
+
+def decode(
+    paths: Iterable[str], decoder: Callable, workers: int, chunk: int = CHUNK
+) -> Iterator[Decoded]:
+    """Decode in `workers` processes (0: in this one), a few chunks ahead of whoever asks.
+
+    Yields, in the order of `paths`: up to `chunk` paths, for each the reason why it is unreadable
+    or None, and the readable ones' pixels, uint8 (n, H, W, C).
+    """
+    paths = iter(paths)
+    loader = DataLoader(
+        _Files(decoder),
+        batch_sampler=iter(lambda: list(islice(paths, chunk)), []),
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_begin,
+    )
+    yield from loader
+
+
+def _begin(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    torch.set_num_threads(1)
+
+
+def _collate(items):
+    """numpy, not tensors: those would travel through shared memory, which containers keep small."""
+    paths, reasons, pixels = zip(*items, strict=True)
+    readable = [p for p in pixels if p is not None]
+    stacked = np.stack(readable) if readable else np.empty((0, 0, 0, 0), np.uint8)
+    return list(paths), list(reasons), stacked

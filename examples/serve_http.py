@@ -1,0 +1,162 @@
+"""Serve a model over HTTP, with dynamic batching over the engine.
+
+    python examples/serve_http.py --model deit_small_distilled --port 8000
+    curl --data-binary @cat.jpg 'http://localhost:8000/classify?topk=3'
+
+POST /classify   an image file as the body -> {"predictions": [{"class", "label", "score"}, ...]}
+GET  /health     {"status": "ok", ...} with counts of requests, batches and refusals
+
+400 for a body that is no image, 413 for one that is too large, 422 for a wrong topk, 503 when
+more requests wait than --queue. Needs `pip install 'deit_fast[serve]'`.
+
+A batch is whatever came while the one before was computed, up to --batch: a lone request is never
+kept waiting, and under load batches fill by themselves.
+"""
+
+import argparse
+import asyncio
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request
+from PIL import Image
+
+import deit_fast
+from deit_fast import bulk, images, outputs
+
+TOPK = 20  # classes that can be asked for
+
+
+class Batcher:
+    """Runs `compute(list of items) -> list of results`, one batch after the other, in a thread."""
+
+    def __init__(self, compute, max_batch: int, max_queue: int):
+        self.compute, self.max_batch = compute, max_batch
+        self.queue = asyncio.Queue(max_queue)
+        self.thread = ThreadPoolExecutor(1)
+        self.batches = 0
+
+    async def __call__(self, item):
+        """The result of one item. Raises asyncio.QueueFull where too many wait."""
+        result = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait((item, result))
+        return await result
+
+    async def run(self):
+        loop = asyncio.get_running_loop()
+        while True:
+            waiting = [await self.queue.get()]
+            while len(waiting) < self.max_batch and not self.queue.empty():
+                waiting.append(self.queue.get_nowait())
+            waiting = [w for w in waiting if not w[1].cancelled()]  # whose clients are gone
+            if not waiting:
+                continue
+            items = [item for item, _ in waiting]
+            try:
+                results = await loop.run_in_executor(self.thread, self.compute, items)
+            except Exception as error:
+                results = [error] * len(items)
+            self.batches += 1
+            for (_, future), result in zip(waiting, results, strict=True):
+                if future.cancelled():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+
+def create_app(
+    model, max_batch=32, max_bytes=10_000_000, max_pixels=50_000_000, max_queue=1024
+) -> FastAPI:
+    """model: in eval mode, where it is to run."""
+    predictor = bulk.Predictor(model, max_batch, topk=TOPK)
+    labels = bulk.label_names(model)
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
+    decoders = ThreadPoolExecutor(os.cpu_count())
+    batcher = Batcher(lambda pixels: classify(predictor, labels, pixels), max_batch, max_queue)
+    counts = {"requests": 0, "refused": 0}
+
+    @asynccontextmanager
+    async def lifespan(app):
+        running = asyncio.create_task(batcher.run())
+        yield
+        running.cancel()
+
+    app = FastAPI(title="deit_fast", lifespan=lifespan)
+
+    @app.post("/classify")
+    async def post_classify(request: Request, topk: Annotated[int, Query(ge=1, le=TOPK)] = 5):
+        counts["requests"] += 1
+        try:
+            body = await read(request, max_bytes)
+            loop = asyncio.get_running_loop()
+            pixels = await loop.run_in_executor(decoders, predictor.decoder, io.BytesIO(body))
+            return {"predictions": (await batcher(pixels))[:topk]}
+        except images.Unreadable as error:
+            counts["refused"] += 1
+            raise HTTPException(400, f"body: {error}") from error
+        except asyncio.QueueFull as error:
+            counts["refused"] += 1
+            busy = f"{max_queue} requests are waiting"
+            raise HTTPException(503, busy, headers={"Retry-After": "1"}) from error
+        except HTTPException:
+            counts["refused"] += 1
+            raise
+
+    @app.get("/health")
+    async def get_health():
+        return {"status": "ok", **counts, "batches": batcher.batches}
+
+    return app
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body, of which no more than `limit` bytes are ever held."""
+    too_large = HTTPException(413, f"body: more than {limit} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    if not body:
+        raise HTTPException(400, "body: empty, want an image file")
+    return bytes(body)
+
+
+def classify(predictor, labels, pixels: list[np.ndarray]) -> list[list[dict]]:
+    """The best classes of each image."""
+    columns = predictor(np.stack(pixels))
+    batch = bulk.Batch([""] * len(pixels), [None] * len(pixels), columns)
+    return [entry["predictions"] for entry in outputs.entries(batch, labels)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deit_small_distilled")
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--batch", type=int, default=32, help="largest (default: %(default)s)")
+    parser.add_argument("--queue", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--max-bytes", type=int, default=10_000_000, help="(default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.half) if torch.cuda.is_available() else ("cpu", torch.float)
+    model = deit_fast.create_model(args.model, pretrained=args.pretrained).to(device, dtype).eval()
+    app = create_app(model, args.batch, args.max_bytes, max_queue=args.queue)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""CUDA's streams, events and graphs on a CPU, with what their order has to guarantee.
+
+Work runs at once, but each storage remembers who read and wrote it last, in vector clocks: an
+access that nothing orders after an earlier one, which on a GPU might come first, is an error.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+HOST = "host"
+
+
+class Race(AssertionError):
+    pass
+
+
+class Stream:
+    def __init__(self, name):
+        self.name, self.clock = name, {name: 0}
+
+    def _see(self, clock):
+        for name, time in clock.items():
+            self.clock[name] = max(self.clock.get(name, 0), time)
+
+    def wait_event(self, event):
+        self._see(event.clock)
+
+    def wait_stream(self, other):
+        self._see(other.clock)
+
+
+class FakeCuda(TorchDispatchMode):
+    """Within it `torch.cuda` is this one's. `on(stream)` and `host()` say who runs what the test
+    itself does; everything else runs on the stream `caller`."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.host_actor = Stream(HOST)
+        self.caller = Stream("caller")
+        self.here, self.storages, self.recording = None, {}, None
+        self.streams = self.replays = self.reserved = 0
+        fake = self
+
+        class Event:
+            clock = {}
+
+            def record(self, stream):
+                self.clock = dict(stream.clock)
+
+            def synchronize(self):
+                fake.host_actor._see(self.clock)
+
+        class CUDAGraph:
+            def replay(self):
+                fake.replays += 1
+                with torch.inference_mode():
+                    for function, args, kwargs, result in self.recorded:
+                        fake._redo(function, args, kwargs, result)
+
+        @contextmanager
+        def graph(graph, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            graph.recorded = fake.recording = []
+            with fake.on(stream):
+                yield
+            fake.recording = None
+            fake.reserved += 1000
+
+        def new_stream(device):
+            self.streams += 1
+            return Stream(f"stream {self.streams}")
+
+        @contextmanager
+        def device(device):
+            yield
+
+        for name, value in {
+            "Stream": new_stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph,
+            "stream": self.on, "current_stream": lambda: self.caller, "device": device,
+            "synchronize": self._synchronize, "empty_cache": lambda: None,
+            "memory_reserved": lambda: self.reserved, "graph_pool_handle": lambda: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def _synchronize(self):
+        pass  # waits for more than the engine may count on
+
+    @contextmanager
+    def on(self, stream):
+        before, self.here = self.here, stream
+        try:
+            yield
+        finally:
+            self.here = before
+
+    def host(self):
+        return self.on(self.host_actor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        self._account(function, args, kwargs, result)
+        if self.recording is not None:
+            self.recording.append((function, args, kwargs, result))
+        return result
+
+    def _redo(self, function, args, kwargs, result):
+        """As a graph: the same addresses again."""
+        new = function(*args, **kwargs)
+        self._account(function, args, kwargs, result)
+        known = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for before, after in zip(tree_iter(result), tree_iter(new), strict=True):
+            if isinstance(before, torch.Tensor) and _storage(before) not in known:
+                before.copy_(after)
+
+    def _account(self, function, args, kwargs, result):
+        stream = self.here or self.caller
+        if stream is not self.host_actor:
+            stream._see(self.host_actor.clock)  # what the host did before it queued this
+        stream.clock[stream.name] += 1
+        arguments = function._schema.arguments
+        written = set()
+        for argument, value in zip(arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written |= {_storage(t) for t in tree_iter(value) if isinstance(t, torch.Tensor)}
+        inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        view = any(r.alias_info is not None for r in function._schema.returns) and not written
+        filled = "empty" not in function._schema.name
+        if filled and not view:
+            for storage in inputs:
+                self._access(storage, stream, storage in written, function)
+        for t in tree_iter(result):
+            if isinstance(t, torch.Tensor) and _storage(t) not in inputs:
+                self.storages.pop(_storage(t), None)  # new memory
+                if filled:
+                    self._access(_storage(t), stream, True, function)
+
+    def _access(self, storage, stream, write, function):
+        if not storage:  # an empty tensor has none
+            return
+        accesses = self.storages.setdefault(storage, {})
+        for (name, was_write), time in accesses.items():
+            if (write or was_write) and stream.clock.get(name, 0) < time:
+                kind = "a write" if was_write else "a read"
+                raise Race(f"{function} on {stream.name} may overtake {kind} on {name}")
+        accesses[stream.name, write] = stream.clock[stream.name]
+
+
+def _storage(t):
+    return t.untyped_storage().data_ptr()

@@ -1,0 +1,390 @@
+"""InferenceEngine: the model's own answers, in any number, from anywhere, in any order."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import timm
+import torch
+from fake_cuda import FakeCuda, Race, Stream
+from modelling import TINY, tiny_pair
+
+import deit_fast
+from deit_fast import InferenceEngine, engine
+from deit_fast.engine import data_config, plan
+
+
+def model(**kwargs):
+    return tiny_pair(**kwargs)[1]
+
+
+def floats(count, size=64):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+def bytes_of(count, size=64):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def answers(m, images):
+    with torch.inference_mode():
+        return m(images)
+
+
+def assert_answers(got, m, images):
+    torch.testing.assert_close(got, answers(m, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """An engine on a CPU takes the way it takes on a GPU, and races are errors."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(engine, "has_graphs", lambda device: True)
+    with cuda:
+        yield cuda
+
+
+@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
+def test_any_number_of_images(make, count):
+    m = model()
+    got = InferenceEngine(m, batch_size=4)(make(count))
+    assert_answers(got, m, make(count))
+    assert not got.is_inference()
+
+
+@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 24])
+def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
+    monkeypatch.setattr(engine, "on_host", lambda images: host)
+    m = model()
+    run = InferenceEngine(m, batch_sizes=(1, 2, 8))
+    assert len(run._slots) == 6
+    owner = fake.host_actor if host else fake.caller
+    with fake.on(owner):
+        images = make(count)
+    for repeat in range(4):  # both slots of each size, twice
+        with fake.on(owner):
+            images.add_(1)  # in the memory that the last call read
+            given = images.clone()
+        want = answers(m, given)
+        got = run(images)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=f"call {repeat}")
+
+
+def test_callers_on_streams_of_their_own(fake):
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    results, streams = [], [Stream("a"), Stream("b")]
+    for stream in streams:
+        stream.wait_stream(fake.caller)  # the weights
+    for turn in range(6):
+        fake.caller = streams[turn % 2]
+        images = floats(turn + 1)
+        want = answers(m, images)
+        results.append((fake.caller, run(images), want))
+    for stream, got, want in results:  # an overwritten one would differ
+        with fake.on(stream):
+            assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stream, method, host",
+    [("wait", "wait_event", False), ("wait", "wait_event", True), ("host", "synchronize", True)],
+)
+def test_without_its_order_it_races(fake, monkeypatch, stream, method, host):
+    """What the other tests can see: each kind of waiting, left out, is an error."""
+    monkeypatch.setattr(engine, "on_host", lambda images: host)
+    run = InferenceEngine(model(), batch_size=2, prepare=("float",))
+    owner = Stream if stream == "wait" else torch.cuda.Event
+    monkeypatch.setattr(owner, method, lambda *args: None)
+    with pytest.raises(Race):
+        for _ in range(3):
+            images = floats(2)
+            got = run(images)
+            with fake.host():
+                images.zero_()
+            got.sum()
+
+
+def test_a_kind_that_was_not_prepared_is_captured_when_it_comes(fake):
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("uint8",))
+    before = run.memory
+    assert set(run._slots) == {("uint8", 2)} and before.workspace == 2000
+    assert_answers(run(floats(3)), m, floats(3))
+    assert set(run._slots) == {("uint8", 2), ("float", 2)}
+    assert run.memory.workspace == 4000
+    assert run.memory.buffers - before.buffers == 2 * 2 * (3 * 64 * 64 + 11) * 4
+    assert before.weights == sum(p.nbytes for p in m.parameters())
+    assert "weights 0.6 MB" in repr(run)
+
+
+def test_a_graph_is_one_replay_a_batch(fake):
+    run = InferenceEngine(model(), batch_sizes=(1, 8), prepare=("float",))
+    for count, replays in ((1, 1), (5, 1), (8, 1), (9, 2), (16, 2)):
+        fake.replays = 0
+        run(floats(count))
+        assert fake.replays == replays, count
+
+
+def test_plan():
+    sizes = (1, 8, 32, 256)
+    for count in (*range(1, 300), 1000):
+        chosen = plan(sizes, count)
+        assert sum(chosen) >= count and set(chosen) <= set(sizes)
+        assert sum(chosen[:-1]) < count  # nothing runs for padding alone
+    assert plan(sizes, 40) == (32, 8)
+    assert plan(sizes, 200) == (256,)
+    assert plan(sizes, 513) == (256, 256, 1)
+    assert plan((4,), 0) == ()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_weights_changed_in_place_are_seen(request, graphs):
+    if graphs:
+        request.getfixturevalue("fake")
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    before = run(floats(2))
+    other = model(num_classes=11)
+    with torch.no_grad():
+        for p, q in zip(m.parameters(), other.parameters(), strict=True):
+            p.copy_(q + 0.1)
+    after = run(floats(2))
+    assert not torch.allclose(before, after)
+    assert_answers(after, m, floats(2))
+
+
+def test_swapped_weights_need_refresh(fake):
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="refresh"):
+        run(floats(2))
+    run.refresh()
+    assert_answers(run(floats(3)), m, floats(3))
+
+
+def test_a_model_of_another_dtype_needs_refresh():
+    m = model()
+    run = InferenceEngine(m, batch_size=2)
+    m.double()
+    with pytest.raises(RuntimeError, match="float64 on cpu now, torch.float32 .*refresh"):
+        run(floats(1))
+    run.refresh()
+    assert run(floats(1)).dtype == torch.float64
+
+
+def test_refresh_sees_other_heads(fake):
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    deit_fast.set_heads(m, "distill")
+    run.refresh()
+    assert_answers(run(floats(2)), m, floats(2))
+    assert not torch.allclose(m.head(torch.ones(64)), m.head_dist(torch.ones(64)))
+
+
+def test_threads_get_their_own_answers():
+    m = model()
+    run = InferenceEngine(m, batch_size=4)
+    want = {count: answers(m, floats(count)) for count in range(1, 9)}
+    wrong = []
+
+    def call(count):
+        for _ in range(20):
+            if not torch.allclose(run(floats(count)), want[count], atol=1e-5):
+                wrong.append(count)
+
+    threads = [threading.Thread(target=call, args=(count,)) for count in want]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_one_call_at_a_time():
+    """The buffers are one call's: another waits until it is over."""
+    m, inside, most = model(), [0], [0]
+
+    def hook(*_):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        threading.Event().wait(0.02)
+        inside[0] -= 1
+
+    m.register_forward_pre_hook(hook)
+    run = InferenceEngine(m, batch_size=4)
+    threads = [threading.Thread(target=run, args=(floats(1),)) for _ in range(5)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert most[0] == 1
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_features_are_timms_pre_logits(distilled):
+    reference, fast = tiny_pair(distilled=distilled)
+    with torch.no_grad():
+        want = reference.forward_head(reference.forward_features(floats(3)), pre_logits=True)
+    for m in (fast, reference):
+        got = InferenceEngine(m, batch_size=2, output="features")(floats(3))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_model_without_classes():
+    reference, fast = tiny_pair(num_classes=0)
+    got = InferenceEngine(fast, batch_size=2, output="features")(floats(2))
+    torch.testing.assert_close(got, answers(reference, floats(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_takes_no_bytes_gets_them_normalised():
+    reference, fast = tiny_pair()
+    got = InferenceEngine(reference, batch_size=2)(bytes_of(3))
+    torch.testing.assert_close(got, answers(fast, bytes_of(3)), rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_where_the_patch_embedding_is_watched():
+    m = model()
+    want = answers(m, bytes_of(2))
+    m.patch_embed.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(answers(m, bytes_of(2)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_other_floating_images_and_autocast():
+    m = model()
+    run = InferenceEngine(m, batch_size=2)
+    assert_answers(run(floats(2).double()), m, floats(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(floats(2))
+    assert got.dtype == torch.float32
+    assert_answers(got, m, floats(2))
+
+
+def test_image_size():
+    m = deit_fast.create_model("deit_tiny_patch16_224", **TINY | {"dynamic_img_size": True}).eval()
+    assert_answers(InferenceEngine(m, 2, image_size=96)(floats(3, 96)), m, floats(3, 96))
+    with pytest.raises(ValueError, match=r"want \(B, 3, 64, 32\)"):
+        InferenceEngine(m, 2, image_size=(64, 32))(floats(1))
+
+
+def test_data_config_is_of_the_model_as_built():
+    built = timm.create_model("deit_tiny_patch16_224", **TINY | {"in_chans": 1})
+    assert data_config(built)["input_size"] == (1, 64, 64)
+    plain = timm.create_model("deit_tiny_patch16_224", embed_dim=64, depth=1, num_heads=2)
+    assert data_config(plain) == timm.data.resolve_model_data_config(plain)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_engines(copied):
+    m = model()
+    run = InferenceEngine(m, batch_sizes=(2, 5), output="features", prepare=("float",))
+    again = copied(run)
+    assert again.batch_sizes == (2, 5) and again.model is not m and again._prepare == ("float",)
+    torch.testing.assert_close(again(floats(3)), run(floats(3)))
+
+
+def test_models_that_cannot_run():
+    with pytest.raises(ValueError, match=r"train mode \(\(the model\) first\)"):
+        InferenceEngine(model().train(), 1)
+    m = model()
+    m.blocks[1].attn.train()
+    with pytest.raises(ValueError, match=r"train mode \(blocks.1.attn first\)"):
+        InferenceEngine(m, 1)
+    m = model()
+    m.head.double()
+    with pytest.raises(ValueError, match="float32, torch.float64, want one dtype"):
+        InferenceEngine(m, 1)
+    with pytest.raises(TypeError, match="float32, dtype asks for torch.float16"):
+        InferenceEngine(model(), 1, dtype=torch.float16)
+    with pytest.raises(ValueError, match="on cpu, device asks for cuda"):
+        InferenceEngine(model(), 1, device="cuda")
+    with pytest.raises(ValueError, match="on meta"):
+        InferenceEngine(model().to("meta"), 1)
+    m = model()
+    run = InferenceEngine(m, 1, dtype=torch.float32, device="cpu")
+    m.train()
+    with pytest.raises(RuntimeError, match="train mode since"):
+        run(floats(1))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "batch_size: None, batch_sizes: None"),
+        ({"batch_size": 1, "batch_sizes": (1,)}, "want one of them"),
+        ({"batch_size": 0}, r"batch_size: \(0,\)"),
+        ({"batch_sizes": ()}, r"batch_sizes: \(\)"),
+        ({"batch_sizes": (1, 2.0)}, "whole numbers"),
+        ({"batch_size": 1, "output": "probabilities"}, "output: 'probabilities'"),
+        ({"batch_size": 1, "prepare": ("bytes",)}, r"prepare: \('bytes',\)"),
+    ],
+)
+def test_options_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceEngine(model(), **options)
+
+
+@pytest.mark.parametrize(
+    "images, error, message",
+    [
+        ([1], TypeError, "images: list"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "dtype torch.int32"),
+        (torch.zeros(3, 64, 64), ValueError, r"want \(B, 3, 64, 64\)"),
+        (torch.zeros(1, 64, 64, 3), ValueError, r"shape \(1, 64, 64, 3\), want \(B, 3, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64).byte(), ValueError, r"want \(B, 64, 64, 3\) for torch.uint8"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "on meta, want cpu or the host"),
+    ],
+)
+def test_images_that_are_none(images, error, message):
+    with pytest.raises(error, match=message):
+        InferenceEngine(model(), 2)(images)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_real_graphs(dtype):
+    m = model(backend="auto").to("cuda", dtype)
+    run = InferenceEngine(m, batch_sizes=(1, 4, 16))
+    for count in (0, 1, 3, 16, 41):
+        for images in (floats(count).to(dtype), bytes_of(count)):
+            want = answers(m, images.cuda())
+            for given in (images, images.pin_memory(), images.cuda()):
+                for _ in range(3):
+                    torch.testing.assert_close(run(given), want)
+    assert run.memory.workspace > 0
+
+
+@pytest.mark.gpu
+def test_real_graphs_see_weights_and_serve_threads():
+    m = model(backend="auto").cuda()
+    run = InferenceEngine(m, batch_size=4)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(0.05)
+    torch.testing.assert_close(run(floats(3)), answers(m, floats(3).cuda()))
+    want = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
+    wrong = []
+
+    def call(count):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.allclose(run(floats(count).pin_memory()), want[count], atol=1e-4):
+                    wrong.append(count)
+
+    threads = [threading.Thread(target=call, args=(count,)) for count in want]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    m.half()
+    with pytest.raises(RuntimeError, match="refresh"):
+        run(floats(1))
+    run.refresh()
+    assert run(floats(1)).dtype == torch.float16

@@ -1,0 +1,347 @@
+"""Bulk answers: every format says the same, and no interruption loses or doubles one."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deit_fast import outputs
+from deit_fast.bulk import Batch
+from deit_fast.outputs import Job
+
+LABELS = [f'label, "{i}"' for i in range(10)]
+PATHS = [f"photos/{i}.jpg" for i in range(23)]
+PATHS[4], PATHS[5] = 'a "b",\nc.jpg', "\udcff.jpg"  # a line break; bytes that are no UTF-8
+BROKEN = {PATHS[1], PATHS[7], PATHS[8], PATHS[22]}
+CLASSES = {"topk": 2}
+
+
+def batches(paths, size=4, embed=False):
+    """What a predictor would answer: figures that depend on the path alone."""
+    paths = list(paths)
+    for first in range(0, len(paths), size):
+        some = paths[first : first + size]
+        readable = [PATHS.index(p) for p in some if p not in BROKEN]
+        columns = {}
+        if readable and embed:
+            columns = {"embedding": np.array([[i, i / 2, -i] for i in readable], np.float32)}
+        elif readable:
+            columns = {
+                "classes": np.array([[i % 10, (i + 1) % 10] for i in readable]),
+                "scores": np.array([[0.5 + i / 100, i / 1000] for i in readable], np.float32),
+            }
+        yield Batch(some, ["is broken" if p in BROKEN else None for p in some], columns)
+
+
+def job(out, embed=False, **options):
+    return Job(out, CLASSES, None if embed else LABELS, embed, **options)
+
+
+def run(out, embed=False, stop=None, **options):
+    """Run to the end, or until `stop` batches are written: killed, in effect."""
+    one = job(out, embed, **options)
+    one.begin(iter(PATHS))
+    for count, batch in enumerate(batches(one.todo(), embed=embed)):
+        if count == stop:
+            for file in one._files.values():
+                file.flush()
+            one._locked.close()
+            return one
+        one.write(batch)
+    one.finish()
+    return one
+
+
+def whole(folder, name, embed=False):
+    folder.mkdir(exist_ok=True)
+    run(folder / name, embed)
+    return folder / name
+
+
+def state_of(folder):
+    return {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_formats_say_the_same(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for suffix in ("csv", "jsonl", "parquet"):
+        run(tmp_path / f"a.{suffix}")
+    with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
+        from_csv = list(csv.DictReader(file))
+    from_jsonl = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
+    from_parquet = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["image"] for row in from_csv] == PATHS
+    assert [row["image"] for row in from_jsonl] == PATHS
+    assert [row["image"] for row in from_parquet][:5] == PATHS[:5]
+    assert from_parquet[5]["image"] == "\\udcff.jpg"
+    for i, (a, b, c) in enumerate(zip(from_csv, from_jsonl, from_parquet, strict=True)):
+        assert None not in a and None not in a.values()  # a cell for each column
+        if PATHS[i] in BROKEN:
+            assert a["error"] == b["error"] == c["error"] == "is broken"
+            assert a["class_1"] == "" and "predictions" not in b and c["classes"] is None
+            continue
+        assert a["error"] == "" and "error" not in b and c["error"] is None
+        assert [p["class"] for p in b["predictions"]] == c["classes"] == [i % 10, (i + 1) % 10]
+        assert [int(a["class_1"]), int(a["class_2"])] == c["classes"]
+        assert [p["label"] for p in b["predictions"]] == c["labels"]
+        assert [a["label_1"], a["label_2"]] == c["labels"] == [LABELS[k] for k in c["classes"]]
+        assert [p["score"] for p in b["predictions"]] == pytest.approx(c["scores"], abs=1e-6)
+        assert [float(a["score_1"]), float(a["score_2"])] == pytest.approx(c["scores"], abs=1e-6)
+        assert c["scores"] == pytest.approx([0.5 + i / 100, i / 1000], abs=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl", "a.parquet"]
+
+
+def test_embeddings(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    run(tmp_path / "a.npy", embed=True)
+    run(tmp_path / "b.parquet", embed=True)
+    matrix = np.load(tmp_path / "a.npy")
+    assert matrix.dtype == np.float32 and matrix.shape == (19, 3)
+    with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
+        table = list(csv.DictReader(file))
+    rows = parquet.read_table(tmp_path / "b.parquet").to_pylist()
+    assert [row["image"] for row in table] == PATHS
+    for i, (row, other) in enumerate(zip(table, rows, strict=True)):
+        if PATHS[i] in BROKEN:
+            assert (row["row"], row["error"]) == ("", "is broken")
+            assert other["embedding"] is None and other["error"] == "is broken"
+        else:
+            assert row["error"] == "" and other["error"] is None
+            assert matrix[int(row["row"])].tolist() == [i, i / 2, -i] == other["embedding"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.npy"])
+def test_no_image_at_all_is_readable(tmp_path, name):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    embed = name == "a.npy"
+    one = job(tmp_path / name, embed)
+    one.begin([PATHS[1], PATHS[7]])
+    one.write(Batch([PATHS[1], PATHS[7]], ["is broken"] * 2, {}))
+    one.finish()
+    assert (tmp_path / name).exists()
+    if embed:
+        assert len(np.load(tmp_path / name)) == 0
+
+
+@pytest.mark.parametrize("embed, name", [(False, "a.csv"), (False, "a.jsonl"), (True, "a.npy")])
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_resumed_runs_equal_one_that_was_not_interrupted(tmp_path, monkeypatch, embed, name, every):
+    """Stopped after every number of batches, with the last state of then, or with the first."""
+    want = whole(tmp_path / "whole", name, embed)
+    monkeypatch.setattr(outputs, "EVERY", every)
+    for stop in range(6):
+        out = tmp_path / f"{stop}" / name
+        out.parent.mkdir()
+        run(out, embed, stop)
+        assert not out.exists()
+        one = run(out, embed)
+        assert one.resumed
+        for made in want.parent.iterdir():
+            assert (out.parent / made.name).read_bytes() == made.read_bytes(), stop
+        assert len(list(out.parent.iterdir())) == len(list(want.parent.iterdir()))
+
+
+def test_interrupted_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    want, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
+    done = []
+    for _ in range(5):
+        done.append(run(out, stop=1).state["done"])
+        with open(tmp_path / "a.csv.partial/rows.jsonl", "ab") as file:
+            file.write(b'{"image": "torn')
+    assert done == [4, 8, 12, 16, 20]
+    run(out)
+    assert out.read_bytes() == want.read_bytes()
+
+
+def test_resuming_keeps_the_images_that_were_found(tmp_path):
+    run(tmp_path / "a.csv", stop=2)
+    one = job(tmp_path / "a.csv")
+    one.begin(iter(["another.jpg"]))
+    assert (one.state["total"], list(one.todo())) == (23, PATHS[one.state["done"] :])
+
+
+def test_a_run_killed_while_it_looked_for_images_begins_anew(tmp_path):
+    one = job(tmp_path / "a.csv")
+    (one.folder / "files.jsonl").write_text('"photos/0.jpg"\n"pho')
+    one._locked.close()
+    one = run(tmp_path / "a.csv")
+    assert not one.resumed and one.state["done"] == 23
+
+
+def ruin(name, change):
+    def apply(folder):
+        path = folder / name
+        text = path.read_text()
+        path.write_text(change(text)) if change else path.unlink()
+
+    return apply
+
+
+def edited(**changes):
+    return ruin("state.json", lambda text: json.dumps(json.loads(text) | changes))
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (ruin("state.json", lambda t: t[:20]), "state.json can't be read"),
+        (ruin("state.json", lambda t: "[]"), "state.json can't be read"),
+        (ruin("state.json", lambda t: ""), "state.json can't be read"),
+        (edited(done=None), "state.json can't be read"),
+        (edited(done=-1), "state.json can't be read"),
+        (edited(done=24), "state.json can't be read"),
+        (edited(failed=13), "state.json can't be read"),
+        (edited(done=11), "do not belong together"),
+        (edited(rows=100), "do not belong together"),
+        (ruin("state.json", None), "state.json is missing"),
+        (ruin("rows.jsonl", None), "rows.jsonl is missing"),
+        (ruin("files.jsonl", None), "files.jsonl is missing"),
+        (ruin("files.jsonl", lambda t: t[:30]), "files.jsonl ends after 2 images"),
+        (ruin("rows.jsonl", lambda t: t[:50]), "rows.jsonl is shorter than state.json says"),
+        (ruin("rows.jsonl", lambda t: t.replace("/11.jpg", "/12.jpg")), "belong together"),
+        (ruin("files.jsonl", lambda t: t.replace("/11.jpg", "/12.jpg")), "belong together"),
+    ],
+)
+def test_corrupt_leftovers_are_refused_and_kept(tmp_path, monkeypatch, harm, message):
+    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    out = tmp_path / "a.csv"
+    run(out, stop=3)
+    folder = tmp_path / "a.csv.partial"
+    harm(folder)
+    before = state_of(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        job(out)
+    assert "\n" not in str(error.value) and "--restart" in str(error.value)
+    assert state_of(folder) == before and not out.exists()
+    one = run(out, restart=True)
+    assert not one.resumed and out.exists()
+
+
+def test_features_that_are_too_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    run(tmp_path / "a.npy", True, stop=2)
+    with open(tmp_path / "a.npy.partial/features.npy", "r+b") as file:
+        file.truncate(140)
+    with pytest.raises(ValueError, match="features.npy is shorter"):
+        job(tmp_path / "a.npy", True)
+
+
+def test_another_runs_leftovers(tmp_path):
+    run(tmp_path / "a.csv", stop=1)
+    with pytest.raises(ValueError, match="topk 2, this one has 3.*--restart"):
+        Job(tmp_path / "a.csv", {"topk": 3}, LABELS)
+    assert run(tmp_path / "a.csv").resumed
+
+
+def test_an_existing_output_is_kept_until_the_new_one_is_complete(tmp_path):
+    out = tmp_path / "a.csv"
+    out.write_text("earlier")
+    with pytest.raises(FileExistsError, match="a.csv exists; --overwrite"):
+        job(out)
+    run(out, stop=2, overwrite=True)
+    assert out.read_text() == "earlier"
+    run(out, overwrite=True)
+    assert out.read_bytes().startswith(b"image,error,class_1")
+
+
+def test_the_table_beside_npy_is_no_ones_elses(tmp_path):
+    (tmp_path / "a.csv").write_text("earlier")
+    with pytest.raises(FileExistsError, match="a.csv exists"):
+        job(tmp_path / "a.npy", True)
+
+
+def test_one_run_at_a_time(tmp_path):
+    first = job(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="in use: another run writes"):
+        job(tmp_path / "a.csv", restart=True)
+    first._locked.close()
+    run(tmp_path / "a.csv")
+
+
+def test_no_images(tmp_path):
+    one = job(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="no images found"):
+        one.begin([])
+    assert list(tmp_path.iterdir()) == []
+
+    def failing():
+        yield "a.jpg"
+        raise PermissionError(13, "Permission denied", "photos/secret")
+
+    with pytest.raises(PermissionError, match="photos/secret"):
+        job(tmp_path / "a.csv").begin(failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, embed, error, message",
+    [
+        ("a.txt", False, ValueError, "classes are written as .csv, .jsonl, .parquet"),
+        ("a.csv", True, ValueError, "embeddings are written as .npy, .parquet"),
+        ("none/a.csv", False, FileNotFoundError, "there is no folder"),
+    ],
+)
+def test_outputs_that_can_not_be(tmp_path, name, embed, error, message):
+    with pytest.raises(error, match=message):
+        job(tmp_path / name, embed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="not writable"):
+        job(tmp_path / "a.csv")
+
+
+FULL = """
+import resource, sys
+from test_outputs import *
+outputs.EVERY = 0.0
+one = job(sys.argv[1])
+one.begin(iter(PATHS))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # no file grows beyond
+try:
+    for batch in batches(one.todo()):
+        one.write(batch)
+except OSError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    want, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
+    command = [sys.executable, "-c", FULL, str(out)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert found.returncode == 2, found.stderr
+    assert found.stdout.count("\n") == 1 and "a.csv.partial: File too large" in found.stdout
+    state = json.loads((tmp_path / "a.csv.partial/state.json").read_text())
+    assert 0 < state["done"] < 23
+    one = run(out)
+    assert one.resumed and out.read_bytes() == want.read_bytes()
+
+
+def test_a_disk_that_fills_at_the_very_end(tmp_path, monkeypatch):
+    out = tmp_path / "a.csv"
+    out.write_text("earlier")
+
+    def replace(source, target):
+        if str(target) == str(out):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    real = outputs.os.replace
+    monkeypatch.setattr(outputs.os, "replace", replace)
+    with pytest.raises(OSError, match="No space left on device; what its state.json counts"):
+        run(out, overwrite=True)
+    assert out.read_text() == "earlier"
+    monkeypatch.undo()
+    assert run(out, overwrite=True).resumed
+    assert len(list(csv.reader(out.open(newline="", errors="surrogateescape")))) == 24
