@@ -119,7 +119,8 @@ def create_app(
 
 async def read(request: Request, limit: int) -> bytes:
     """The body, of which no more than `limit` bytes are ever held."""
-    too_large = HTTPException(413, f"body: more than {limit} bytes")
+    close = {"Connection": "close"}  # what still comes is not waited for
+    too_large = HTTPException(413, f"body: more than {limit} bytes", headers=close)
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise too_large

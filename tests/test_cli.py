@@ -1,11 +1,16 @@
 """The deit-fast command, as a user calls it."""
 
+import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -13,6 +18,7 @@ import torch
 from PIL import Image
 
 import deit_fast
+from deit_fast import bulk
 from deit_fast.bench import results
 from deit_fast.bench.networks import Network
 from deit_fast.cli import main
@@ -80,7 +86,7 @@ def test_classify_prints_what_timm_predicts(checkpoint, capsys):
 def test_classify_reports_bad_files_and_goes_on(checkpoint, tmp_path, capsys):
     truncated = tmp_path / "truncated.jpg"
     truncated.write_bytes(Path(CAT).read_bytes()[:9000])
-    text = tmp_path / "notes.txt"
+    text = tmp_path / "notes.md"
     text.write_text("no picture")
     Image.new("RGBA", (30, 20)).save(tmp_path / "alpha.png")
     files = [
@@ -99,17 +105,125 @@ def test_classify_reports_bad_files_and_goes_on(checkpoint, tmp_path, capsys):
     assert classify("--checkpoint", checkpoint, *files[:3]) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0] == CAT and len(captured.out.splitlines()) == 6
-    assert "notes.txt: cannot identify image file" in captured.err
+    assert "notes.md: cannot identify image file" in captured.err
     assert classify("--checkpoint", checkpoint, str(text)) == 1
 
 
-def test_classify_more_images_than_a_batch(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("deit_fast.cli.classify.BATCH", 2)
+def test_classify_more_images_than_a_batch(checkpoint, capsys):
     photos = sorted(map(str, DATA.glob("*.jpg")))
-    assert classify("--checkpoint", checkpoint, "--json", *photos, *photos[:1]) == 0
+    options = ("--checkpoint", checkpoint, "--json", "--batch", "2")
+    assert classify(*options, *photos, *photos[:1]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert len(entries) == 5 and entries[0]["predictions"] == entries[4]["predictions"]
     assert entries[0]["predictions"] != entries[1]["predictions"]
+
+
+def many(folder, count):
+    """A folder of photographs, small ones, and a few files that are none."""
+    (folder / "more").mkdir(parents=True)
+    for i, path in enumerate(sorted(DATA.glob("*.jpg"))):
+        Image.open(path).resize((40 + i, 36)).save(folder / f"small{i}.png")
+    for i in range(count):
+        name = f"more/{i:04d}.png" if i % 3 else f"{i:04d}.png"
+        if i % 100 == 7:
+            (folder / name).write_bytes(b"none")
+        else:
+            os.link(folder / f"small{i % 4}.png", folder / name)
+    return count + 4
+
+
+BULK = ["--model", "deit_tiny_distilled", "--no-pretrained", "--img-size", "32", "--topk", "1"]
+
+
+def test_classify_folder_and_its_own_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    total = many(tmp_path / "photos", 40)
+    assert main(["classify", *BULK, "photos", "--out", "a.csv", "--workers", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"a.csv: {total} images, 1 of them unreadable" in captured.err
+    assert re.search(r"44 images in \d+\.\d s, [\d.]+ images/s \(fp32 on cpu\)", captured.err)
+    assert re.search(r"waiting for the decoder: \d+% of the time, 2 workers", captured.err)
+    rows = list(csv.DictReader(open("a.csv", newline="")))
+    assert main(["classify", *BULK, "photos", "--json", "--batch", "1"]) == 1
+    entries = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == [e["image"] for e in entries] and len(rows) == total
+    for row, entry in zip(rows, entries, strict=True):
+        assert row["error"] == entry.get("error", "")
+        if not row["error"]:
+            (p,) = entry["predictions"]
+            assert (row["class_1"], row["label_1"]) == (str(p["class"]), p["label"])
+            assert float(row["score_1"]) == pytest.approx(p["score"], abs=2e-6)
+    assert main(["classify", *BULK, "photos", "--out", "a.csv"]) == 2
+    assert "a.csv exists" in capsys.readouterr().err
+    assert main(["classify", *BULK, "photos", "--out", "f.npy", "--embed"]) == 0
+    assert np.load("f.npy").shape == (43, 192)
+
+
+def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
+    """SIGKILL, for real, at whatever moment it comes."""
+    monkeypatch.chdir(tmp_path)
+    total = many(tmp_path / "photos", 900)
+    command = ["classify", *BULK, "photos"]
+    assert main([*command, "--out", "whole.csv"]) == 0
+    deit = Path(sys.executable).with_name("deit-fast")
+    state = tmp_path / "a.csv.partial/state.json"
+    done = []
+    for wanted in (1, 400):
+        run = subprocess.Popen(
+            [deit, *command, "--out", "a.csv", "--batch", "8", "--workers", "1"],
+            start_new_session=True, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        while run.poll() is None and (not state.exists() or done_in(state) < wanted):
+            time.sleep(0.02)
+        assert run.poll() is None, "the run was over before it could be killed"
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        done.append(done_in(state))
+        assert not (tmp_path / "a.csv").exists()
+    assert 0 < done[0] < done[1] < total
+    assert main([*command, "--out", "a.csv"]) == 0
+    assert f"resumed: {done[1]} of {total} images are done" in capsys.readouterr().err
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not state.parent.exists()
+
+
+def done_in(state):
+    return json.loads(state.read_text())["done"]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    many(tmp_path / "photos", 30)
+    real, calls = bulk.Predictor.__call__, []
+
+    def interrupted(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    monkeypatch.setattr(bulk.Predictor, "__call__", interrupted)
+    command = ["classify", *BULK, "photos", "--out", "a.jsonl", "--batch", "8"]
+    assert main(command) == 130
+    assert "interrupted after 16 of 34 images" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "resumed: 16 of 34 images are done" in capsys.readouterr().err
+    rows = [json.loads(line)["image"] for line in open("a.jsonl")]
+    assert len(set(rows)) == len(rows) == 34
+
+
+def test_another_model_does_not_continue(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    many(tmp_path / "photos", 6)
+    monkeypatch.setattr(bulk.Predictor, "__call__", lambda *_: exec("raise KeyboardInterrupt"))
+    command = ["classify", *BULK, "photos", "--out", "a.csv"]
+    assert main(command) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--heads", "distill"]) == 2
+    assert "heads 'joint', this one has 'distill'" in capsys.readouterr().err
+    assert main([*command, "--heads", "distill", "--restart"]) == 0
 
 
 def test_heads_and_other_models(checkpoint, tmp_path, capsys):
@@ -132,6 +246,14 @@ def test_heads_and_other_models(checkpoint, tmp_path, capsys):
         (["--checkpoint", CAT, CAT], "cat.jpg is no checkpoint"),
         (["--pretrained", "--checkpoint", "x.pth", CAT], "want one of them, got both"),
         (["--model", "deit_huge", CAT], "Unknown model"),
+        (["--batch", "0", CAT], "--batch: 0, want 1 or more"),
+        (["--workers", "-1", CAT], "--workers: -1, want 0 or more"),
+        (["--embed", CAT], "--embed: want --out FILE"),
+        (["--json", "--out", "x.jsonl", CAT], "--json: goes to standard output"),
+        (["--out", "x.txt", CAT], "--out x.txt: classes are written as .csv, .jsonl, .parquet"),
+        (["--out", "absent/x.csv", CAT], "there is no folder absent"),
+        (["nowhere"], "no image, folder, pattern or list nowhere"),
+        (["*.none"], "no images found in *.none"),
         (["--model", "deit_tiny", "--no-pretrained", "--heads", "distill", CAT], "has one head"),
     ],
 )

@@ -1,0 +1,170 @@
+"""The examples run, and the server answers everyone with their own."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import deit_fast
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = sorted((Path(deit_fast.__file__).parent / "data").glob("*.jpg"))
+
+
+def run(example, *args):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / example, *map(str, args)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_classify_folder(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"none")
+    done = run(
+        "classify_folder.py", PHOTOS[0].parent, tmp_path, "--no-pretrained", "--model", "deit_tiny"
+    )
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [e["image"] for e in entries] == [*map(str, PHOTOS), str(tmp_path / "bad.png")]
+    assert [len(e.get("predictions", ())) for e in entries] == [3, 3, 3, 3, 0]
+    assert re.search(r"5 images, \d+% of the time", done.stderr)
+
+
+def test_swap_into_timm():
+    out = run("swap_into_timm.py", "--batch", "2").stdout
+    assert "12 Attention" in out and "the same parameters: True" in out
+    assert re.search(r"logits: \d\.\de-0[5-9]", out)
+    assert re.search(r"images/s on this \w+: [\d.]+ before, [\d.]+ after", out)
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("fastapi")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, ROOT / "examples/serve_http.py", "--model", "deit_tiny_distilled"]
+    options = ["--no-pretrained", "--port", port, "--batch", 8, "--queue", 40]
+    options += ["--max-bytes", 300_000]
+    process = subprocess.Popen([*command, *map(str, options)], stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    httpx = pytest.importorskip("httpx")
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            assert httpx.get(f"{url}/health").json()["status"] == "ok"
+            break
+        except httpx.TransportError:
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.2)
+    yield url
+    process.terminate()
+    process.wait(10)
+
+
+def expected():
+    """What each photograph is, from the command line."""
+    command = [Path(sys.executable).with_name("deit-fast"), "classify", "--json", "--topk", "3"]
+    done = subprocess.run(
+        [*command, "--no-pretrained", "--model", "deit_tiny_distilled", *PHOTOS],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [entry["predictions"] for entry in json.loads(done.stdout)]
+
+
+def test_server_under_load(server):
+    """Many clients at once: no answer is lost, and none is another's."""
+    import httpx
+
+    want, bodies = expected(), [p.read_bytes() for p in PHOTOS]
+    kinds = [0, 1, 2, 3, "bad"] * 24
+    before = httpx.get(f"{server}/health").json()
+
+    async def client(http, kind):
+        body = b"no image" if kind == "bad" else bodies[kind]
+        while True:
+            answer = await http.post(f"{server}/classify?topk=3", content=body)
+            if answer.status_code != 503:
+                return kind, answer
+            assert answer.headers["retry-after"] == "1"
+            await asyncio.sleep(0.05)
+
+    async def load():
+        limits = httpx.Limits(max_connections=32)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as http:
+            return await asyncio.gather(*(client(http, kind) for kind in kinds))
+
+    answers = asyncio.run(load())
+    assert Counter(kind for kind, _ in answers) == Counter(kinds)
+    for kind, answer in answers:
+        if kind == "bad":
+            assert answer.status_code == 400
+            assert answer.json()["detail"] == "body: cannot identify image file"
+            continue
+        assert answer.status_code == 200
+        found = answer.json()["predictions"]
+        assert [p["class"] for p in found] == [p["class"] for p in want[kind]]
+        assert [p["score"] for p in found] == pytest.approx(
+            [p["score"] for p in want[kind]], abs=2e-6
+        )
+    after = httpx.get(f"{server}/health").json()
+    assert 96 / 8 <= after["batches"] - before["batches"] < 96, "requests were not batched"
+
+
+@pytest.mark.parametrize(
+    "path, body, status, message",
+    [
+        ("/classify", b"", 400, "body: empty"),
+        ("/classify", PHOTOS[0].read_bytes()[:5000], 400, "body: "),
+        ("/classify", os.urandom(300_001), 413, "body: more than 300000 bytes"),
+        ("/classify?topk=0", b"x", 422, "greater than or equal to 1"),
+        ("/classify?topk=21", b"x", 422, "less than or equal to 20"),
+        ("/classify?topk=two", b"x", 422, "valid integer"),
+        ("/nowhere", b"x", 404, "Not Found"),
+    ],
+)
+def test_bad_requests(server, path, body, status, message):
+    import httpx
+
+    answer = httpx.post(server + path, content=body)
+    assert answer.status_code == status and message in answer.text
+
+
+def test_a_body_of_unknown_length_is_cut_off(server):
+    import httpx
+
+    sent = 0
+
+    def endless():
+        nonlocal sent
+        for _ in range(10_000):
+            sent += 100_000
+            yield bytes(100_000)
+
+    try:
+        answer = httpx.post(f"{server}/classify", content=endless())
+        assert answer.status_code == 413
+    except httpx.TransportError:
+        pass  # the server hung up
+    assert sent < 100_000_000
+    assert httpx.get(f"{server}/health").json()["status"] == "ok"
+
+
+def test_a_client_that_hangs_up_harms_nobody(server):
+    import httpx
+
+    body = PHOTOS[1].read_bytes()
+    for _ in range(5):
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server}/classify", content=body, timeout=0.002)
+    answer = httpx.post(f"{server}/classify?topk=1", content=body, timeout=60)
+    assert answer.status_code == 200
