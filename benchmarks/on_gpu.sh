@@ -8,7 +8,7 @@
 # kernels           every operation on DeiT's shapes, predicted and measured
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
-# latency           batch 1, 8, 32
+# latency           batch 1, 8, 32; and 256 from pinned host memory
 # train             forward + backward
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
 # that this build has measured on this chip are kept. Without a GPU every stage runs in little.
@@ -54,7 +54,7 @@ bench() {
 
 deits="DeiT-Ti distilled,DeiT-S distilled,DeiT-B distilled"
 forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
-fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_graph_bf16
+fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
 vits=transformer convnets=convnet
 if [ "$gpu" = 0 ]; then
@@ -117,7 +117,9 @@ run_stage() {
         ;;
     latency)
         bench benchmarks/bench_latency.py --rows "$deits" \
-            --modes "eager_${half},deit_fast_${half},$graphed$compiled"
+            --modes "eager_${half},deit_fast_${half},$engine$compiled"
+        bench benchmarks/bench_table5.py --rows "$deits" --protocols host \
+            --modes "$host"
         ;;
     train)
         bench benchmarks/bench_table5.py --rows "$deits,ResNet-50" --protocols batch \
@@ -126,9 +128,11 @@ run_stage() {
     esac
 }
 
-half=bf16 graphed=deit_fast_graph_bf16, train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
+half=bf16 engine=deit_fast_engine_bf16,compile_reduce_overhead_bf16,
+host=eager_bf16,deit_fast_bf16,deit_fast_engine_bf16
+train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
 train=$train,compile_bf16_train,compile_max_autotune_bf16_train
-[ "$gpu" = 1 ] || { half=fp32 graphed=; train=eager_fp32_train,deit_fast_fp32_train; }
+[ "$gpu" = 1 ] || { half=fp32 engine= host=deit_fast_fp32; train=eager_fp32_train,deit_fast_fp32_train; }
 
 failed=0
 for stage; do

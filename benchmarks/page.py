@@ -81,6 +81,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
         _section("A given batch", _batch_table(chip, train=False)),
         _section("Faster than eager PyTorch by", _plot("ratios", svgs)),
         _section("Latency", _latency_table(chip)),
+        _section("From pinned host memory", _host_table(chip)),
         _section("Training: forward and backward", _batch_table(chip, train=True)),
         _section("Kernels", _plot("rooflines", svgs), _kernel_table(chip)),
         _section("Not timed", _failed(chip)),
@@ -199,17 +200,29 @@ def _batch_table(chip, train):
 
 
 def _latency_table(chip):
-    modes = chip.modes("latency")
+    caption = "ms, median, each call waited for"
+    return _by_batch(
+        chip, "latency", caption, lambda row: _number(row and row.ms_median, "{:,.2f}")
+    )
+
+
+def _host_table(chip):
+    caption = "images/s, median; images in the mode's dtype are copied from pinned host memory"
+    return _by_batch(
+        chip, "host", caption, lambda row: _number(row and row.images_per_s, "{:,.0f}")
+    )
+
+
+def _by_batch(chip, protocol, caption, cell):
+    modes = chip.modes(protocol)
     rows = []
     for e in ENTRIES:
         batches = {r.batch for r in chip.models if (r.timm_name, r.image_size) == e.measured_as}
         for batch in sorted(batches):
-            found = [chip.row(e, mode, "latency", batch) for mode in modes]
+            found = [chip.row(e, mode, protocol, batch) for mode in modes]
             if any(found):
-                cells = [_number(r.ms_median if r else None, "{:,.2f}") for r in found]
-                rows.append([_text(e.network), _number(batch, "{}"), *cells])
-    headings = ["network", "batch", *modes]
-    return _table("ms, median, each call waited for", headings, rows) if rows else ""
+                rows.append([_text(e.network), _number(batch, "{}"), *map(cell, found)])
+    return _table(caption, ["network", "batch", *modes], rows) if rows else ""
 
 
 def _kernel_table(chip):

@@ -182,7 +182,7 @@ def measured_rows(batch: int) -> tuple[dict, dict]:
     }
     models = {}
     for entry in ENTRIES:
-        row = chip.row(entry, "deit_fast_graph_bf16", "batch", batch)
+        row = chip.row(entry, "deit_fast_engine_bf16", "batch", batch)
         if row and row.images_per_s:
             models[entry.network.removeprefix("DeiT-").removesuffix(" distilled")] = (
                 row.images_per_s

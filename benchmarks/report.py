@@ -19,7 +19,7 @@ NOTHING = "No GPU has been measured yet."
 COLUMNS = {
     "eager fp32": "eager_fp32", "eager bf16": "eager_bf16",
     "compile max-autotune bf16": "compile_max_autotune_bf16", "deit_fast bf16": "deit_fast_bf16",
-    "deit_fast bf16, CUDA graph": "deit_fast_graph_bf16",
+    "deit_fast bf16, engine": "deit_fast_engine_bf16",
 }  # fmt: skip
 
 
@@ -46,20 +46,20 @@ def _readme_table(chip):
             f"{r.images_per_s:,.0f}" if ratio(ours, r) else "–" for r in rows.values()
         ]  # fmt: skip
         runs.add(ours.runs)
-        graph = rows["deit_fast bf16, CUDA graph"]
+        engine = rows["deit_fast bf16, engine"]
         times = [
             "–" if (x := ratio(fast, rows[base])) is None else f"{x:.2f}"
             for fast, base in (
                 (ours, "eager bf16"),
                 (ours, "compile max-autotune bf16"),
-                (graph, "compile max-autotune bf16"),
+                (engine, "compile max-autotune bf16"),
             )
         ]
         lines.append("| " + " | ".join([entry.network, str(ours.batch), *speeds, *times]) + " |")
     if not lines:
         return ""
     newest = chip.newest
-    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "graph / compile"]
+    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "engine / compile"]
     title = (
         f"{chip.name}, torch {newest.hardware['torch']}, triton {newest.hardware['triton']}, "
         f"{newest.date}, commit {newest.commit[:7]}: images/s, median of at least {min(runs)} "

@@ -27,7 +27,7 @@ class Mode:
     autocast: torch.dtype | None = None
     compile: str | None = None  # torch.compile's mode
     fast: bool = False  # through deit_fast.accelerate
-    graph: bool = False  # replayed as a CUDA graph, as max-autotune replays its own
+    engine: bool = False  # through InferenceEngine: a CUDA graph, as max-autotune has its own
     train: bool = False  # forward + backward, no optimiser
 
     @property
@@ -65,18 +65,19 @@ _FORWARD = (
     Mode("eager_fp16", FP16),
     Mode("eager_bf16", BF16),
     Mode("compile_bf16", BF16, compile="default"),
+    Mode("compile_reduce_overhead_bf16", BF16, compile="reduce-overhead"),
     Mode("compile_max_autotune_bf16", BF16, compile="max-autotune"),
     Mode("deit_fast_fp32", fast=True),
     Mode("deit_fast_fp16", FP16, fast=True),
     Mode("deit_fast_bf16", BF16, fast=True),
-    Mode("deit_fast_graph_bf16", BF16, fast=True, graph=True),
+    Mode("deit_fast_engine_bf16", BF16, fast=True, engine=True),
 )
-# Pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so. A graph
-# of a step is the optimiser's affair too.
+# Pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so. Graphs
+# of a step are the optimiser's affair too.
 _BACKWARD = tuple(
     replace(mode, name=mode.name + TRAIN, train=True)
     for mode in _FORWARD
-    if mode.dtype != FP16 and not mode.graph
+    if mode.dtype != FP16 and not mode.engine and mode.compile != "reduce-overhead"
 )
 MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD)}
 REFERENCE = MODES["eager_fp32"]  # outputs are compared with this one's

@@ -29,7 +29,7 @@ DISTINCT = 8  # at most so many different images make a batch, each as often as 
 # over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
-PROTOCOLS = ("batch", "paper", "latency")
+PROTOCOLS = ("batch", "paper", "latency", "host")
 
 
 class Disagreement(RuntimeError):
@@ -125,8 +125,8 @@ class Network:
             return self.why_not_fast
         if mode.tf32 and (self.device.type == "cpu" or capability(self.device) < (8, 0)):
             return "TF32 needs a GPU of compute capability 8.0"
-        if mode.graph and self.device.type == "cpu":
-            return "a CUDA graph needs a CUDA device"
+        if mode.engine and self.device.type == "cpu":
+            return "an engine has its graphs on a CUDA device"
         if mode.precision == "bf16" and not has_bf16(self.device):
             return "the GPU has no bf16 arithmetic"
         return None
@@ -233,10 +233,10 @@ class Network:
         before = torch.cuda.memory_allocated(self.device) if cuda else 0
         step = self.step(mode)
         images = step.cast(self.batch(batch))
-        step(images)  # compiles; a CUDA graph warms up
+        step(images)  # compiles, captures
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        step(images)  # a CUDA graph is recorded; from here on it is what will be timed
+        step(images)  # torch.compile records its graph; from here on it is what will be timed
         # the step's own: without the network that it was copied from
         peak = (torch.cuda.max_memory_allocated(self.device) - before) / 1e9 if cuda else None
         error = self.check(step, batch)
@@ -245,7 +245,13 @@ class Network:
             raise TooSlow(f"{one / 1e3:.1f} s a call, {plan.seconds:.0f} s left")
         nbytes = images.nbytes
         del images  # the largest batch that fits leaves no room for another
-        inputs = rotation(lambda: step.cast(self.batch(batch)), nbytes, self.device)
+
+        def make():
+            images = step.cast(self.batch(batch))
+            on_host = plan.protocol == "host" and self.device.type == "cuda"
+            return images.cpu().pin_memory() if on_host else images
+
+        inputs = rotation(make, nbytes, self.device)
         clock = latency_ms if plan.protocol == "latency" else throughput_ms
         times = clock(step, inputs, plan.runs, plan.warmup, self.device)
         return times, {"relative_error": error, "peak_memory_gb": peak}
@@ -278,31 +284,6 @@ class Network:
         return fits
 
 
-class Graph:
-    """A forward pass of one batch size: run in the first call, which compiles, captured in the
-    second, replayed in each. The result is overwritten by the next call."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.warm, self.images, self.graph, self.logits = model, None, None, None, None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.warm != images.shape:
-            self.images = self.graph = self.logits = None  # gives the last one's memory back
-            self.warm = images.shape
-            return self.model(images)
-        if self.graph is None:
-            self._capture(images)
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.logits
-
-    def _capture(self, images):
-        self.images = images.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.model(self.images)
-
-
 class Step:
     """One call of a network in one mode: forward, or forward and backward."""
 
@@ -318,18 +299,27 @@ class Step:
         self.captured = bool(mode.compile) and compiled
         if self.captured:
             self.forward = torch.compile(self.model, mode=mode.compile, dynamic=False)
-        self.graph = Graph(self.model) if mode.graph and compiled else None
+        self.compiled, self.engine = compiled, None
         self._upstream = None
 
     def cast(self, images: Tensor) -> Tensor:
         return images.to(self.mode.dtype, memory_format=self.layout)
 
     def __call__(self, images: Tensor) -> Tensor:
+        if self.mode.engine and self.compiled:
+            if self.engine is None or self.engine.batch_sizes != (len(images),):
+                self.engine = None  # gives its memory back
+                size = tuple(images.shape[2:])
+                self.engine = deit_fast.InferenceEngine(
+                    self.model, len(images), image_size=size, prepare=("float",)
+                )
+            return self.engine(images)
+        images = images.to(self.device, non_blocking=True)
         if self.captured:
             torch.compiler.cudagraph_mark_step_begin()
         if not self.mode.train:
             with torch.inference_mode(), self._autocast():
-                return (self.graph or self.forward)(images)
+                return self.forward(images)
         self.model.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images)

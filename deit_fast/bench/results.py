@@ -53,7 +53,8 @@ class Timing:
 @dataclass(frozen=True, kw_only=True)
 class ModelRow(Timing):
     """One network in one mode. protocol: "batch" (a given batch, median), "paper" (the largest
-    batch that fits, mean) or "latency" (a given batch, each call waited for, median)."""
+    batch that fits, mean), "latency" (a given batch, each call waited for, median) or "host" (as
+    "batch", from pinned host memory)."""
 
     network: str
     timm_name: str

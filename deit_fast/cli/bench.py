@@ -37,7 +37,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="batch",
         help="batch: median at that batch; paper: the largest that fits up to it, mean; latency: "
-        "each call waited for (default: %(default)s)",
+        "each call waited for; host: as batch, from pinned host memory (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="(default: %(default)s)")
     parser.add_argument(

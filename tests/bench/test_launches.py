@@ -182,7 +182,7 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "h200"
     folder.mkdir()
     kernel = kernel_row(network="Ti", case="fc2", ms=0.0345)
-    model = model_row(select(["DeiT-Ti distilled"])[0], "deit_fast_graph_bf16", 123456.0)
+    model = model_row(select(["DeiT-Ti distilled"])[0], "deit_fast_engine_bf16", 123456.0)
     for name, rows in (("ceilings", []), ("kernels", [kernel]), ("table5", [model])):
         results = replace(results_of(*rows), ceilings=limits)
         results.save(folder / f"{name}.json")

@@ -146,7 +146,7 @@ def test_the_last_build_speaks():
 def test_the_readme_compares_only_what_ran_together():
     rows = [
         model_row(SMALL, "deit_fast_bf16", 800.0), model_row(SMALL, "eager_bf16", 400.0),
-        model_row(SMALL, "deit_fast_graph_bf16", 1200.0),
+        model_row(SMALL, "deit_fast_engine_bf16", 1200.0),
         model_row(SMALL, "eager_fp32", 7.0, build="c" * 12),
         model_row(SMALL, "compile_max_autotune_bf16", 9.0, batch=128),
     ]  # fmt: skip
