@@ -14,6 +14,7 @@ from .models import (
     deit_tiny_distilled,
     set_heads,
 )
+from .pretrained import from_pretrained, save_pretrained
 from .swap import Left, Report, accelerate, restore
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "deit_small_distilled",
     "deit_tiny",
     "deit_tiny_distilled",
+    "from_pretrained",
     "restore",
+    "save_pretrained",
     "set_heads",
 ]

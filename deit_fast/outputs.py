@@ -34,6 +34,10 @@ _ROWS = 4096  # that a conversion holds at a time
 _COUNTS = ("total", "done", "failed", "rows", "features", "width")
 
 
+class NotWritten(OSError):
+    """What ended a run, and where what it had done lies."""
+
+
 class Job:
     """One output file in the making.
 
@@ -233,9 +237,11 @@ class Job:
     def _errors(self, doing):
         try:
             yield
+        except NotWritten:
+            raise
         except OSError as error:
             what = error.strerror or str(error)
-            raise OSError(
+            raise NotWritten(
                 f"can't {doing} {self.folder}: {what}; what its state.json counts is kept, and the "
                 "same command goes on from there"
             ) from error

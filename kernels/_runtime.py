@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
@@ -179,6 +180,14 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)  # triton.cdiv is made for kernels, and takes its time on the host
+
+
+def at_least(rows: int, least: int) -> bool:
+    """`rows >= least`, for choices that cost time and never change the result. A program exported
+    with a dynamic batch serves any number of rows: there it is False, and leaves no guard."""
+    if torch.compiler.is_exporting():
+        return statically_known_true(rows >= least)
+    return rows >= least
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

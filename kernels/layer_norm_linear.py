@@ -143,7 +143,7 @@ def _why_not_fold(x, tensors, rows, moments, implementation) -> str | None:
     if not uses_moments(x, tensors[2]):
         return "measured slower on this chip"
     features = tensors[2].shape[0]
-    if rows < (8 if moments is None else 2) * features:
+    if not _runtime.at_least(rows, (8 if moments is None else 2) * features):
         return "rows are few: folding W would cost more than normalising x"
     return None
 

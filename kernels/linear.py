@@ -468,7 +468,7 @@ def worth_moments(x, N, tensors) -> bool:
     return (
         half
         and N % MOMENTS_WIDTH == 0
-        and x.shape[0] >= 8 * N
+        and _runtime.at_least(x.shape[0], 8 * N)
         and not _runtime.wants_grad(*tensors)
     )
 

@@ -121,6 +121,8 @@ def test_a_kind_that_was_not_prepared_is_captured_when_it_comes(fake):
     assert run.memory.buffers - before.buffers == 2 * 2 * (3 * 64 * 64 + 11) * 4
     assert before.weights == sum(p.nbytes for p in m.parameters())
     assert "weights 0.6 MB" in repr(run)
+    run.refresh()
+    assert set(run._slots) == {("uint8", 2), ("float", 2)} and run.memory.workspace == 4000
 
 
 def test_a_graph_is_one_replay_a_batch(fake):
@@ -129,6 +131,13 @@ def test_a_graph_is_one_replay_a_batch(fake):
         fake.replays = 0
         run(floats(count))
         assert fake.replays == replays, count
+
+
+def test_no_batch_is_larger_than_asked_for():
+    m, sizes = model(), []
+    m.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    InferenceEngine(m, batch_sizes=(1, 4))(floats(10))
+    assert sizes == [4, 4, 2]
 
 
 def test_plan():

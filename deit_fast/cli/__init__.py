@@ -5,9 +5,12 @@ import sys
 
 from deit_fast import tune
 
-from . import bench, classify, demo, info
+from . import bench, classify, demo, export, info
 
-COMMANDS = {"demo": demo, "classify": classify, "bench": bench, "tune": tune, "info": info}
+COMMANDS = {
+    "demo": demo, "classify": classify, "export": export, "bench": bench, "tune": tune,
+    "info": info,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`deit-fast classify` on many machines: the same decoder and the same predictor as Ray Data stages.
+"""`deit-fast classify` on many machines: the same decoder and predictor as stages of Ray Data.
 
     ray.init("auto")
     rows = deit_fast.integrations.ray.classify(["/data/photos"], model, batch_size=256)
@@ -26,8 +26,8 @@ from deit_fast.engine import data_config
 
 
 class Decode:
-    """{"image": paths} -> the same with "error" ("" where readable) and "pixels", uint8 (n, H, W, C),
-    zeros where not."""
+    """{"image": paths} -> the same with "error" ("" where readable) and "pixels", uint8
+    (n, H, W, C), zeros where not."""
 
     def __init__(self, config: dict):
         self.decoder = images.Decoder(config)

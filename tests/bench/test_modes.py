@@ -9,8 +9,8 @@ from deit_fast.bench.modes import MODES, pick
 def test_the_modes_are_those_of_the_results_format():
     forward = [
         "eager_fp32", "eager_tf32", "eager_amp_fp16", "eager_fp16", "eager_bf16", "compile_bf16",
-        "compile_reduce_overhead_bf16", "compile_max_autotune_bf16", "deit_fast_fp32", "deit_fast_fp16", "deit_fast_bf16",
-        "deit_fast_engine_bf16",
+        "compile_reduce_overhead_bf16", "compile_max_autotune_bf16", "deit_fast_fp32",
+        "deit_fast_fp16", "deit_fast_bf16", "deit_fast_engine_bf16",
     ]  # fmt: skip
     without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16")
     backward = [f"{name}_train" for name in forward if not name.endswith(without)]

@@ -1,0 +1,249 @@
+"""Files of a model for use elsewhere: PyTorch's exported programs, AOTInductor packages, ONNX."""
+
+import copy
+import importlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .layers._base import Fast
+
+FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # and how their files end
+BACKENDS = ("auto", "torch")
+# Relative errors that two orders of the same arithmetic may differ by: some ten times what was seen
+TOLERANCE = {
+    torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2,
+}  # fmt: skip
+ONNX_DTYPES = (torch.float32, torch.float16)
+ONNX_LIMIT = 2**31  # bytes: a protobuf message, which a whole ONNX file is, ends there
+_ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote."""
+
+    path: Path
+    format: str
+    bytes: int
+    batch: int | None  # None: any
+    backend: str  # "kernels": deit_fast's operators are in the file; "torch": none are
+    why: str
+    errors: dict[int, float] = field(default_factory=dict)  # batch size -> relative error
+
+    def __str__(self):
+        errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in self.errors.items())
+        return "\n".join(
+            (
+                f"{self.path}: {self.format}, {self.bytes / 1e6:,.1f} MB, "
+                f"batch {'dynamic' if self.batch is None else self.batch}",
+                f"operations: {self.backend} ({self.why})",
+                f"relative error, loaded again, against the model: {errors}",
+            )
+        )
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    *,
+    batch: int | None = None,
+    backend: str = "auto",
+) -> Exported:
+    """Write a model in eval() mode to `path`, load the file again and compare its logits.
+
+    The file maps float images (B, C, H, W), normalised, of the model's dtype and size and on its
+    device, to what the model returns, its `heads` included. `batch`: B, or None for any B from 1.
+    `format`, and how `path` has to end:
+
+      "torch-export"  .pt2 for torch.export.load. Where the model's device has deit_fast's kernels
+                      and `backend` is "auto" they are in it as operators, and loading it takes an
+                      `import deit_fast`; "torch" leaves plain PyTorch operations. With a dynamic
+                      batch no LayerNorm is folded into a product: that pays off by the batch.
+      "aoti"          .pt2 for torch._inductor.aoti_load_package and C++: compiled for the device,
+                      the processor and the PyTorch of this machine, without deit_fast's kernels.
+      "onnx"          one file of standard operators, from a float32 or float16 model. Needs
+                      `pip install 'deit_fast[export]'`.
+
+    `model` is not changed. An earlier file at `path` is replaced only once the new one has passed;
+    the relative errors are in the result. Raises ValueError for arguments and models that do not
+    fit, OSError for a folder that can't be written to, RuntimeError with one line where a package
+    is missing, the exporter fails or the file disagrees with the model.
+    """
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
+    check(path, format, batch)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}, want one of {BACKENDS}")
+    if model.training:
+        raise ValueError("model: in training mode, want model.eval()")
+    shape, weight = _image_shape(model), next(model.parameters())
+    if weight.dtype not in TOLERANCE or weight.is_meta:
+        raise ValueError(f"model: {weight.dtype} on {weight.device}, want a float model with data")
+    if format == "onnx":
+        _check_onnx(model, weight.dtype)
+    copied = copy.deepcopy(model)
+    if backend == "torch" or format != "torch-export":
+        for module in copied.modules():
+            if isinstance(module, Fast):
+                module.backend = "torch"
+
+    def images(count):
+        generator = torch.Generator().manual_seed(count)
+        return torch.randn(count, *shape, generator=generator).to(weight)
+
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        # a folder beside `path`: the last step is a rename, and whatever fails leaves nothing
+        written = Path(folder, path.name)
+        with _one_line(f"{format}: export failed"):
+            # an example of 1 would make the batch a constant
+            program = _trace(copied, images(batch or 2), dynamic=batch is None)
+            # by way of memory: on a full disk PyTorch's own writer ends the process
+            written.write_bytes(_WRITERS[format](program))
+        with _one_line(f"{format}: the file was written and can't be run"):
+            run = _READERS[format](written)
+            found = {b: _relative_error(run(images(b)), model(images(b))) for b in _sizes(batch)}
+        for size, error in found.items():
+            if not error <= TOLERANCE[weight.dtype]:  # so that NaN fails
+                raise RuntimeError(
+                    f"{format}: the file disagrees with the model, relative error {error:.1e} at "
+                    f"batch {size}, want {TOLERANCE[weight.dtype]:.0e} or less; nothing was kept"
+                )
+        os.replace(written, path)
+    why = _why(program, format, backend, weight.device)
+    return Exported(path, format, path.stat().st_size, batch, *why, found)
+
+
+def check(path: str | Path, format: str, batch: int | None = None) -> None:
+    """Raise what `export` would for its target, before a model is there."""
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r}, want one of {tuple(FORMATS)}")
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"path: {path} for {format}, want a name that ends in {FORMATS[format]}")
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch: {batch!r}, want 1 or more, or None for any")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"path: folder {path.parent} can't be written to")
+    for name in _ONNX_MODULES if format == "onnx" else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise RuntimeError(
+                f"onnx: needs {name} ({error}): pip install 'deit_fast[export]'"
+            ) from error
+
+
+def _image_shape(model):
+    embed = getattr(model, "patch_embed", None)
+    proj = getattr(embed, "proj", None)
+    size = getattr(embed, "img_size", None)
+    if proj is None or size is None:
+        raise ValueError(
+            f"model: {type(model).__name__}, want a timm vision transformer built for one image "
+            "size (patch_embed.img_size)"
+        )
+    return proj.in_channels, *size
+
+
+def _check_onnx(model, dtype):
+    if dtype not in ONNX_DTYPES:
+        names = " or ".join(str(d)[6:] for d in ONNX_DTYPES)
+        raise ValueError(
+            f"onnx: {str(dtype)[6:]} model, want {names}: onnxruntime, which checks the file, "
+            "computes nothing else on a CPU"
+        )
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size >= ONNX_LIMIT:
+        raise ValueError(f"onnx: {size:,} bytes of weights, want fewer than {ONNX_LIMIT:,}")
+
+
+def _trace(model, example, dynamic):
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({0: batch},) if dynamic else None
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's paths, in every format
+    return program
+
+
+def _write_torch_export(program) -> memoryview:
+    torch.export.save(program, file := io.BytesIO())
+    return file.getbuffer()
+
+
+def _write_aoti(program) -> memoryview:
+    torch._inductor.aoti_compile_and_package(program, package_path=(file := io.BytesIO()))
+    return file.getbuffer()
+
+
+def _write_onnx(program) -> bytes:
+    exported = torch.onnx.export(
+        program, (), dynamo=True, verbose=False,
+        input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: "batch"},) if program.range_constraints else None,  # the name alone
+    )  # fmt: skip
+    return exported.model_proto.SerializeToString()
+
+
+def _read_onnx(path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
+
+
+_WRITERS = {"torch-export": _write_torch_export, "aoti": _write_aoti, "onnx": _write_onnx}
+_READERS = {
+    "torch-export": lambda path: torch.export.load(path).module(),
+    "aoti": lambda path: torch._inductor.aoti_load_package(str(path)),
+    "onnx": _read_onnx,
+}
+
+
+def _sizes(batch):
+    return (1, 3) if batch is None else (batch,)
+
+
+def _relative_error(got, want):
+    if got.shape != want.shape:
+        raise ValueError(f"it returns {tuple(got.shape)}, the model {tuple(want.shape)}")
+    got, want = got.double().cpu(), want.double().cpu()
+    return ((got - want).norm() / want.norm().clamp_min(1e-300)).item()
+
+
+def _why(program, format, backend, device) -> tuple[str, str]:
+    targets = [getattr(node, "target", None) for node in program.graph.nodes]
+    ours = {t.name() for t in targets if getattr(t, "namespace", None) == "deit_fast"}
+    if ours:
+        return "kernels", f"{', '.join(sorted(ours))}: to load it, import deit_fast first"
+    why = "plain PyTorch operations, loads without deit_fast"
+    if format == "aoti":
+        return "torch", f"{why}; compiled for this machine's {device.type}"
+    if format == "torch-export" and backend == "auto":
+        return "torch", f"no kernels of deit_fast in this model on {device.type}: {why}"
+    return "torch", "standard ONNX operators" if format == "onnx" else why
+
+
+@contextmanager
+def _one_line(what):
+    """Exporters raise anything, by the page. Of OSError the line is clear as it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(f"{what}: {lines[0]}") from error
