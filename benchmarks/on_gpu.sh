@@ -65,8 +65,8 @@ fi
 run_stage() {
     case $1 in
     correctness)
-        "$python" -m pytest -q -n 8 tests/kernels tests/layers tests/test_checkpoint.py \
-            tests/test_cli.py 2>&1 | tee "$out/correctness.log" || failed=1
+        "$python" -m pytest -q -n 8 tests/kernels tests/layers \
+            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export}.py 2>&1 | tee "$out/correctness.log" || failed=1
         "$python" -m pytest -q tests/bench/test_{networks,timing,profiling}.py 2>&1 |
             tee -a "$out/correctness.log" || failed=1
         ;;

@@ -1,6 +1,7 @@
 """DeiT on NVIDIA GPUs with fused kernels, computing what timm computes."""
 
 from .engine import InferenceEngine
+from .export import Exported, export
 from .models import (
     NAMES,
     create_model,
@@ -19,6 +20,7 @@ from .swap import Left, Report, accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = [
+    "Exported",
     "InferenceEngine",
     "NAMES",
     "Left",
@@ -33,6 +35,7 @@ __all__ = [
     "deit_small_distilled",
     "deit_tiny",
     "deit_tiny_distilled",
+    "export",
     "from_pretrained",
     "restore",
     "save_pretrained",

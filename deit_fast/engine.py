@@ -161,6 +161,8 @@ class InferenceEngine:
         with self._lock:
             self._read_model()
             self._prepare = tuple({kind: None for kind, _ in self._slots}) or self._prepare
+            if self._graphed:
+                torch.cuda.synchronize()  # a graph that still runs is not to be destroyed
             self._slots, self._workspace = {}, 0
             if self._graphed:
                 self._open()
@@ -245,7 +247,7 @@ class InferenceEngine:
         self._slots[kind, size] = pair
 
     def _replayed(self, images, kind):
-        with torch.cuda.device(self.device):
+        with torch.no_grad(), torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
             sizes = self._plan(len(images))
             for size in sizes:

@@ -185,9 +185,12 @@ def cdiv(a: int, b: int) -> int:
 def at_least(rows: int, least: int) -> bool:
     """`rows >= least`, for choices that cost time and never change the result. A program exported
     with a dynamic batch serves any number of rows: there it is False, and leaves no guard."""
-    if torch.compiler.is_exporting():
-        return statically_known_true(rows >= least)
-    return rows >= least
+    return statically_known_true(rows >= least) if _is_exporting() else rows >= least
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()  # traced, torch 2.11 takes every compilation for one
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

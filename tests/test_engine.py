@@ -73,6 +73,7 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
         want = answers(m, given)
         got = run(images)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=f"call {repeat}")
+        assert not got.is_inference()
 
 
 def test_callers_on_streams_of_their_own(fake):
@@ -138,6 +139,18 @@ def test_no_batch_is_larger_than_asked_for():
     m.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     InferenceEngine(m, batch_sizes=(1, 4))(floats(10))
     assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_gradients(request, graphs):
+    if graphs:
+        request.getfixturevalue("fake")
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    for _ in range(3):
+        got = run(floats(3).requires_grad_())
+        assert not got.requires_grad
+        torch.testing.assert_close(got, answers(m, floats(3)), rtol=1e-5, atol=1e-5)
 
 
 def test_plan():
