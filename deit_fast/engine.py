@@ -66,11 +66,11 @@ class InferenceEngine:
 
     Weights that are changed in place (optimiser steps, load_state_dict) are seen by the next call.
     After swapping parameters or modules, moving the model, or changing what its heads return, call
-    `refresh()`; a call that finds the captured weights gone raises RuntimeError.
+    `refresh()`; a call that finds other weights in the captured modules raises RuntimeError, but a
+    module that was replaced it does not see. Hooks run when a graph is captured, and no more.
 
-    Threads: calls from several are safe and run one after the other, in order of arrival, on the
-    engine's own stream; each caller's stream waits for its own result. Pickling or copying an
-    engine builds a new one.
+    Threads: calls from several are safe and run one after the other on the engine's own stream;
+    each caller's stream waits for its own result. Pickling or copying an engine builds a new one.
 
     Raises ValueError for a model in train mode, on several devices or on another one, TypeError for
     another dtype.
@@ -125,20 +125,23 @@ class InferenceEngine:
         self._graphed = has_graphs(self.device)
 
     def _weights_now(self):
-        return [owner[name].data_ptr() for owner, name in self._where]
+        weights = (owner.get(name) for owner, name in self._where)
+        return [None if w is None else (w.data_ptr(), w.dtype) for w in weights]
 
     def _open(self):
         self._copies, self._passes = (torch.cuda.Stream(self.device) for _ in range(2))
         self._pool = torch.cuda.graph_pool_handle()
-        self._arrived = torch.cuda.Event()
-        for kind in self._prepare:
-            for size in reversed(self.batch_sizes):  # the smaller find room in the larger's memory
-                self._capture(kind, size)
+        self._arrived, self._over = torch.cuda.Event(), torch.cuda.Event()
+        with torch.cuda.device(self.device):
+            for kind in self._prepare:
+                for size in reversed(self.batch_sizes):  # they find room in the larger's memory
+                    self._capture(kind, size)
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: float (B, C, H, W), normalised (another floating dtype is cast to the model's),
         or uint8 (B, H, W, C), normalised with the model's mean and std; on the model's device or on
-        the host, there best in pinned memory. B may be 0.
+        the host, there best in pinned memory, and then complete: no stream is waited for. B may be
+        0.
 
         Returns (B, classes) logits, or (B, D) features, in the model's dtype on its device: a new
         tensor. On a GPU the call returns when the images have been copied, and the result is ready
@@ -153,23 +156,27 @@ class InferenceEngine:
             if self._graphed and len(images):
                 return self._replayed(images, kind)
             with torch.inference_mode():
-                parts = [self._forward(part) for part in images.split(self.batch_sizes[-1])]
+                parts = [
+                    self._forward(part.to(self.device))
+                    for part in images.split(self.batch_sizes[-1])
+                ]
         return torch.cat(parts)  # outside inference mode: a tensor for every use
 
     def refresh(self) -> None:
         """Read the model anew, and capture again what was captured."""
         with self._lock:
+            if self._slots:
+                torch.cuda.synchronize(self.device)  # before a graph that runs is destroyed
             self._read_model()
             self._prepare = tuple({kind: None for kind, _ in self._slots}) or self._prepare
-            if self._graphed:
-                torch.cuda.synchronize()  # a graph that still runs is not to be destroyed
             self._slots, self._workspace = {}, 0
             if self._graphed:
                 self._open()
 
     @property
     def memory(self) -> Memory:
-        tensors = [owner[name] for owner, name in self._where]
+        tensors = [owner.get(name) for owner, name in self._where]
+        tensors = [t for t in tensors if t is not None]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         slots = [slot for pair in self._slots.values() for slot in pair]
         buffers = sum(slot.images.nbytes + slot.result.nbytes for slot in slots)
@@ -241,7 +248,8 @@ class InferenceEngine:
             shape, dtype = (height, width, channels), torch.uint8
         pair = []
         for _ in range(2):
-            images = torch.zeros(size, *shape, dtype=dtype, device=self.device)
+            with torch.inference_mode(False):  # whatever mode the caller is in
+                images = torch.zeros(size, *shape, dtype=dtype, device=self.device)
             pair.append(_Slot(self._forward, images, self._pool, self._passes))
             self._workspace += pair[-1].workspace
         self._slots[kind, size] = pair
@@ -255,20 +263,24 @@ class InferenceEngine:
                     self._capture(kind, size)
             one = self._slots[kind, sizes[0]][0].result
             result = one.new_empty(len(images), *one.shape[1:])
-            # Images and result are the caller's stream's: used after what it has queued, and
-            # given back to it at the end.
+            # Images and result are the caller's stream's: used after what it has queued, and given
+            # back to it at the end. Copies from the host need not wait for it, nor so for the pass
+            # of the last call.
             self._arrived.record(caller)
+            self._passes.wait_event(self._arrived)
             stream = self._copies if on_host(images) else self._passes
-            stream.wait_event(self._arrived)
             first = 0
-            for size in sizes:
-                pair = self._slots[kind, size]
-                slot = pair.pop(0)
-                pair.append(slot)
-                part = images[first : first + size]
-                slot.run(part, result[first : first + len(part)], stream, self._passes)
-                first += len(part)
-            caller.wait_event(slot.free)
+            try:
+                for size in sizes:
+                    pair = self._slots[kind, size]
+                    slot = pair.pop(0)
+                    pair.append(slot)
+                    part = images[first : first + size]
+                    slot.run(part, result[first : first + len(part)], stream, self._passes)
+                    first += len(part)
+            finally:
+                self._over.record(self._passes)
+                caller.wait_event(self._over)
             if on_host(images):  # which may overwrite them from now on
                 slot.filled.synchronize()
         return result

@@ -5,6 +5,7 @@ uint8 (H, W, C), a quarter of the bytes, which the patch embedding kernel normal
 """
 
 import glob
+import math
 import os
 import signal
 import warnings
@@ -45,6 +46,8 @@ class Decoder:
         self.transform = timm.data.create_transform(**config, use_prefetcher=True)
 
     def __call__(self, file) -> np.ndarray:
+        if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+            raise Unreadable(_what(file))  # a pipe would be waited for
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata: the pixels are what counts
@@ -53,7 +56,7 @@ class Decoder:
         except Exception as error:  # a broken file makes a decoder raise anything
             raise Unreadable(_reason(file, error)) from error
         narrow, wide = sorted(image.size)
-        if wide / narrow * self.resized**2 > Image.MAX_IMAGE_PIXELS:
+        if wide / narrow * self.resized**2 > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Unreadable(f"{image.width} x {image.height} pixels are too narrow to be resized")
         return np.ascontiguousarray(np.asarray(self.transform(image)).transpose(1, 2, 0))
 
@@ -62,13 +65,14 @@ class Unreadable(ValueError):
     """A file that is no image that can be decoded, and why, in one line."""
 
 
+def _what(path):
+    if not os.path.exists(path):
+        return "no such file"
+    return "is a folder" if os.path.isdir(path) else "is no regular file"
+
+
 def _reason(file, error):
-    if isinstance(file, str | os.PathLike):
-        if not os.path.exists(file):
-            return "no such file"
-        if os.path.isdir(file):
-            return "is a folder"
-    elif isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "cannot identify image file"
     said = str(error).replace(repr(str(file)), "").replace(repr(os.path.realpath(str(file))), "")
     return " ".join(said.split()) or type(error).__name__
@@ -89,7 +93,7 @@ def find(inputs: Iterable[str | Path]) -> Iterator[str]:
         if path.is_dir():
             yield from _walk(one, ())
         elif path.suffix.lower() in LISTS:
-            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
                 yield from (line.rstrip("\r\n") for line in lines if line.strip())
         elif path.exists():
             yield one
@@ -110,7 +114,7 @@ def _walk(folder, above):
         return
     folders = []
     with os.scandir(folder) as entries:
-        for name, is_folder in _sorted((entry.name, entry.is_dir()) for entry in entries):
+        for name, is_folder in _sorted((entry.name, _is_folder(entry)) for entry in entries):
             path = os.path.join(folder, name)
             if is_folder:
                 folders.append(path)
@@ -118,6 +122,13 @@ def _walk(folder, above):
                 yield path
     for path in folders:
         yield from _walk(path, (*above, identity))
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that can't be read
+        return False
 
 
 def _loops(path):

@@ -28,9 +28,12 @@ import numpy as np
 from .bulk import Batch
 
 FORMATS = {False: (".csv", ".jsonl", ".parquet"), True: (".npy", ".parquet")}  # by `embed`
+PATIENCE = 10.0  # seconds to wait for a killed run's workers, which hold its lock until they notice
 EVERY = 1.0  # seconds between two states: what an interruption costs at most
 _HEADER = 128  # bytes of an .npy file before the rows
 _ROWS = 4096  # that a conversion holds at a time
+_OURS = {"files.jsonl", "rows.jsonl", "features.npy", "state.json", "state.tmp"}
+_OURS |= {"made.csv", "made.jsonl", "made.parquet"}
 _COUNTS = ("total", "done", "failed", "rows", "features", "width")
 
 
@@ -53,7 +56,7 @@ class Job:
         self, out: str | Path, description: dict, labels: list[str] | None = None,
         embed: bool = False, overwrite: bool = False, restart: bool = False,
     ):  # fmt: skip
-        self.out, self.labels, self.embed = Path(out), labels, embed
+        self.out, self.labels, self.embed, self.overwrite = Path(out), labels, embed, overwrite
         check(out, embed, overwrite)
         self.folder = Path(f"{out}.partial")
         self.state = {"description": description} | dict.fromkeys(_COUNTS, 0)
@@ -75,15 +78,23 @@ class Job:
 
     def _lock(self):
         self._locked = open(self._path("lock"), "w")
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder} is in use: another run writes {self.out}") from None
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    self._locked.close()
+                    what = f"{self.folder} is in use: another run writes {self.out}"
+                    raise ValueError(what) from None
+                time.sleep(0.1)
 
     def _empty(self):
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
+        names = {path.name for path in self.folder.iterdir()} - {"lock"}
+        if strange := sorted(names - _OURS):
+            raise ValueError(f"{self.folder} holds {strange[0]}, which no run has left: move it")
+        for name in names:
+            self._path(name).unlink()
 
     def _resume(self):
         """Whether an interrupted run was found; its state is then this one's."""
@@ -117,12 +128,14 @@ class Job:
 
     def _check(self):
         """That the files are what the state says."""
-        last, lines = None, 0
+        last, lines, listed, line = None, 0, 0, b"\n"
         try:
-            for line in islice(self._lines("files.jsonl"), self.state["done"]):
-                last, lines = line, lines + 1
-            if lines < self.state["done"]:
-                raise self._corrupt(f"files.jsonl ends after {lines} images")
+            for line in self._lines("files.jsonl"):
+                listed += 1
+                if listed <= self.state["done"]:
+                    last, lines = line, listed
+            if listed != self.state["total"] or not line.endswith(b"\n"):
+                raise self._corrupt(f"files.jsonl ends after {listed} images")
             end = self.state["rows"]
             if self._path("rows.jsonl").stat().st_size < end:
                 raise self._corrupt("rows.jsonl is shorter than state.json says")
@@ -167,6 +180,7 @@ class Job:
                 file.seek(0, os.SEEK_END)
             if self.embed and not self.state["features"]:
                 self._files["features"].write(bytes(_HEADER))
+            self.state |= self._lengths()
             self.save()
 
     def _list(self, paths):
@@ -177,12 +191,18 @@ class Job:
                 with self._errors("list the images in"):
                     file.write(json.dumps(path) + "\n")
                 self.state["total"] += 1
+            with self._errors("list the images in"):
+                file.flush()
+                os.fsync(file.fileno())
         if not self.state["total"]:
             raise ValueError("no images found")
 
     def _remove(self):
         shutil.rmtree(self.folder)
         self._locked.close()
+
+    def _lengths(self):
+        return {name: file.tell() for name, file in self._files.items()}
 
     def todo(self) -> Iterator[str]:
         """Images that are not done."""
@@ -195,22 +215,27 @@ class Job:
         with self._errors("write"):
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             self._files["rows"].write(lines.encode("ascii"))
+            width = self.state["width"]
             if self.embed and batch.columns:
                 embedding = np.ascontiguousarray(batch.columns["embedding"], "<f4")
                 self._files["features"].write(embedding.tobytes())
-                self.state["width"] = embedding.shape[1]
-            self.state["done"] += len(rows)
-            self.state["failed"] += sum("error" in row for row in rows)
+                width = embedding.shape[1]
+            # At once: an interruption finds the counts and the lengths of one moment
+            self.state = self.state | {
+                "done": self.state["done"] + len(rows),
+                "failed": self.state["failed"] + sum("error" in row for row in rows),
+                "width": width,
+                **self._lengths(),
+            }
             if time.monotonic() - self._saved > EVERY:
                 self.save()
 
     def save(self) -> None:
         """Bring what was written to the disk, and then the state that says so."""
         with self._errors("write"):
-            for count, file in self._files.items():
+            for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-                self.state[count] = file.tell()
             temporary = self._path("state.tmp")
             with open(temporary, "w") as file:
                 json.dump(self.state, file)
@@ -222,6 +247,9 @@ class Job:
     def finish(self) -> list[Path]:
         """Put the output in its place; returns the files it is made of."""
         self.save()
+        if self.state["done"] != self.state["total"]:
+            raise self._corrupt(f"{self.state['done']} of {self.state['total']} images are done")
+        check(self.out, self.embed, self.overwrite)  # again: it may have come meanwhile
         with self._errors("write"):
             for file in self._files.values():
                 file.close()

@@ -7,7 +7,7 @@ POST /classify   an image file as the body -> {"predictions": [{"class", "label"
 GET  /health     {"status": "ok", ...} with counts of requests, batches and refusals
 
 400 for a body that is no image, 413 for one that is too large, 422 for a wrong topk, 503 when
-more requests wait than --queue. Needs `pip install 'deit_fast[serve]'`.
+--queue requests are being served already. Needs `pip install 'deit_fast[serve]'`.
 
 A batch is whatever came while the one before was computed, up to --batch: a lone request is never
 kept waiting, and under load batches fill by themselves.
@@ -26,6 +26,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 import deit_fast
 from deit_fast import bulk, images, outputs
@@ -36,14 +37,14 @@ TOPK = 20  # classes that can be asked for
 class Batcher:
     """Runs `compute(list of items) -> list of results`, one batch after the other, in a thread."""
 
-    def __init__(self, compute, max_batch: int, max_queue: int):
+    def __init__(self, compute, max_batch: int):
         self.compute, self.max_batch = compute, max_batch
-        self.queue = asyncio.Queue(max_queue)
+        self.queue = asyncio.Queue()
         self.thread = ThreadPoolExecutor(1)
         self.batches = 0
 
     async def __call__(self, item):
-        """The result of one item. Raises asyncio.QueueFull where too many wait."""
+        """The result of one item."""
         result = asyncio.get_running_loop().create_future()
         self.queue.put_nowait((item, result))
         return await result
@@ -60,10 +61,11 @@ class Batcher:
             items = [item for item, _ in waiting]
             try:
                 results = await loop.run_in_executor(self.thread, self.compute, items)
+                answered = list(zip(waiting, results, strict=True))
             except Exception as error:
-                results = [error] * len(items)
+                answered = [(one, error) for one in waiting]
             self.batches += 1
-            for (_, future), result in zip(waiting, results, strict=True):
+            for (_, future), result in answered:
                 if future.cancelled():
                     continue
                 if isinstance(result, Exception):
@@ -80,8 +82,8 @@ def create_app(
     labels = bulk.label_names(model)
     Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
     decoders = ThreadPoolExecutor(os.cpu_count())
-    batcher = Batcher(lambda pixels: classify(predictor, labels, pixels), max_batch, max_queue)
-    counts = {"requests": 0, "refused": 0}
+    batcher = Batcher(lambda pixels: classify(predictor, labels, pixels), max_batch)
+    counts = {"requests": 0, "refused": 0, "in_flight": 0}
 
     @asynccontextmanager
     async def lifespan(app):
@@ -94,6 +96,11 @@ def create_app(
     @app.post("/classify")
     async def post_classify(request: Request, topk: Annotated[int, Query(ge=1, le=TOPK)] = 5):
         counts["requests"] += 1
+        if counts["in_flight"] >= max_queue:  # bodies, decoders' work and what waits for a batch
+            counts["refused"] += 1
+            busy = {"Retry-After": "1", "Connection": "close"}
+            raise HTTPException(503, f"{max_queue} requests are being served", headers=busy)
+        counts["in_flight"] += 1
         try:
             body = await read(request, max_bytes)
             loop = asyncio.get_running_loop()
@@ -102,13 +109,14 @@ def create_app(
         except images.Unreadable as error:
             counts["refused"] += 1
             raise HTTPException(400, f"body: {error}") from error
-        except asyncio.QueueFull as error:
+        except ClientDisconnect as error:
             counts["refused"] += 1
-            busy = f"{max_queue} requests are waiting"
-            raise HTTPException(503, busy, headers={"Retry-After": "1"}) from error
+            raise HTTPException(400, "body: ended early") from error
         except HTTPException:
             counts["refused"] += 1
             raise
+        finally:
+            counts["in_flight"] -= 1
 
     @app.get("/health")
     async def get_health():

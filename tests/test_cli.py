@@ -214,6 +214,20 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     assert len(set(rows)) == len(rows) == 34
 
 
+def test_odd_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.link(many_one(tmp_path), b"\xff.png")
+    assert main(["classify", *BULK, ".", "--batch", "1"]) == 0
+    assert "./\\udcff.png" in capsys.readouterr().out
+    assert main(["classify", *BULK, ".", "--out", "o[b].csv"]) == 0
+    assert "o[b].csv: 2 images" in capsys.readouterr().err
+
+
+def many_one(folder):
+    Image.open(CAT).resize((40, 36)).save(folder / "one.png")
+    return folder / "one.png"
+
+
 def test_a_folder_is_a_model(tmp_path, capsys):
     torch.manual_seed(3)
     model = deit_fast.deit_tiny_distilled(heads="distill", **TINY).eval()

@@ -42,6 +42,7 @@ def fake(monkeypatch):
     """An engine on a CPU takes the way it takes on a GPU, and races are errors."""
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr(engine, "has_graphs", lambda device: True)
+    monkeypatch.setattr(engine, "on_host", lambda images: False)
     with cuda:
         yield cuda
 
@@ -92,6 +93,39 @@ def test_callers_on_streams_of_their_own(fake):
             assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_the_next_images_are_copied_while_the_last_are_computed(fake, monkeypatch):
+    monkeypatch.setattr(engine, "on_host", lambda images: True)
+    run = InferenceEngine(model(), batch_size=2, prepare=("float",))
+    passes = run._passes
+    with fake.host():
+        images = floats(2)
+    before = passes.clock[passes.name]
+    for _ in range(2):
+        run(images)
+    assert run._copies.clock[passes.name] <= before < passes.clock[passes.name]
+    run(images)  # into the first one's buffer
+    assert run._copies.clock[passes.name] > before
+
+
+def test_inference_mode_or_not(fake):
+    m = model()
+    with torch.inference_mode():
+        run = InferenceEngine(m, batch_size=2, prepare=("uint8",))
+        inside = run(floats(2)), run(bytes_of(2))
+    for make, got in zip((floats, bytes_of), inside, strict=True):
+        assert_answers(run(make(2)), m, make(2))
+        torch.testing.assert_close(got, answers(m, make(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_are_gone(fake):
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    del m.blocks[0].norm1.weight
+    with pytest.raises(RuntimeError, match="refresh"):
+        run(floats(2))
+    assert run.memory.weights > 0
+
+
 @pytest.mark.parametrize(
     "stream, method, host",
     [("wait", "wait_event", False), ("wait", "wait_event", True), ("host", "synchronize", True)],
@@ -100,15 +134,22 @@ def test_without_its_order_it_races(fake, monkeypatch, stream, method, host):
     """What the other tests can see: each kind of waiting, left out, is an error."""
     monkeypatch.setattr(engine, "on_host", lambda images: host)
     run = InferenceEngine(model(), batch_size=2, prepare=("float",))
+    actor = fake.host_actor if host else fake.caller
+
+    def calls():
+        for _ in range(3):
+            with fake.on(actor):
+                images = floats(2)
+            got = run(images)
+            with fake.on(actor):
+                images.zero_()
+            got.sum()
+
+    calls()
     owner = Stream if stream == "wait" else torch.cuda.Event
     monkeypatch.setattr(owner, method, lambda *args: None)
     with pytest.raises(Race):
-        for _ in range(3):
-            images = floats(2)
-            got = run(images)
-            with fake.host():
-                images.zero_()
-            got.sum()
+        calls()
 
 
 def test_a_kind_that_was_not_prepared_is_captured_when_it_comes(fake):
@@ -377,8 +418,9 @@ def test_real_graphs(dtype):
         for images in (floats(count).to(dtype), bytes_of(count)):
             want = answers(m, images.cuda())
             for given in (images, images.pin_memory(), images.cuda()):
-                for _ in range(3):
-                    torch.testing.assert_close(run(given), want)
+                for _ in range(3):  # other batch sizes may go through other tiles
+                    close = 1e-4 if dtype == torch.float32 else 3e-2
+                    torch.testing.assert_close(run(given), want, rtol=close, atol=close)
     assert run.memory.workspace > 0
 
 
@@ -391,6 +433,7 @@ def test_real_graphs_see_weights_and_serve_threads():
             p.add_(0.05)
     torch.testing.assert_close(run(floats(3)), answers(m, floats(3).cuda()))
     want = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
+    torch.cuda.synchronize()
     wrong = []
 
     def call(count):

@@ -86,7 +86,7 @@ def test_server_under_load(server):
     import httpx
 
     want, bodies = expected(), [p.read_bytes() for p in PHOTOS]
-    kinds = [0, 1, 2, 3, "bad"] * 24
+    kinds, refused = [0, 1, 2, 3, "bad"] * 24, []
     before = httpx.get(f"{server}/health").json()
 
     async def client(http, kind):
@@ -96,10 +96,11 @@ def test_server_under_load(server):
             if answer.status_code != 503:
                 return kind, answer
             assert answer.headers["retry-after"] == "1"
+            refused.append(kind)
             await asyncio.sleep(0.05)
 
     async def load():
-        limits = httpx.Limits(max_connections=32)
+        limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(timeout=120, limits=limits) as http:
             return await asyncio.gather(*(client(http, kind) for kind in kinds))
 
@@ -117,6 +118,8 @@ def test_server_under_load(server):
             [p["score"] for p in want[kind]], abs=2e-6
         )
     after = httpx.get(f"{server}/health").json()
+    assert refused, "64 clients, 40 places"
+    assert after["in_flight"] == 0
     assert 96 / 8 <= after["batches"] - before["batches"] < 96, "requests were not batched"
 
 

@@ -82,7 +82,12 @@ def broken_files(folder):
         (folder / name).write_bytes(content)
         made[folder / name] = why
     (folder / "folder.jpg").mkdir()
-    return made | {folder / "folder.jpg": "is a folder", folder / "none.jpg": "no such file"}
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "itself.jpg").symlink_to("itself.jpg")
+    return made | {
+        folder / "folder.jpg": "is a folder", folder / "none.jpg": "no such file",
+        folder / "pipe.jpg": "is no regular file", folder / "itself.jpg": "no such file",
+    }  # fmt: skip
 
 
 def test_reasons(tmp_path):
@@ -92,6 +97,11 @@ def test_reasons(tmp_path):
             decoder(str(path))
         assert str(error.value).startswith(why), path
         assert str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_pillows_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert Decoder(config("DeiT"))(PHOTOS[0]).shape == (224, 224, 3)
 
 
 def test_bombs_are_unreadable(tmp_path, monkeypatch):
@@ -116,6 +126,7 @@ def tree(tmp_path):
     (tmp_path / "tree/sub/loop").symlink_to("..")
     (tmp_path / "tree/linked.jpg").symlink_to("b.jpg")
     (tmp_path / "tree/dangling").symlink_to("nowhere")
+    (tmp_path / "tree/itself.jpg").symlink_to("itself.jpg")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/f.jpg").touch()
     (tmp_path / "tree/elsewhere").symlink_to("../outside")
@@ -125,15 +136,15 @@ def tree(tmp_path):
 def test_folders_are_searched(tree):
     found = [os.path.relpath(path, tree) for path in find([tree])]
     assert found == [
-        "a.PNG", "b.jpg", "linked.jpg", "elsewhere/f.jpg", "sub/d.jpeg", "sub/deep/c.webp",
-        "z/e.gif",
+        "a.PNG", "b.jpg", "itself.jpg", "linked.jpg", "elsewhere/f.jpg", "sub/d.jpeg",
+        "sub/deep/c.webp", "z/e.gif",
     ]  # fmt: skip
 
 
 def test_patterns_lists_and_single_images(tree, monkeypatch):
     monkeypatch.chdir(tree)
     Path("odd name").write_bytes(b"")
-    Path("list.txt").write_text("b.jpg\n\nmissing.jpg\nsub/deep/c.webp")
+    Path("list.txt").write_text("\ufeffb.jpg\n\nmissing.jpg\nsub/deep/c.webp")
     assert list(find(["**/*.jpeg", "list.txt", "odd name", "gone.png"])) == [
         "sub/d.jpeg", "b.jpg", "missing.jpg", "sub/deep/c.webp", "odd name", "gone.png",
     ]  # fmt: skip

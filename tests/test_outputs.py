@@ -204,6 +204,8 @@ def edited(**changes):
         (ruin("rows.jsonl", None), "rows.jsonl is missing"),
         (ruin("files.jsonl", None), "files.jsonl is missing"),
         (ruin("files.jsonl", lambda t: t[:30]), "files.jsonl ends after 2 images"),
+        (ruin("files.jsonl", lambda t: t[: t.index('"photos/19')]), "ends after 19 images"),
+        (ruin("files.jsonl", lambda t: t[:-1]), "files.jsonl ends after 23 images"),
         (ruin("rows.jsonl", lambda t: t[:50]), "rows.jsonl is shorter than state.json says"),
         (ruin("rows.jsonl", lambda t: t.replace("/11.jpg", "/12.jpg")), "belong together"),
         (ruin("files.jsonl", lambda t: t.replace("/11.jpg", "/12.jpg")), "belong together"),
@@ -257,7 +259,68 @@ def test_the_table_beside_npy_is_no_ones_elses(tmp_path):
         job(tmp_path / "a.npy", True)
 
 
-def test_one_run_at_a_time(tmp_path):
+def test_interrupted_within_a_write(tmp_path, monkeypatch):
+    """Ctrl-C may come between any two lines; what is saved then is of one moment."""
+    want = whole(tmp_path / "whole", "a.npy", embed=True)
+    for name in ("rows", "features"):
+        out = tmp_path / name / "a.npy"
+        out.parent.mkdir()
+        one = run(out, True, stop=2)
+        one = job(out, True)
+        one.begin(())
+        real = one._files[name]
+
+        class Interrupted:
+            def write(self, data, real=real):
+                real.write(data)
+                raise KeyboardInterrupt
+
+            def __getattr__(self, attribute, real=real):
+                return getattr(real, attribute)
+
+        one._files[name] = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            one.write(next(batches(one.todo(), embed=True)))
+        one.save()
+        one._locked.close()
+        assert run(out, True).resumed
+        assert out.read_bytes() == want.read_bytes()
+
+
+def test_a_run_that_is_not_complete_is_not_put_in_place(tmp_path):
+    one = run(tmp_path / "a.csv", stop=2)
+    one = job(tmp_path / "a.csv")
+    one.begin(())
+    with pytest.raises(ValueError, match="0 of 23 images are done|8 of 23 images are done"):
+        one.finish()
+    assert not (tmp_path / "a.csv").exists() and one.folder.exists()
+
+
+def test_an_output_that_came_meanwhile_is_kept(tmp_path):
+    one = job(tmp_path / "a.csv")
+    one.begin(iter(PATHS))
+    for batch in batches(one.todo()):
+        one.write(batch)
+    (tmp_path / "a.csv").write_text("another's")
+    with pytest.raises(FileExistsError):
+        one.finish()
+    one._locked.close()
+    assert (tmp_path / "a.csv").read_text() == "another's"
+    assert run(tmp_path / "a.csv", overwrite=True).resumed
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path):
+    folder = tmp_path / "a.csv.partial"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="holds thesis.txt, which no run has left"):
+            job(tmp_path / "a.csv", restart=restart)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "PATIENCE", 0.0)
     first = job(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="in use: another run writes"):
         job(tmp_path / "a.csv", restart=True)

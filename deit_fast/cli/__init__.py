@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command].run(args)
+    except KeyboardInterrupt:
+        print(f"deit-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"deit-fast {args.command}: {error}", file=sys.stderr)
         return 2

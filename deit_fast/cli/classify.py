@@ -105,9 +105,9 @@ def _print(predictor, args, workers):
 
 def _show(entry):
     if "error" in entry:
-        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)
+        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # escapes by itself
         return
-    print(entry["image"])
+    print(entry["image"].encode(errors="backslashreplace").decode())
     for p in entry["predictions"]:
         print(f"  {p['score']:7.2%}  {p['label']}")
 
@@ -115,10 +115,17 @@ def _show(entry):
 def _write(predictor, args, workers, dtype):
     model, console = predictor.engine.model, Console(stderr=True)
     description = {
-        "images": args.images, "model": args.model, "weights": bulk.digest(model), "dtype": dtype,
-        "heads": getattr(model, "heads", None), "embed": args.embed, "topk": predictor.topk,
-        "image_size": list(predictor.engine.image_shape), "out": os.path.basename(args.out),
-    }  # fmt: skip
+        "images": args.images,
+        "directory": os.getcwd(),
+        "out": os.path.basename(args.out),
+        "model": args.model,
+        "weights": bulk.digest(model),
+        "dtype": dtype,
+        "heads": getattr(model, "heads", None),
+        "embed": args.embed,
+        "topk": predictor.topk,
+        "image_size": list(predictor.engine.image_shape),
+    }
     labels = None if args.embed else bulk.label_names(model)
     job = outputs.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
     job.begin(images.find(args.images))
@@ -154,5 +161,5 @@ def _write(predictor, args, workers, dtype):
         f"{predictor.engine.device})",
         f"waiting for the decoder: {clock.share:.0%} of the time, {workers} workers",
     ):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     return 0
