@@ -191,6 +191,7 @@ def test_no_gradients(request, graphs):
     for _ in range(3):
         got = run(floats(3).requires_grad_())
         assert not got.requires_grad
+        assert not any(s.images.requires_grad for pair in run._slots.values() for s in pair)
         torch.testing.assert_close(got, answers(m, floats(3)), rtol=1e-5, atol=1e-5)
 
 
