@@ -8,6 +8,7 @@ from .layer_norm import (
     layer_norm,
     layer_norm_reference,
 )
+from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
 from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
 from .linear import linear, linear_reference
@@ -21,6 +22,8 @@ __all__ = [
     "classifier",
     "classifier_reference",
     "layer_norm",
+    "layer_norm_attention",
+    "layer_norm_attention_reference",
     "layer_norm_linear",
     "layer_norm_linear_reference",
     "layer_norm_mlp",

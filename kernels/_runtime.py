@@ -197,6 +197,20 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def differentiable(forward, tensors, upstream):
+    """Gradients of forward(*tensors) that can be differentiated again, as the kernels' cannot: for
+    create_graph=True. Only the path through this operation counts: `tensors` may depend on each
+    other."""
+    with torch.enable_grad():
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+        present = [t for t in aliases if t is not None and t.requires_grad]
+        grads = torch.autograd.grad(
+            forward(*aliases), present, upstream, create_graph=True, allow_unused=True
+        )
+    left = dict(zip(map(id, present), grads, strict=True))
+    return [None if t is None else left.get(id(t)) for t in aliases]
+
+
 def cast(dtype: torch.dtype | None, *tensors):
     """The tensors in `dtype`; as they are where it is None. None stays None."""
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]

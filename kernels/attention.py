@@ -2,14 +2,19 @@
 
     s = scale * q k^T + bias      p = softmax(s)      o = p v
 
-Backward:
-    dv = p^T do    dp = do v^T    ds = p * (dp - rowsum(dp * p))
+Backward, with delta = rowsum(do * o), which is rowsum(dp * p):
+    dv = p^T do    dp = do v^T    ds = p * (dp - delta)
     dq = scale * ds k    dk = scale * ds^T q    dbias = sum_batch(ds)
+p comes again from q, k and the logarithm of each row's sum, block by block: nothing of size N x L
+is ever written. One launch: some programs own queries and make dq, some own keys and make dk and
+dv, and those of a head run side by side, so that what they share comes from the cache. No atomics.
+With a bias the backward is PyTorch's and holds the scores.
 
 B samples, H heads, N queries, L keys, d features a head (32 or 64). q (B, N, H, d) and k, v
 (B, L, H, d) may be views with any strides but a unit one in d: `qkv.view(B, N, 3, H, d).unbind(2)`
 costs no copy. o is a new (B, N, H, d), which is the projection's (B, N, H * d). Scores, softmax and
-sums are fp32; p is rounded to v's dtype for the second product. Saved for backward: the inputs.
+sums are fp32; p is rounded to v's dtype for the second product, ds to q's. Saved for backward: q,
+k, v, o and the logarithms (B, H, N) in fp32; with a bias only q, k, v and the bias.
 """
 
 from functools import cache
@@ -70,7 +75,7 @@ def _attend(
 @triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d) (H, N, L) or None
-    o_ptr,  # out: (B, N, H, d), contiguous
+    o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None, never with a bias
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
@@ -113,6 +118,9 @@ def _attention_kernel(
 
     o_offs = ((sample * N + rows[:, None]) * H + head) * HEAD_DIM + dims[None, :]
     total = tl.where(total == 0.0, 1.0, total)  # every key masked: 0, as in PyTorch
+    if lse_ptr is not None:
+        lse_ptrs = lse_ptr + (sample * H + head) * N + rows
+        tl.store(lse_ptrs, peak * scale + tl.log2(total), mask=in_rows)
     tl.store(o_ptr + o_offs, acc / total[:, None], mask=in_rows[:, None])
 
 
@@ -135,7 +143,7 @@ def _scores(q, k, first, L: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _attention_resident_kernel(
     q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
-    o_ptr,  # out: (B, N, H, d), contiguous
+    o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
@@ -181,6 +189,144 @@ def _attention_resident_kernel(
             acc = tl.dot(p2.to(v0.dtype), v2, acc, input_precision="ieee")
         o_ptrs = o_ptr + rows[:, None] * (H * HEAD_DIM) + dims[None, :]
         tl.store(o_ptrs, acc / total[:, None], mask=in_rows[:, None])
+        if lse_ptr is not None:
+            lse_ptrs = lse_ptr + (sample * H + head) * N + rows
+            tl.store(lse_ptrs, peak + tl.log2(total), mask=in_rows)
+
+
+@triton.jit
+def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first ... first + BLOCK - 1 of one head of q, k, v, o or do; zero from `size` on."""
+    rows = first + tl.arange(0, BLOCK)
+    ptrs = ptr + rows[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=(rows < size)[:, None], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _dq_step(
+    q, do, lse, delta, dq, k_ptr, v_ptr, first, L, k_row, v_row, scale,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What keys first ... first + BLOCK - 1 add to dq."""
+    k = _rows(k_ptr, first, L, k_row, BLOCK, HEAD_DIM, MASKED)
+    v = _rows(v_ptr, first, L, v_row, BLOCK, HEAD_DIM, MASKED)
+    s = tl.dot(q, k.T, input_precision="ieee")
+    p = tl.exp2(s * scale - lse[:, None])
+    if MASKED:  # a key of zeros adds nothing, unless its p overflows
+        p = tl.where((first + tl.arange(0, BLOCK) < L)[None, :], p, 0.0)
+    dp = tl.dot(do, v.T, input_precision="ieee")
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _dkv_step(
+    k, v, dk, dv, q_ptr, o_ptr, do_ptr, lse_ptr, first, N, q_row, o_row, scale,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What queries first ... first + BLOCK - 1 add to dk and dv. Those outside have zeros for q and
+    do, and so add nothing."""
+    q = _rows(q_ptr, first, N, q_row, BLOCK, HEAD_DIM, MASKED)
+    do = _rows(do_ptr, first, N, o_row, BLOCK, HEAD_DIM, MASKED)
+    o = _rows(o_ptr, first, N, o_row, BLOCK, HEAD_DIM, MASKED)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    rows = first + tl.arange(0, BLOCK)
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+    s = tl.dot(k, q.T, input_precision="ieee")  # transposed: keys x queries
+    p = tl.exp2(s * scale - lse[None, :])
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, do.T, input_precision="ieee")
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    return tl.dot(ds, q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def _store_gradient(ptr, sums_ptr, grad, first, size, row, BLOCK: tl.constexpr, D: tl.constexpr):
+    """A block of dq, dk or dv, and the sum of its rows."""
+    rows, dims = first + tl.arange(0, BLOCK), tl.arange(0, D)
+    mask = (rows < size)[:, None]
+    tl.store(ptr + rows[:, None] * row + dims[None, :], grad, mask=mask)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + dims, tl.sum(tl.where(mask, grad, 0.0), axis=0))
+
+
+@triton.jit
+def _attention_backward_kernel(
+    q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
+    o_ptr, do_ptr, lse_ptr,  # in: (B, N, H, d) contiguous, (B, N, H, d) contiguous, (B, H, N)
+    dq_ptr, dk_ptr, dv_ptr,  # out: (B, N, H, d) (B, L, H, d) (B, L, H, d), heads without gaps
+    sums_ptr,  # out: (B, tiles, 3, H, d) in fp32 or None; then N = L
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_row, dk_row,
+    H, scale,
+    N: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL_M: tl.constexpr, TAIL_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    tiles_m: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    tiles_n: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    tile = pid % (tiles_m + tiles_n)
+    pid = pid // (tiles_m + tiles_n)
+    head, sample = (pid % H).to(tl.int64), (pid // H).to(tl.int64)
+    q_ptr += sample * q_batch + head * q_head
+    k_ptr += sample * k_batch + head * k_head
+    v_ptr += sample * v_batch + head * v_head
+    o_row = H * HEAD_DIM
+    o_ptr += sample * N * o_row + head * HEAD_DIM
+    do_ptr += sample * N * o_row + head * HEAD_DIM
+    lse_ptr += (sample * H + head) * N
+    dq_ptr += sample * N * dq_row + head * HEAD_DIM
+    dk_ptr += sample * L * dk_row + head * HEAD_DIM
+    dv_ptr += sample * L * dk_row + head * HEAD_DIM
+    scale2 = scale * 1.4426950408889634  # log2(e)
+    WHOLE_M: tl.constexpr = N // BLOCK_M * BLOCK_M
+    WHOLE_N: tl.constexpr = L // BLOCK_N * BLOCK_N
+    if tile < tiles_n:  # keys; first, because they take longer
+        if sums_ptr is not None:
+            sums_ptr += ((sample * tiles_n + tile) * 3 * H + head) * HEAD_DIM
+        first = tile * BLOCK_N
+        k = _rows(k_ptr, first, L, k_row, BLOCK_N, HEAD_DIM, True)
+        v = _rows(v_ptr, first, L, v_row, BLOCK_N, HEAD_DIM, True)
+        dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        for start in range(0, WHOLE_M, BLOCK_M):
+            dk, dv = _dkv_step(
+                k, v, dk, dv, q_ptr, o_ptr, do_ptr, lse_ptr, start, N, q_row, o_row, scale2,
+                BLOCK_M, HEAD_DIM, False,
+            )  # fmt: skip
+        if N > WHOLE_M:
+            dk, dv = _dkv_step(
+                k, v, dk, dv, q_ptr, o_ptr, do_ptr, lse_ptr, WHOLE_M, N, q_row, o_row, scale2,
+                TAIL_M, HEAD_DIM, True,
+            )  # fmt: skip
+        dk_sums = None if sums_ptr is None else sums_ptr + H * HEAD_DIM
+        dv_sums = None if sums_ptr is None else sums_ptr + 2 * H * HEAD_DIM
+        _store_gradient(dk_ptr, dk_sums, dk * scale, first, L, dk_row, BLOCK_N, HEAD_DIM)
+        _store_gradient(dv_ptr, dv_sums, dv, first, L, dk_row, BLOCK_N, HEAD_DIM)
+    else:
+        tile -= tiles_n
+        if sums_ptr is not None:
+            sums_ptr += ((sample * tiles_n + tile) * 3 * H + head) * HEAD_DIM
+        first = tile * BLOCK_M
+        q = _rows(q_ptr, first, N, q_row, BLOCK_M, HEAD_DIM, True)
+        do = _rows(do_ptr, first, N, o_row, BLOCK_M, HEAD_DIM, True)
+        o = _rows(o_ptr, first, N, o_row, BLOCK_M, HEAD_DIM, True)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+        rows = first + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+        dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+        for start in range(0, WHOLE_N, BLOCK_N):
+            dq = _dq_step(
+                q, do, lse, delta, dq, k_ptr, v_ptr, start, L, k_row, v_row, scale2,
+                BLOCK_N, HEAD_DIM, False,
+            )  # fmt: skip
+        if L > WHOLE_N:
+            dq = _dq_step(
+                q, do, lse, delta, dq, k_ptr, v_ptr, WHOLE_N, L, k_row, v_row, scale2,
+                TAIL_N, HEAD_DIM, True,
+            )  # fmt: skip
+        _store_gradient(dq_ptr, sums_ptr, dq * scale, first, N, dq_row, BLOCK_M, HEAD_DIM)
 
 
 def _config(m, n, warps, stages, resident=False):
@@ -228,6 +374,19 @@ def meta(N: int, L: int, dtype: torch.dtype, bias: bool = False) -> dict:
 
 
 @cache
+def meta_backward(N: int, L: int, dtype: torch.dtype) -> dict:
+    """Blocks by rule: 64 x 64 in 4 warps, as forward; for few queries blocks just as high."""
+    if dtype == torch.float32:  # FMA units: registers hold the operands too
+        M, block, stages = 16, 16, 1
+    else:
+        M, block, stages = 16 if N <= 16 else 64, 64, 2
+    return {
+        "BLOCK_M": M, "BLOCK_N": block, "TAIL_M": tail(N, M), "TAIL_N": tail(L, block),
+        "num_warps": 4, "num_stages": stages,
+    }  # fmt: skip
+
+
+@cache
 def pieces(L: int) -> tuple[int, int, int]:
     """64 < L <= 256 keys in two or three pieces, powers of two, with little to spare: 198 in 128,
     64 and 16; the third may be 0."""
@@ -266,51 +425,122 @@ def _choose(q, L, bias, implementation):
     return "triton", meta(N, L, q.dtype, bias)
 
 
+def _alloc(q, keep):
+    """What forward returns: o, and the logarithms of the rows' sums. Also its fake."""
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N) if keep else 0, dtype=torch.float32)
+
+
 @_runtime.custom_op("deit_fast::attention")
 def _fwd(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, implementation: str
-) -> Tensor:
-    o = q.new_empty(q.shape)
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o, lse = _alloc(q, keep)
+    if o.numel():
+        run(o, q, k, v, scale, bias, lse if keep else None, implementation)
+    return o, lse
+
+
+def run(o, q, k, v, scale, bias=None, lse=None, implementation="triton"):
+    """Launch what computes o (B, N, H, d), by table or rule; lse (B, H, N) without a bias only."""
     B, N, H, d = q.shape
     L = k.shape[1]
-    if o.numel() == 0:
-        return o
-    if max(N * q.stride(1), L * k.stride(1), L * v.stride(1)) >= 2**31:
-        raise ValueError(
-            f"attention: one sample of q, k or v spans 2**31 elements ({N} queries, {L} keys)"
-        )
+    _check_spans(q, k, v)
     chosen, config = _choose(q, L, bias is not None, implementation)
-    if chosen == "torch":
-        return attention_reference(q, k, v, scale, bias).contiguous()
+    if chosen == "torch" and lse is None:
+        return o.copy_(attention_reference(q, k, v, scale, bias))
+    if (
+        chosen == "torch"
+    ):  # measured faster than the kernels, but backward wants the sums' logarithms
+        config = meta(N, L, q.dtype)
     options = {name: config[name] for name in ("BLOCK_M", "num_warps", "num_stages")}
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     with torch.cuda.device_of(q):
         if config["RESIDENT"]:
             keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L), strict=True))
             _attention_resident_kernel[(B * H,)](
-                q, k, v, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **keys, **options
+                q, k, v, o, lse, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **keys, **options
             )
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
-                q, k, v, bias, o, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                q, k, v, bias, o, lse, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
                 BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
             )  # fmt: skip
-    return o
+
+
+def _check_spans(q, k, v):
+    N, L = q.shape[1], k.shape[1]
+    if max(N * q.stride(1), L * k.stride(1), L * v.stride(1)) >= 2**31:
+        raise ValueError(
+            f"attention: one sample of q, k or v spans 2**31 elements ({N} queries, {L} keys)"
+        )
 
 
 @_fwd.register_fake
-def _(q, k, v, bias, scale, implementation):
-    return q.new_empty(q.shape)
+def _(q, k, v, bias, scale, keep, implementation):
+    return _alloc(q, keep)
+
+
+def run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=False):
+    """Launch what computes dq (B, N, H, d), dk and dv (B, L, H, d) of contiguous o and do. With
+    `sums`, for N = L, the sums of their rows come back, (3, H, d) in fp32."""
+    (B, N, H, d), L = q.shape, k.shape[1]
+    config = meta_backward(N, L, q.dtype)
+    tiles_m, tiles_n = _runtime.cdiv(N, config["BLOCK_M"]), _runtime.cdiv(L, config["BLOCK_N"])
+    parts = q.new_empty(B, tiles_n, 3, H, d, dtype=torch.float32) if sums else None
+    strides = [s for t in (q, k, v) for s in t.stride()[:3]]
+    if B * H:
+        with torch.cuda.device_of(q):
+            _attention_backward_kernel[(B * H * (tiles_m + tiles_n),)](
+                q, k, v, o, do, lse, dq, dk, dv, parts, *strides, dq.stride(1), dk.stride(1),
+                H, scale, N=N, L=L, HEAD_DIM=d, **config,
+            )  # fmt: skip
+    return parts.sum((0, 1)) if sums else None
+
+
+@_runtime.custom_op("deit_fast::attention_backward")
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, N, H, d), dk and dv (B, L, H, d), contiguous; of contiguous do and o."""
+    grads = [t.new_empty(t.shape) for t in (q, k, v)]
+    run_backward(*grads, do, q, k, v, o, lse, scale)
+    return tuple(grads)
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, o, lse, scale):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+@_runtime.custom_op("deit_fast::attention_backward_packed")
+def attention_backward_packed(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv (B, N, 3, H, d), in one piece, and the sums of its rows, (3, H, d) in fp32:
+    the gradient of the bias behind it. do and o (B, N, H, d), lse (B, H, N), all contiguous."""
+    dqkv = qkv.new_empty(qkv.shape)
+    sums = run_backward(*dqkv.unbind(2), do, *qkv.unbind(2), o, lse, scale, sums=True)
+    return dqkv, sums
+
+
+@attention_backward_packed.register_fake
+def _(do, qkv, o, lse, scale):
+    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[2:], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, bias, ctx.scale, keep, _ = inputs
+    ctx.save_for_backward(q, k, v, bias, *(output if keep else ()))
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, do):
-    q, k, v, bias = ctx.saved_tensors
-    dtype = q.dtype
+def _backward(ctx, do, _):
+    q, k, v, bias, *rest = ctx.saved_tensors
+    if rest and not torch.is_grad_enabled():
+        return *attention_backward(do.contiguous(), q, k, v, *rest, ctx.scale), *(None,) * 4
+    dtype = q.dtype  # with a bias, or for a second derivative
     q, k, v, do = (t.transpose(1, 2).float() for t in (q, k, v, do))
     s = ctx.scale * q @ k.transpose(-2, -1)
     s = s if bias is None else s + bias.float()
@@ -319,7 +549,7 @@ def _backward(ctx, do):
     ds = p * (dp - (dp * p).sum(-1, keepdim=True))
     grads = ctx.scale * ds @ k, ctx.scale * ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ do
     dbias = None if bias is None else ds.sum(0).to(bias.dtype)
-    return *(g.transpose(1, 2).to(dtype) for g in grads), dbias, None, None
+    return *(g.transpose(1, 2).to(dtype) for g in grads), dbias, *(None,) * 3
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -362,4 +592,6 @@ def attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if scale <= 0:  # the kernels take the largest score before they scale it
         q, scale = q * scale, 1.0
-    return _fwd(q, k, v, None if bias is None else bias.contiguous(), scale, implementation)
+    bias = None if bias is None else bias.contiguous()
+    keep = bias is None and _runtime.wants_grad(q, k, v)
+    return _fwd(q, k, v, bias, scale, keep, implementation)[0]

@@ -68,6 +68,13 @@ LAYER_NORM_MLP = [
     {"M": 1, "S": 1, "D": 33, "hidden": 50},
 ]
 
+# B samples, H heads, N tokens, d features a head
+LAYER_NORM_ATTENTION = [
+    {"B": 2, "H": 3, "N": 70, "D": 192, "d": 64},
+    {"B": 3, "H": 2, "N": 5, "D": 100, "d": 32},
+    {"B": 1, "H": 1, "N": 3, "D": 33, "d": 32},
+]
+
 CLASSIFIER = [
     {"B": 3, "N": 198, "D": 192, "classes": 1000},
     {"B": 17, "N": 2, "D": 100, "classes": 10},
@@ -129,6 +136,25 @@ def layer_norm_linear_inputs(M, K, N, activation="none", stream="normal", device
         "bias": torch.randn(N, device=device),
         "activation": activation,
     }
+
+
+def layer_norm_attention_inputs(B, H, N, D, d, scales=True, device="cpu"):
+    """The residual is x."""
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(B, N, D, device=device) + 1,
+        "norm_weight": torch.randn(D, device=device),
+        "norm_bias": torch.randn(D, device=device),
+        "qkv_weight": torch.randn(3 * H * d, D, device=device) / D**0.5,
+        "qkv_bias": torch.randn(3 * H * d, device=device),
+        "proj_weight": torch.randn(D, H * d, device=device) / D**0.5,
+        "proj_bias": torch.randn(D, device=device),
+        "num_heads": H,
+    }
+    if scales:
+        inputs["layer_scale"] = torch.randn(D, device=device)
+        inputs["row_scale"] = torch.randint(0, 2, (B,), device=device) / 0.75
+    return inputs
 
 
 def layer_norm_mlp_inputs(M, S, D, hidden, scales=True, device="cpu"):
@@ -227,6 +253,9 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
         "patch_embed": {
             "float NCHW": {"B": batch, **image},
             "uint8 NHWC": {"B": batch, **image, "uint8": True},
+        },
+        "layer_norm_attention": {
+            "": {"B": batch, "H": H, "N": N, "D": D, "d": 64, "scales": False}
         },
         "layer_norm_mlp": {"": {**rows, "D": D, "hidden": 4 * D, "scales": False}},
         "classifier": {"": {"B": batch, "N": N, "D": D, "classes": 1000}},

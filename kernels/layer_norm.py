@@ -9,7 +9,8 @@ Backward, per row, with g = dy * w and dh the gradient arriving at h:
 
 M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
 output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
-there is no residual) and weight; mean and rstd are recomputed.
+there is no residual) and weight; mean and rstd are recomputed from the row, which backward reads
+anyway. dw and db are summed over the rows of a program in fp32, then over the programs.
 """
 
 from functools import cache
@@ -66,6 +67,44 @@ def _layer_norm_kernel(
     tl.store(y_ptr + offs, diff * rstd[:, None] * w[None, :] + b[None, :], mask=mask)
 
 
+@triton.jit
+def _layer_norm_backward_kernel(
+    h_ptr, w_ptr, dy_ptr, dh_ptr,  # in: (M, N) (N,) (M, N) (M, N) or None
+    dx_ptr, sums_ptr,  # out: (M, N) (programs, 2, N)
+    M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    in_cols = cols < N
+    w = tl.load(w_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        # int64: M * N may pass 2**31
+        rows = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & in_cols[None, :]
+        offs = rows[:, None] * N + cols[None, :]
+        h = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(h, axis=1) / N
+        diff = tl.where(mask, h - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(diff * diff, axis=1) / N + eps)[:, None]
+        xhat = diff * rstd
+        g = dy * w
+        mean_g, mean_gx = tl.sum(g, axis=1) / N, tl.sum(g * xhat, axis=1) / N
+        dx = rstd * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+        if dh_ptr is not None:
+            dx += tl.load(dh_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offs, dx, mask=mask)
+        dw += dy * xhat
+        db += dy
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2 * N
+    tl.store(sums_ptr + cols, tl.sum(dw, axis=0), mask=in_cols)
+    tl.store(sums_ptr + N + cols, tl.sum(db, axis=0), mask=in_cols)
+
+
+PROGRAMS = 8  # of backward, a multiprocessor: enough loads in flight; each leaves sums to add up
+
+
 @cache
 def meta(N: int) -> dict:
     """Tile and warps by rule: 4 warps share about a thousand features; wide rows get more, so that
@@ -107,27 +146,54 @@ def _(x, residual, weight, bias, eps, out_dtype):
     return _alloc(x, residual, out_dtype)
 
 
+@_runtime.custom_op("deit_fast::layer_norm_backward")
+def layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx (M, N) in `dtype`, dh included, and (2, N) in fp32: dweight, dbias. All contiguous."""
+    M, N = h.shape
+    dx = h.new_empty(M, N, dtype=dtype)
+    if M == 0:
+        return dx, h.new_zeros(2, N, dtype=torch.float32)
+    config = meta(N)
+    programs = PROGRAMS * _runtime.chip(h.device).processors
+    programs = min(programs, _runtime.cdiv(M, config["BLOCK_M"]))
+    sums = h.new_empty(programs, 2, N, dtype=torch.float32)
+    with torch.cuda.device_of(h):
+        _layer_norm_backward_kernel[(programs,)](h, weight, dy, dh, dx, sums, M, N, eps, **config)
+    return dx, sums.sum(0)
+
+
+@layer_norm_backward.register_fake
+def _(dy, dh, h, weight, eps, dtype):
+    return h.new_empty(h.shape, dtype=dtype), h.new_empty(2, h.shape[1], dtype=torch.float32)
+
+
 def _save(ctx, inputs, output):
-    x, residual, weight, bias, ctx.eps, _ = inputs
-    ctx.save_for_backward(x if residual is None else output[1], weight)
-    ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+    x, residual, weight, bias, ctx.eps, ctx.out_dtype = inputs
+    ctx.save_for_backward(x if residual is None else output[1], weight, bias)
+    ctx.res_dtype = None if residual is None else residual.dtype
+    ctx.dtype = x.dtype
 
 
 def _backward(ctx, dy, dh):
-    h, weight = (t.float() for t in ctx.saved_tensors)
-    x_dtype, res_dtype, w_dtype, b_dtype = ctx.dtypes
-    dy = dy.float()
-    var, mean = torch.var_mean(h, 1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + ctx.eps)
-    xhat = (h - mean) * rstd
-    g = dy * weight
-    dx = g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True)
-    dx = dx * rstd
-    if res_dtype is not None:
-        dx = dx + dh.float()
-    dres = None if res_dtype is None else dx.to(res_dtype)
-    dw, db = (dy * xhat).sum(0), dy.sum(0)
-    return dx.to(x_dtype), dres, dw.to(w_dtype), db.to(b_dtype), None, None
+    h, weight, bias = ctx.saved_tensors
+    dh = None if ctx.res_dtype is None else dh
+    if torch.is_grad_enabled():  # a second derivative is wanted
+
+        def forward(h, weight, bias):
+            return layer_norm_reference(h.float(), weight.float(), bias.float(), ctx.eps)
+
+        dx, dw, db = _runtime.differentiable(forward, (h, weight, bias), dy.float())
+        dx = dx if dh is None else dx + dh
+    else:
+        dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
+        dtype = ctx.dtype if dh is None else torch.promote_types(ctx.dtype, ctx.res_dtype)
+        dx, (dw, db) = layer_norm_backward(dy, dh, h, weight, ctx.eps, dtype)
+    dres = None if dh is None else dx.to(ctx.res_dtype)
+    grads = zip((dx, dw, db), (ctx.dtype, weight.dtype, bias.dtype), strict=True)
+    dx, dw, db = (t if t is None else t.to(dtype) for t, dtype in grads)
+    return dx, dres, dw, db, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime, _tuned
-from .layer_norm import MAX_N, layer_norm, layer_norm_reference, meta
+from .layer_norm import MAX_N, layer_norm, layer_norm_backward, layer_norm_reference, meta
+from .layer_norm import _fwd as normalise
 from .linear import ACTIVATIONS, linear, linear_reference, run
 
 IMPLEMENTATIONS = ("auto", "fold", "triton", "cublas", "torch")
@@ -115,6 +116,21 @@ def _fwd(
 @_fwd.register_fake
 def _(x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def layer_norm_linear_backward(
+    dz, x, norm_weight, norm_bias, weight, normed, eps, dresidual=None, wants_weight=True
+):
+    """Gradients of x (dresidual included, x's dtype), norm_weight, norm_bias (fp32) and weight
+    (None unless wanted) from dz (M, N). normed: LN(x) (M, K) in dz's dtype, empty to make it
+    again."""
+    dweight = None
+    if wants_weight:
+        if not normed.numel():
+            normed = normalise(x, None, norm_weight, norm_bias, eps, dz.dtype)[0]
+        dweight = dz.t() @ normed
+    dx, dnorm = layer_norm_backward(dz @ weight, dresidual, x, norm_weight, eps, x.dtype)
+    return dx, dnorm[0], dnorm[1], dweight
 
 
 @_tuned.validates("layer_norm_linear")

@@ -8,7 +8,17 @@ less to move for DeiT-Ti at batch 256, at the price of products that wait for ea
 the parts serve every shape; a tuned table may say otherwise, `implementation="fused"` insists.
 
 x and residual (..., D), W1 (hidden, D), W2 (D, hidden), M rows. In the fused kernel the normalised
-x and the hidden layer are rounded to x's dtype, sums are fp32. Backward: that of the parts.
+x and the hidden layer are rounded to x's dtype, sums are fp32.
+
+Training, with z = LN(x) @ W1^T + b1, a = gelu(z) and residual = x (or none), is one node of the
+graph:
+    dy'  = dy * layer_scale * row_scale             db2 = sum_rows(dy')    dW2 = dy'^T @ a
+    dz   = (dy' @ W2) * gelu'(z)                    db1 = sum_rows(dz)     dW1 = dz^T @ LN(x)
+    dx   = dLN(dz @ W1) + dy                        both in the LayerNorm's backward pass
+gelu' is behind the product, which makes a and the sums of dz's columns on the way. Saved for
+backward: x, z, the weights; with a layer_scale what it scales. LN(x) and a are made again, unless
+recompute=False asks to save them too, M (D + hidden) elements. z, a and LN(x) have the products'
+dtype; under autocast x stays fp32.
 """
 
 import torch
@@ -17,14 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime, _tuned
+from .layer_norm import _fwd as normalise
 from .layer_norm import layer_norm_reference
-from .layer_norm_linear import layer_norm_linear
+from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
 from .linear import (
     MOMENTS_WIDTH,
     _epilogue,
     _gelu,
     linear,
+    linear_backward,
+    linear_gelu_backward,
     linear_reference,
+    run,
     worth_moments,
 )
 
@@ -81,12 +95,12 @@ def _layer_norm_mlp_kernel(
         acc1 = tl.dot(z, tl.load(w2_ptrs + cols1[None, :] * HIDDEN), acc1)
     vectors = (b2_ptr, None, None, None, None, None)
     _epilogue(
-        acc0, first_row, left, 0, vectors, res_ptr, y_ptr, moments_out_ptr, M, D, 1,
-        "none", False, BLOCK_M, D0,
+        acc0, first_row, left, 0, vectors, res_ptr, y_ptr, moments_out_ptr, (None, None, None),
+        M, D, 1, "none", False, BLOCK_M, D0,
     )  # fmt: skip
     _epilogue(
-        acc1, first_row, left, D0, vectors, res_ptr, y_ptr, moments_out_ptr, M, D, 1,
-        "none", False, BLOCK_M, D1,
+        acc1, first_row, left, D0, vectors, res_ptr, y_ptr, moments_out_ptr, (None, None, None),
+        M, D, 1, "none", False, BLOCK_M, D1,
     )  # fmt: skip
 
 
@@ -158,6 +172,105 @@ def _(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, res
     return _alloc(x, emit)
 
 
+def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
+    """What forward returns in training: y, and for backward z, LN(x), a and what layer_scale
+    scales, empty where they are not saved. Also its fake."""
+    (M, D), hidden, dtype = x.shape, fc1_weight.shape[0], fc1_weight.dtype
+    D_out = fc2_weight.shape[0]
+    return (
+        x.new_empty(M, D_out, dtype=torch.promote_types(x.dtype, dtype)),
+        x.new_empty(M, hidden, dtype=dtype),
+        x.new_empty(0 if recompute else (M, D), dtype=dtype),
+        x.new_empty(0 if recompute else (M, hidden), dtype=dtype),
+        x.new_empty(0 if layer_scale is None else (M, D_out), dtype=dtype),
+    )
+
+
+@_runtime.custom_op("deit_fast::layer_norm_mlp_training")
+def _train(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    add: bool,
+    recompute: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
+    y, z, normed, a, scaled = made
+    if not y.numel():
+        return made
+    if recompute:
+        a = torch.empty_like(z)
+    out = normalise(x, None, norm_weight, norm_bias, eps, z.dtype)[0]
+    run(a, out, fc1_weight, fc1_bias, z=z, activation="gelu", implementation=implementation)
+    if not recompute:
+        normed = out
+    del out
+    run(
+        y, a, fc2_weight, fc2_bias, x if add else None, layer_scale, row_scale,
+        z=None if layer_scale is None else scaled, implementation=implementation,
+    )  # fmt: skip
+    return y, z, normed, made[3] if recompute else a, scaled
+
+
+@_train.register_fake
+def _(x, g, h, fc1_weight, b1, fc2_weight, b2, layer_scale, row_scale, e, a, recompute, i):
+    return _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.add, _, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dy, *_):
+    *tensors, z, normed, a, scaled = ctx.saved_tensors
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ls, rs = tensors
+    nothing = (None,) * 5  # row_scale and what is no tensor
+    if torch.is_grad_enabled():  # a second derivative is wanted
+        samples = 1 if rs is None else rs.shape[0]
+
+        def forward(x, *rest):
+            x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
+            residual = x if ctx.add else None
+            *operands, layer_scale = rest
+            dtype = fc1_weight.dtype
+            y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
+            y = linear_reference(y.to(dtype), *operands[2:4], "gelu")
+            y = linear_reference(y, *operands[4:], "none", residual, layer_scale, rs)
+            return y.flatten(0, 1)
+
+        return *_runtime.differentiable(forward, tensors[:8], dy), *nothing
+    dy = dy.contiguous()
+    has_bias = fc2_bias is not None
+    scaled = scaled if scaled.numel() else None
+    dz2, db2, dls = linear_backward(dy, scaled, ls, rs, "none", z.dtype, has_bias)
+    dz2 = dz2 if dz2.numel() else dy
+    dz, made, db1 = linear_gelu_backward(dz2, fc2_weight, z, ctx.implementation)
+    dw2 = dz2.t() @ (a if a.numel() else made) if ctx.needs_input_grad[5] else None
+    del dz2, made
+    dx, dg, dh, dw1 = layer_norm_linear_backward(
+        dz, x, norm_weight, norm_bias, fc1_weight, normed, ctx.eps, dy if ctx.add else None,
+        ctx.needs_input_grad[3],
+    )  # fmt: skip
+    sums = zip(
+        (dg, dh, db1, db2, dls), (norm_weight, norm_bias, fc1_bias, fc2_bias, ls), strict=True
+    )
+    dg, dh, db1, db2, dls = (None if t is None else s.to(t.dtype) for s, t in sums)
+    return dx, dg, dh, dw1, db1, dw2, db2, dls, *nothing
+
+
+_train.register_autograd(_backward, setup_context=_save)
+
+
 def _why_not_fused(x, weights, residual, scaled, hidden, implementation) -> str | None:
     """Why one kernel can't or shouldn't do it all; None: it does."""
     if _runtime.wants_grad(x, residual, *weights):
@@ -198,6 +311,7 @@ def layer_norm_mlp(
     moments: Tensor | None = None,
     implementation: str = "auto",
     return_moments: bool = False,
+    recompute: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """LayerNorm -> fc1 -> GELU -> fc2 [-> layer scale, row scale, + residual].
 
@@ -207,7 +321,8 @@ def layer_norm_mlp(
     of the product and the residual; pass `residual=x` for a pre-norm block. `moments` of x's rows
     and `return_moments` of the result's: as `layer_norm_linear` and `linear`. `implementation`:
     "auto" | "triton" | "cublas" | "torch", in parts unless a tuned table says fused; "fused"
-    insists and raises ValueError where it can't be. Other errors name the part that raised them.
+    insists and raises ValueError where it can't be. `recompute` says whether backward makes LN(x)
+    and GELU's result again or finds them saved. Other errors name the part that raised them.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -221,6 +336,10 @@ def layer_norm_mlp(
         return _fused(x, weights, residual, eps, return_moments)
     if implementation == "fused":
         raise ValueError(f"layer_norm_mlp: implementation 'fused', but {reason}")
+    if _trains(x, (*weights, layer_scale), residual, implementation):
+        operands = (*weights, layer_scale, row_scale)
+        y = _training(x, operands, eps, residual is not None, recompute, implementation)
+        return (y, None) if return_moments else y
     y = layer_norm_linear(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, "gelu", moments, implementation
     )
@@ -246,3 +365,29 @@ def _fused(x, weights, residual, eps, return_moments):
     y, moments = _fwd(x2, *weights, residual, eps, emit)
     y = y.view(x.shape)
     return (y, moments if emit else None) if return_moments else y
+
+
+def _trains(x, tensors, residual, implementation) -> bool:
+    """Whether one node of the graph serves; otherwise the parts, each with its own."""
+    if not _runtime.wants_grad(x, *tensors) or residual is not None and residual is not x:
+        return False
+    allowed = ("triton", "cublas", "torch")
+    return _runtime.resolve("linear", x, implementation, allowed) != "torch"
+
+
+def _training(x, operands, eps, add, recompute, implementation):
+    *weights, layer_scale, row_scale = operands
+    dtype = _runtime.autocast_dtype(x)
+    weights = [*weights[:2], *_runtime.cast(dtype, *weights[2:])]
+    names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    D, hidden = x.shape[-1], weights[2].shape[0]
+    D_out = weights[4].shape[0]
+    shapes = ((D,), (D,), (hidden, D), (hidden,), (D_out, hidden), (D_out,))
+    named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
+    scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
+    residual = (x if add else None, (*x.shape[:-1], D_out))
+    _runtime.expect("layer_norm_mlp", x, **named, **scales, residual=residual)
+    _runtime.expect("layer_norm_mlp", x, dtype or x.dtype, **{k: named[k] for k in names[2:]})
+    rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
+    y = _train(x.reshape(-1, D).contiguous(), *rest, eps, add, recompute, implementation)[0]
+    return y.view(*x.shape[:-1], D_out)

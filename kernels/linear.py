@@ -4,16 +4,19 @@
     a = z   or   gelu(z) = z * (1 + erf(z / sqrt(2))) / 2
     y = a * layer_scale * row_scale [+ residual]
 
-Backward, with dz = dy * layer_scale * row_scale * gelu'(z):
+Backward, with dz = dy * layer_scale * row_scale * gelu'(z), gelu'(z) = Phi(z) + z phi(z):
     dx = dz @ W      dW = dz^T @ x      db = sum_rows(dz)
     dresidual = dy   dlayer_scale = sum_rows(dy * row_scale * a)
+One pass makes dz of dy and sums its columns on the way, a partial sum for every so many rows; the
+two products are torch.mm's: nothing follows them.
 
 M rows, K input features, N output features, S samples of M / S rows each. Shapes: x (M, K), W (N,
 K), b and layer_scale (N,), row_scale (S,) (stochastic depth: 0 or 1 / keep probability), residual
 and y (M, N). Products accumulate in fp32; the epilogue is fp32 and rounds once, to y's dtype: the
 residual's where there is one (autocast keeps that stream in fp32), x's otherwise. fp32 products
-are IEEE fp32, never TF32. GELU is erf in fp32 and within 3e-5 of it in half precision. Saved for
-backward: the inputs; z is recomputed.
+are IEEE fp32, never TF32 (of backward's two, PyTorch's setting decides). GELU is erf in fp32 and
+within 3e-5 of it in half precision. Saved for backward: x, W, layer_scale, row_scale and, with GELU
+or a layer_scale, z in x's dtype.
 
 In inference the epilogue may also leave the moments of y's rounded rows, (N / 64, 2, M) in fp32:
 mean and sum of squared differences from it, of each 64 columns. layer_norm_linear, which shares the
@@ -55,18 +58,31 @@ def _tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _gelu(z, EXACT: tl.constexpr):
-    """erf in fp32. For half precision z / (1 + 2^(z p(z^2))) with a p fitted to this end: nowhere
-    further from erf's than 0.54 of half a unit of bf16, 3e-5 at most. 13 instructions instead of
-    32, two of them on the unit for special functions, which is then the bound; 1 / (1 + e) is the
-    square of an rsqrt, which takes no care of denormals."""
+def _phi(z, EXACT: tl.constexpr):
+    """The normal distribution's function, gelu(z) / z: by erf in fp32. For half precision
+    1 / (1 + 2^(z p(z^2))) with a p fitted to this end: z times it is nowhere further from erf's
+    than 0.54 of half a unit of bf16, 3e-5 at most. 13 instructions instead of 32, two of them on
+    the unit for special functions, which is then the bound; 1 / (1 + e) is the square of an rsqrt,
+    which takes no care of denormals."""
     if EXACT:
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
     s = tl.minimum(z * z, 30.25)
     p = (4.96967374e-8 * s - 3.23612039e-6) * s + 6.32384836e-5
     p = ((p * s + 6.43739593e-4) * s - 0.106197506) * s - 2.30119538
     r = tl.rsqrt(1.0 + tl.exp2(z * p))
-    return z * r * r
+    return r * r
+
+
+@triton.jit
+def _gelu(z, EXACT: tl.constexpr):
+    return z * _phi(z, EXACT)
+
+
+@triton.jit
+def _gelu_and_slope(z, EXACT: tl.constexpr):
+    phi = _phi(z, EXACT)
+    density = 0.3989422804014327 * tl.exp2(z * z * -0.7213475204444817)
+    return z * phi, phi + z * density
 
 
 @triton.jit
@@ -89,15 +105,18 @@ def _row_moments(
 
 @triton.jit
 def _epilogue(
-    acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
+    acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, hidden, M, N,
     rows_per_sample, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store y for one tile: acc is x @ W^T in fp32. `vectors`: pointers to bias, layer_scale,
-    row_scale and, of a folded LayerNorm, the column sums; the rows' mean and rstd. All but acc and
+    row_scale and, of a folded LayerNorm, the column sums; the rows' mean and rstd. `hidden`:
+    pointers to z, a and the sums of y's columns, which training wants: after a bias, "gelu" stores
+    z; "gelu_backward", whose acc is da, reads z, makes a of it again, and dz is y. All but acc and
     y may be None. Offsets inside the tile are 32-bit, which halves the registers they take;
     M * N may pass 2**31."""
     b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd = vectors
+    z_ptr, a_ptr, col_sums_ptr = hidden
     rows, cols = tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
     in_rows, in_cols = rows < left, cols < N
     mask = in_rows[:, None] & in_cols[None, :]
@@ -108,6 +127,18 @@ def _epilogue(
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu_backward":
+        z = tl.load(z_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        a, slope = _gelu_and_slope(z, EXACT)
+        acc *= slope
+        if a_ptr is not None:
+            tl.store(a_ptr + base + offs, a, mask=mask)
+        if col_sums_ptr is not None:  # rows outside hold copies of the first one
+            tile = (first_row // BLOCK_M).to(tl.int64)
+            total = tl.sum(tl.where(in_rows[:, None], acc, 0.0), axis=0)
+            tl.store(col_sums_ptr + tile * N + cols, total, mask=in_cols)
+    elif z_ptr is not None:
+        tl.store(z_ptr + base + offs, acc, mask=mask)
     if ACTIVATION == "gelu":
         acc = _gelu(acc, EXACT)
     if ls_ptr is not None:
@@ -164,7 +195,7 @@ def _product(
 
 @triton.jit
 def _linear_tile(
-    tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, M, N, K,
+    tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, hidden, M, N, K,
     rows_per_sample, eps, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -183,17 +214,17 @@ def _linear_tile(
         HALF: tl.constexpr = BLOCK_N // 2
         left_acc, right_acc = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
         _epilogue(
-            left_acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
-            rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
+            left_acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr,
+            hidden, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
         )  # fmt: skip
         _epilogue(
             right_acc, first_row, left, first_col + HALF, vectors, res_ptr, y_ptr,
-            moments_out_ptr, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
+            moments_out_ptr, hidden, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         _epilogue(
-            acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
-            rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
+            acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, hidden,
+            M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -202,24 +233,27 @@ def _linear_kernel(
     x_ptr, w_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
     moments_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N + 1,), fp32, or None
     y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
+    z_ptr,  # (M, N) or None; out, but in for "gelu_backward"
+    a_ptr, col_sums_ptr,  # out: (M, N) and (cdiv(M, BLOCK_M), N) in fp32, or None
     M, N, K, rows_per_sample, eps,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
     TMA: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     vectors = (b_ptr, ls_ptr, rs_ptr, sums_ptr)
+    hidden = (z_ptr, a_ptr, col_sums_ptr)
     if PERSISTENT:  # one program a multiprocessor: loads for a tile run behind the last epilogue
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _linear_tile(
-                tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, M, N, K,
-                rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
+                tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, hidden,
+                M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _linear_tile(
             tl.program_id(0), x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr,
-            M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
+            hidden, M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -227,7 +261,7 @@ def _linear_kernel(
 @triton.jit
 def _linear_epilogue_kernel(
     z_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
+    y_ptr, moments_out_ptr, z_out_ptr,  # out: (M, N), (N / 64, 2, M), (M, N); the last two or None
     M, N, rows_per_sample,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -239,11 +273,60 @@ def _linear_epilogue_kernel(
     z = tl.load(z_ptr + first_row.to(tl.int64) * N + offs, mask=mask, other=0.0).to(tl.float32)
     vectors = (b_ptr, ls_ptr, rs_ptr, None, None, None)
     _epilogue(
-        z, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, M, N,
-        rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
+        z, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr,
+        (z_out_ptr, None, None), M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
+@triton.jit
+def _linear_backward_kernel(
+    dy_ptr, z_ptr, ls_ptr, rs_ptr,  # in: (M, N) (M, N) (N,) (S,), the last three may be None
+    dz_ptr, a_ptr,  # out: (M, N), or None
+    db_ptr, dls_ptr,  # out: (cdiv(M, ROWS), N) in fp32, or None
+    M, N, rows_per_sample, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz of dy, and its column sums over ROWS rows at a time."""
+    first_row, left, first_col = _tile(tl.program_id(0), M, N, ROWS, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    in_cols = cols < N
+    base = first_row.to(tl.int64) * N
+    if ls_ptr is not None:
+        ls = tl.load(ls_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dls = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < left)[:, None] & in_cols[None, :]
+        offs = rows[:, None] * N + cols[None, :]
+        dz = tl.load(dy_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+        if rs_ptr is not None:
+            sample = (first_row + rows) // rows_per_sample
+            dz *= tl.load(rs_ptr + sample, mask=rows < left, other=0.0).to(tl.float32)[:, None]
+        if z_ptr is not None:
+            a = tl.load(z_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+            if ACTIVATION == "gelu":
+                a, slope = _gelu_and_slope(a, EXACT)
+            if a_ptr is not None:
+                tl.store(a_ptr + base + offs, a, mask=mask)
+            if dls_ptr is not None:
+                dls += dz * a
+        if ls_ptr is not None:
+            dz *= ls
+        if ACTIVATION == "gelu":
+            dz *= slope
+        if dz_ptr is not None:
+            tl.store(dz_ptr + base + offs, dz, mask=mask)
+        db += dz
+    sums = (first_row // ROWS).to(tl.int64) * N + cols
+    if db_ptr is not None:
+        tl.store(db_ptr + sums, tl.sum(db, axis=0), mask=in_cols)
+    if dls_ptr is not None:
+        tl.store(dls_ptr + sums, tl.sum(dls, axis=0), mask=in_cols)
+
+
+# 8 elements a thread and step; 128 rows a program leave partial sums of a 64th of dy's bytes (bf16)
+BACKWARD_META = {"ROWS": 128, "BLOCK_M": 8, "BLOCK_N": 128, "num_warps": 4}
 EPILOGUE_META = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}  # 8 elements (16 bytes) a thread
 MOMENTS_WIDTH = 64  # columns of y that one pair of moments summarises
 
@@ -339,19 +422,22 @@ def _choose(x, N, epilogue, moments, implementation):
     return implementation, meta(M, N, dtype, chip.capability, chip.processors, moments)
 
 
-def _alloc(x, weight, residual, emit):
-    """What forward returns. Also its fake, so the two cannot disagree."""
+def _alloc(x, weight, residual, emit, keep):
+    """What forward returns: y, moments, z. Also its fake, so the two cannot disagree."""
     (M, _), N = x.shape, weight.shape[0]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     moments = (N // MOMENTS_WIDTH, 2, M) if emit else 0
-    return x.new_empty(M, N, dtype=dtype), x.new_empty(moments, dtype=torch.float32)
+    z = x.new_empty((M, N) if keep else 0)
+    return x.new_empty(M, N, dtype=dtype), x.new_empty(moments, dtype=torch.float32), z
 
 
 def run(
     y, x, weight, bias=None, residual=None, layer_scale=None, row_scale=None, moments=None,
-    column_sums=None, moments_out=None, activation="none", eps=0.0, implementation="triton",
+    column_sums=None, moments_out=None, z=None, a_out=None, activation="none", eps=0.0,
+    implementation="triton",
 ):  # fmt: skip
-    """Launch what computes y (M, N) of contiguous operands, by table or rule."""
+    """Launch what computes y (M, N) of contiguous operands, by table or rule. z gets x @ W^T + b.
+    Of "gelu_backward", which reads z and writes a_out and y, the result is the sum of y's rows."""
     (M, K), N = x.shape, weight.shape[0]
     if N * K >= 2**31:
         raise ValueError(f"linear: weight has {N} x {K} elements, want fewer than 2**31")
@@ -363,32 +449,39 @@ def run(
         activation, bias is not None, residual is not None, scaled, moments is not None, emit
     )
     chosen, config = _choose(x, N, epilogue, emit, implementation)
+    backward = activation == "gelu_backward"
     with torch.cuda.device_of(x):
-        if chosen == "cublas" and epilogue in ("", "bias"):
+        if chosen == "cublas" and epilogue in ("", "bias") and z is None:
             args = (x, weight.t()) if bias is None else (bias, x, weight.t())
             (torch.mm if bias is None else torch.addmm)(*args, out=y)
             return
         if chosen == "cublas":
-            z, config = F.linear(x, weight), EPILOGUE_META
+            product, config = F.linear(x, weight), EPILOGUE_META
+            if backward:
+                return _linear_backward(product, z, None, None, "gelu", y, a_out, True)[0]
             grid = (_runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]),)
             _linear_epilogue_kernel[grid](
-                z, *extras, y, moments_out, M, N, rows_per_sample, activation, exact, **config
-            )
+                product, *extras, y, moments_out, z, M, N, rows_per_sample, activation, exact,
+                **config,
+            )  # fmt: skip
             return
         if config["TMA"] and K * x.element_size() % 16 == 0 and _aligned(x, weight):
             x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
             w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
         else:
             config, x_arg, w_arg = _without_tma(config), x, weight
-        tiles = _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"])
+        tiles_m = _runtime.cdiv(M, config["BLOCK_M"])
+        col_sums = x.new_empty(tiles_m, N, dtype=torch.float32) if backward else None
+        tiles = tiles_m * _runtime.cdiv(N, config["BLOCK_N"])
         if config["PERSISTENT"]:
             tiles = min(tiles, _runtime.chip(x.device).processors)
         _linear_kernel[(tiles,)](
-            x_arg, w_arg, *extras, moments, column_sums, y, moments_out,
+            x_arg, w_arg, *extras, moments, column_sums, y, moments_out, z, a_out, col_sums,
             M, N, K, rows_per_sample, eps, ACTIVATION=activation, EXACT=exact,
             PARTS=1 if moments is None else moments.shape[0],
             EVEN_K=K % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
+    return col_sums.sum(0) if backward else None
 
 
 @_runtime.custom_op("deit_fast::linear")
@@ -401,16 +494,17 @@ def _fwd(
     row_scale: Tensor | None,
     activation: str,
     emit: bool,
+    keep: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor]:
-    y, moments = _alloc(x, weight, residual, emit)
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, moments, z = _alloc(x, weight, residual, emit, keep)
     if y.numel():
         extras = (bias, residual, layer_scale, row_scale)
         run(
-            y, x, weight, *extras, moments_out=moments if emit else None, activation=activation,
-            implementation=implementation,
+            y, x, weight, *extras, moments_out=moments if emit else None,
+            z=z if keep else None, activation=activation, implementation=implementation,
         )  # fmt: skip
-    return y, moments
+    return y, moments, z
 
 
 def _without_tma(config):
@@ -426,38 +520,131 @@ def _aligned(*tensors):
 
 
 @_fwd.register_fake
-def _(x, weight, bias, residual, layer_scale, row_scale, activation, emit, implementation):
-    return _alloc(x, weight, residual, emit)
+def _(x, weight, bias, residual, layer_scale, row_scale, activation, emit, keep, implementation):
+    return _alloc(x, weight, residual, emit, keep)
+
+
+def _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias):
+    """What linear_backward returns; also its fake."""
+    M, N = dy.shape
+    changed = dy.dtype != dtype or activation != "none" or layer_scale is not None
+    changed = changed or row_scale is not None
+    return (
+        dy.new_empty((M, N) if changed else 0, dtype=dtype),
+        dy.new_empty(N if has_bias else 0, dtype=torch.float32),
+        dy.new_empty(0 if layer_scale is None else N, dtype=torch.float32),
+    )
+
+
+@_runtime.custom_op("deit_fast::linear_backward")
+def linear_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz (M, N) in `dtype`, empty where it is dy itself; the sums of its columns (N,) in fp32, if
+    there is a bias; dlayer_scale (N,) in fp32. All contiguous."""
+    made = _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias)
+    dz, db, dls = made
+    if not dy.numel():
+        return dz, db.zero_(), dls.zero_()
+    if not any(t.numel() for t in made):
+        return made
+    dz_out = dz if dz.numel() else None
+    sums = _linear_backward(dy, z, layer_scale, row_scale, activation, dz_out, None, has_bias)
+    return dz, *(empty if t is None else t for empty, t in zip((db, dls), sums, strict=True))
+
+
+def _linear_backward(dy, z, layer_scale, row_scale, activation, dz, a, has_bias):
+    """The launch: db and dlayer_scale, (N,) in fp32, or None."""
+    M, N = dy.shape
+    parts = _runtime.cdiv(M, BACKWARD_META["ROWS"])
+    db, dls = (
+        dy.new_empty(parts, N, dtype=torch.float32) if wanted else None
+        for wanted in (has_bias, layer_scale is not None)
+    )
+    grid = (parts * _runtime.cdiv(N, BACKWARD_META["BLOCK_N"]),)
+    per_sample = 1 if row_scale is None else M // row_scale.shape[0]
+    exact = (dy if dz is None else dz).dtype == torch.float32
+    with torch.cuda.device_of(dy):
+        _linear_backward_kernel[grid](
+            dy, z, layer_scale, row_scale, dz, a, db, dls, M, N, per_sample, activation, exact,
+            **BACKWARD_META,
+        )  # fmt: skip
+    return [t if t is None else t.sum(0) for t in (db, dls)]
+
+
+@linear_backward.register_fake
+def _(*args):
+    return _alloc_backward(*args)
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, residual, layer_scale, row_scale, ctx.activation, *_ = inputs
-    ctx.save_for_backward(x, weight, bias, layer_scale, row_scale)
+    z = output[2] if output[2].numel() else None
+    ctx.save_for_backward(x, weight, bias, layer_scale, row_scale, z)
     ctx.res_dtype = None if residual is None else residual.dtype
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dy, _):
-    x, weight, bias, layer_scale, row_scale = ctx.saved_tensors
-    dz = dy.float()
-    if row_scale is not None:
-        rows_per_sample = x.shape[0] // max(row_scale.shape[0], 1)
-        dz = dz * row_scale.float().repeat_interleave(rows_per_sample)[:, None]
-    dlayer_scale = None
-    gelu = ctx.activation == "gelu"
-    z = F.linear(x, weight, bias).float() if gelu or layer_scale is not None else None
-    if layer_scale is not None:
-        a = F.gelu(z) if gelu else z
-        dlayer_scale = (dz * a).sum(0).to(layer_scale.dtype)
-        dz = dz * layer_scale.float()
-    if gelu:
-        dz = torch.ops.aten.gelu_backward(dz, z)
-    dbias = None if bias is None else dz.sum(0).to(bias.dtype)
-    dz = dz.to(x.dtype)
+def _backward(ctx, dy, *_):
+    x, weight, bias, layer_scale, row_scale, z = ctx.saved_tensors
     dresidual = None if ctx.res_dtype is None else dy.to(ctx.res_dtype)
-    return dz @ weight, dz.t() @ x, dbias, dresidual, dlayer_scale, *(None,) * 4
+    if torch.is_grad_enabled():  # a second derivative is wanted
+        samples = 1 if row_scale is None else row_scale.shape[0]
+
+        def forward(x, weight, bias, layer_scale):
+            x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
+            operands = (x, weight, bias, ctx.activation, None, layer_scale, row_scale)
+            return linear_reference(*operands).flatten(0, 1)
+
+        tensors = (x, weight, bias, layer_scale)
+        dx, dw, db, dls = _runtime.differentiable(forward, tensors, dy.to(x.dtype))
+        return dx, dw, db, dresidual, dls, *(None,) * 5
+    dy = dy.contiguous()
+    dz, db, dls = linear_backward(
+        dy, z, layer_scale, row_scale, ctx.activation, x.dtype, bias is not None
+    )
+    dz = dz if dz.numel() else dy
+    dx, dw = None, None
+    if ctx.needs_input_grad[0]:
+        dx = dz @ weight
+    if ctx.needs_input_grad[1]:
+        dw = dz.t() @ x
+    db = None if bias is None else db.to(bias.dtype)
+    dls = None if layer_scale is None else dls.to(layer_scale.dtype)
+    return dx, dw, db, dresidual, dls, *(None,) * 5
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
+
+
+@_runtime.custom_op("deit_fast::linear_gelu_backward")
+def linear_gelu_backward(
+    dy: Tensor, weight: Tensor, z: Tensor, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through y = gelu(z) @ W^T: dz = dy @ W * gelu'(z) and a = gelu(z), made again, in one pass
+    behind the product; and the sums of dz's columns in fp32.
+
+    dy (M, N), weight (N, K), z (M, K), one dtype, contiguous. Returns dz and a (M, K), (K,)."""
+    dz, a = torch.empty_like(z), torch.empty_like(z)
+    if not z.numel():
+        return dz, a, z.new_zeros(z.shape[1], dtype=torch.float32)
+    # the kernel reads both operands along the sum: a copy of the weight is small beside dy
+    transposed = weight.t().contiguous()
+    sums = run(
+        dz, dy, transposed, z=z, a_out=a, activation="gelu_backward", implementation=implementation
+    )
+    return dz, a, sums
+
+
+@linear_gelu_backward.register_fake
+def _(dy, weight, z, implementation):
+    return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
 
 
 def worth_moments(x, N, tensors) -> bool:
@@ -537,8 +724,10 @@ def linear(
     res2 = None if residual is None else residual.reshape(-1, N)
     rest = (weight, bias, res2, layer_scale, row_scale)
     emit = return_moments and worth_moments(x2, N, (x, *rest))
-    y, moments = _fwd(
-        x2, *(t if t is None else t.contiguous() for t in rest), activation, emit, implementation
-    )
+    # what GELU's and the LayerScale's gradients are made of
+    keep = activation == "gelu" or layer_scale is not None
+    keep = keep and _runtime.wants_grad(x2, *rest)
+    rest = (t if t is None else t.contiguous() for t in rest)
+    y, moments, _ = _fwd(x2, *rest, activation, emit, keep, implementation)
     y = y.view(*lead, N)
     return (y, moments if emit else None) if return_moments else y

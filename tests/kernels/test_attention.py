@@ -148,8 +148,8 @@ def test_autocast(device):
 def test_op_contract(device):
     q, k, v, bias = make_inputs(1, 2, 5, 7, 32, bias=True, device=device).values()
     tensors = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(_fwd.op, (*tensors, bias.requires_grad_(), 0.2, "triton"))
-    torch.library.opcheck(_fwd.op, (*tensors, None, 0.2, "triton"))
+    torch.library.opcheck(_fwd.op, (*tensors, bias.requires_grad_(), 0.2, False, "triton"))
+    torch.library.opcheck(_fwd.op, (*tensors, None, 0.2, True, "triton"))
 
 
 def test_compiles_into_one_graph(device):

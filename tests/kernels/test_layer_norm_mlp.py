@@ -22,6 +22,24 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
     check(triton_layer_norm_mlp, layer_norm_mlp_reference, inputs, dtype)
 
 
+def pre_norm(fn, **options):
+    """fn with its input as the residual too: in training one node of the graph."""
+    return lambda x, residual, **rest: fn(x, residual=x, **rest, **options)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+@pytest.mark.parametrize("case", cases.LAYER_NORM_MLP, ids=str)
+def test_pre_norm_no_less_accurate_than_torch(case, scales, dtype, device):
+    inputs = make_inputs(**case, scales=scales, device=device)
+    inputs["residual"].requires_grad_(False)
+    del inputs["residual"]
+    check(
+        lambda x, **rest: triton_layer_norm_mlp(x, residual=x, **rest),
+        lambda x, **rest: layer_norm_mlp_reference(x, residual=x, **rest), inputs, dtype,
+    )  # fmt: skip
+
+
 def test_autocast_keeps_the_stream_in_fp32(device):
     inputs = make_inputs(12, 2, 64, 128, device=device)
     exact = layer_norm_mlp_reference(**{k: t.double() for k, t in inputs.items()})

@@ -226,8 +226,10 @@ def test_op_contract(device):
         for k in ("x", "weight", "bias", "residual", "layer_scale")
     )
     tensors = [t.requires_grad_() for t in (x, weight, bias, residual, layer_scale)]
-    torch.library.opcheck(_fwd.op, (*tensors, None, "gelu", False, "triton"))
-    torch.library.opcheck(_fwd.op, (*tensors[:2], None, None, None, None, "none", False, "cublas"))
+    torch.library.opcheck(_fwd.op, (*tensors, None, "gelu", False, True, "triton"))
+    torch.library.opcheck(
+        _fwd.op, (*tensors[:2], None, None, None, None, "none", False, False, "cublas")
+    )
 
 
 def test_compiles_into_one_graph(device):

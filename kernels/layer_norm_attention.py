@@ -1,0 +1,226 @@
+"""The first half of a transformer block: x + proj(attention(qkv(layer_norm(x)))).
+
+    q | k | v = LN(x) @ Wqkv^T + bqkv
+    o         = softmax(scale * q k^T) v                      for each sample and head
+    y         = residual + row_scale * layer_scale * (o @ Wproj^T + bproj)
+
+It is made of its parts: layer_norm_linear, attention, linear. Training, with residual = x (or
+none), is one node of the graph:
+
+    dy'  = dy * layer_scale * row_scale      dbproj = sum_rows(dy')     dWproj = dy'^T @ o
+    dqkv = dattention(dy' @ Wproj)           dbqkv = sum_rows(dqkv)     dWqkv = dqkv^T @ LN(x)
+    dx   = dLN(dqkv @ Wqkv) + dy             both in the LayerNorm's backward pass
+
+dq, dk and dv are written where qkv's gradient has them and leave the sums of their rows. Saved for
+backward: x, qkv, o, the logarithms of the softmax's sums (B, H, N) in fp32, the weights; with a
+layer_scale what it scales. LN(x) is made again, unless recompute=False asks to save it too.
+
+B samples, N tokens, D features, H heads of d: x, residual (B, N, D), Wqkv (3 H d, D), Wproj (D_out,
+H d), biases (3 H d,) and (D_out,), layer_scale (D_out,), row_scale (B,). Precision is that of the
+parts: under autocast x stays fp32; LN(x), qkv and o have the products' dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _runtime
+from .attention import HEAD_DIMS, attention, attention_backward_packed, attention_reference
+from .attention import run as attend
+from .layer_norm import _fwd as normalise
+from .layer_norm import layer_norm_reference
+from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
+from .linear import linear, linear_backward, linear_reference, run
+
+
+def layer_norm_attention_reference(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps=1e-6,
+    scale=None, residual=None, layer_scale=None, row_scale=None,
+):  # fmt: skip
+    y = layer_norm_reference(x, norm_weight, norm_bias, eps)
+    qkv = linear_reference(y, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
+    o = attention_reference(*qkv.unbind(2), scale).flatten(2)
+    return linear_reference(o, proj_weight, proj_bias, "none", residual, layer_scale, row_scale)
+
+
+def _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute):
+    """What forward returns in training: y, and for backward qkv, o, the logarithms, LN(x) and what
+    layer_scale scales; the last two are empty where they are not saved. Also its fake."""
+    (B, N, D), D_out, dtype = x.shape, proj_weight.shape[0], qkv_weight.dtype
+    d = qkv_weight.shape[0] // (3 * num_heads)
+    return (
+        x.new_empty(B, N, D_out, dtype=torch.promote_types(x.dtype, dtype)),
+        x.new_empty(B, N, 3, num_heads, d, dtype=dtype),
+        x.new_empty(B, N, num_heads, d, dtype=dtype),
+        x.new_empty(B, num_heads, N, dtype=torch.float32),
+        x.new_empty(0 if recompute else (B * N, D), dtype=dtype),
+        x.new_empty(0 if layer_scale is None else (B * N, D_out), dtype=dtype),
+    )
+
+
+@_runtime.custom_op("deit_fast::layer_norm_attention_training")
+def _train(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float,
+    add: bool,
+    recompute: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute)
+    y, qkv, o, lse, normed, scaled = made
+    if not y.numel():
+        return made
+    x = x.flatten(0, 1)
+    out = normalise(x, None, norm_weight, norm_bias, eps, qkv.dtype)[0]
+    run(qkv.view(len(x), -1), out, qkv_weight, qkv_bias, implementation=implementation)
+    if not recompute:
+        normed = out
+    del out
+    attend(o, *qkv.unbind(2), scale, lse=lse)
+    run(
+        y.flatten(0, 1), o.view(len(x), -1), proj_weight, proj_bias, x if add else None,
+        layer_scale, row_scale, z=None if layer_scale is None else scaled,
+        implementation=implementation,
+    )  # fmt: skip
+    return y, qkv, o, lse, normed, scaled
+
+
+@_train.register_fake
+def _(x, g, h, qkv_weight, b1, proj_weight, b2, layer_scale, rs, num_heads, e, s, a, recompute, i):
+    return _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.num_heads, ctx.eps, ctx.scale, ctx.add, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dy, *_):
+    *tensors, qkv, o, lse, normed, scaled = ctx.saved_tensors
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, ls, rs = tensors
+    nothing = (None,) * 7  # row_scale and what is no tensor
+    if torch.is_grad_enabled():  # a second derivative is wanted
+
+        def forward(x, *rest):
+            *operands, layer_scale = rest
+            y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
+            split = linear_reference(y.to(qkv.dtype), *operands[2:4])
+            q, k, v = split.unflatten(-1, (3, ctx.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            attended = (ctx.scale * q @ k.transpose(-2, -1)).softmax(-1) @ v  # SDPA has no second
+            attended = attended.transpose(1, 2).flatten(2)
+            residual = x if ctx.add else None
+            return linear_reference(attended, *operands[4:], "none", residual, layer_scale, rs)
+
+        return *_runtime.differentiable(forward, tensors[:8], dy), *nothing
+    dy = dy.contiguous().flatten(0, 1)
+    scaled = scaled if scaled.numel() else None
+    dz, dbproj, dls = linear_backward(dy, scaled, ls, rs, "none", o.dtype, proj_bias is not None)
+    dz = dz if dz.numel() else dy
+    dproj = dz.t() @ o.flatten(2).flatten(0, 1) if ctx.needs_input_grad[5] else None
+    do = (dz @ proj_weight).view(o.shape)
+    dqkv, dbqkv = attention_backward_packed(do, qkv, o, lse, ctx.scale)
+    del dz, do
+    dx, dg, dh, dweight = layer_norm_linear_backward(
+        dqkv.flatten(2).flatten(0, 1), x.flatten(0, 1), norm_weight, norm_bias, qkv_weight, normed,
+        ctx.eps, dy if ctx.add else None, ctx.needs_input_grad[3],
+    )  # fmt: skip
+    sums = (dg, dh, dbqkv.flatten(), dbproj, dls)
+    sums = zip(sums, (norm_weight, norm_bias, qkv_bias, proj_bias, ls), strict=True)
+    dg, dh, dbqkv, dbproj, dls = (None if t is None else s.to(t.dtype) for s, t in sums)
+    return dx.view(x.shape), dg, dh, dweight, dbqkv, dproj, dbproj, dls, *nothing
+
+
+_train.register_autograd(_backward, setup_context=_save)
+
+
+def layer_norm_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    moments: Tensor | None = None,
+    implementation: str = "auto",
+    return_moments: bool = False,
+    recompute: bool = True,
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """LayerNorm -> qkv -> attention -> projection [-> layer scale, row scale, + residual].
+
+    x (B, N, D); norm_weight, norm_bias (D,); qkv_weight (3 num_heads d, D), qkv_bias (3 num_heads
+    d,), the heads of q, then of k, then of v; proj_weight (D_out, num_heads d); proj_bias and
+    layer_scale (D_out,); row_scale (B,); residual (B, N, D_out), `x` itself for a pre-norm block.
+    Weights in x's dtype (under autocast in any). `scale` defaults to 1 / sqrt(d). Returns (B, N,
+    D_out) in the promoted dtype of the product and the residual. `moments` of x's rows and
+    `return_moments` of the result's: as `layer_norm_linear` and `linear`. `implementation`: "auto"
+    | "triton" | "cublas" | "torch", of the products; attention then runs as "torch" or "auto".
+    `recompute` says whether backward makes LN(x) again or finds it saved. Raises ValueError for
+    shapes and devices that do not fit, TypeError for dtypes; errors name the part that raised them.
+    """
+    rows = qkv_weight.shape[0]
+    if x.dim() != 3 or num_heads < 1 or rows % (3 * num_heads):
+        raise ValueError(
+            f"layer_norm_attention: x has shape {tuple(x.shape)} and qkv_weight "
+            f"{tuple(qkv_weight.shape)}, want (B, N, D) and (3 * {num_heads} * d, D)"
+        )
+    d = rows // (3 * num_heads)
+    scale = d**-0.5 if scale is None else float(scale)
+    by = {"cublas": "auto"}.get(implementation, implementation)
+    weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    if scale > 0 and d in HEAD_DIMS and _trains(x, (*weights, layer_scale), residual, by):
+        y = _training(
+            x, (*weights, layer_scale, row_scale), num_heads, eps, scale, residual is not None,
+            recompute, implementation,
+        )  # fmt: skip
+        return (y, None) if return_moments else y
+    qkv = layer_norm_linear(
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, "none", moments, implementation
+    )
+    o = attention(*qkv.unflatten(2, (3, num_heads, d)).unbind(2), scale, implementation=by)
+    return linear(
+        o.flatten(2), proj_weight, proj_bias, "none", residual, layer_scale, row_scale,
+        implementation, return_moments,
+    )  # fmt: skip
+
+
+def _trains(x, tensors, residual, implementation) -> bool:
+    """Whether one node of the graph serves; otherwise the parts, each with its own."""
+    if not _runtime.wants_grad(x, *tensors) or residual is not None and residual is not x:
+        return False
+    return _runtime.resolve("attention", x, implementation) != "torch"
+
+
+def _training(x, operands, num_heads, eps, scale, add, recompute, implementation):
+    *weights, layer_scale, row_scale = operands
+    dtype = _runtime.autocast_dtype(x)
+    weights = [*weights[:2], *_runtime.cast(dtype, *weights[2:])]
+    (rows, _), D, D_out = weights[2].shape, x.shape[2], weights[4].shape[0]
+    names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+    shapes = ((D,), (D,), (rows, D), (rows,), (D_out, rows // 3), (D_out,))
+    named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
+    scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
+    residual = (x if add else None, (*x.shape[:2], D_out))
+    _runtime.expect("layer_norm_attention", x, **named, **scales, residual=residual)
+    products = {k: named[k] for k in names[2:]}
+    _runtime.expect("layer_norm_attention", x, dtype or x.dtype, **products)
+    rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
+    return _train(
+        x.contiguous(), *rest, num_heads, eps, scale, add, recompute, implementation
+    )[0]  # fmt: skip

@@ -1,0 +1,142 @@
+"""layer_norm_attention as one operation against fp64; in training it is one node of the graph."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+
+from deit_fast.kernels import cases, layer_norm_attention, layer_norm_attention_reference
+from deit_fast.kernels.cases import layer_norm_attention_inputs as make_inputs
+from deit_fast.kernels.layer_norm_attention import _train
+
+triton_layer_norm_attention = partial(layer_norm_attention, implementation="triton")
+
+
+def pre_norm(fn, **options):
+    """fn with its input as the residual too."""
+    return lambda x, **rest: fn(x, residual=x, **rest, **options)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+@pytest.mark.parametrize("case", cases.LAYER_NORM_ATTENTION, ids=str)
+def test_no_less_accurate_than_torch(case, scales, dtype, device):
+    inputs = make_inputs(**case, scales=scales, device=device)
+    fn = pre_norm(triton_layer_norm_attention)
+    check(fn, pre_norm(layer_norm_attention_reference), inputs, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_or_made_again(recompute, implementation, device):
+    """Also without a residual and without biases."""
+    inputs = make_inputs(2, 2, 20, 64, 32, device=device)
+    fn = partial(layer_norm_attention, implementation=implementation, recompute=recompute)
+    check(fn, layer_norm_attention_reference, inputs, FP32)
+    inputs |= {"qkv_bias": None, "proj_bias": None}
+    check(pre_norm(fn), pre_norm(layer_norm_attention_reference), inputs, FP32)
+
+
+def test_one_node_saves_what_the_docstring_lists(device):
+    inputs = make_inputs(2, 2, 20, 64, 32, scales=False, device=device)
+    x = inputs["x"].requires_grad_()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()), lambda _: None
+    ):
+        triton_layer_norm_attention(**inputs, residual=x)
+    M = 2 * 20
+    weights = 3 * 64 * 64 + 64 * 64 + 2 * 64 + 3 * 64 + 64
+    assert sum(sizes) == (1 + 3 + 1) * M * 64 + 2 * 2 * 20 + weights
+
+
+def test_without_gradients_it_is_the_parts(device, monkeypatch):
+    module = __import__("sys").modules["deit_fast.kernels.layer_norm_attention"]
+    monkeypatch.setattr(module, "_train", None)
+    inputs = make_inputs(2, 2, 20, 64, 32, device=device)
+    got = pre_norm(triton_layer_norm_attention)(**inputs)
+    torch.testing.assert_close(got, pre_norm(layer_norm_attention_reference)(**inputs))
+    inputs["x"].requires_grad_()  # a residual that is not x
+    other = torch.randn_like(inputs["x"])
+    got = triton_layer_norm_attention(**inputs, residual=other)
+    torch.testing.assert_close(got, layer_norm_attention_reference(**inputs, residual=other))
+
+
+def test_autocast_keeps_the_stream_in_fp32(device):
+    inputs = make_inputs(2, 2, 20, 64, 32, device=device)
+    exact = pre_norm(layer_norm_attention_reference)(
+        **{k: v if k == "num_heads" else v.double() for k, v in inputs.items()}
+    )
+    inputs["x"].requires_grad_()
+    weight = inputs["qkv_weight"].requires_grad_()
+    with torch.autocast(device, FP16):
+        got = pre_norm(triton_layer_norm_attention)(**inputs)
+        torchs = pre_norm(layer_norm_attention_reference)(**inputs)
+    assert got.dtype == torchs.dtype == FP32
+    assert_as_accurate(got, torchs, exact)
+    (grad,) = torch.autograd.grad(got, weight, torch.randn_like(got))
+    assert grad.dtype == FP32
+
+
+def test_op_contract(device):
+    inputs = make_inputs(2, 2, 5, 64, 32, device=device)
+    num_heads = inputs.pop("num_heads")
+    tensors = [t.requires_grad_() for t in inputs.values()]
+    tensors[-1] = tensors[-1].detach()  # row_scale gets no gradient
+    for recompute in (False, True):
+        torch.library.opcheck(
+            _train.op, (*tensors, num_heads, 1e-6, 0.2, True, recompute, "triton")
+        )
+
+
+def test_compiles_into_one_graph(device):
+    leaves = list(make_inputs(2, 2, 6, 64, 32, False, device).values())
+    num_heads = leaves.pop()
+
+    def f(x, *rest):
+        x = 2 * x  # exact, compiled or not
+        return 2 * triton_layer_norm_attention(x, *rest, num_heads, residual=x)
+
+    check_compiles(f, leaves)
+
+
+def test_second_derivative(device):
+    inputs = make_inputs(1, 1, 4, 32, 32, device=device)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "norm_weight", "qkv_weight", "layer_scale")]
+
+    def second(fn):
+        y = pre_norm(fn)(**inputs)
+        torch.manual_seed(2)
+        grads = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    def reference(x, **rest):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return layer_norm_attention_reference(x, **rest)
+
+    got, want = second(triton_layer_norm_attention), second(reference)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_empty_batch(device):
+    inputs = make_inputs(2, 2, 5, 64, 32, device=device)
+    inputs |= {k: inputs[k][:0] for k in ("x", "row_scale")}
+    weight = inputs["qkv_weight"].requires_grad_()
+    (grad,) = torch.autograd.grad(pre_norm(triton_layer_norm_attention)(**inputs).sum(), weight)
+    assert grad.shape == weight.shape and not grad.any()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_input_is_named(grad):
+    inputs = make_inputs(2, 2, 5, 64, 32, scales=False)
+    inputs["x"].requires_grad_(grad)
+    fn = triton_layer_norm_attention
+    with pytest.raises(ValueError, match=r"\(2, 5, 64\) and qkv_weight \(191, 64\)"):
+        fn(**inputs | {"qkv_weight": inputs["qkv_weight"][:-1]})
+    with pytest.raises(ValueError, match=r"(norm_weight|weight) has shape \(63,\), want \(64,\)"):
+        fn(**inputs | {"norm_weight": torch.zeros(63)})
+    with pytest.raises(ValueError, match=r"bias has shape \(63,\), want \(64,\)"):
+        fn(**inputs | {"proj_bias": torch.zeros(63)})
+    with pytest.raises(TypeError, match="dtype torch.float16, want torch.float32"):
+        fn(**inputs | {"proj_weight": inputs["proj_weight"].half()})
