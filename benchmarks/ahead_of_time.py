@@ -35,11 +35,12 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
         "attention",
         "patch_embed",
         "classifier",
+        "distillation_loss",
     )
 }
 BATCH, TOKENS = 256, 198
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8"}
+TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
 SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
 ROW_ARCHS, DOT_ARCHS = (70, 75, 80, 90), (80, 90)
@@ -86,6 +87,7 @@ class Row:
 def cases(archs):
     for arch in archs:
         yield from _layer_norm(arch)
+        yield from _distillation_loss(arch)
         yield from _epilogue(arch)
         if arch in DOT_ARCHS:
             yield from _linear(arch)
@@ -113,6 +115,34 @@ def _layer_norm(arch):
                     "layer_norm", label, "_layer_norm_kernel", arch, half | extra | sizes, {}, meta,
                     moved, 0, False,
                 )  # fmt: skip
+
+
+def _distillation_loss(arch):
+    """With both gradients, as in training; 21,841 classes make a loop over blocks."""
+    for C, dtype, distillation, soft_target in (
+        *((1000, dtype, distillation, soft_target)
+          for dtype in (FP16, BF16, FP32)
+          for distillation in OPS["distillation_loss"].DISTILLATIONS
+          for soft_target in (False, True)),
+        (21_841, BF16, "soft", True), (21_841, FP32, "soft", True),
+    ):  # fmt: skip
+        taught = distillation != "none"
+        signature = {"z_ptr": dtype, "y_ptr": dtype if soft_target else torch.int64}
+        signature |= dict.fromkeys(("d_ptr", "t_ptr"), dtype if taught else None)
+        signature |= {"loss_ptr": FP32, "dz_ptr": FP32}
+        signature |= {"dd_ptr": FP32 if taught else None}
+        floats = ("smoothing", "z_scale", "t_scale", "d_scale", "inv_tau", "inv_B")
+        signature |= dict.fromkeys(floats, "fp32")
+        strides = {"Z_ROW": C, "D_ROW": C, "T_ROW": C, "Y_ROW": C if soft_target else 1}
+        constexprs = {"C": C, **strides}
+        constexprs |= {"SOFT_TARGET": soft_target, "DISTILLATION": distillation}
+        read, written = 1 + 2 * taught + soft_target, 1 + taught
+        moved = BATCH * C * (read * dtype.itemsize + written * 4)
+        label = f"{distillation}, {'Mixup' if soft_target else 'labels'}, C = {C}"
+        yield Case(
+            "distillation_loss", f"{label}, {TRITON_TYPE[dtype]}", "_distillation_loss_kernel",
+            arch, signature, constexprs, OPS["distillation_loss"].meta(C), moved, 0, False,
+        )  # fmt: skip
 
 
 # name -> (activation, which optional pointers, fp32 pointers of the LayerNorm)

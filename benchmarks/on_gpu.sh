@@ -100,7 +100,7 @@ run_stage() {
         done
         ;;
     kernels)
-        bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
+        bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier,distillation_loss}.py \
             --rows "$deits,DeiT-B-384 distilled" --against-playbook
         ;;
     table5-deit)

@@ -2,6 +2,7 @@
 
 from .attention import attention, attention_reference
 from .classifier import classifier, classifier_reference
+from .distillation_loss import distillation_loss, distillation_loss_reference
 from .layer_norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -21,6 +22,8 @@ __all__ = [
     "attention_reference",
     "classifier",
     "classifier_reference",
+    "distillation_loss",
+    "distillation_loss_reference",
     "layer_norm",
     "layer_norm_attention",
     "layer_norm_attention_reference",

@@ -82,6 +82,15 @@ CLASSIFIER = [
     {"B": 0, "N": 2, "D": 64, "classes": 10},
 ]
 
+DISTILLATION_LOSS = [
+    {"B": 5, "C": 1000},
+    {"B": 3, "C": 33},
+    {"B": 1, "C": 10},
+    {"B": 2, "C": 1},
+    {"B": 2, "C": 21841},  # ImageNet-21k
+    {"B": 2, "C": 8192},
+]
+
 
 def attention_inputs(B, H, N, L, d, bias=False, packed=False, device="cpu"):
     """packed: q, k, v as views of one (B, L, 3, H, d) product, q the first N rows."""
@@ -109,6 +118,25 @@ def classifier_inputs(B, N, D, classes, distilled=True, device="cpu"):
     for head in ("head", "dist") if distilled else ("head",):
         inputs[f"{head}_weight"] = torch.randn(classes, D, device=device) / D**0.5
         inputs[f"{head}_bias"] = torch.randn(classes, device=device)
+    return inputs
+
+
+def distillation_loss_inputs(B, C, distillation="hard", soft_target=False, device="cpu"):
+    torch.manual_seed(0)
+    inputs = {
+        "class_logits": 2 * torch.randn(B, C, device=device),
+        "dist_logits": 2 * torch.randn(B, C, device=device) + 5,
+        "target": torch.randint(C, (B,), device=device),
+        "teacher_logits": 3 * torch.randn(B, C, device=device),
+        "distillation": distillation,
+    }
+    if soft_target:  # as Mixup makes them: two labels, smoothed
+        rows, mixed = torch.arange(B, device=device), torch.full((B, C), 0.1 / C, device=device)
+        mixed[rows, inputs["target"]] += 0.63
+        mixed[rows, inputs["target"].flip(0)] += 0.27
+        inputs["target"] = mixed
+    if distillation == "none":
+        inputs |= {"dist_logits": None, "teacher_logits": None}
     return inputs
 
 
@@ -259,4 +287,8 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
         },
         "layer_norm_mlp": {"": {**rows, "D": D, "hidden": 4 * D, "scales": False}},
         "classifier": {"": {"B": batch, "N": N, "D": D, "classes": 1000}},
+        "distillation_loss": {  # of training
+            "hard": {"B": batch, "C": 1000, "soft_target": True},
+            "soft": {"B": batch, "C": 1000, "distillation": "soft", "soft_target": True},
+        },
     }[op]
