@@ -5,7 +5,7 @@
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
 # ceilings          copy bandwidth and the best matrix products
 # tune              which implementation and tiles serve DeiT's shapes best: cache/tuned/<chip>.json
-# kernels           every operation on DeiT's shapes, predicted and measured
+# kernels           every operation on DeiT's shapes, predicted and measured; then with its gradients
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
 # latency           batch 1, 8, 32; and 256 from pinned host memory
@@ -100,8 +100,10 @@ run_stage() {
         done
         ;;
     kernels)
-        bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
-            --rows "$deits,DeiT-B-384 distilled" --against-playbook
+        for ways in "not backward" backward; do # forward first
+            bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier}.py \
+                --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
+        done
         ;;
     table5-deit)
         bench benchmarks/bench_table5.py --rows "$vits" --protocols batch \
