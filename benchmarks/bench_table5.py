@@ -1,4 +1,4 @@
-"""Table 5 of the DeiT paper: images/s of every network, in every mode, by both protocols."""
+"""Table 5 of the DeiT paper: images/s of every network in every forward mode, by both protocols."""
 
 from deit_fast.bench.networks import Plan
 

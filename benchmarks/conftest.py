@@ -13,7 +13,8 @@ FLAGS = {
     "against-playbook": "at the end: each kernel's predicted time beside the measured one",
 }
 NUMBERS = {
-    "batch": "images a batch in the protocol of that name, or the largest that fits (256)",
+    "batch": "images a batch in the protocol of that name, or the largest that fits (256); in "
+    "training, instead of 64 and 256",
     "max-batch": "no batch is larger; ends the search for the largest (8 on a CPU)",
     "runs": "timed calls a row (30)",
     "warmup": "calls before them (10)",
@@ -53,11 +54,11 @@ def pytest_generate_tests(metafunc):
     if "protocol" in wanted:
         metafunc.parametrize("protocol", options.protocols)
     if "entry" in wanted:  # a network's modes one after the other: it is built once
-        latency = "latency_batch" in wanted
-        modes = [m for m in options.modes if not (latency and m.train)]
+        train = "train_batch" in wanted
+        modes = [m for m in options.modes if m.train == train]
         pairs = [
             (entry, mode)
-            for entry in options.networks()
+            for entry in options.networks(train)
             for mode in modes
             if not (mode.fast and entry.family == "convnet")
         ]
@@ -65,14 +66,18 @@ def pytest_generate_tests(metafunc):
     if "latency_batch" in wanted:
         batches = [b for b in options.latency_batches if b <= options.max_batch]
         metafunc.parametrize("latency_batch", batches)
+    if "train_batch" in wanted:
+        metafunc.parametrize("train_protocol", ("batch", "step"))
+        metafunc.parametrize("train_batch", options.train_batches)
     if "race" in wanted:
         op = metafunc.module.__name__.rpartition("bench_")[2]
         others = getattr(metafunc.module, "OTHERS", ())
         cases = [
-            (network, label, implementation)
+            (network, label, implementation, backward)
             for network in options.kernel_networks()
             for label in deit_cases(op, network, 1)
-            for implementation in (*suite.IMPLEMENTATIONS, *others)
+            for backward in ("", suite.FORWARD_BACKWARD)
+            for implementation in options.implementations(op, others, bool(backward))
         ]
         ids = ["-".join(filter(None, case)) for case in cases]
         metafunc.parametrize("race", cases, ids=ids, indirect=True)
@@ -96,8 +101,9 @@ def session(pytestconfig):
 
 @pytest.fixture
 def race(request, session, benchmark):
-    """race(fn, reference, make_inputs): time one implementation on one of DeiT's shapes."""
-    network, label, implementation = request.param
+    """race(fn, reference, make_inputs): time one implementation on one of DeiT's shapes, forward or
+    both ways."""
+    network, label, implementation, backward = request.param
     op = request.module.__name__.rpartition("bench_")[2]
     batch = min(session.options.batch, session.options.max_batch)
     case = deit_cases(op, network, batch)[label]
@@ -106,7 +112,10 @@ def race(request, session, benchmark):
         def inputs(device):
             return make_inputs(**case, device=device)
 
-        session.race(benchmark, name, network, label, implementation, fn, reference, inputs, reads)
+        session.race(
+            benchmark, name, network, label, implementation, fn, reference, inputs, reads,
+            bool(backward),
+        )  # fmt: skip
 
     return run
 

@@ -9,6 +9,11 @@ from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
 from deit_fast.bench.results import KernelRow, ModelRow, Results
 
+# Training: images/s of `OURS` over those of `RIVAL` that are wanted of an H200, at most its memory
+MARKS = {"DeiT-Ti distilled": 1.5, "DeiT-S distilled": 1.3, "DeiT-B distilled": 1.15}
+OURS, RIVAL = "deit_fast_amp_bf16_train", "compile_max_autotune_amp_bf16_train"
+WORK = {"batch": "forward + backward", "step": "full step"}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -69,6 +74,15 @@ class Chip:
 
         return max(found, key=rank, default=None)
 
+    def batches(self, entry: Entry, protocol: str, train: bool) -> list[int]:
+        """Those that some mode of that kind was measured or failed at."""
+        return sorted({
+            r.batch
+            for r in self.models
+            if (r.timm_name, r.image_size, r.protocol) == (*entry.measured_as, protocol)
+            and MODES[r.mode].train == train
+        })  # fmt: skip
+
     @property
     def protocol(self) -> str:
         """One for every network of a comparison: the paper's, unless more were measured at a given
@@ -86,6 +100,18 @@ class Chip:
         """The modes that some network has a row of, in their order."""
         seen = {r.mode for r in self.models if r.protocol == protocol}
         return [name for name, mode in MODES.items() if name in seen and mode.train == train]
+
+
+def mark(entry: Entry, ours: ModelRow | None, rival: ModelRow | None) -> str:
+    """What is wanted of two measured rows, and whether it is met: "" where nothing is, or where one
+    is missing."""
+    wanted, found = MARKS.get(entry.network), ratio(ours, rival)
+    if wanted is None or found is None:
+        return ""
+    memory = ours.peak_memory_gb, rival.peak_memory_gb
+    missed = ["speed"] * (found < wanted)
+    missed += ["memory"] * (None not in memory and memory[0] > memory[1])
+    return f"{wanted:.2f} {'met' if not missed else 'missed: ' + ', '.join(missed)}"
 
 
 def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:

@@ -5,11 +5,11 @@
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
 # ceilings          copy bandwidth and the best matrix products
 # tune              which implementation and tiles serve DeiT's shapes best: cache/tuned/<chip>.json
-# kernels           every operation on DeiT's shapes, predicted and measured
+# kernels           every operation on DeiT's shapes, predicted and measured; then with its gradients
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
 # latency           batch 1, 8, 32; and 256 from pinned host memory
-# train             forward + backward
+# train             forward + backward, and the full step with AdamW, batch 64 and 256
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
 # that this build has measured on this chip are kept. Without a GPU every stage runs in little.
 # Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
@@ -100,8 +100,11 @@ run_stage() {
         done
         ;;
     kernels)
-        bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,patch_embed,layer_norm_mlp,classifier,distillation_loss}.py \
-            --rows "$deits,DeiT-B-384 distilled" --against-playbook
+        for ways in "not backward" backward; do # forward first
+            bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
+                benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss}.py \
+                --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
+        done
         ;;
     table5-deit)
         bench benchmarks/bench_table5.py --rows "$vits" --protocols batch \
@@ -122,17 +125,20 @@ run_stage() {
             --modes "$host"
         ;;
     train)
-        bench benchmarks/bench_table5.py --rows "$deits,ResNet-50" --protocols batch \
-            --modes "$train"
+        for modes in $marked $train; do # those that the marks are about first
+            bench benchmarks/bench_train.py --rows "$deits" --modes "$modes"
+        done
+        [ "$gpu" = 0 ] || bench benchmarks/bench_train.py --rows ResNet-50 --batch 256 --modes "$train"
         ;;
     esac
 }
 
 half=bf16 engine=deit_fast_engine_bf16,compile_reduce_overhead_bf16,
 host=eager_bf16,deit_fast_bf16,deit_fast_engine_bf16
+marked=deit_fast_amp_bf16_train,compile_max_autotune_amp_bf16_train,eager_amp_bf16_train,compile_amp_bf16_train
 train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
 train=$train,compile_bf16_train,compile_max_autotune_bf16_train
-[ "$gpu" = 1 ] || { half=fp32 engine= host=deit_fast_fp32; train=eager_fp32_train,deit_fast_fp32_train; }
+[ "$gpu" = 1 ] || { half=fp32 engine= host=deit_fast_fp32 marked=; train=eager_fp32_train,deit_fast_fp32_train; }
 
 failed=0
 for stage; do

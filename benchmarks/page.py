@@ -4,7 +4,7 @@ import base64
 from html import escape
 from string import Template
 
-from benchmarks.measured import Chip, rank_correlation, ratio
+from benchmarks.measured import OURS, RIVAL, WORK, Chip, mark, rank_correlation, ratio
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
 
@@ -78,11 +78,14 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
     sections = [
         _section("Throughput and accuracy", _plot("figure1", svgs)),
         _section("Table 5, by the paper's protocol", _correlation(chip), _paper_table(chip)),
-        _section("A given batch", _batch_table(chip, train=False)),
+        _section("A given batch", _batch_table(chip)),
         _section("Faster than eager PyTorch by", _plot("ratios", svgs)),
         _section("Latency", _latency_table(chip)),
         _section("From pinned host memory", _host_table(chip)),
-        _section("Training: forward and backward", _batch_table(chip, train=True)),
+        *[
+            _section(f"Training: {work}", _train_table(chip, protocol))
+            for protocol, work in WORK.items()
+        ],
         _section("Kernels", _plot("rooflines", svgs), _kernel_table(chip)),
         _section("Not timed", _failed(chip)),
         _section("Older rows", _older(chip)),
@@ -182,12 +185,11 @@ def _paper_table(chip):
     return _table(caption, headings, rows)
 
 
-def _batch_table(chip, train):
-    modes = chip.modes("batch", train)
+def _batch_table(chip):
+    modes = chip.modes("batch")
     if not modes:
         return ""
-    fast, base = (f"{name}_bf16{'_train' * train}" for name in ("deit_fast", "eager"))
-    compiled = f"compile_max_autotune_bf16{'_train' * train}"
+    fast, base, compiled = "deit_fast_bf16", "eager_bf16", "compile_max_autotune_bf16"
     rows = []
     for e in ENTRIES:
         ours, eager, autotuned = (chip.row(e, m, "batch") for m in (fast, base, compiled))
@@ -197,6 +199,25 @@ def _batch_table(chip, train):
         ])  # fmt: skip
     headings = ["network", *modes, f"{fast} / eager", f"{fast} / max-autotune"]
     return _table("images/s: median; hover for the batch", headings, rows)
+
+
+def _train_table(chip, protocol):
+    modes, rows = chip.modes(protocol, train=True), []
+    for e in ENTRIES:
+        for batch in chip.batches(e, protocol, train=True):
+            found = {mode: chip.row(e, mode, protocol, batch) for mode in modes}
+            ours, rival = found.get(OURS), found.get(RIVAL)
+            rows.append([
+                _text(e.network), _number(batch, "{}"), *map(_speed, found.values()),
+                _number(ratio(ours, rival), "{:.2f}"), _text(mark(e, ours, rival)),
+                *[_number(r and r.peak_memory_gb, "{:.2f}") for r in (rival, ours)],
+            ])  # fmt: skip
+    headings = [
+        "network", "batch", *modes, f"{OURS} / max-autotune", "wanted of an H200",
+        "GB max-autotune", "GB deit_fast",
+    ]  # fmt: skip
+    caption = "images/s: median. GB: the most allocated at once, both in autocast bf16"
+    return _table(caption, headings, rows) if rows else ""
 
 
 def _latency_table(chip):

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.measured import Chip, ratio
+from benchmarks.measured import OURS, RIVAL, WORK, Chip, mark, ratio
 from benchmarks.table5 import ENTRIES, distinct
 from deit_fast.bench.results import CorruptResults
 
@@ -23,6 +23,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
+TRAINING = {
+    "eager AMP": "eager_amp_bf16_train", "compile AMP": "compile_amp_bf16_train",
+    "compile max-autotune AMP": RIVAL, "deit_fast AMP": OURS,
+}  # fmt: skip
+
+
 def read_chips(folder: Path) -> list[Chip]:
     """One for each folder with results. Raises CorruptResults."""
     folders = [path for path in sorted(folder.glob("*/")) if any(path.glob("*.json"))]
@@ -30,8 +36,9 @@ def read_chips(folder: Path) -> list[Chip]:
 
 
 def readme_tables(chips: list[Chip]) -> str:
-    """Markdown: one table for each GPU; a CPU's figures claim nothing and are left out."""
-    tables = [_readme_table(chip) for chip in chips if not chip.is_cpu]
+    """Markdown: a table of inference and one of training for each GPU; a CPU's figures claim
+    nothing and are left out."""
+    tables = [t(chip) for chip in chips if not chip.is_cpu for t in (_readme_table, _train_table)]
     return "\n\n".join(filter(None, tables)) or NOTHING
 
 
@@ -56,13 +63,47 @@ def _readme_table(chip):
             )
         ]
         lines.append("| " + " | ".join([entry.network, str(ours.batch), *speeds, *times]) + " |")
+    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "engine / compile"]
+    return _markdown(chip, "images/s", runs, headings, lines)
+
+
+def _train_table(chip):
+    lines, runs = [], set()
+    for entry in distinct(list(ENTRIES)):
+        for protocol, work in WORK.items():
+            for batch in chip.batches(entry, protocol, train=True):
+                rows = [chip.row(entry, mode, protocol, batch) for mode in TRAINING.values()]
+                rival, ours = rows[-2:]
+                if ours is None or ours.status != "measured" or chip.is_old(ours):
+                    continue
+                runs.add(ours.runs)
+                shown = [r if ratio(ours, r) else None for r in rows]
+                speeds = [f"{r.images_per_s:,.0f}" if r else "–" for r in shown]
+                times = ratio(ours, rival)
+                memory = [
+                    f"{r.peak_memory_gb:.2f}" if r and r.peak_memory_gb is not None else "–"
+                    for r in shown[-2:]
+                ]
+                lines.append("| " + " | ".join([
+                    entry.network, work, str(batch), *speeds,
+                    "–" if times is None else f"{times:.2f}", mark(entry, ours, rival) or "–",
+                    *memory,
+                ]) + " |")  # fmt: skip
+    headings = [
+        "network", "work", "batch", *TRAINING, "/ max-autotune", "wanted of an H200",
+        "GB max-autotune", "GB deit_fast",
+    ]  # fmt: skip
+    what = "images/s in training, fp32 weights, bf16 autocast; a full step has fused AdamW"
+    return _markdown(chip, what, runs, headings, lines)
+
+
+def _markdown(chip, what, runs, headings, lines):
     if not lines:
         return ""
     newest = chip.newest
-    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "engine / compile"]
     title = (
         f"{chip.name}, torch {newest.hardware['torch']}, triton {newest.hardware['triton']}, "
-        f"{newest.date}, commit {newest.commit[:7]}: images/s, median of at least {min(runs)} "
+        f"{newest.date}, commit {newest.commit[:7]}: {what}, median of at least {min(runs)} "
         "calls, all at that batch and by one build."
     )
     table = [

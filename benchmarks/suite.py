@@ -17,8 +17,13 @@ from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import DEIT
 
 LATENCY_BATCHES = (1, 8, 32)
+TRAIN_BATCHES = (64, 256)
+TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
+NO_BACKWARD = ("classifier",)  # composed of the others' where it trains
+UNLEARNT = ("image", "row_scale")  # nothing trains those, so nobody asks for their gradients
+FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
 QUICK_MODES = [
     "eager_fp32", "deit_fast_fp32", "compile_bf16", "eager_fp32_train", "deit_fast_fp32_train",
@@ -55,6 +60,8 @@ class Options:
     protocols: list[str]
     batch: int
     latency_batches: tuple[int, ...]
+    train_rows: list[table5.Entry]
+    train_batches: tuple[int, ...]
     max_batch: int
     runs: int
     warmup: int
@@ -62,6 +69,7 @@ class Options:
     out: Path
     again: bool
     profile: bool
+    quick: bool = False
 
     @classmethod
     def parse(cls, get) -> "Options":
@@ -70,7 +78,7 @@ class Options:
         rows = _names(get("rows")) or (QUICK_ROWS if quick else None)
         modes = _names(get("modes")) or (QUICK_MODES if quick else list(MODES))
         protocols = _names(get("protocols")) or ["batch", "paper"]
-        known = [p for p in PROTOCOLS if p != "latency"]
+        known = [p for p in PROTOCOLS if p not in ("latency", "step")]  # they have their files
         cap = 64 if quick else 1 << 20
         numbers = {
             "batch": 256, "max-batch": cap if cuda else min(cap, 2 if quick else 8),
@@ -82,12 +90,18 @@ class Options:
             least = int(name not in ("warmup", "minutes"))
             if numbers[name] < least:
                 raise ValueError(f"--{name}: {given}, want {least} or more")
+        train_rows = table5.select(rows or TRAIN_ROWS)
+        if quick and not get("rows"):
+            train_rows = table5.select(QUICK_ROWS[:1])
+        asked = TRAIN_BATCHES if get("batch") is None else (numbers["batch"],)
         return cls(
             rows=table5.select(rows),
             modes=[MODES[name] for name in pick("modes", modes, MODES)],
             protocols=pick("protocols", protocols, known),
             batch=numbers["batch"],
             latency_batches=LATENCY_BATCHES[:1] if quick else LATENCY_BATCHES,
+            train_rows=train_rows,
+            train_batches=tuple(sorted({min(b, numbers["max-batch"]) for b in asked})),
             max_batch=numbers["max-batch"],
             runs=numbers["runs"],
             warmup=numbers["warmup"],
@@ -95,10 +109,21 @@ class Options:
             out=Path(get("out") or Path(__file__).with_name("results")),
             again=bool(get("again")),
             profile=bool(get("profile")),
+            quick=quick,
         )
 
-    def networks(self) -> list[table5.Entry]:
-        return table5.distinct(self.rows)
+    def networks(self, train: bool = False) -> list[table5.Entry]:
+        return table5.distinct(self.train_rows if train else self.rows)
+
+    def implementations(self, op: str, others: tuple[str, ...], backward: bool) -> tuple[str, ...]:
+        """What races: ours, PyTorch and compiled PyTorch; forward, the operation's others too."""
+        if not backward:
+            return (*IMPLEMENTATIONS, *others)
+        if op in NO_BACKWARD:
+            return ()
+        if self.quick:  # one operation, nothing to compile
+            return ("eager", "fused") if op == "layer_norm" else ()
+        return IMPLEMENTATIONS
 
     def kernel_networks(self) -> list[str]:
         """Of cases.DEIT, those whose Table 5 row was chosen."""
@@ -215,24 +240,34 @@ class Suite:
             self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
     def race(
-        self, benchmark, op, network, case, implementation, fn, reference, inputs, reads=None
-    ) -> None:
+        self, benchmark, op, network, case, implementation, fn, reference, inputs, reads=None,
+        backward=False,
+    ) -> None:  # fmt: skip
         """One implementation of one operation on one of DeiT's shapes, in bf16 (fp16 on a GPU
         without it).
 
         inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
         under torch.compile, "fused" the public function, anything else one of its implementations.
         reads(arguments): the parts of them that are read; all by default.
+        backward: the gradients of all that learns and of the activations too, from random upstream
+        gradients; the case says so.
         """
         dtype = torch.bfloat16 if timing.has_bf16(self.device) else torch.float16
         batch = min(self.options.batch, self.options.max_batch)
         if self.device.type == "cpu" and implementation not in IMPLEMENTATIONS:
             pytest.skip(f"{implementation} needs a CUDA device")
+        case = " ".join(filter(None, (case, FORWARD_BACKWARD * backward)))
         self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
         call, served_by = _implementation(fn, reference, implementation)
+        shapes = []
+        if backward:
+            outputs = _tensors(reference(**inputs(device="meta")))
+            shapes = list(enumerate(y.shape for y in outputs))
+            call, reference = _both_ways(call), _both_ways(reference)
 
         def make(device=self.device):
-            return _cast(inputs(device=device), dtype)
+            upstream = {f"upstream_{i}": torch.randn(s, device=device) for i, s in shapes}
+            return _cast(inputs(device=device) | upstream, dtype)
 
         # no inference_mode: there, no tensor knows whose view it is
         with MODES["eager_fp32"].settings(), torch.no_grad():
@@ -293,6 +328,24 @@ def _implementation(fn, reference, implementation):
     return lambda **inputs: fn(**inputs, implementation=implementation), implementation
 
 
+def _both_ways(call):
+    """call, and after its outputs the gradients of every argument that has one."""
+
+    def run(**arguments):
+        upstream = [arguments.pop(n) for n in sorted(arguments) if n.startswith("upstream_")]
+        inputs = {
+            name: t.detach().requires_grad_()
+            for name, t in arguments.items()
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and name not in UNLEARNT
+        }
+        with torch.enable_grad():
+            outputs = _tensors(call(**arguments | inputs))
+            gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
+        return (*(y.detach() for y in outputs), *gradients)
+
+    return run
+
+
 def _cast(inputs, dtype):
     """Views of one tensor stay views of one tensor."""
     cast, bases = {}, {}
@@ -327,9 +380,12 @@ def _agree(got, plain, reference, inputs):
 
 
 def _error(got, truth):
-    pairs = list(zip(_tensors(got), _tensors(truth), strict=True))
-    total = sum(t.double().norm() ** 2 for _, t in pairs)
-    return (sum((g.double() - t.double()).norm() ** 2 for g, t in pairs) / total).sqrt().item()
+    """Relative, the root of the mean square over all outputs: a small one counts as a large one."""
+    errors = [
+        (g.double() - t.double()).norm() / t.double().norm()
+        for g, t in zip(_tensors(got), _tensors(truth), strict=True)
+    ]
+    return torch.stack(errors).square().mean().sqrt().item()
 
 
 def _flops(reference, inputs):

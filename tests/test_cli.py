@@ -398,6 +398,10 @@ def test_bench_names_what_is_wrong(tmp_path, capsys):
         (["bench", "deit_tiny", "--batches", "1,x"], "--batches: '1,x', want numbers from 1"),
         (["bench", "deit_tiny", "--batches", "0"], "--batches: '0', want numbers from 1"),
         (["bench", "deit_tiny", "--runs", "0"], "--runs: 0, want 1 or more"),
+        (
+            ["bench", "deit_tiny", "--protocol", "step", "--modes", "eager_fp32"],
+            "--modes: eager_fp32 by protocol step, want one that ends in _train",
+        ),
         (["bench", "deit_tiny", "--json", str(broken)], f"{broken}: not JSON"),
         (["bench", "resnet18", "--modes", "deit_fast_fp32"], "deit_fast has no modules for it"),
     ):

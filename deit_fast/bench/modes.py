@@ -28,7 +28,7 @@ class Mode:
     compile: str | None = None  # torch.compile's mode
     fast: bool = False  # through deit_fast.accelerate
     engine: bool = False  # through InferenceEngine: a CUDA graph, as max-autotune has its own
-    train: bool = False  # forward + backward, no optimiser
+    train: bool = False  # forward + backward; an optimiser where the protocol has one
 
     @property
     def precision(self) -> str:
@@ -38,11 +38,7 @@ class Mode:
     @property
     def eager(self) -> "Mode":
         """The eager mode of the same precision: what this one is compared with."""
-        if self.autocast:
-            name = "eager_amp_fp16"
-        else:
-            name = f"eager_{self.precision}"
-        return MODES[name + TRAIN * self.train]
+        return MODES[f"eager_{'amp_' * bool(self.autocast)}{self.precision}{TRAIN * self.train}"]
 
     @contextmanager
     def settings(self):
@@ -79,7 +75,18 @@ _BACKWARD = tuple(
     for mode in _FORWARD
     if mode.dtype != FP16 and not mode.engine and mode.compile != "reduce-overhead"
 )
-MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD)}
+# As people train: fp32 weights, products in bf16. In training alone: at inference the weights are
+# cast once instead of at each call, which is what the modes in bf16 do.
+_MIXED = tuple(
+    Mode(f"{name}_amp_bf16{TRAIN}", autocast=BF16, compile=compiler, fast=fast, train=True)
+    for name, compiler, fast in (
+        ("eager", None, False),
+        ("compile", "default", False),
+        ("compile_max_autotune", "max-autotune", False),
+        ("deit_fast", None, True),
+    )
+)
+MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD, *_MIXED)}
 REFERENCE = MODES["eager_fp32"]  # outputs are compared with this one's
 
 

@@ -29,7 +29,8 @@ DISTINCT = 8  # at most so many different images make a batch, each as often as 
 # over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
-PROTOCOLS = ("batch", "paper", "latency", "host")
+PROTOCOLS = ("batch", "paper", "latency", "host", "step")
+LEARNING_RATE = 1e-5  # timed steps are real: weights drift, so little that nothing overflows
 
 
 class Disagreement(RuntimeError):
@@ -134,8 +135,8 @@ class Network:
     def channels_last(self, mode: Mode) -> bool:
         return not self.transformer and mode.precision != "fp32"
 
-    def step(self, mode: Mode, compiled: bool = True) -> "Step":
-        return Step(self, mode, compiled)
+    def step(self, mode: Mode, compiled: bool = True, optimize: bool = False) -> "Step":
+        return Step(self, mode, compiled, optimize)
 
     def batch(self, batch: int) -> Tensor:
         """fp32 (batch, 3, image_size, image_size): a few different images, each equally often, so
@@ -170,6 +171,35 @@ class Network:
             )
         return error
 
+    def check_update(self, step: "Step", images: Tensor) -> None:
+        """Raises Disagreement where a first update does not move every parameter against its
+        gradient. Leaves the step as it was made: the network's weights, which gradients can be
+        compared on, and no optimiser state.
+
+        Whether the gradients are right is `check`'s affair: AdamW's first update is their sign, so
+        that rounding turns elements near zero about, and updated weights compare badly."""
+        self._reset(step)
+        (group,) = step.optimizer.param_groups
+        group["lr"] = 0.1  # enough for weights in bf16
+        step(images)
+        group["lr"] = LEARNING_RATE
+        pairs = zip(step.model.named_parameters(), self.model.parameters(), strict=True)
+        with torch.no_grad():
+            wrong = [
+                name
+                for (name, p), old in pairs
+                if p.grad is None or not ((old.to(p) - p).float() * p.grad.float()).sum() > 0
+            ]
+        if wrong:
+            raise Disagreement(f"the optimiser leaves {', '.join(wrong)} unmoved or turned")
+        self._reset(step)
+
+    def _reset(self, step):
+        step.optimizer.state.clear()
+        with torch.no_grad():
+            for p, old in zip(step.model.parameters(), self.model.parameters(), strict=True):
+                p.copy_(old)
+
     def _reference(self, train, batch):
         """What eager fp32 makes of the different images of a batch: their logits; or the gradients
         of the whole batch, whose upstream gradients are summed over the copies of each image."""
@@ -194,7 +224,10 @@ class Network:
         """One row and its single times, ms. A mode that disagrees or does not run gives a row that
         says so, and no times.
 
-        stamp: the row's `commit` and `build`. A batch too large for memory is halved."""
+        stamp: the row's `commit` and `build`. A batch too large for memory is halved. Raises
+        ValueError where the protocol has an optimiser and the mode does not train."""
+        if plan.protocol == "step" and not mode.train:
+            raise ValueError(f"mode: {mode.name} by protocol step, want one that ends in {TRAIN}")
         row = {
             "network": self.label, "timm_name": self.timm_name, "image_size": self.image_size,
             "mode": mode.name, "protocol": plan.protocol, "asked_batch": plan.batch,
@@ -231,9 +264,9 @@ class Network:
     def _timed(self, mode, batch, plan):
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_allocated(self.device) if cuda else 0
-        step = self.step(mode)
+        step = self.step(mode, optimize=plan.protocol == "step")
         images = step.cast(self.batch(batch))
-        step(images)  # compiles, captures
+        step(images)  # compiles, captures, makes the optimiser's state
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         step(images)  # torch.compile records its graph; from here on it is what will be timed
@@ -241,6 +274,8 @@ class Network:
         peak = (torch.cuda.max_memory_allocated(self.device) - before) / 1e9 if cuda else None
         if step.engine is not None:  # what its graphs hold counts as free between their runs
             peak += step.engine.memory.workspace / 1e9
+        if step.optimizer is not None:
+            self.check_update(step, images)
         error = self.check(step, batch)
         (one,) = latency_ms(step, [images], 1, 0, self.device)
         if one * (plan.warmup + plan.runs) > 1e3 * plan.seconds:
@@ -287,9 +322,10 @@ class Network:
 
 
 class Step:
-    """One call of a network in one mode: forward, or forward and backward."""
+    """One call of a network in one mode: forward; forward and backward; or, with `optimize`, a full
+    step: AdamW, fused, after them, through a GradScaler under fp16 autocast."""
 
-    def __init__(self, network: Network, mode: Mode, compiled: bool = True):
+    def __init__(self, network: Network, mode: Mode, compiled: bool = True, optimize: bool = False):
         self.mode, self.device = mode, network.device
         self.model = copy.deepcopy(network.model)
         if mode.fast:
@@ -303,6 +339,15 @@ class Step:
             self.forward = torch.compile(self.model, mode=mode.compile, dynamic=False)
         self.compiled, self.engine = compiled, None
         self._upstream = None
+        self.optimizer, self.scaler = None, None
+        if optimize:
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(), lr=LEARNING_RATE, fused=True
+            )
+        if optimize and mode.autocast == torch.float16:
+            # Random upstream gradients are in fp16's range as they are; the scaler's work is the
+            # same at any scale
+            self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
 
     def cast(self, images: Tensor) -> Tensor:
         return images.to(self.mode.dtype, memory_format=self.layout)
@@ -322,26 +367,39 @@ class Step:
         if not self.mode.train:
             with torch.inference_mode(), self._autocast():
                 return self.forward(images)
+        logits = self._gradients(images)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer is not None:
+            self.optimizer.step()
+        return logits
+
+    def _gradients(self, images):
+        # Before the forward pass: gradients may lie in a CUDA graph's memory, which the pass reuses
         self.model.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images)
         if self._upstream is None or self._upstream.shape != logits.shape:
             self._upstream = _upstream(logits)
-        logits.backward(self._upstream)
+        wanted = self._upstream
+        logits.backward(wanted if self.scaler is None else self.scaler.scale(wanted))
         return logits.detach()
 
     def outputs(self, images: Tensor, copies: int = 1) -> list[Tensor]:
         """What agreement is about: the logits, or all parameters' gradients. copies: as if the
-        batch held every image so many times."""
+        batch held every image so many times. Nothing is updated."""
         if not self.mode.train:
             return [self(images).clone()]
+        optimizer, scaler = self.optimizer, self.scaler
+        self.optimizer = self.scaler = None
         logits = self(images)  # fixes the shape
         timed = self._upstream
         wanted = _upstream(logits.repeat(copies, 1))
         self._upstream = wanted.unflatten(0, (copies, -1)).sum(0)
         self(images)
         grads = [p.grad.clone() for p in self.model.parameters()]
-        self._upstream = timed
+        self._upstream, self.optimizer, self.scaler = timed, optimizer, scaler
         self.model.zero_grad(set_to_none=True)
         return grads
 

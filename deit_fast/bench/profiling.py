@@ -90,11 +90,13 @@ def _shares(kernels):
 def profile_row(network: Network, row: ModelRow, folder: Path) -> tuple[str, dict, Path]:
     """A measured row again, once: (what it is, milliseconds by kind, its trace in `folder`)."""
     mode = MODES[row.mode]
-    trace = folder / f"{row.timm_name}-{row.mode}-{row.batch}.json.gz"
+    full = row.protocol == "step"
+    trace = folder / f"{row.timm_name}-{row.mode}{'-step' * full}-{row.batch}.json.gz"
     with mode.settings():
-        step = network.step(mode)
+        step = network.step(mode, optimize=full)
         images = step.cast(network.batch(row.batch))
         milliseconds = profile(lambda: step(images), network.device, trace)
     torch.compiler.reset()
     release(network.device)
-    return f"{row.network}, {row.mode}, batch {row.batch}", milliseconds, trace
+    title = f"{row.network}, {row.mode}{', full step' * full}, batch {row.batch}"
+    return title, milliseconds, trace

@@ -53,8 +53,13 @@ class Timing:
 @dataclass(frozen=True, kw_only=True)
 class ModelRow(Timing):
     """One network in one mode. protocol: "batch" (a given batch, median), "paper" (the largest
-    batch that fits, mean), "latency" (a given batch, each call waited for, median) or "host" (as
-    "batch", from pinned host memory)."""
+    batch that fits, mean), "latency" (a given batch, each call waited for, median), "host" (as
+    "batch", from pinned host memory) or "step" (as "batch", with the optimiser's step).
+
+    peak_memory_gb: the most that is allocated at once during one warm call: weights, images,
+    activations, what a CUDA graph holds, in training the gradients, in "step" the optimiser's
+    state too; without what the process held before. Comparable within one protocol. None on a
+    CPU."""
 
     network: str
     timm_name: str
@@ -63,7 +68,7 @@ class ModelRow(Timing):
     asked_batch: int  # wanted, or the cap of the search
     batch: int
     images_per_s: float | None = None
-    peak_memory_gb: float | None = None  # None on a CPU
+    peak_memory_gb: float | None = None
     channels_last: bool
 
     @property

@@ -5,6 +5,7 @@ examples:
   deit-fast bench deit_base_384 --batches 1,8,256 --modes eager_bf16,deit_fast_bf16
   deit-fast bench deit_tiny --protocol latency --batches 1 --json tiny.json
   deit-fast bench vit_base_patch16_224 --image-size 384 --profile traces
+  deit-fast bench deit_small_distilled --protocol step --batches 64,256
 
 Weights are random: speed does not depend on them. Each mode's outputs are checked against eager
 fp32 before it is timed. Ctrl-C keeps what was measured. An existing --json file gains or renews
@@ -25,6 +26,10 @@ DEFAULT_MODES = {
     "cuda": "eager_fp32,eager_bf16,compile_max_autotune_bf16,deit_fast_fp32,deit_fast_bf16",
     "cpu": "eager_fp32,deit_fast_fp32",
 }
+TRAIN_MODES = {
+    "cuda": "eager_amp_bf16_train,compile_max_autotune_amp_bf16_train,deit_fast_amp_bf16_train",
+    "cpu": "eager_fp32_train,deit_fast_fp32_train",
+}
 
 
 def add_arguments(parser):
@@ -37,7 +42,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="batch",
         help="batch: median at that batch; paper: the largest that fits up to it, mean; latency: "
-        "each call waited for; host: as batch, from pinned host memory (default: %(default)s)",
+        "each call waited for; host: as batch, from pinned host memory; step: as batch, training "
+        "with AdamW (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -53,8 +59,12 @@ def add_arguments(parser):
 def run(args) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _numbers(args.batches or ("256" if device.type == "cuda" else "8"))
-    names = (args.modes or DEFAULT_MODES[device.type]).split(",")
+    default = TRAIN_MODES if args.protocol == "step" else DEFAULT_MODES
+    names = (args.modes or default[device.type]).split(",")
     modes = [MODES[name] for name in pick("--modes", names, MODES)]
+    for mode in modes:
+        if args.protocol == "step" and not mode.train:
+            raise ValueError(f"--modes: {mode.name} by protocol step, want one that ends in _train")
     for name in ("runs", "warmup"):
         if getattr(args, name) < (name == "runs"):
             raise ValueError(f"--{name}: {getattr(args, name)}, want {int(name == 'runs')} or more")

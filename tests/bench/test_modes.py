@@ -14,7 +14,14 @@ def test_the_modes_are_those_of_the_results_format():
     ]  # fmt: skip
     without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16")
     backward = [f"{name}_train" for name in forward if not name.endswith(without)]
-    assert list(MODES) == forward + backward
+    mixed = [
+        f"{name}_amp_bf16_train"
+        for name in ("eager", "compile", "compile_max_autotune", "deit_fast")
+    ]
+    assert list(MODES) == forward + backward + mixed
+    for name in mixed:  # as people train: weights stay in fp32
+        assert MODES[name].dtype == torch.float32 and MODES[name].autocast == torch.bfloat16
+    assert MODES["compile_max_autotune_amp_bf16_train"].compile == "max-autotune"
     for name, mode in MODES.items():
         assert mode.train == name.endswith("_train")
         assert mode.fast == name.startswith("deit_fast")
@@ -30,6 +37,11 @@ def test_each_mode_is_compared_with_eager_of_its_precision():
         "deit_fast_fp32": "eager_fp32",
         "eager_amp_fp16": "eager_amp_fp16",
         "eager_tf32": "eager_tf32",
+        "eager_amp_fp16_train": "eager_amp_fp16_train",
+        "eager_amp_bf16_train": "eager_amp_bf16_train",
+        "compile_amp_bf16_train": "eager_amp_bf16_train",
+        "compile_max_autotune_amp_bf16_train": "eager_amp_bf16_train",
+        "deit_fast_amp_bf16_train": "eager_amp_bf16_train",
     }.items():
         assert MODES[name].eager is MODES[eager]
 

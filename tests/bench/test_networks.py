@@ -123,6 +123,98 @@ def test_compiled_rows_agree(vit):
     assert row.status == "measured", row.note
 
 
+STEP = Plan("step", batch=3, runs=2, warmup=1)
+STEPPED = ["deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16"]
+
+
+@pytest.mark.parametrize("mode", STEPPED)
+def test_a_full_step_is_measured(vit, mode):
+    before = copy.deepcopy(vit.model.state_dict())
+    row, times = measure(vit, f"{mode}_train", STEP)
+    assert row.status == "measured", row.note
+    assert (row.protocol, row.batch, len(times)) == ("step", 3, 2)
+    assert row.relative_error < 1e-5 if mode.endswith("fp32") else row.relative_error > 1e-4
+    torch.testing.assert_close(dict(vit.model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_every_timed_step_updates_and_the_compared_ones_do_not(vit, monkeypatch):
+    """As many updates as timed and warm calls, from the network's own weights."""
+    mode, steps = MODES["eager_fp32_train"], []
+
+    def clock(step, inputs, runs, warmup, device):
+        start = [p.detach().clone() for p in step.model.parameters()]
+        for p, q in zip(start, vit.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0 if not steps else 1e-4)
+        for _ in range(runs + warmup):
+            step(inputs[0])
+        steps.append(step)
+        assert not any(
+            torch.equal(p, q) for p, q in zip(start, step.model.parameters(), strict=True)
+        )
+        return [1.0] * runs
+
+    monkeypatch.setattr(networks, "latency_ms", clock)  # one call, before those that are timed
+    monkeypatch.setattr(networks, "throughput_ms", clock)
+    with mode.settings():
+        vit._timed(mode, 3, STEP)
+    one, step = steps
+    assert one is step and step.mode == mode
+    counts = {state["step"].item() for state in step.optimizer.state.values()}
+    assert counts == {1 + 3} and len(step.optimizer.state) == len(list(step.model.parameters()))
+    assert step.optimizer.defaults["fused"] and isinstance(step.optimizer, torch.optim.AdamW)
+
+
+def test_a_step_under_fp16_autocast_goes_through_a_scaler(vit, monkeypatch):
+    scaled, real = [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "scale", lambda self, x: scaled.append(x) or real(self, x)
+    )
+    row, _ = measure(vit, "eager_amp_fp16_train", STEP)
+    assert row.status == "measured", row.note
+    assert len(scaled) == 2 + 1 + 1 + 3  # not where gradients are compared
+    step = vit.step(MODES["eager_amp_fp16_train"], optimize=True)
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step._upstream = torch.full((3, 1000), float("inf"))  # such a step is left out
+    step(vit.batch(3))
+    pairs = list(zip(before, step.model.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in pairs) and step.scaler.get_scale() == 0.5
+    step._upstream = None
+    step(vit.batch(3))
+    assert not any(torch.equal(p, q) for p, q in pairs)
+    for name in ("eager_amp_bf16_train", "eager_fp32_train"):
+        assert vit.step(MODES[name], optimize=True).scaler is None
+
+
+UPDATES = {  # what a broken optimiser may do, and what is said of it
+    "nothing": (lambda step: None, "cls_token, "),
+    "ascent": (lambda step: step.optimizer.param_groups[0].update(maximize=True), "cls_token, "),
+    "one left out": (lambda step: step.optimizer.param_groups[0]["params"].pop(), "head_dist.bias"),
+}
+
+
+@pytest.mark.parametrize("fault", UPDATES)
+def test_an_optimiser_that_does_not_descend_is_not_timed(vit, fault, monkeypatch):
+    break_it, said = UPDATES[fault]
+    real = networks.Step.__init__
+
+    def make(self, *args):
+        real(self, *args)
+        if self.optimizer is not None:
+            break_it(self)
+            if fault == "nothing":
+                self.optimizer.step = lambda: None
+
+    monkeypatch.setattr(networks.Step, "__init__", make)
+    row, _ = measure(vit, "eager_fp32_train", STEP)
+    assert row.status == "failed", row
+    assert "Disagreement: the optimiser leaves " + said in row.note
+
+
+def test_only_what_trains_takes_a_step(vit):
+    with pytest.raises(ValueError, match="mode: eager_fp32 by protocol step, want one that ends"):
+        measure(vit, "eager_fp32", STEP)
+
+
 WRONG = {  # what a broken fast mode may do to its output -> the mode that must notice
     "scaled": (lambda y: 1.001 * y, "deit_fast_fp32"),
     "scaled beyond rounding": (lambda y: 1.03 * y, "deit_fast_bf16"),

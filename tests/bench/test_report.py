@@ -154,6 +154,65 @@ def test_the_readme_compares_only_what_ran_together():
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 1,200 | 2.00 | – | – |" in table
 
 
+def training(compiled, ours, gb=(9.0, 8.0), entry=SMALL, **changes):
+    return [
+        model_row(entry, f"{mode}_amp_bf16_train", speed, peak_memory_gb=memory, **changes)
+        for mode, speed, memory in (
+            ("eager", 100.0, 12.0), ("compile_max_autotune", compiled, gb[0]),
+            ("deit_fast", ours, gb[1]),
+        )
+    ]  # fmt: skip
+
+
+def made(*rows):
+    return Chip(Path(), {"train": results_of(*rows)})
+
+
+def test_training_has_a_table_with_its_marks():
+    step = {"protocol": "step", "batch": 64, "asked_batch": 64}
+    text = report.readme_tables([made(*training(200.0, 280.0), *training(200.0, 250.0, **step))])
+    assert (
+        "| DeiT-S distilled | forward + backward | 256 | 100 | – | 200 | 280 | 1.40 | 1.30 met "
+        "| 9.00 | 8.00 |" in text
+    )
+    assert (
+        "| DeiT-S distilled | full step | 64 | 100 | – | 200 | 250 | 1.25 | 1.30 missed: speed "
+        "| 9.00 | 8.00 |" in text
+    )
+    assert "wanted of an H200" in text and "images/s in training" in text
+    fatter = report.readme_tables([made(*training(200.0, 280.0, (8.0, 8.5)))])
+    assert "| 1.30 missed: memory | 8.00 | 8.50 |" in fatter
+
+
+def test_nothing_is_said_of_training_that_did_not_run():
+    apart = training(200.0, 280.0)
+    apart[1] = model_row(SMALL, "compile_max_autotune_amp_bf16_train", 200.0, build="c" * 12)
+    text = report.readme_tables([made(*apart)])
+    assert "| 256 | 100 | – | – | 280 | – | – | – | 8.00 |" in text and "met" not in text
+    assert report.readme_tables([made(*training(200.0, 280.0)[:2])]) == report.NOTHING
+    on_a_cpu = results_of(*training(200.0, 280.0), gpu=None)
+    assert report.readme_tables([Chip(Path(), {"train": on_a_cpu})]) == report.NOTHING
+    no_mark = made(*training(200.0, 280.0, entry=BY_NAME["ViT-B/16"]))
+    assert "| 1.40 | – | 9.00 | 8.00 |" in report.readme_tables([no_mark])
+
+
+def test_the_page_shows_training(tmp_path, readme):
+    step = {"protocol": "step", "batch": 64, "asked_batch": 64}
+    results_of(*training(200.0, 280.0), *training(200.0, 250.0, **step)).save(
+        tmp_path / "imaginary" / "train.json"
+    )
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = (tmp_path / "imaginary" / "report.html").read_text()
+    assert "Training: forward + backward" in text and "Training: full step" in text
+    cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", text)]
+    for wanted in ("1.30 met", "1.40", "1.30 missed: speed", "1.25", "9.00", "8.00"):
+        assert wanted in cells, wanted
+    only_forward = [r for r in everything() if "train" not in r.mode]
+    results_of(*only_forward).save(tmp_path / "imaginary" / "train.json")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert "Training" not in (tmp_path / "imaginary" / "report.html").read_text()
+
+
 def test_one_protocol_for_a_comparison():
     """Mean at the largest batch and median at a given one are not mixed."""
     rows = [model_row(e, images_per_s=e.v100_images_per_s) for e in ENTRIES[:6]]

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(
     json.loads((ROOT / "benchmarks" / "results.schema.json").read_text())
 )
+FORWARD = "fused and not backward"
+PYTHONPATH = os.environ.get("PYTHONPATH", "")
 LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
 
 
@@ -87,6 +89,19 @@ def test_rows_are_measured_kept_and_measured_again(out):
     assert len(list(out.glob("*/traces/*.json.gz"))) == 2
 
 
+def test_training_is_measured_with_and_without_the_optimiser(out):
+    done = bench(out, "benchmarks/bench_train.py", *LITTLE, "--modes",
+                 "eager_fp32,eager_fp32_train,deit_fast_fp32_train", "--profile")  # fmt: skip
+    assert "4 passed" in done.stdout, done.stdout
+    assert [(r.mode, r.protocol, r.batch, r.status) for r in rows(out, "train")] == [
+        (f"{mode}_fp32_train", protocol, 1, "measured")
+        for mode in ("eager", "deit_fast")
+        for protocol in ("batch", "step")
+    ]
+    assert "eager_fp32_train, full step, batch 1" in done.stdout
+    assert len(list(out.glob("*/traces/*.json.gz"))) == 4
+
+
 def test_when_the_minutes_are_over_nothing_is_begun(out):
     done = bench(out, "benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32",
                  "--minutes", "0")  # fmt: skip
@@ -96,7 +111,7 @@ def test_when_the_minutes_are_over_nothing_is_begun(out):
 
 def test_kernels_are_raced_against_the_playbook(out):
     done = bench(out, "benchmarks/bench_layer_norm.py", "benchmarks/bench_linear.py", *LITTLE,
-                 "--against-playbook", "-k", "eager or fused or cublas")  # fmt: skip
+                 "--against-playbook", "-k", "not compiled and not backward")  # fmt: skip
     assert "failed" not in done.stdout, done.stdout
     measured = {(r.op, r.case, r.mode): r for r in rows(out, "kernels")}
     cases = [("layer_norm", ""), ("add_layer_norm", ""), *[("linear", c) for c in
@@ -115,6 +130,43 @@ def test_kernels_are_raced_against_the_playbook(out):
     assert "predicted us" in done.stdout
 
 
+ALL_WITH_GRADIENTS = ("layer_norm", "linear", "attention", "layer_norm_linear", "layer_norm_mlp",
+                      "patch_embed")  # fmt: skip
+
+
+def test_kernels_are_raced_both_ways(out):
+    files = [f"benchmarks/bench_{op}.py" for op in (*ALL_WITH_GRADIENTS, "classifier")]
+    done = bench(out, *files, *LITTLE, "-k", "backward and (eager or fused)")
+    assert "failed" not in done.stdout, done.stdout
+    measured = {(r.op, r.case, r.mode): r for r in rows(out, "kernels")}
+    assert {op for op, _, _ in measured} == {*ALL_WITH_GRADIENTS, "add_layer_norm"}
+    assert all(case.endswith("forward+backward") for _, case, _ in measured)
+    fc1 = measured["linear", "fc1 forward+backward", "fused"]
+    assert fc1.flops == 3 * 2 * 198 * 192 * 768
+    assert fc1.bytes == 2 * (2 * (198 * 192 + 192 * 768 + 768 + 198 * 768))
+    patches = measured["patch_embed", "float NCHW forward+backward", "eager"]
+    assert patches.flops == 2 * 2 * 196 * 192 * 768  # nobody asks for the images' gradient
+
+
+def test_a_wrong_gradient_is_not_timed(out, tmp_path):
+    plugin = tmp_path / "broken_gradient.py"
+    plugin.write_text(
+        "from deit_fast import kernels\n"
+        "real = kernels.layer_norm\n"
+        "def layer_norm(x, weight, bias):\n"
+        "    return real(x, weight, bias + 0.2 * (bias - bias.detach()))\n"
+        "kernels.layer_norm = layer_norm\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), PYTHONPATH])
+    try:
+        done = bench(out, "-p", "broken_gradient", "benchmarks/bench_layer_norm.py", *LITTLE,
+                     "-k", "fused and not add")  # fmt: skip
+    finally:
+        os.environ["PYTHONPATH"] = PYTHONPATH
+    found = {r.case: r.status for r in rows(out, "kernels")}
+    assert found == {"": "measured", "forward+backward": "failed"}, done.stdout
+
+
 @pytest.mark.parametrize("factor", ["1.02", "float('nan')"])
 def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     """A fused attention that is off by two per cent, or NaN, in a process of its own."""
@@ -124,18 +176,18 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
         "real = kernels.attention\n"
         f"kernels.attention = lambda *a, **k: {factor} * real(*a, **k)\n"
     )
-    os.environ["PYTHONPATH"] = str(tmp_path)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), PYTHONPATH])
     try:
         done = bench(out, "-p", "broken_attention", "benchmarks/bench_attention.py", *LITTLE,
-                     "-k", "fused")  # fmt: skip
+                     "-k", FORWARD)  # fmt: skip
     finally:
-        del os.environ["PYTHONPATH"]
+        os.environ["PYTHONPATH"] = PYTHONPATH
     assert "2 failed" in done.stdout and "Disagreement: relative" in done.stdout, done.stdout
     assert {(r.status, r.ms_median) for r in rows(out, "kernels")} == {("failed", None)}
     # it is not stumbled over again
-    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", "fused")
+    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD)
     assert "2 failed" in done.stdout and "(kept; --again tries anew)" in done.stdout
-    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", "fused", "--again")
+    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD, "--again")
     assert "2 passed" in done.stdout, done.stdout
 
 
@@ -160,6 +212,7 @@ def test_bad_options_are_named():
         ({"rows": "DeiT-X"}, "rows: unknown 'deit-x', did you mean deit-s"),
         ({"modes": "eager_fp31"}, "modes: unknown 'eager_fp31', did you mean eager_fp32"),
         ({"protocols": "latency"}, "protocols: unknown 'latency', did you mean batch"),
+        ({"protocols": "step"}, "protocols: unknown 'step', did you mean"),
         ({"runs": 0}, "--runs: 0, want 1 or more"),
         ({"max_batch": -3}, "--max-batch: -3, want 1 or more"),
         ({"warmup": -1}, "--warmup: -1, want 0 or more"),
@@ -175,7 +228,16 @@ def test_the_whole_of_table5_is_the_default():
         "Ti", "S", "B", "B-384",
     ]  # fmt: skip
     assert (options.runs, options.warmup, options.batch) == (30, 10, 256)
+    assert [e.network for e in options.networks(train=True)] == [
+        f"DeiT-{size} distilled" for size in ("Ti", "S", "B")
+    ]
+    if torch.cuda.is_available():
+        assert options.train_batches == (64, 256)
+    assert parse(max_batch=128).train_batches == (64, 128)
+    assert parse(max_batch=128, batch=32).train_batches == (32,)
+    assert [e.network for e in parse(rows="resnet50").networks(train=True)] == ["ResNet-50"]
     quick = parse(quick=True, runs=7)
+    assert [e.network for e in quick.networks(train=True)] == ["DeiT-Ti distilled"]
     assert [e.network for e in quick.rows] == ["ResNet-18", "DeiT-Ti distilled"]
     assert (quick.runs, quick.kernel_networks()) == (7, ["Ti"])
 
