@@ -57,14 +57,15 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, backend: str = "auto") -> Report:
+def accelerate(model: nn.Module, backend: str = "auto", recompute: bool = True) -> Report:
     """Swap every module that deit_fast computes exactly; the rest stays timm's.
 
     `model` is changed in place and shares its parameters: `state_dict`, hooks, devices and
     optimisers stay valid. `backend`: "auto" (CUDA tensors go to the kernels that serve the chip,
     CPU tensors to PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch); the
-    environment variable DEIT_FAST_BACKEND overrides it. Models already accelerated get the new
-    backend.
+    environment variable DEIT_FAST_BACKEND overrides it. `recompute`: whether the backward passes of
+    blocks make LayerNorm's and GELU's results again, or find them saved (more memory, less work):
+    see `deit_fast.layers.Block`. Models already accelerated get the new choices.
 
     Returns a `Report`. Raises ValueError for an unknown backend or where nothing can be swapped,
     RuntimeError for "triton" on a machine that can't run it. Nothing is changed if it raises.
@@ -86,6 +87,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
         kind = type(module).__name__
         if isinstance(module, Fast):
             module.backend = backend
+            if isinstance(module, layers.Block):
+                module.recompute = recompute
             report.swapped.setdefault(kind, []).append(name)
         elif type(module) not in SWAPS and any(k in kind for k in _KINDS):
             report.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
@@ -104,7 +107,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Fast):
             timm_class = module.timm_class
-            for name in ("backend", "timm_class", "heads"):
+            for name in ("backend", "timm_class", "heads", "recompute"):
                 module.__dict__.pop(name, None)
             module.__class__ = timm_class
     return model

@@ -7,7 +7,7 @@
 
 Only T rows a sample are normalised, not N. x (B, N, D), W_t (classes, D). Norm and sums are fp32,
 the normalised row is rounded to W's dtype as the input of a product is, the result once to W's
-dtype. Inference only: no backward is registered.
+dtype. With gradients it is made of its parts, layer_norm and linear on those rows, with theirs.
 """
 
 import torch
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from .layer_norm import layer_norm_reference
-from .linear import linear_reference
+from .layer_norm import layer_norm, layer_norm_reference
+from .linear import linear, linear_reference
 
 FUSIONS = ("joint", "joint_softmax", "class", "distill")
 
@@ -169,8 +169,8 @@ def classifier(
     dist_weight is given. norm_weight, norm_bias (D,); head_weight, dist_weight (classes, D);
     biases (classes,). `fusion`: "joint" | "joint_softmax" | "class" | "distill"; one head leaves
     "joint" and "class". Returns (B, classes) in head_weight's dtype (under autocast, autocast's;
-    softmax then is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Inference
-    only. Raises ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
+    softmax then is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Raises
+    ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("classifier", x, implementation)
     distilled = dist_weight is not None
@@ -197,6 +197,13 @@ def classifier(
     heads = _runtime.cast(
         _runtime.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias
     )
+    if _runtime.wants_grad(x, norm_weight, norm_bias, *heads):
+        use = {"implementation": implementation}
+        tokens = _tokens(fusion, distilled)
+        y = x[:, tokens[0] : tokens[-1] + 1]
+        y = layer_norm(y, norm_weight, norm_bias, eps, heads[0].dtype, **use)
+        of = [heads[2 * t : 2 * t + 2] for t in tokens]
+        return fuse(fusion, [linear(y[:, i], *h, **use) for i, h in enumerate(of)])
     rest = [t if t is None else t.contiguous() for t in (norm_weight, norm_bias, *heads)]
     if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
         x = x[:, : 1 + distilled].contiguous()

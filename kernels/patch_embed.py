@@ -10,10 +10,16 @@ uint8 images are NHWC and normalised on the way: with u the byte, W' = W / (255 
 
 where u - 128 is exact in every dtype and centred enough to cost no accuracy.
 
-Backward: dW and dbias are the convolution's, dpos = sum_batch(dtokens), dprefix likewise; a float
-image gets its gradient too. B images of C channels in a grid of GH x GW patches of PH x PW pixels,
-D features, T prefix tokens; M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to
-the promoted dtype of weight, positions and prefix. Saved for backward: image and weight.
+Backward, with X (B, T + n, K) the patches behind T rows of zeros:
+    dW = dtokens^T @ X      dtokens summed over the batch, in fp32, is dprefix and dpos, and
+                            summed over the patches too dbias
+    dpatches = dtokens @ W  for a float image that wants its gradient
+The rows of zeros cost 1% of the product and save a copy of dtokens. The products and the sum are
+PyTorch's: nothing precedes or follows them.
+
+B images of C channels in a grid of GH x GW patches of PH x PW pixels, D features, T prefix tokens;
+M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to the promoted dtype of weight,
+positions and prefix. Saved for backward: image and weight.
 """
 
 import torch
@@ -231,26 +237,39 @@ def _save(ctx, inputs, output):
     ctx.prefix_dtype = None if prefix_tokens is None else prefix_tokens.dtype
 
 
+def _patches(image, weight, T):
+    """(B, T + n, C * PH * PW): the patches of each image behind T rows of zeros."""
+    B, C, GH, GW, _ = _sizes(image, weight, None)
+    PH, PW = weight.shape[2:]
+    patches = image.new_zeros(B, T + GH * GW, C, PH, PW)
+    grid = patches[:, T:].unflatten(1, (GH, GW)).permute(0, 3, 1, 4, 2, 5)
+    grid.copy_(image.view(B, C, GH, PH, GW, PW))
+    return patches.flatten(2)
+
+
 def _backward(ctx, dy):
     image, weight = ctx.saved_tensors
-    _, _, GH, GW, _ = _sizes(image, weight, None)
-    T = ctx.T
-    wants_image = image.dtype != torch.uint8
-    if not wants_image:
-        image = normalize_reference(image, ctx.mean, ctx.std, weight.dtype)
-    over_batch = dy.float().sum(0)
-    dpatches = dy[:, T:].transpose(1, 2).unflatten(2, (GH, GW)).to(weight.dtype).contiguous()
-    stride = list(weight.shape[2:])
-    dimage, dweight, _ = torch.ops.aten.convolution_backward(
-        dpatches, image, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1,
-        [wants_image, True, False],
-    )  # fmt: skip
-    dbias = None if ctx.bias_dtype is None else over_batch[T:].sum(0).to(ctx.bias_dtype)
-    dpos = None
+    B, C, GH, GW, _ = _sizes(image, weight, None)
+    (D, *_), T = weight.shape, ctx.T
+    PH, PW = weight.shape[2:]
+    over_batch = dy.sum(0, dtype=torch.float32)
+    dy = dy.to(weight.dtype)
+    dimage = dweight = dbias = dpos = dprefix = None
+    if ctx.needs_input_grad[0]:
+        dpatches = (dy[:, T:] @ weight.flatten(1)).view(B, GH, GW, C, PH, PW)
+        dimage = dpatches.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
+    if ctx.needs_input_grad[1]:
+        if image.dtype == torch.uint8:
+            image = normalize_reference(image, ctx.mean, ctx.std, weight.dtype).contiguous()
+        patches = _patches(image, weight, T)
+        dweight = (dy.reshape(-1, D).t() @ patches.flatten(0, 1)).view(weight.shape)
+    if ctx.bias_dtype is not None:
+        dbias = over_batch[T:].sum(0).to(ctx.bias_dtype)
     if ctx.pos is not None:
         length, dtype = ctx.pos
         dpos = over_batch[-length:].to(dtype)
-    dprefix = None if ctx.prefix_dtype is None else over_batch[:T].to(ctx.prefix_dtype)
+    if ctx.prefix_dtype is not None:
+        dprefix = over_batch[:T].to(ctx.prefix_dtype)
     return dimage, dweight, dbias, dpos, dprefix, None, None
 
 

@@ -48,20 +48,21 @@ class Attention(Fast, timm.layers.Attention):
         fold = {"moments": moments, **use}
         norm_weight, norm_bias, eps = norm.operands
         weight, bias = weights(self.qkv)
-        rows = self.num_heads * self.head_dim
         if first is None:
-            qkv = kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, **fold)
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        else:
-            q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
-            q = kernels.layer_norm_linear(
-                first, norm_weight, norm_bias, weight[:rows], q_bias, eps, **use
-            )
-            kv = kernels.layer_norm_linear(
-                x, norm_weight, norm_bias, weight[rows:], kv_bias, eps, **fold
-            )
-            q = q.unflatten(2, (self.num_heads, -1))
-            k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
+            return kernels.layer_norm_attention(
+                x, norm_weight, norm_bias, weight, bias, *weights(self.proj), self.num_heads, eps,
+                self.scale, **epilogue, **fold,
+            )  # fmt: skip
+        rows = self.num_heads * self.head_dim
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        q = kernels.layer_norm_linear(
+            first, norm_weight, norm_bias, weight[:rows], q_bias, eps, **use
+        )
+        kv = kernels.layer_norm_linear(
+            x, norm_weight, norm_bias, weight[rows:], kv_bias, eps, **fold
+        )
+        q = q.unflatten(2, (self.num_heads, -1))
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
         return kernels.linear(self._attend(q, k, v), *weights(self.proj), **epilogue, **use)
 
     def _attend(self, q, k, v):

@@ -18,9 +18,23 @@ class Block(Fast, timm_vit.Block):
 
     Forward hooks on a Block fire; those on the layers inside it don't, because no layer inside it
     runs by itself. A mask or causal attention given at run time goes through timm's own forward.
+
+    In training each half is one node of the graph. It saves (M = B N rows, H heads, `f` hidden
+    features; products in bf16 or fp16 where autocast or the weights say so, else in fp32):
+
+        the stream x before each half      2 M D   in x's dtype: fp32 under autocast
+        qkv, attention's result            4 M D   in the products' dtype
+        sums of softmax                    M H     fp32
+        fc1's result before GELU           M f     in the products' dtype
+        the weights as the products read them: under autocast a copy in its dtype
+
+    Both LayerNorms' results (2 M D) and GELU's (M f) are made again in backward; with
+    `recompute = False` they are saved as well, for speed. Gradients arrive in the dtype of what
+    they belong to; sums over rows (biases, norms, LayerScale) are fp32 until then.
     """
 
     timm_class = timm_vit.Block
+    recompute = True
 
     @classmethod
     def why_not(cls, module):
@@ -51,13 +65,13 @@ class Block(Fast, timm_vit.Block):
     def forward_with_moments(self, x, moments, return_moments=True):
         """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
         block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
-        scales = _branch_scales(self.ls1, self.drop_path1, x)
+        scales = _branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
         wanted = self._wants_moments(x, self.mlp.fc1)
         x = self.attn.branch(
             x, self.norm1, moments=moments, residual=x, return_moments=wanted, **scales
         )
         x, moments = x if wanted else (x, None)
-        scales = _branch_scales(self.ls2, self.drop_path2, x)
+        scales = _branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
         wanted = return_moments and self._wants_moments(x, self.attn.qkv)  # the next one's is alike
         x = self.mlp.branch(
             x, self.norm2, moments=moments, residual=x, return_moments=wanted, **scales

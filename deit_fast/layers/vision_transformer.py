@@ -4,7 +4,7 @@ import timm.models.deit as timm_deit
 import timm.models.vision_transformer as timm_vit
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from torch import nn
 
 from deit_fast import kernels
@@ -66,26 +66,32 @@ class FastTransformer(Fast):
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        """Logits (B, classes). With gradients off and in eval() the last block and the final norm
-        run for the prefix tokens alone: 6.9% less arithmetic for DeiT, the same logits."""
-        classify = self._classifier_operands()
-        if attn_mask is not None or is_causal or classify is None:
+        """Logits (B, classes). The last block and the final norm run for the prefix tokens alone:
+        6.9% less arithmetic for DeiT, the same logits and the same gradients."""
+        if attn_mask is not None or is_causal or not self._reads_prefix_only():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        classify = self._classifier_operands()
+        if classify is None:
+            return self.forward_head(self.norm(self._run_prefix(x)))
         return kernels.classifier(self._run_prefix(x), **classify, implementation=self.backend)
 
     def forward_pre_logits(self, x):
         """What the heads work on, (B, D): timm's `forward_head(..., pre_logits=True)`, with the
         last block and the final norm for the prefix tokens alone where `forward` does so."""
-        if self._classifier_operands() is None:
+        if not self._reads_prefix_only():
             return self.forward_head(self.forward_features(x), pre_logits=True)
         return self.forward_head(self.norm(self._run_prefix(x)), pre_logits=True)
 
     def _run_prefix(self, x):
         """Tokens after the last block: as many as there are heads, or more."""
-        x, moments = _run(self.blocks[:-1], self.norm_pre(self.embed(x)))
-        last = self.blocks[-1]
-        heads = len(self._heads())
-        return last.forward_prefix(x, heads, moments) if type(last) is Block else last(x)
+        x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
+        first = {"prefix": len(self._heads())} if type(last) is Block else {}
+        run_last = last.forward_prefix if first else last
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint_seq(before, x) if len(before) else x
+            return checkpoint(run_last, x, **first)
+        x, moments = _run(before, x)
+        return run_last(x, **first, **({"moments": moments} if first else {}))
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]
@@ -93,11 +99,21 @@ class FastTransformer(Fast):
     def _final_norms(self) -> list[nn.Module]:
         return [self.norm, self.fc_norm]
 
+    def _reads_prefix_only(self) -> bool:
+        """Whether nothing but the prefix tokens of the last block can be seen from outside."""
+        norms = self._final_norms()
+        return (
+            len(self.blocks) > 0
+            and self.global_pool == "token"
+            and self.attn_pool is None
+            and all(is_identity(n) or type(n) is LayerNorm for n in norms)
+            and not is_watched(self.blocks, self.blocks[-1], self.norm)
+        )
+
     def _classifier_operands(self) -> dict | None:
-        """What `kernels.classifier` needs, or None where only timm's general path is right."""
-        if self.training or torch.is_grad_enabled() or not len(self.blocks):
-            return None
-        if self.global_pool != "token" or self.attn_pool is not None:
+        """What `kernels.classifier` needs, or None where timm's own head is to run: in training,
+        or where something else than a LayerNorm and Linears is in it."""
+        if self.training or torch.is_grad_enabled():
             return None
         norms = [n for n in self._final_norms() if not is_identity(n)]
         heads = self._heads()
