@@ -43,7 +43,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
 SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
-ROW_ARCHS, DOT_ARCHS = (70, 75, 80, 90), (80, 90)
+ROW_ARCHS, DOT_ARCHS = (70, 80, 90), (80, 90)
 PROCESSORS = {80: 108, 90: 132}
 ALIGNED = ("N", "K", "D")  # multiples of 16 in every DeiT
 
@@ -88,13 +88,16 @@ def cases(archs):
     for arch in archs:
         yield from _layer_norm(arch)
         yield from _distillation_loss(arch)
+        yield from _layer_norm_backward(arch)
         yield from _epilogue(arch)
+        yield from _linear_backward(arch)
         if arch in DOT_ARCHS:
             yield from _linear(arch)
             yield from _one_row(arch)
             yield from _layer_norm_linear(arch)
             yield from _layer_norm_mlp(arch)
             yield from _attention(arch)
+            yield from _attention_backward(arch)
             yield from _patch_embed(arch)
             yield from _patch_embed_fold(arch)
             yield from _classifier(arch)
@@ -102,7 +105,7 @@ def cases(archs):
 
 def _layer_norm(arch):
     for D in (192, 384, 768, OPS["layer_norm"].MAX_N):
-        for dtype in (FP16, BF16, FP32):
+        for dtype in (BF16, FP32):  # fp16 as bf16
             for residual in (False, True):
                 M = BATCH * TOKENS
                 half = {"x_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "y_ptr": dtype}
@@ -120,11 +123,8 @@ def _layer_norm(arch):
 def _distillation_loss(arch):
     """With both gradients, as in training; 21,841 classes make a loop over blocks."""
     for C, dtype, distillation, soft_target in (
-        *((1000, dtype, distillation, soft_target)
-          for dtype in (FP16, BF16, FP32)
-          for distillation in OPS["distillation_loss"].DISTILLATIONS
-          for soft_target in (False, True)),
-        (21_841, BF16, "soft", True), (21_841, FP32, "soft", True),
+        (1000, BF16, "none", False), (1000, BF16, "hard", False), (1000, FP32, "hard", False),
+        (1000, BF16, "soft", True), (1000, FP32, "soft", True), (21_841, BF16, "soft", True),
     ):  # fmt: skip
         taught = distillation != "none"
         signature = {"z_ptr": dtype, "y_ptr": dtype if soft_target else torch.int64}
@@ -145,6 +145,45 @@ def _distillation_loss(arch):
         )  # fmt: skip
 
 
+def _layer_norm_backward(arch):
+    """With the gradient that is added; fp32 beside half precision is a stream under autocast."""
+    M = BATCH * TOKENS
+    for D in (192, 384, 768, OPS["layer_norm"].MAX_N):
+        for stream, dtype in ((BF16, BF16), (FP32, FP32), (FP32, BF16)):
+            signature = dict.fromkeys(("h_ptr", "dx_ptr", "w_ptr", "dh_ptr"), stream)
+            signature |= {"dy_ptr": dtype, "sums_ptr": FP32, "M": "i32", "N": "i32", "eps": "fp32"}
+            types = " and ".join(dict.fromkeys((TRITON_TYPE[stream], TRITON_TYPE[dtype])))
+            yield Case(
+                "layer_norm", f"backward, D = {D}, {types}", "_layer_norm_backward_kernel", arch,
+                signature, {}, OPS["layer_norm"].meta(D),
+                M * D * (3 * stream.itemsize + dtype.itemsize), 0, False,
+            )  # fmt: skip
+
+
+def _linear_backward(arch):
+    """The pass from dy to dz where no product does it on the way."""
+    M, N = BATCH * TOKENS, 768
+    for dy, dtype in ((BF16, BF16), (FP32, FP32), (FP32, BF16)):
+        for name, activation, present in (
+            ("sums", "none", ("db_ptr",)),
+            ("gelu", "gelu", ("z_ptr", "dz_ptr", "a_ptr", "db_ptr")),
+            ("scales", "none", ("z_ptr", "ls_ptr", "rs_ptr", "dz_ptr", "db_ptr", "dls_ptr")),
+        ):
+            pointers = {"z_ptr": dtype, "dz_ptr": dtype, "a_ptr": dtype, "ls_ptr": dy, "rs_ptr": dy}
+            pointers |= {"db_ptr": FP32, "dls_ptr": FP32}
+            if dy != dtype:  # rounded on the way
+                present = (*present, "dz_ptr")
+            signature = {"dy_ptr": dy} | {k: v for k, v in pointers.items() if k in present}
+            signature |= dict.fromkeys(("M", "N", "rows_per_sample"), "i32")
+            wide = [k for k in ("z_ptr", "dz_ptr", "a_ptr") if k in present]
+            types = " and ".join(dict.fromkeys((TRITON_TYPE[dy], TRITON_TYPE[dtype])))
+            yield Case(
+                "linear", f"backward: {name}, {types}", "_linear_backward_kernel", arch, signature,
+                {"ACTIVATION": activation, "EXACT": dtype == FP32}, OPS["linear"].BACKWARD_META,
+                M * N * (dy.itemsize + len(wide) * dtype.itemsize), 0, False,
+            )  # fmt: skip
+
+
 # name -> (activation, which optional pointers, fp32 pointers of the LayerNorm)
 EPILOGUES = {
     "bias": ("none", ("b_ptr",)),
@@ -154,9 +193,13 @@ EPILOGUES = {
     "folded+bias": ("none", ("b_ptr", "moments_ptr", "sums_ptr")),
     "folded+bias+gelu": ("gelu", ("b_ptr", "moments_ptr", "sums_ptr")),
     "bias+scales+residual": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
+    "bias+gelu, z": ("gelu", ("b_ptr", "z_ptr")),  # in training
+    "bias+scales+residual, z": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr")),
+    "gelu_backward": ("gelu_backward", ("z_ptr", "a_ptr", "col_sums_ptr")),
 }
-OPTIONAL = ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")
-MOMENTS = ("moments_ptr", "sums_ptr", "moments_out_ptr")
+EPILOGUES_OF_FP16 = ("folded+bias+gelu", "bias+residual+moments", "gelu_backward")
+OPTIONAL = ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr", "a_ptr")
+MOMENTS = ("moments_ptr", "sums_ptr", "moments_out_ptr", "col_sums_ptr")
 
 
 def _optional(present, dtype):
@@ -169,11 +212,11 @@ def _optional(present, dtype):
 
 def _epilogue(arch):
     meta = OPS["linear"].EPILOGUE_META
-    for name in ("bias+gelu", "bias+residual+moments", "bias+scales+residual"):
+    for name in ("bias+gelu, z", "bias+residual+moments", "bias+scales+residual"):
         activation, present = EPILOGUES[name]
-        for dtype in (FP16, BF16, FP32):
+        for dtype in (BF16, FP32):
             pointers = _optional(present, dtype)
-            signature = {"z_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
+            signature = {"product_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
             signature |= pointers | {"rows_per_sample": "i32"}
             N = 1536 if activation == "gelu" else 384
             passes = 2 + (pointers["res_ptr"] is not None)
@@ -189,6 +232,7 @@ def _linear(arch):
     chip = (arch // 10, arch % 10)
     M = BATCH * TOKENS
     for dtype in (FP16, BF16, FP32):
+        rule = OPS["linear"].configs(dtype, chip)[:3]
         for config in OPS["linear"].configs(dtype, chip):
             K = N = 384 if config["BLOCK_N"] % 128 == 0 else 192
             for name, (activation, present) in EPILOGUES.items():
@@ -196,7 +240,9 @@ def _linear(arch):
                     continue  # never asked of it
                 if dtype == FP32 and ("moments" in name or "folded" in name):
                     continue
-                if dtype == FP16 and config not in OPS["linear"].configs(dtype, chip)[:2]:
+                if ", z" in name and config not in rule:
+                    continue  # as without
+                if dtype == FP16 and (config not in rule[:1] or name not in EPILOGUES_OF_FP16):
                     continue  # as bf16: enough of them to see that
                 pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype}
                 if config["TMA"]:
@@ -206,11 +252,15 @@ def _linear(arch):
                     }
                 pointers |= _optional(present, dtype)
                 sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
+                meta = config
+                if activation == "gelu_backward":
+                    meta = OPS["linear"].backward_config(config)
                 constexprs = {"ACTIVATION": activation, "EVEN_K": True, "PARTS": K // 64}
-                elements = M * K + N * K + M * N * (1 + ("res_ptr" in present))
+                tiles = {"y_ptr", "res_ptr", "z_ptr", "a_ptr"} & {"y_ptr", *present}
+                elements = M * K + N * K + M * N * len(tiles)
                 yield Case(
                     "linear", f"{name}, {_tile(config)}, {TRITON_TYPE[dtype]}", "_linear_kernel",
-                    arch, pointers | sizes, constexprs, config,
+                    arch, pointers | sizes, constexprs, meta,
                     elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
 
@@ -280,10 +330,14 @@ def _attention(arch):
         for N, L, d, bias in (
             (198, 198, 64, False), (578, 578, 64, False), (2, 198, 64, False), (49, 49, 32, True),
         ):  # fmt: skip
-            for config in module.configs(dtype, N, L, bias):
-                if d == 32 and config != module.meta(N, L, dtype, bias):
+            rule = module.meta(N, L, dtype, bias)
+            ways = [(config, False) for config in module.configs(dtype, N, L, bias)]
+            ways += [] if bias else [(rule, True)]
+            for config, training in ways:  # which keeps the sums' logarithms
+                if config != rule and (d == 32 or dtype == FP16):
                     continue
                 signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+                signature |= {"lse_ptr": FP32 if training else None}
                 signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
                 signature |= dict.fromkeys((*strides, "N", "H"), "i32")
                 kind, constexprs = "", {"L": L, "HEAD_DIM": d}
@@ -295,12 +349,30 @@ def _attention(arch):
                     block = config["BLOCK_N"]
                     meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block)}
                 sizes = f"{config['BLOCK_M']} w{config['num_warps']} s{config['num_stages']}"
+                sizes += ", training" * training
                 yield Case(
                     "attention",
                     f"{kind[:-1]} N = {N}, L = {L}, {sizes}, {TRITON_TYPE[dtype]}".strip(),
                     f"_attention_{kind}kernel", arch, signature, constexprs, meta,
                     BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
                 )  # fmt: skip
+
+
+def _attention_backward(arch):
+    module, H = OPS["attention"], 6
+    strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
+    for dtype in (FP16, BF16, FP32):
+        for N, L, d in ((198, 198, 64), (578, 578, 64), (2, 198, 64), (49, 49, 32)):
+            names = "q_ptr k_ptr v_ptr o_ptr do_ptr dq_ptr dk_ptr dv_ptr".split()
+            signature = dict.fromkeys(names, dtype) | {"lse_ptr": FP32, "scale": "fp32"}
+            signature |= dict.fromkeys(("q_sums_ptr", "kv_sums_ptr"), FP32 if N == L else None)
+            signature |= dict.fromkeys((*strides, "dq_row", "dk_row", "H"), "i32")
+            yield Case(
+                "attention", f"backward, N = {N}, L = {L}, d = {d}, {TRITON_TYPE[dtype]}",
+                "_attention_backward_kernel", arch, signature, {"N": N, "L": L, "HEAD_DIM": d},
+                module.meta_backward(N, L, dtype, (arch // 10, arch % 10)),
+                BATCH * H * d * 4 * (N + L) * dtype.itemsize, 10 * BATCH * H * N * L * d, False,
+            )  # fmt: skip
 
 
 def _patch_embed(arch):
@@ -416,7 +488,14 @@ def rows(archs, ops=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=ROW_ARCHS, choices=ROW_ARCHS)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ROW_ARCHS, choices=sorted(SHARED_MEMORY_LIMIT)
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail where something is spilled, serialised or too large for the chip",
+    )
     parser.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
@@ -425,7 +504,9 @@ def main():
     if not args.json:
         print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")
         print(line.format(*heading))
+    bad = 0
     for row in rows(args.arch, args.op):
+        bad += bool(row.spill_bytes or row.serialized or row.ctas_per_sm < 1)
         if args.json:
             print(json.dumps(asdict(row)), flush=True)
             continue
@@ -434,6 +515,8 @@ def main():
             row.arch, row.op, row.label, row.registers, row.spill_bytes, row.shared_bytes,
             row.ctas_per_sm, row.wgmma, waits, f"{row.megabytes:.1f}", f"{row.gflop:.1f}",
         ), flush=True)  # fmt: skip
+    if args.check and bad:
+        raise SystemExit(f"{bad} configurations spill, serialise or do not fit")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def _attention_backward_kernel(
     q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
     o_ptr, do_ptr, lse_ptr,  # in: (B, N, H, d) contiguous, (B, N, H, d) contiguous, (B, H, N)
     dq_ptr, dk_ptr, dv_ptr,  # out: (B, N, H, d) (B, L, H, d) (B, L, H, d), heads without gaps
-    sums_ptr,  # out: (B, tiles, 3, H, d) in fp32 or None; then N = L
+    q_sums_ptr, kv_sums_ptr,  # out: (B, tiles, H, d) and (B, tiles, 2, H, d) in fp32, or None
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_row, dk_row,
     H, scale,
     N: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -283,8 +283,10 @@ def _attention_backward_kernel(
     WHOLE_M: tl.constexpr = N // BLOCK_M * BLOCK_M
     WHOLE_N: tl.constexpr = L // BLOCK_N * BLOCK_N
     if tile < tiles_n:  # keys; first, because they take longer
-        if sums_ptr is not None:
-            sums_ptr += ((sample * tiles_n + tile) * 3 * H + head) * HEAD_DIM
+        dk_sums, dv_sums = None, None
+        if kv_sums_ptr is not None:
+            dk_sums = kv_sums_ptr + ((sample * tiles_n + tile) * 2 * H + head) * HEAD_DIM
+            dv_sums = dk_sums + H * HEAD_DIM
         first = tile * BLOCK_N
         k = _rows(k_ptr, first, L, k_row, BLOCK_N, HEAD_DIM, True)
         v = _rows(v_ptr, first, L, v_row, BLOCK_N, HEAD_DIM, True)
@@ -300,14 +302,12 @@ def _attention_backward_kernel(
                 k, v, dk, dv, q_ptr, o_ptr, do_ptr, lse_ptr, WHOLE_M, N, q_row, o_row, scale2,
                 TAIL_M, HEAD_DIM, True,
             )  # fmt: skip
-        dk_sums = None if sums_ptr is None else sums_ptr + H * HEAD_DIM
-        dv_sums = None if sums_ptr is None else sums_ptr + 2 * H * HEAD_DIM
         _store_gradient(dk_ptr, dk_sums, dk * scale, first, L, dk_row, BLOCK_N, HEAD_DIM)
         _store_gradient(dv_ptr, dv_sums, dv, first, L, dk_row, BLOCK_N, HEAD_DIM)
     else:
         tile -= tiles_n
-        if sums_ptr is not None:
-            sums_ptr += ((sample * tiles_n + tile) * 3 * H + head) * HEAD_DIM
+        if q_sums_ptr is not None:
+            q_sums_ptr += ((sample * tiles_m + tile) * H + head) * HEAD_DIM
         first = tile * BLOCK_M
         q = _rows(q_ptr, first, N, q_row, BLOCK_M, HEAD_DIM, True)
         do = _rows(do_ptr, first, N, o_row, BLOCK_M, HEAD_DIM, True)
@@ -326,7 +326,7 @@ def _attention_backward_kernel(
                 q, do, lse, delta, dq, k_ptr, v_ptr, WHOLE_N, L, k_row, v_row, scale2,
                 TAIL_N, HEAD_DIM, True,
             )  # fmt: skip
-        _store_gradient(dq_ptr, sums_ptr, dq * scale, first, N, dq_row, BLOCK_M, HEAD_DIM)
+        _store_gradient(dq_ptr, q_sums_ptr, dq * scale, first, N, dq_row, BLOCK_M, HEAD_DIM)
 
 
 def _config(m, n, warps, stages, resident=False):
@@ -374,15 +374,16 @@ def meta(N: int, L: int, dtype: torch.dtype, bias: bool = False) -> dict:
 
 
 @cache
-def meta_backward(N: int, L: int, dtype: torch.dtype) -> dict:
-    """Blocks by rule: 64 x 64 in 4 warps, as forward; for few queries blocks just as high."""
+def meta_backward(N: int, L: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
+    """Blocks by rule: 64 x 64 in 4 warps, as forward, two CTAs a multiprocessor; 32 queries on
+    sm_80, where 64 spill. For few queries blocks just as high."""
+    M, block, warps, stages = 64 if capability >= (9, 0) else 32, 64, 4, 2
     if dtype == torch.float32:  # FMA units: registers hold the operands too
-        M, block, stages = 16, 16, 1
-    else:
-        M, block, stages = 16 if N <= 16 else 64, 64, 2
+        M, block, warps, stages = 16, 16, 8, 1
+    M = 16 if N <= 16 else M
     return {
         "BLOCK_M": M, "BLOCK_N": block, "TAIL_M": tail(N, M), "TAIL_N": tail(L, block),
-        "num_warps": 4, "num_stages": stages,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
@@ -484,19 +485,20 @@ def _(q, k, v, bias, scale, keep, implementation):
 
 def run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=False):
     """Launch what computes dq (B, N, H, d), dk and dv (B, L, H, d) of contiguous o and do. With
-    `sums`, for N = L, the sums of their rows come back, (3, H, d) in fp32."""
+    `sums` the sums of their rows come back, (3, H, d) in fp32."""
     (B, N, H, d), L = q.shape, k.shape[1]
-    config = meta_backward(N, L, q.dtype)
+    config = meta_backward(N, L, q.dtype, _runtime.chip(q.device).capability)
     tiles_m, tiles_n = _runtime.cdiv(N, config["BLOCK_M"]), _runtime.cdiv(L, config["BLOCK_N"])
-    parts = q.new_empty(B, tiles_n, 3, H, d, dtype=torch.float32) if sums else None
+    shapes = (B, tiles_m, 1, H, d), (B, tiles_n, 2, H, d)
+    parts = [q.new_empty(s, dtype=torch.float32) if sums else None for s in shapes]
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     if B * H:
         with torch.cuda.device_of(q):
             _attention_backward_kernel[(B * H * (tiles_m + tiles_n),)](
-                q, k, v, o, do, lse, dq, dk, dv, parts, *strides, dq.stride(1), dk.stride(1),
+                q, k, v, o, do, lse, dq, dk, dv, *parts, *strides, dq.stride(1), dk.stride(1),
                 H, scale, N=N, L=L, HEAD_DIM=d, **config,
             )  # fmt: skip
-    return parts.sum((0, 1)) if sums else None
+    return torch.cat([t.sum((0, 1)) for t in parts]) if sums else None
 
 
 @_runtime.custom_op("deit_fast::attention_backward")

@@ -102,7 +102,8 @@ def _layer_norm_backward_kernel(
     tl.store(sums_ptr + N + cols, tl.sum(db, axis=0), mask=in_cols)
 
 
-PROGRAMS = 8  # of backward, a multiprocessor: enough loads in flight; each leaves sums to add up
+# Of backward, on a multiprocessor: what is resident at once, as 6 programs. Each leaves sums.
+BACKWARD_WARPS = 24
 
 
 @cache
@@ -156,7 +157,8 @@ def layer_norm_backward(
     if M == 0:
         return dx, h.new_zeros(2, N, dtype=torch.float32)
     config = meta(N)
-    programs = PROGRAMS * _runtime.chip(h.device).processors
+    resident = max(1, BACKWARD_WARPS // config["num_warps"])
+    programs = resident * _runtime.chip(h.device).processors
     programs = min(programs, _runtime.cdiv(M, config["BLOCK_M"]))
     sums = h.new_empty(programs, 2, N, dtype=torch.float32)
     with torch.cuda.device_of(h):
