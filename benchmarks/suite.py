@@ -310,7 +310,7 @@ class Suite:
 
     def _served_by(self, op, inputs):
         x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
-        of = "linear" if op in ("layer_norm_linear", "layer_norm_mlp") else op
+        of = "linear" if op.startswith("layer_norm_") else op
         by_rule = _runtime.resolve(of, x, "auto")
         if by_rule == "torch" or op not in ("linear", "attention"):
             return by_rule

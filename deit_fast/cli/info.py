@@ -43,7 +43,10 @@ def run(args) -> int:
         table.add_row("", "fp32", "its parts", "layer_norm, then linear")
     else:
         table.add_row("layer_norm_linear", "any", "its parts", "layer_norm, then linear")
-    table.add_row("layer_norm_mlp", "any", "its parts", "layer_norm_linear, then linear")
+    parts = "layer_norm_linear, attention, linear; one node of the graph in training"
+    table.add_row("layer_norm_attention", "any", "its parts", parts)
+    parts = "layer_norm_linear, then linear; one node of the graph in training"
+    table.add_row("layer_norm_mlp", "any", "its parts", parts)
     console.print(table)
     if args.chip is None and torch.cuda.is_available():
         for line in _tables(_runtime.chip(torch.device("cuda"))):

@@ -7,7 +7,19 @@ import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
 from deit_fast.kernels import _tuned, attention, attention_reference, cases
-from deit_fast.kernels.attention import CONFIGS, FP32_CONFIG, _fwd, configs, meta, pieces
+from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels.attention import (
+    CONFIGS,
+    FP32_CONFIG,
+    LOG2_E,
+    _fwd,
+    attention_backward,
+    attention_backward_packed,
+    configs,
+    meta,
+    meta_backward,
+    pieces,
+)
 from deit_fast.kernels.cases import attention_inputs as make_inputs
 
 triton_attention = partial(attention, implementation="triton")
@@ -32,6 +44,41 @@ def test_every_configuration_a_table_may_name(config, shape, dtype, device):
     inputs = make_inputs(1, 2, N, max(N, L), 64, packed=True, device=device)
     with _tuned.forced("attention", {"implementation": "triton", **config}):
         check(triton_attention, attention_reference, inputs, dtype, grads=False)
+        q, k, v = (t.to(dtype) for t in inputs.values())
+        lse = _fwd(q, k, v, None, 0.125, True, "auto")[1]
+    scores = torch.einsum("bnhd,blhd->bhnl", q.double(), k.double()) / 8
+    torch.testing.assert_close(lse.double(), scores.logsumexp(3) * LOG2_E, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(198, 198), (2, 70), (33, 65)], ids=str)
+def test_backward_on_an_a100(shape, dtype, device):
+    """Fewer queries a program than on Hopper."""
+    N, L = shape
+    assert (
+        meta_backward(N, L, dtype, (8, 0))["BLOCK_M"]
+        < meta_backward(64, L, dtype, (9, 0))["BLOCK_M"]
+    )
+    with pretend(Chip("A100", (8, 0), 108)):
+        check(
+            triton_attention, attention_reference, make_inputs(1, 2, N, L, 32, device=device), dtype
+        )
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("N", [5, 64, 70])
+def test_packed_backward(N, capability, device):
+    """The same gradients as of separate q, k and v, in one piece, and the sums of their rows."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, N, 3, 3, 32, device=device).half()
+    do = torch.randn(2, N, 3, 32, device=device).half()
+    with pretend(Chip("some GPU", capability, 108)):
+        o, lse = _fwd(*qkv.unbind(2), None, 0.2, True, "triton")
+        dqkv, sums = attention_backward_packed(do, qkv, o, lse, 0.2)
+        separate = attention_backward(do, *qkv.unbind(2), o, lse, 0.2)
+    assert dqkv.is_contiguous()
+    torch.testing.assert_close(dqkv, torch.stack(separate, 2), rtol=0, atol=0)
+    torch.testing.assert_close(sums, dqkv.float().sum((0, 1)), atol=5e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("L", [65, 100, 128, 130, 144, 196, 197, 240, 255, 256])
@@ -150,6 +197,13 @@ def test_op_contract(device):
     tensors = [t.requires_grad_() for t in (q, k, v)]
     torch.library.opcheck(_fwd.op, (*tensors, bias.requires_grad_(), 0.2, False, "triton"))
     torch.library.opcheck(_fwd.op, (*tensors, None, 0.2, True, "triton"))
+    q, k, v = (t.detach() for t in tensors)
+    o, lse = _fwd(q, k, v, None, 0.2, True, "triton")
+    torch.library.opcheck(attention_backward.op, (torch.randn_like(o), q, k, v, o, lse, 0.2))
+    qkv = torch.randn(1, 5, 3, 2, 32, device=device)
+    o, lse = _fwd(*qkv.unbind(2), None, 0.2, True, "triton")
+    packed = (torch.randn_like(o), qkv, o, lse, 0.2)
+    torch.library.opcheck(attention_backward_packed.op, packed)
 
 
 def test_compiles_into_one_graph(device):

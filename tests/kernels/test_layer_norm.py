@@ -14,7 +14,7 @@ from deit_fast.kernels import (
     layer_norm_reference,
 )
 from deit_fast.kernels.cases import layer_norm_inputs as make_inputs
-from deit_fast.kernels.layer_norm import _fwd
+from deit_fast.kernels.layer_norm import _fwd, layer_norm_backward
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
@@ -96,6 +96,9 @@ def test_op_contract(device):
     x.requires_grad_()
     torch.library.opcheck(_fwd.op, (x, None, weight, bias, 1e-6, FP32))
     torch.library.opcheck(_fwd.op, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
+    dy, h = torch.randn(2, 6, 64, device=device).unbind()
+    for dh in (None, dy):
+        torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, weight, 1e-6, FP16))
 
 
 def test_compiles_into_one_graph(device):

@@ -8,7 +8,7 @@ from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_co
 
 from deit_fast.kernels import _tuned, cases, layer_norm_mlp, layer_norm_mlp_reference
 from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
-from deit_fast.kernels.layer_norm_mlp import AMPERE_CONFIGS, HOPPER_CONFIGS, _fwd
+from deit_fast.kernels.layer_norm_mlp import AMPERE_CONFIGS, HOPPER_CONFIGS, _fwd, _train
 
 fused = partial(layer_norm_mlp, implementation="fused")
 triton_layer_norm_mlp = partial(layer_norm_mlp, implementation="triton")
@@ -22,9 +22,9 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
     check(triton_layer_norm_mlp, layer_norm_mlp_reference, inputs, dtype)
 
 
-def pre_norm(fn, **options):
+def pre_norm(fn):
     """fn with its input as the residual too: in training one node of the graph."""
-    return lambda x, residual, **rest: fn(x, residual=x, **rest, **options)
+    return lambda x, **rest: fn(x, residual=x, **rest)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
@@ -32,12 +32,56 @@ def pre_norm(fn, **options):
 @pytest.mark.parametrize("case", cases.LAYER_NORM_MLP, ids=str)
 def test_pre_norm_no_less_accurate_than_torch(case, scales, dtype, device):
     inputs = make_inputs(**case, scales=scales, device=device)
-    inputs["residual"].requires_grad_(False)
     del inputs["residual"]
-    check(
-        lambda x, **rest: triton_layer_norm_mlp(x, residual=x, **rest),
-        lambda x, **rest: layer_norm_mlp_reference(x, residual=x, **rest), inputs, dtype,
-    )  # fmt: skip
+    check(pre_norm(triton_layer_norm_mlp), pre_norm(layer_norm_mlp_reference), inputs, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_or_made_again(recompute, implementation, device):
+    """Also without a residual and without biases."""
+    inputs = make_inputs(12, 2, 64, 128, device=device)
+    del inputs["residual"]
+    fn = partial(layer_norm_mlp, implementation=implementation, recompute=recompute)
+    check(fn, layer_norm_mlp_reference, inputs, FP32)
+    inputs |= {"fc1_bias": None, "fc2_bias": None}
+    check(pre_norm(fn), pre_norm(layer_norm_mlp_reference), inputs, FP32)
+
+
+def test_one_node_saves_what_the_docstring_lists(device):
+    inputs = make_inputs(40, 2, 64, 128, scales=False, device=device)
+    del inputs["residual"]
+    inputs["x"].requires_grad_()
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), str)
+    with hooks:
+        pre_norm(triton_layer_norm_mlp)(**inputs)
+    weights = 2 * 64 * 128 + 2 * 64 + 128 + 64
+    assert sum(sizes) == 40 * (64 + 128) + weights
+
+
+def test_training_op_contract(device):
+    inputs = make_inputs(6, 2, 32, 48, device=device)
+    del inputs["residual"]
+    tensors = [t.flatten(0, 1) if t.dim() == 3 else t for t in inputs.values()]
+    tensors = [*(t.requires_grad_() for t in tensors[:-1]), tensors[-1]]
+    for recompute in (False, True):
+        torch.library.opcheck(_train.op, (*tensors, 1e-6, True, recompute, "triton"))
+
+
+def test_second_derivative(device):
+    inputs = make_inputs(6, 2, 32, 48, device=device)
+    del inputs["residual"]
+    leaves = [inputs[k].requires_grad_() for k in ("x", "norm_weight", "fc1_weight", "layer_scale")]
+
+    def second(fn):
+        y = pre_norm(fn)(**inputs)
+        torch.manual_seed(2)
+        grads = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    got, want = second(triton_layer_norm_mlp), second(layer_norm_mlp_reference)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_autocast_keeps_the_stream_in_fp32(device):

@@ -16,6 +16,8 @@ from deit_fast.kernels.linear import (
     HOPPER_CONFIGS,
     _fwd,
     configs,
+    linear_backward,
+    linear_gelu_backward,
     meta,
 )
 
@@ -50,6 +52,36 @@ def test_every_configuration_a_table_may_name(config, case, dtype, device):
     inputs = make_inputs(M=M, S=2, K=K, N=N, **EPILOGUES["everything"], device=device)
     with _tuned.forced("linear", {"implementation": "triton", **config}):
         check(triton_linear, linear_reference, inputs, dtype, grads=False)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("config", [None, *HOPPER_CONFIGS, *AMPERE_CONFIGS], ids=str)
+def test_gelu_backward_in_every_configuration(config, dtype, device):
+    """dz, a and the sums of dz's columns; None is cuBLAS."""
+    if (
+        config
+        and config["TMA"]
+        and device == "cuda"
+        and torch.cuda.get_device_capability() < (9, 0)
+    ):
+        pytest.skip("this chip has no tensor descriptors")
+    torch.manual_seed(0)
+    dy, weight = torch.randn(150, 72, device=device), torch.randn(72, 200, device=device) / 8
+    operands = [t.to(dtype) for t in (dy, weight, torch.randn(150, 200, device=device))]
+
+    def reference(dy, weight, z):
+        dz = torch.ops.aten.gelu_backward(dy @ weight, z)
+        return dz, torch.nn.functional.gelu(z), dz.sum(0)
+
+    choice = {"implementation": "triton", **config} if config else {"implementation": "cublas"}
+    with _tuned.forced("linear", choice):
+        got = linear_gelu_backward(*operands, "auto")
+    exact = reference(*(t.double() for t in operands))
+    for name, ours, torchs, true in zip(
+        ("dz", "a", "sums"), got, reference(*operands), exact, strict=True
+    ):
+        assert_as_accurate(ours, torchs, true, name)
+    assert got[2].dtype == FP32
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
@@ -227,9 +259,13 @@ def test_op_contract(device):
     )
     tensors = [t.requires_grad_() for t in (x, weight, bias, residual, layer_scale)]
     torch.library.opcheck(_fwd.op, (*tensors, None, "gelu", False, True, "triton"))
-    torch.library.opcheck(
-        _fwd.op, (*tensors[:2], None, None, None, None, "none", False, False, "cublas")
-    )
+    dy, z = torch.randn(6, 16, device=device), torch.randn(6, 16, device=device)
+    scales = (layer_scale.detach(), torch.ones(3, device=device))
+    torch.library.opcheck(linear_backward.op, (dy, z, *scales, "gelu", FP16, True))
+    torch.library.opcheck(linear_backward.op, (dy, None, None, None, "none", FP32, False))
+    torch.library.opcheck(linear_gelu_backward.op, (dy, weight.detach(), x.detach(), "triton"))
+    rest = (None,) * 4
+    torch.library.opcheck(_fwd.op, (*tensors[:2], *rest, "none", False, False, "cublas"))
 
 
 def test_compiles_into_one_graph(device):
