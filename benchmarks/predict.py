@@ -94,8 +94,8 @@ def _nbytes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, _):
-    y, moments = out
+def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, *_):
+    y, moments, _ = out
     return _product(
         "linear", x, weight, (bias, residual, layer_scale, row_scale, moments), y, activation
     )
@@ -122,7 +122,7 @@ def _layer_norm_mlp(out, x, norm_weight, norm_bias, w1, b1, w2, b2, residual, ep
 def _attention(out, q, k, v, *_):
     B, N, H, d = q.shape
     L = k.shape[1]
-    flops, moved = 4 * B * H * N * L * d, _nbytes(q, k, v, out)
+    flops, moved = 4 * B * H * N * L * d, _nbytes(q, k, v, *out)
     return Launch("attention", f"{B} x {H}, {N} of {L}", flops, moved)
 
 

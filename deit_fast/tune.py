@@ -125,7 +125,7 @@ def _items(choices):
 
 
 def _linear_task(args, chip):
-    x, weight, bias, residual, layer_scale, row_scale, activation, emit, _ = args
+    x, weight, bias, residual, layer_scale, row_scale, activation, emit, *_ = args
     (M, K), N = x.shape, weight.shape[0]
     scaled = layer_scale is not None or row_scale is not None
     epilogue = linear.epilogue_name(
@@ -200,7 +200,7 @@ def _layer_norm_linear_tasks(args, chip):
 
 
 def _attention_task(args, chip):
-    q, k, v, bias, scale, _ = args
+    q, k, v, bias, scale, *_ = args
     B, N, H, d = q.shape
     L = k.shape[1]
     shape = {
@@ -246,7 +246,7 @@ def _mlps(calls, chip):
         if (name, after) != ("layer_norm_linear", "linear") or rest[0].shape != hidden.shape:
             continue
         x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
-        _, weight2, bias2, residual, layer_scale, row_scale, _, emit, _ = rest
+        _, weight2, bias2, residual, layer_scale, row_scale, _, emit, *_ = rest
         D = x.shape[1]
         scaled = layer_scale is not None or row_scale is not None
         fits = D in layer_norm_mlp.FUSED_D and weight2.shape[0] == D and weight.shape[0] % 32 == 0

@@ -451,9 +451,7 @@ def run(o, q, k, v, scale, bias=None, lse=None, implementation="triton"):
     chosen, config = _choose(q, L, bias is not None, implementation)
     if chosen == "torch" and lse is None:
         return o.copy_(attention_reference(q, k, v, scale, bias))
-    if (
-        chosen == "torch"
-    ):  # measured faster than the kernels, but backward wants the sums' logarithms
+    if chosen == "torch":  # measured faster, but backward wants the sums' logarithms
         config = meta(N, L, q.dtype)
     options = {name: config[name] for name in ("BLOCK_M", "num_warps", "num_stages")}
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
