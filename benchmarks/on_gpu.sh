@@ -66,7 +66,7 @@ run_stage() {
     case $1 in
     correctness)
         "$python" -m pytest -q -n 8 tests/kernels tests/layers \
-            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export}.py 2>&1 | tee "$out/correctness.log" || failed=1
+            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export,training,training_loops}.py 2>&1 | tee "$out/correctness.log" || failed=1
         "$python" -m pytest -q tests/bench/test_{networks,timing,profiling}.py 2>&1 |
             tee -a "$out/correctness.log" || failed=1
         ;;

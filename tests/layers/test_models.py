@@ -98,37 +98,6 @@ def test_every_triton_kernel_in_a_shallow_model(variant, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradients_equal_timms(backend, device):
-    reference, fast = tiny_pair(backend, init_values=1e-4)
-    exact = copy.deepcopy(reference).double()
-    models = [m.to(device).train() for m in (fast, reference, exact)]
-    x = images(reference).to(device)
-    torch.manual_seed(2)
-    upstream = torch.randn(2, 2, 11).to(device)
-    for model in models:
-        model.set_distilled_training(True)
-        outputs = model(x.to(model.cls_token.dtype))
-        assert isinstance(outputs, tuple) and len(outputs) == 2
-        torch.autograd.backward(outputs, list(upstream.to(outputs[0].dtype)))
-    ours, timms, true = ({n: p.grad for n, p in m.named_parameters()} for m in models)
-    for name in true:
-        assert_as_accurate(ours[name], timms[name], true[name], name)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_stochastic_depth_and_head_dropout_draw_timms_numbers(backend, device):
-    reference, fast = tiny_pair(backend, drop_path_rate=0.6, drop_rate=0.3)
-    reference, fast = reference.to(device).train(), fast.to(device).train()
-    x = images(reference, batch=4).to(device)
-    torch.manual_seed(3)
-    want = reference(x)
-    torch.manual_seed(3)
-    torch.testing.assert_close(fast(x), want, atol=1e-5, rtol=1e-4)
-    torch.manual_seed(4)  # another draw drops other branches
-    assert relative_error(fast(x), want) > 1e-2
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_uint8_images(backend, device):
     reference, fast = tiny_pair(backend)
     reference, fast = reference.to(device), fast.to(device)
@@ -303,15 +272,6 @@ def test_masks_given_at_run_time_go_through_timm():
         assert relative_error(fast(x), fast(x, attn_mask=mask)) > 1e-3
         causal = reference(x, is_causal=True)
         torch.testing.assert_close(fast(x, is_causal=True), causal, atol=1e-5, rtol=1e-4)
-
-
-def test_grad_checkpointing():
-    reference, fast = tiny_pair()
-    x = images(reference)
-    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
-    fast.set_grad_checkpointing()
-    got = torch.autograd.grad(fast(x).sum(), list(fast.parameters()))
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
