@@ -53,7 +53,7 @@ def test_products_overlap_their_loads_on_hopper(rows):
     """wgmma is there, ptxas did not serialise it, and only a tile's last one is waited for: where
     tiles follow each other in one loop, there and behind the loop."""
     meant = [r for r in rows if r["asynchronous"] and r["arch"] == 90]
-    assert len(meant) >= 60
+    assert len(meant) >= 50
     assert not bad(
         meant,
         lambda r: (
@@ -104,4 +104,4 @@ def test_the_programs_of_layer_norms_backward_are_resident_at_once(rows):
     """6 a multiprocessor; a seventh would wait for a whole round. sm_70 takes more registers."""
     backward = [r for r in rows if r["op"] == "layer_norm" and "backward" in r["label"]]
     narrow = [r for r in backward if "8192" not in r["label"] and r["arch"] >= 80]
-    assert len(narrow) == 18 and not bad(narrow, lambda r: r["ctas_per_sm"] < 6)
+    assert len(narrow) == 12 and not bad(narrow, lambda r: r["ctas_per_sm"] < 6)

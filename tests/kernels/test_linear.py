@@ -34,9 +34,12 @@ EPILOGUES = {
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("case", cases.LINEAR, ids=str)
+@pytest.mark.parametrize(
+    "case, implementation",
+    [(case, "triton") for case in cases.LINEAR] + [(case, "cublas") for case in cases.LINEAR[2:]],
+    ids=str,
+)
 def test_no_less_accurate_than_torch(case, epilogue, implementation, dtype, device):
     inputs = make_inputs(**case, **EPILOGUES[epilogue], device=device)
     check(partial(linear, implementation=implementation), linear_reference, inputs, dtype)
