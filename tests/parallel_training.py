@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-BATCH, SIZE, STEPS = 4, 48, 3
+BATCH, SIZE, STEPS = 4, 48, 2
 BACKENDS = ("torch", "triton")
 
 

@@ -305,7 +305,7 @@ document.title = JSON.stringify(found);
     assert (found["slowest"], found["fastest"]) == ("KDforAA-B8", "ResNet-18")
     assert found["first"] == "DeiT-B" and found["all"] == 32 and found["images"]
     assert BY_NAME[found["last"]].family == "convnet"  # without a figure: last
-    assert found["rows"] >= 3 * 32
+    assert found["rows"] >= 2 * 32  # forward modes and the paper's protocol; training has its own
     subprocess.run([*common, f"--screenshot={shot}", f"file://{page}"], check=True,
                    capture_output=True)  # fmt: skip
     assert shot.stat().st_size > 50_000
