@@ -13,7 +13,9 @@ os.environ.pop("DEIT_FAST_BACKEND", None)
 os.environ["DEIT_FAST_CACHE"] = tempfile.mkdtemp()  # no tuned table of this machine's user
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait for each other
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # and so do the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
 
