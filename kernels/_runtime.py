@@ -204,6 +204,8 @@ def differentiable(forward, tensors, upstream):
     with torch.enable_grad():
         aliases = [None if t is None else t.view_as(t) for t in tensors]
         present = [t for t in aliases if t is not None and t.requires_grad]
+        if not present:
+            return [None] * len(aliases)
         grads = torch.autograd.grad(
             forward(*aliases), present, upstream, create_graph=True, allow_unused=True
         )

@@ -125,11 +125,13 @@ def _attention_kernel(
 
 
 @triton.jit
-def _keys(ptr, first, L, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows first ... first + BLOCK - 1 of k or v, zero from L on."""
-    keys = first + tl.arange(0, BLOCK)
-    ptrs = ptr + keys[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
-    return tl.load(ptrs, mask=(keys < L)[:, None], other=0.0)
+def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first ... first + BLOCK - 1 of one head of q, k, v, o or do; zero from `size` on."""
+    rows = first + tl.arange(0, BLOCK)
+    ptrs = ptr + rows[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=(rows < size)[:, None], other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit
@@ -159,15 +161,13 @@ def _attention_resident_kernel(
     o_ptr += (sample * N * H + head) * HEAD_DIM
     SECOND: tl.constexpr = KEYS_0
     THIRD: tl.constexpr = KEYS_0 + KEYS_1
-    k0, v0 = (
-        _keys(k_ptr, 0, L, k_row, KEYS_0, HEAD_DIM),
-        _keys(v_ptr, 0, L, v_row, KEYS_0, HEAD_DIM),
-    )
-    k1 = _keys(k_ptr, SECOND, L, k_row, KEYS_1, HEAD_DIM)
-    v1 = _keys(v_ptr, SECOND, L, v_row, KEYS_1, HEAD_DIM)
+    k0 = _rows(k_ptr, 0, L, k_row, KEYS_0, HEAD_DIM, True)
+    v0 = _rows(v_ptr, 0, L, v_row, KEYS_0, HEAD_DIM, True)
+    k1 = _rows(k_ptr, SECOND, L, k_row, KEYS_1, HEAD_DIM, True)
+    v1 = _rows(v_ptr, SECOND, L, v_row, KEYS_1, HEAD_DIM, True)
     if KEYS_2:
-        k2 = _keys(k_ptr, THIRD, L, k_row, KEYS_2, HEAD_DIM)
-        v2 = _keys(v_ptr, THIRD, L, v_row, KEYS_2, HEAD_DIM)
+        k2 = _rows(k_ptr, THIRD, L, k_row, KEYS_2, HEAD_DIM, True)
+        v2 = _rows(v_ptr, THIRD, L, v_row, KEYS_2, HEAD_DIM, True)
     dims = tl.arange(0, HEAD_DIM)
     for first in range(0, N, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
@@ -192,16 +192,6 @@ def _attention_resident_kernel(
         if lse_ptr is not None:
             lse_ptrs = lse_ptr + (sample * H + head) * N + rows
             tl.store(lse_ptrs, peak + tl.log2(total), mask=in_rows)
-
-
-@triton.jit
-def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first ... first + BLOCK - 1 of one head of q, k, v, o or do; zero from `size` on."""
-    rows = first + tl.arange(0, BLOCK)
-    ptrs = ptr + rows[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
-    if MASKED:
-        return tl.load(ptrs, mask=(rows < size)[:, None], other=0.0)
-    return tl.load(ptrs)
 
 
 @triton.jit
@@ -437,22 +427,23 @@ def _fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not keep and q.numel():  # backward wants what only the kernels leave
+        if _choose(q, k.shape[1], bias is not None, implementation)[0] == "torch":
+            o = attention_reference(q, k, v, scale, bias).contiguous()
+            return o, q.new_empty(0, dtype=torch.float32)
     o, lse = _alloc(q, keep)
     if o.numel():
-        run(o, q, k, v, scale, bias, lse if keep else None, implementation)
+        run(o, q, k, v, scale, bias, lse if keep else None)
     return o, lse
 
 
-def run(o, q, k, v, scale, bias=None, lse=None, implementation="triton"):
-    """Launch what computes o (B, N, H, d), by table or rule; lse (B, H, N) without a bias only."""
+def run(o, q, k, v, scale, bias=None, lse=None):
+    """Launch what computes o (B, N, H, d), configured by table or rule; lse (B, H, N) without a
+    bias only."""
     B, N, H, d = q.shape
     L = k.shape[1]
     _check_spans(q, k, v)
-    chosen, config = _choose(q, L, bias is not None, implementation)
-    if chosen == "torch" and lse is None:
-        return o.copy_(attention_reference(q, k, v, scale, bias))
-    if chosen == "torch":  # measured faster, but backward wants the sums' logarithms
-        config = meta(N, L, q.dtype)
+    _, config = _choose(q, L, bias is not None, "triton")
     options = {name: config[name] for name in ("BLOCK_M", "num_warps", "num_stages")}
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     with torch.cuda.device_of(q):
@@ -534,9 +525,12 @@ def _save(ctx, inputs, output):
     q, k, v, bias, ctx.scale, keep, _ = inputs
     ctx.save_for_backward(q, k, v, bias, *(output if keep else ()))
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the logarithms
 
 
 def _backward(ctx, do, _):
+    if do is None:
+        return (None,) * 7
     q, k, v, bias, *rest = ctx.saved_tensors
     if rest and not torch.is_grad_enabled():
         return *attention_backward(do.contiguous(), q, k, v, *rest, ctx.scale), *(None,) * 4

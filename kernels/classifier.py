@@ -203,7 +203,8 @@ def classifier(
         y = x[:, tokens[0] : tokens[-1] + 1]
         y = layer_norm(y, norm_weight, norm_bias, eps, heads[0].dtype, **use)
         of = [heads[2 * t : 2 * t + 2] for t in tokens]
-        return fuse(fusion, [linear(y[:, i], *h, **use) for i, h in enumerate(of)])
+        logits = [linear(y[:, i], *h, **use) for i, h in enumerate(of)]
+        return fuse(fusion, logits).to(heads[0].dtype)  # softmax under autocast is fp32
     rest = [t if t is None else t.contiguous() for t in (norm_weight, norm_bias, *heads)]
     if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
         x = x[:, : 1 + distilled].contiguous()

@@ -9,8 +9,8 @@ Backward, per row, with g = dy * w and dh the gradient arriving at h:
 
 M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
 output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
-there is no residual) and weight; mean and rstd are recomputed from the row, which backward reads
-anyway. dw and db are summed over the rows of a program in fp32, then over the programs.
+there is no residual), weight and bias; mean and rstd are recomputed from the row, which backward
+reads anyway. dw and db are summed over the rows of a program in fp32, then over the programs.
 """
 
 from functools import cache
@@ -132,14 +132,18 @@ def _fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     y, h = _alloc(x, residual, out_dtype)
+    run(y, x, weight, bias, eps, residual, None if residual is None else h)
+    return y, h
+
+
+def run(y, x, weight, bias, eps, residual=None, h=None):
+    """Launch what computes y (M, N) of contiguous operands; h (M, N) with a residual only."""
     M, N = x.shape
     config = meta(N)
     if M > 0:
         grid = (_runtime.cdiv(M, config["BLOCK_M"]),)
-        h_out = None if residual is None else h
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _layer_norm_kernel[grid](x, residual, weight, bias, y, h_out, M, N, eps, **config)
-    return y, h
+            _layer_norm_kernel[grid](x, residual, weight, bias, y, h, M, N, eps, **config)
 
 
 @_fwd.register_fake
@@ -176,11 +180,15 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x if residual is None else output[1], weight, bias)
     ctx.res_dtype = None if residual is None else residual.dtype
     ctx.dtype = x.dtype
+    ctx.set_materialize_grads(False)  # no zeros for h where nothing reads it
 
 
 def _backward(ctx, dy, dh):
     h, weight, bias = ctx.saved_tensors
-    dh = None if ctx.res_dtype is None else dh
+    dh = None if ctx.res_dtype is None else dh  # of the empty h, if anyone asks
+    if dy is None:  # nothing comes back through the normalisation
+        grads = (None if dh is None else dh.to(dtype) for dtype in (ctx.dtype, ctx.res_dtype))
+        return *grads, *(None,) * 4
     if torch.is_grad_enabled():  # a second derivative is wanted
 
         def forward(h, weight, bias):
@@ -190,9 +198,9 @@ def _backward(ctx, dy, dh):
         dx = dx if dh is None else dx + dh
     else:
         dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
-        dtype = ctx.dtype if dh is None else torch.promote_types(ctx.dtype, ctx.res_dtype)
+        dtype = torch.promote_types(ctx.dtype, ctx.res_dtype or ctx.dtype)
         dx, (dw, db) = layer_norm_backward(dy, dh, h, weight, ctx.eps, dtype)
-    dres = None if dh is None else dx.to(ctx.res_dtype)
+    dres = None if ctx.res_dtype is None or dx is None else dx.to(ctx.res_dtype)
     grads = zip((dx, dw, db), (ctx.dtype, weight.dtype, bias.dtype), strict=True)
     dx, dw, db = (t if t is None else t.to(dtype) for t, dtype in grads)
     return dx, dres, dw, db, None, None

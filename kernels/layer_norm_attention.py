@@ -26,8 +26,8 @@ from torch import Tensor
 from . import _runtime
 from .attention import HEAD_DIMS, attention, attention_backward_packed, attention_reference
 from .attention import run as attend
-from .layer_norm import _fwd as normalise
 from .layer_norm import layer_norm_reference
+from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
 from .linear import linear, linear_backward, linear_reference, run
 
@@ -80,18 +80,18 @@ def _train(
     if not y.numel():
         return made
     x = x.flatten(0, 1)
-    out = normalise(x, None, norm_weight, norm_bias, eps, qkv.dtype)[0]
-    run(qkv.view(len(x), -1), out, qkv_weight, qkv_bias, implementation=implementation)
-    if not recompute:
-        normed = out
-    del out
+    if recompute:  # what backward makes again lives as long as it is read
+        normed = qkv.new_empty(x.shape)
+    normalise(normed, x, norm_weight, norm_bias, eps)
+    run(qkv.view(len(x), -1), normed, qkv_weight, qkv_bias, implementation=implementation)
+    del normed
     attend(o, *qkv.unbind(2), scale, lse=lse)
     run(
         y.flatten(0, 1), o.view(len(x), -1), proj_weight, proj_bias, x if add else None,
         layer_scale, row_scale, z=None if layer_scale is None else scaled,
         implementation=implementation,
     )  # fmt: skip
-    return y, qkv, o, lse, normed, scaled
+    return made
 
 
 @_train.register_fake
@@ -103,9 +103,12 @@ def _save(ctx, inputs, output):
     *tensors, ctx.num_heads, ctx.eps, ctx.scale, ctx.add, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is only saved
 
 
 def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 15
     *tensors, qkv, o, lse, normed, scaled = ctx.saved_tensors
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, ls, rs = tensors
     nothing = (None,) * 7  # row_scale and what is no tensor

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime, _tuned
-from .layer_norm import _fwd as normalise
 from .layer_norm import layer_norm_reference
+from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
 from .linear import (
     MOMENTS_WIDTH,
@@ -206,18 +206,16 @@ def _train(
     y, z, normed, a, scaled = made
     if not y.numel():
         return made
-    if recompute:
-        a = torch.empty_like(z)
-    out = normalise(x, None, norm_weight, norm_bias, eps, z.dtype)[0]
-    run(a, out, fc1_weight, fc1_bias, z=z, activation="gelu", implementation=implementation)
-    if not recompute:
-        normed = out
-    del out
+    if recompute:  # what backward makes again lives as long as it is read
+        normed, a = z.new_empty(x.shape), torch.empty_like(z)
+    normalise(normed, x, norm_weight, norm_bias, eps)
+    run(a, normed, fc1_weight, fc1_bias, z=z, activation="gelu", implementation=implementation)
+    del normed
     run(
         y, a, fc2_weight, fc2_bias, x if add else None, layer_scale, row_scale,
         z=None if layer_scale is None else scaled, implementation=implementation,
     )  # fmt: skip
-    return y, z, normed, made[3] if recompute else a, scaled
+    return made
 
 
 @_train.register_fake
@@ -229,9 +227,12 @@ def _save(ctx, inputs, output):
     *tensors, ctx.eps, ctx.add, _, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is only saved
 
 
 def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 13
     *tensors, z, normed, a, scaled = ctx.saved_tensors
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ls, rs = tensors
     nothing = (None,) * 5  # row_scale and what is no tensor

@@ -15,8 +15,8 @@ K), b and layer_scale (N,), row_scale (S,) (stochastic depth: 0 or 1 / keep prob
 and y (M, N). Products accumulate in fp32; the epilogue is fp32 and rounds once, to y's dtype: the
 residual's where there is one (autocast keeps that stream in fp32), x's otherwise. fp32 products
 are IEEE fp32, never TF32 (of backward's two, PyTorch's setting decides). GELU is erf in fp32 and
-within 3e-5 of it in half precision. Saved for backward: x, W, layer_scale, row_scale and, with GELU
-or a layer_scale, z in x's dtype.
+within 3e-5 of it in half precision. Saved for backward: x, W, b, layer_scale, row_scale and, with
+GELU or a layer_scale, z in x's dtype.
 
 In inference the epilogue may also leave the moments of y's rounded rows, (N / 64, 2, M) in fp32:
 mean and sum of squared differences from it, of each 64 columns. layer_norm_linear, which shares the
@@ -600,9 +600,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, layer_scale, row_scale, z)
     ctx.res_dtype = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for the moments and z
 
 
 def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 10
     x, weight, bias, layer_scale, row_scale, z = ctx.saved_tensors
     dresidual = None if ctx.res_dtype is None else dy.to(ctx.res_dtype)
     if torch.is_grad_enabled():  # a second derivative is wanted

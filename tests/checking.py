@@ -20,7 +20,7 @@ def assert_as_accurate(got, same_dtype, true, what="", factor=2.0):
     assert got.shape == true.shape, f"{what}: {tuple(got.shape)} != {tuple(true.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
     if true.numel() and not true.any():
-        got, same_dtype, true = got + 1, same_dtype + 1, true + 1
+        got, same_dtype, true = (t.double() + 1 for t in (got, same_dtype, true))
     error = relative_error(got, true)
     allowed = factor * relative_error(same_dtype, true) + 4 * torch.finfo(torch.float32).eps
     assert error <= allowed, f"{what}: relative error {error:.2e} > {allowed:.2e}"

@@ -1,5 +1,7 @@
 """The whole model: one embedding kernel, a last block for the prefix tokens, one classifier."""
 
+from functools import partial
+
 import timm.models.deit as timm_deit
 import timm.models.vision_transformer as timm_vit
 import torch
@@ -85,13 +87,14 @@ class FastTransformer(Fast):
     def _run_prefix(self, x):
         """Tokens after the last block: as many as there are heads, or more."""
         x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
-        first = {"prefix": len(self._heads())} if type(last) is Block else {}
-        run_last = last.forward_prefix if first else last
+        run_last = last
+        if type(last) is Block:
+            run_last = partial(last.forward_prefix, prefix=len(self._heads()))
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
-            return checkpoint(run_last, x, **first)
-        x, moments = _run(before, x)
-        return run_last(x, **first, **({"moments": moments} if first else {}))
+            return checkpoint(run_last, x)
+        x, moments = _run(before, x, return_moments=type(last) is Block)
+        return run_last(x) if moments is None else run_last(x, moments=moments)
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]

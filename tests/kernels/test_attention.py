@@ -50,6 +50,17 @@ def test_every_configuration_a_table_may_name(config, shape, dtype, device):
     torch.testing.assert_close(lse.double(), scores.logsumexp(3) * LOG2_E, atol=1e-5, rtol=1e-5)
 
 
+def test_a_table_may_give_it_to_torch(device):
+    """With gradients it keeps its kernels, which leave what backward reads."""
+    inputs = make_inputs(2, 2, 20, 20, 32, packed=True, device=device)
+    halves = {name: t.half() for name, t in inputs.items()}
+    with pretend(Chip("H200", (9, 0), 4)), _tuned.forced("attention", {"implementation": "torch"}):
+        got = attention(**halves)
+        torch.testing.assert_close(got, attention_reference(**halves), rtol=0, atol=0)
+        assert got.is_contiguous()
+        check(attention, attention_reference, inputs, FP16)
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [(198, 198), (2, 70), (33, 65)], ids=str)
 def test_backward_on_an_a100(shape, dtype, device):

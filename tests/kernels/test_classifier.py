@@ -21,6 +21,19 @@ def test_two_heads(case, fusion, dtype, device):
     check(triton_classifier, classifier_reference, inputs, dtype, grads=False)
 
 
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_gradients(fusion, dtype, device):
+    """It is then made of its parts."""
+    inputs = make_inputs(5, 7, 64, 33, device=device) | {"fusion": fusion}
+    check(triton_classifier, classifier_reference, inputs, dtype)
+
+
+def test_gradients_of_one_head(device):
+    inputs = make_inputs(5, 7, 64, 33, distilled=False, device=device)
+    check(triton_classifier, classifier_reference, inputs, FP16)
+
+
 @pytest.mark.parametrize("fusion", ["joint", "class"])
 def test_one_head(fusion, device):
     inputs = make_inputs(5, 7, 100, 33, distilled=False, device=device) | {"fusion": fusion}
@@ -66,6 +79,10 @@ def test_autocast(device):
         got, torchs = triton_classifier(**inputs), classifier_reference(**inputs)
     assert got.dtype == torchs.dtype == FP16
     assert_as_accurate(got, torchs, exact)
+    inputs["x"].requires_grad_()
+    with torch.autocast(device, FP16):
+        for fusion in FUSIONS:
+            assert triton_classifier(**inputs, fusion=fusion).dtype == FP16
 
 
 def test_nan_stays_with_its_image(device):

@@ -6,7 +6,12 @@ import pytest
 import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
-from deit_fast.kernels import cases, layer_norm_attention, layer_norm_attention_reference
+from deit_fast.kernels import (
+    _runtime,
+    cases,
+    layer_norm_attention,
+    layer_norm_attention_reference,
+)
 from deit_fast.kernels.cases import layer_norm_attention_inputs as make_inputs
 from deit_fast.kernels.layer_norm_attention import _train
 
@@ -15,7 +20,7 @@ triton_layer_norm_attention = partial(layer_norm_attention, implementation="trit
 
 def pre_norm(fn):
     """fn with its input as the residual too."""
-    return lambda x, **rest: fn(x, residual=x, **rest)
+    return lambda x, **rest: fn(x=x, residual=x, **rest)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
@@ -32,10 +37,18 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
 def test_saved_or_made_again(recompute, implementation, device):
     """Also without a residual and without biases."""
     inputs = make_inputs(2, 2, 20, 64, 32, device=device)
-    fn = partial(layer_norm_attention, implementation=implementation, recompute=recompute)
-    check(fn, layer_norm_attention_reference, inputs, FP32)
-    inputs |= {"qkv_bias": None, "proj_bias": None}
-    check(pre_norm(fn), pre_norm(layer_norm_attention_reference), inputs, FP32)
+    nodes = []
+
+    def fn(**inputs):
+        y = layer_norm_attention(**inputs, implementation=implementation, recompute=recompute)
+        nodes.append(y.grad_fn and y.grad_fn.name())
+        return y
+
+    with _runtime.pretend(_runtime.Chip("H200", (9, 0), 4)):  # "cublas" leaves attention to "auto"
+        check(fn, layer_norm_attention_reference, inputs, FP16)
+        inputs |= {"qkv_bias": None, "proj_bias": None}
+        check(pre_norm(fn), pre_norm(layer_norm_attention_reference), inputs, FP16)
+    assert sum("layer_norm_attention_training" in str(name) for name in nodes) == 2
 
 
 def test_one_node_saves_what_the_docstring_lists(device):

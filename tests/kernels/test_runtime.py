@@ -1,14 +1,16 @@
 """Which implementation serves which chip, and that the choice can be asked for and explained."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from deit_fast import kernels
 from deit_fast.bench.launches import Recorder
-from deit_fast.kernels import _runtime, linear
+from deit_fast.kernels import _runtime, cases, linear
 
 FP16, FP32 = torch.float16, torch.float32
 V100, T4, A100, H100, B200 = (7, 0), (7, 5), (8, 0), (9, 0), (10, 0)
@@ -140,3 +142,65 @@ def test_an_operator_is_dispatched_where_something_watches(call, device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for the device")
 def test_an_operator_is_dispatched_on_the_meta_device(call, monkeypatch):
     assert call(on="meta").shape == (4, 8)
+
+
+OPERATIONS = {
+    "layer_norm": partial(cases.layer_norm_inputs, (6, 64)),
+    "add_layer_norm": lambda **on: (
+        (made := cases.layer_norm_inputs((6, 64), **on)) | {"residual": made["x"].clone()}
+    ),
+    "linear": partial(cases.linear_inputs, 6, 2, 64, 32, activation="gelu", residual=True),
+    "attention": partial(cases.attention_inputs, 1, 2, 5, 5, 32),
+    "layer_norm_attention": partial(cases.layer_norm_attention_inputs, 2, 2, 5, 64, 32),
+    "layer_norm_mlp": partial(cases.layer_norm_mlp_inputs, 6, 2, 64, 32),
+}
+
+
+@pytest.fixture(params=OPERATIONS)
+def differentiated(request, device):
+    """The results of an operation on leaves, in Triton, and the leaves."""
+    inputs = OPERATIONS[request.param](device=device)
+    if "residual" in inputs and "norm_weight" in inputs:
+        inputs["residual"] = inputs["x"]
+    leaves = [t.requires_grad_() for k, t in inputs.items() if torch.is_tensor(t)]
+    inputs |= {k: t.detach() for k, t in inputs.items() if k == "row_scale"}
+    results = getattr(kernels, request.param)(**inputs, implementation="triton")
+    return results if isinstance(results, tuple) else (results,), leaves
+
+
+def test_backward_makes_no_zeros(differentiated):
+    """Unless it is told not to, PyTorch hands backward a tensor of zeros for each result without a
+    gradient: as many bytes as all that is saved."""
+    (y, *_), leaves = differentiated
+    with Recorder() as recorder:
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    assert not any("zero" in name or "full" in name for name in recorder.others), recorder.others
+    assert recorder.calls and grads[0].any()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_comes_and_none_goes(differentiated):
+    results, leaves = differentiated
+    ends = [NoGradient.apply(y).sum() for y in results]
+    grads = torch.autograd.grad(sum(ends), leaves, allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
+
+
+def test_only_the_sum_of_add_layer_norm_is_used(device):
+    x, weight, bias = cases.layer_norm_inputs((6, 64), device=device).values()
+    x, residual = x.half().requires_grad_(), x.clone().requires_grad_()
+    _, h = kernels.add_layer_norm(x, residual, weight, bias, implementation="triton")
+    upstream = torch.randn_like(h)
+    dx, dresidual = torch.autograd.grad(h, (x, residual), upstream)
+    assert (dx.dtype, dresidual.dtype) == (FP16, FP32)
+    torch.testing.assert_close(dresidual, upstream, rtol=0, atol=0)
+    torch.testing.assert_close(dx, upstream.half(), rtol=0, atol=0)
