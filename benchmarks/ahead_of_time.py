@@ -195,6 +195,11 @@ EPILOGUES = {
     "bias+scales+residual": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
     "bias+gelu, z": ("gelu", ("b_ptr", "z_ptr")),  # in training
     "bias+scales+residual, z": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr")),
+    "bias+residual, fp32 stream": ("none", ("b_ptr", "res_ptr")),  # under autocast
+    "bias+scales+residual, z, fp32 stream": (
+        "none",
+        ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr"),
+    ),
     "gelu_backward": ("gelu_backward", ("z_ptr", "a_ptr", "col_sums_ptr")),
 }
 # Every epilogue in the rule's configurations; these in the others, and the first three in fp16.
@@ -241,7 +246,7 @@ def _linear(arch):
             for name, (activation, present) in EPILOGUES.items():
                 if "moments" in name and config["BLOCK_N"] < 64 or "scales" in name and N == 192:
                     continue  # never asked of it
-                if dtype == FP32 and ("moments" in name or "folded" in name):
+                if dtype == FP32 and any(w in name for w in ("moments", "folded", "stream")):
                     continue
                 if config not in rule and name not in HEAVIEST:
                     continue  # what takes fewer registers
@@ -254,17 +259,20 @@ def _linear(arch):
                         "w_ptr": (dtype, config["BLOCK_N"], config["BLOCK_K"]),
                     }
                 pointers |= _optional(present, dtype)
+                if "stream" in name:
+                    stream = {"b_ptr", "res_ptr", "ls_ptr", "rs_ptr"} & set(present)
+                    pointers |= dict.fromkeys(stream | {"y_ptr"}, FP32)
                 sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
                 meta = config
                 if activation == "gelu_backward":
                     meta = OPS["linear"].backward_config(config)
                 constexprs = {"ACTIVATION": activation, "EVEN_K": True, "PARTS": K // 64}
                 tiles = {"y_ptr", "res_ptr", "z_ptr", "a_ptr"} & {"y_ptr", *present}
-                elements = M * K + N * K + M * N * len(tiles)
+                moved = (M * K + N * K) * dtype.itemsize
+                moved += M * N * sum(pointers[name].itemsize for name in tiles)
                 yield Case(
                     "linear", f"{name}, {_tile(config)}, {TRITON_TYPE[dtype]}", "_linear_kernel",
-                    arch, pointers | sizes, constexprs, meta,
-                    elements * dtype.itemsize, 2 * M * N * K, dtype != FP32,
+                    arch, pointers | sizes, constexprs, meta, moved, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
 
 

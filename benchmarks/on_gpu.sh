@@ -135,7 +135,8 @@ run_stage() {
 
 half=bf16 engine=deit_fast_engine_bf16,compile_reduce_overhead_bf16,
 host=eager_bf16,deit_fast_bf16,deit_fast_engine_bf16
-marked=deit_fast_amp_bf16_train,compile_max_autotune_amp_bf16_train,eager_amp_bf16_train,compile_amp_bf16_train
+marked=deit_fast_reduce_overhead_amp_bf16_train,compile_max_autotune_amp_bf16_train
+marked=$marked,deit_fast_amp_bf16_train,eager_amp_bf16_train,compile_amp_bf16_train
 train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
 train=$train,compile_bf16_train,compile_max_autotune_bf16_train
 [ "$gpu" = 1 ] || { half=fp32 engine= host=deit_fast_fp32 marked=; train=eager_fp32_train,deit_fast_fp32_train; }

@@ -214,7 +214,7 @@ def _train_table(chip, protocol):
             ])  # fmt: skip
     headings = [
         "network", "batch", *modes, f"{OURS} / max-autotune", "wanted of an H200",
-        "GB max-autotune", "GB deit_fast",
+        "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     caption = "images/s: median. GB: the most allocated at once, both in autocast bf16"
     return _table(caption, headings, rows) if rows else ""

@@ -117,6 +117,7 @@ def _backward(ctx, dy, *_):
         def forward(x, *rest):
             *operands, layer_scale = rest
             y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
+            operands = _runtime.cast(qkv.dtype, *operands)
             split = linear_reference(y.to(qkv.dtype), *operands[2:4])
             q, k, v = split.unflatten(-1, (3, ctx.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
             attended = (ctx.scale * q @ k.transpose(-2, -1)).softmax(-1) @ v  # SDPA has no second
@@ -211,9 +212,10 @@ def _trains(x, tensors, residual, implementation) -> bool:
 
 
 def _training(x, operands, num_heads, eps, scale, add, recompute, implementation):
-    *weights, layer_scale, row_scale = operands
+    *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
     dtype = _runtime.autocast_dtype(x)
-    weights = [*weights[:2], *_runtime.cast(dtype, *weights[2:])]
+    w1, w2 = _runtime.cast(dtype, w1, w2)  # biases are added in fp32 as they are
+    weights = (*norm, w1, b1, w2, b2)
     (rows, _), D, D_out = weights[2].shape, x.shape[2], weights[4].shape[0]
     names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
     shapes = ((D,), (D,), (rows, D), (rows,), (D_out, rows // 3), (D_out,))
@@ -221,8 +223,8 @@ def _training(x, operands, num_heads, eps, scale, add, recompute, implementation
     scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
     residual = (x if add else None, (*x.shape[:2], D_out))
     _runtime.expect("layer_norm_attention", x, **named, **scales, residual=residual)
-    products = {k: named[k] for k in names[2:]}
-    _runtime.expect("layer_norm_attention", x, dtype or x.dtype, **products)
+    if dtype is None:
+        _runtime.expect("layer_norm_attention", x, x.dtype, **{k: named[k] for k in names[2:]})
     rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
     return _train(
         x.contiguous(), *rest, num_heads, eps, scale, add, recompute, implementation

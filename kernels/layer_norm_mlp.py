@@ -243,9 +243,9 @@ def _backward(ctx, dy, *_):
             x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
             residual = x if ctx.add else None
             *operands, layer_scale = rest
-            dtype = fc1_weight.dtype
             y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
-            y = linear_reference(y.to(dtype), *operands[2:4], "gelu")
+            operands = _runtime.cast(fc1_weight.dtype, *operands)
+            y = linear_reference(y.to(fc1_weight.dtype), *operands[2:4], "gelu")
             y = linear_reference(y, *operands[4:], "none", residual, layer_scale, rs)
             return y.flatten(0, 1)
 
@@ -377,9 +377,10 @@ def _trains(x, tensors, residual, implementation) -> bool:
 
 
 def _training(x, operands, eps, add, recompute, implementation):
-    *weights, layer_scale, row_scale = operands
+    *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
     dtype = _runtime.autocast_dtype(x)
-    weights = [*weights[:2], *_runtime.cast(dtype, *weights[2:])]
+    w1, w2 = _runtime.cast(dtype, w1, w2)  # biases are added in fp32 as they are
+    weights = (*norm, w1, b1, w2, b2)
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     D, hidden = x.shape[-1], weights[2].shape[0]
     D_out = weights[4].shape[0]
@@ -388,7 +389,8 @@ def _training(x, operands, eps, add, recompute, implementation):
     scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
     residual = (x if add else None, (*x.shape[:-1], D_out))
     _runtime.expect("layer_norm_mlp", x, **named, **scales, residual=residual)
-    _runtime.expect("layer_norm_mlp", x, dtype or x.dtype, **{k: named[k] for k in names[2:]})
+    if dtype is None:
+        _runtime.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})
     rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
     y = _train(x.reshape(-1, D).contiguous(), *rest, eps, add, recompute, implementation)[0]
     return y.view(*x.shape[:-1], D_out)

@@ -462,7 +462,7 @@ def run(
     backward = activation == "gelu_backward"
     with torch.cuda.device_of(x):
         if chosen == "cublas" and epilogue in ("", "bias") and z is None:
-            args = (x, weight.t()) if bias is None else (bias, x, weight.t())
+            args = (x, weight.t()) if bias is None else (bias.to(x.dtype), x, weight.t())
             (torch.mm if bias is None else torch.addmm)(*args, out=y)
             return
         if chosen == "cublas":
@@ -612,6 +612,7 @@ def _backward(ctx, dy, *_):
         samples = 1 if row_scale is None else row_scale.shape[0]
 
         def forward(x, weight, bias, layer_scale):
+            bias = bias if bias is None else bias.to(x.dtype)
             x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
             operands = (x, weight, bias, ctx.activation, None, layer_scale, row_scale)
             return linear_reference(*operands).flatten(0, 1)
@@ -663,15 +664,10 @@ def _(dy, weight, z, implementation):
 
 def worth_moments(x, N, tensors) -> bool:
     """Whether the next product, three or four times as wide in a transformer, can fold its
-    LayerNorm with profit: see layer_norm_linear."""
+    LayerNorm with profit, without gradients: see layer_norm_linear."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     half = half and all(t is None or t.dtype == x.dtype for t in tensors)
-    return (
-        half
-        and N % MOMENTS_WIDTH == 0
-        and _runtime.at_least(x.shape[0], 8 * N)
-        and not _runtime.wants_grad(*tensors)
-    )
+    return half and N % MOMENTS_WIDTH == 0 and _runtime.at_least(x.shape[0], 8 * N)
 
 
 def _torch(x, weight, bias, activation, residual, layer_scale, row_scale):
@@ -705,7 +701,7 @@ def linear(
 
     x (..., K), weight (N, K), bias and layer_scale (N,), residual (..., N), row_scale (S,) where x
     has S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16;
-    under autocast they are cast to its dtype and the residual stays as it is. Returns (..., N) in
+    under autocast x and weight are cast to its dtype, the others stay as they are. Returns (..., N) in
     the promoted dtype of x and residual. `activation`: "none" | "gelu" (erf; in half precision
     within 3e-5 of it). `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets
     no gradient. With `return_moments` also what `layer_norm_linear` wants to know of the result's
@@ -733,14 +729,15 @@ def linear(
     if chosen == "torch":
         y = _torch(x, weight, bias, activation, residual, layer_scale, row_scale)
         return (y, None) if return_moments else y
-    x, weight, bias = _runtime.cast(dtype, x, weight, bias)
+    x, weight = _runtime.cast(dtype, x, weight)  # the bias is added in fp32 as it is
     x2 = x.reshape(-1, K).contiguous()
     res2 = None if residual is None else residual.reshape(-1, N)
     rest = (weight, bias, res2, layer_scale, row_scale)
-    emit = return_moments and worth_moments(x2, N, (x, *rest))
+    trains = _runtime.wants_grad(x2, *rest)
+    emit = return_moments and not trains
+    emit = emit and worth_moments(x2, N, (weight, res2, layer_scale, row_scale))
     # what GELU's and the LayerScale's gradients are made of
-    keep = activation == "gelu" or layer_scale is not None
-    keep = keep and _runtime.wants_grad(x2, *rest)
+    keep = trains and (activation == "gelu" or layer_scale is not None)
     rest = (t if t is None else t.contiguous() for t in rest)
     y, moments, _ = _fwd(x2, *rest, activation, emit, keep, implementation)
     y = y.view(*lead, N)

@@ -248,3 +248,20 @@ def test_compiled_training_step(device):
     torch.compiler.reset()
     fast.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradients(fast, x), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, BF16], ids=["fp32", "autocast bf16"])
+def test_a_training_step_in_cuda_graphs(dtype, device):
+    """The first calls warm up and record, the others replay."""
+    _, fast = tiny_pair("triton", **DEEPER)
+    fast = fast.to(device).train()
+    x = images(fast, batch=4).to(device)
+    want = gradients(fast, x, dtype)
+    torch.compiler.reset()
+    fast.compile(mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = gradients(fast, x, dtype)
+        for name, g in got.items():
+            assert relative_error(g, want[name]) < (1e-5 if dtype is None else 1e-2), name

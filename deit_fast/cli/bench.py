@@ -27,7 +27,8 @@ DEFAULT_MODES = {
     "cpu": "eager_fp32,deit_fast_fp32",
 }
 TRAIN_MODES = {
-    "cuda": "eager_amp_bf16_train,compile_max_autotune_amp_bf16_train,deit_fast_amp_bf16_train",
+    "cuda": "eager_amp_bf16_train,compile_max_autotune_amp_bf16_train,deit_fast_amp_bf16_train,"
+    "deit_fast_reduce_overhead_amp_bf16_train",
     "cpu": "eager_fp32_train,deit_fast_fp32_train",
 }
 

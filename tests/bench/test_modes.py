@@ -16,8 +16,10 @@ def test_the_modes_are_those_of_the_results_format():
     backward = [f"{name}_train" for name in forward if not name.endswith(without)]
     mixed = [
         f"{name}_amp_bf16_train"
-        for name in ("eager", "compile", "compile_max_autotune", "deit_fast")
-    ]
+        for name in (
+            "eager", "compile", "compile_max_autotune", "deit_fast", "deit_fast_reduce_overhead",
+        )
+    ]  # fmt: skip
     assert list(MODES) == forward + backward + mixed
     for name in mixed:  # as people train: weights stay in fp32
         assert MODES[name].dtype == torch.float32 and MODES[name].autocast == torch.bfloat16
@@ -25,7 +27,7 @@ def test_the_modes_are_those_of_the_results_format():
     for name, mode in MODES.items():
         assert mode.train == name.endswith("_train")
         assert mode.fast == name.startswith("deit_fast")
-        assert bool(mode.compile) == name.startswith("compile")
+        assert bool(mode.compile) == (name.startswith("compile") or "overhead" in name)
         assert mode.precision in name
 
 
@@ -42,6 +44,7 @@ def test_each_mode_is_compared_with_eager_of_its_precision():
         "compile_amp_bf16_train": "eager_amp_bf16_train",
         "compile_max_autotune_amp_bf16_train": "eager_amp_bf16_train",
         "deit_fast_amp_bf16_train": "eager_amp_bf16_train",
+        "deit_fast_reduce_overhead_amp_bf16_train": "eager_amp_bf16_train",
     }.items():
         assert MODES[name].eager is MODES[eager]
 

@@ -124,7 +124,9 @@ def test_compiled_rows_agree(vit):
 
 
 STEP = Plan("step", batch=3, runs=2, warmup=1)
-STEPPED = ["deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16"]
+STEPPED = [
+    "deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16", "deit_fast_reduce_overhead_amp_bf16",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", STEPPED)
