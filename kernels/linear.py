@@ -700,8 +700,8 @@ def linear(
     """`residual + row_scale * layer_scale * activation(x @ weight.T + bias)`, each part optional.
 
     x (..., K), weight (N, K), bias and layer_scale (N,), residual (..., N), row_scale (S,) where x
-    has S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16;
-    under autocast x and weight are cast to its dtype, the others stay as they are. Returns (..., N) in
+    has S samples along its first dimension. x, weight and bias share one of fp32, fp16, bf16; under
+    autocast x and weight are cast to its dtype, the others stay as they are. Returns (..., N) in
     the promoted dtype of x and residual. `activation`: "none" | "gelu" (erf; in half precision
     within 3e-5 of it). `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets
     no gradient. With `return_moments` also what `layer_norm_linear` wants to know of the result's

@@ -237,17 +237,18 @@ def test_grad_checkpointing(backend, device):
     assert saved_bytes(fast, x) < all_bytes / 2
 
 
-def test_compiled_training_step(device):
+@pytest.mark.parametrize("dtype", [None, FP16], ids=["fp32", "autocast fp16"])
+def test_compiled_training_step(dtype, device):
     """Forward and backward in one graph each, with stochastic depth and dropout drawn as eagerly.
     test_compiles_into_one_graph has inductor's code; this backend leaves the random numbers be."""
     _, fast = tiny_pair("triton", drop_path_rate=0.6, drop_rate=0.3, **DEEPER)
     fast = fast.to(device).train()
     fast.set_distilled_training(True)
     x = images(fast, batch=4).to(device)
-    want = gradients(fast, x)
+    want = gradients(fast, x, dtype)
     torch.compiler.reset()
     fast.compile(backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(gradients(fast, x), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(fast, x, dtype), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

@@ -124,9 +124,7 @@ def test_compiled_rows_agree(vit):
 
 
 STEP = Plan("step", batch=3, runs=2, warmup=1)
-STEPPED = [
-    "deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16", "deit_fast_reduce_overhead_amp_bf16",
-]  # fmt: skip
+STEPPED = ["deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16"]
 
 
 @pytest.mark.parametrize("mode", STEPPED)
@@ -137,6 +135,16 @@ def test_a_full_step_is_measured(vit, mode):
     assert (row.protocol, row.batch, len(times)) == ("step", 3, 2)
     assert row.relative_error < 1e-5 if mode.endswith("fp32") else row.relative_error > 1e-4
     torch.testing.assert_close(dict(vit.model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_ours_may_be_compiled_too(vit, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append((model, how)) or model)
+    step = vit.step(MODES["deit_fast_reduce_overhead_amp_bf16_train"])
+    step(vit.batch(3))
+    ((model, how),) = asked
+    assert model is step.model and how == {"mode": "reduce-overhead", "dynamic": False}
+    assert isinstance(model, deit_fast.layers.VisionTransformerDistilled)
 
 
 def test_every_timed_step_updates_and_the_compared_ones_do_not(vit, monkeypatch):
