@@ -10,19 +10,18 @@ one DeiT call at batch 256 that it serves. tests/test_ahead_of_time.py asserts o
 
 import argparse
 import importlib
+import io
 import json
 import os
 import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 OPS = {  # the modules: the functions of the same names hide them as attributes of the package
@@ -460,8 +459,12 @@ def compile_case(case: Case) -> Row:
         and (case.op, name) != ("attention", "N")
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    log = _ptxas_log(compiled.asm["ptx"], case.arch)
+    said = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(said):
+        knobs.compilation.always_compile = True  # a cached kernel has no log
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    log = said.getvalue()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
     limit = SHARED_MEMORY_LIMIT[case.arch]
@@ -476,19 +479,6 @@ def compile_case(case: Case) -> Row:
         tuple(sorted(set(re.findall(r"C75\d\d", log)))),
         case.asynchronous, case.bytes / 1e6, case.flops / 1e9,
     )  # fmt: skip
-
-
-def _ptxas_log(ptx, arch):
-    ptxas = get_ptxas(arch) if get_ptxas.__code__.co_argcount else get_ptxas()
-    suffix = "a" if arch >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{suffix}", path, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas for sm_{arch}: {done.stderr.strip().splitlines()[0]}")
-    return done.stderr
 
 
 def rows(archs, ops=None):

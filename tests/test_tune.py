@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from modelling import TINY, images, tiny_pair
+from triton.runtime.interpreter import GridExecutor
 
 import deit_fast
 from deit_fast import tune
@@ -81,6 +82,7 @@ def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
 
     with torch.no_grad():
         monkeypatch.setattr(_tuned, "lookup", spy)
+        monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)  # no launches
         model(x)
         monkeypatch.undo()
     assert {op for op, _ in asked} >= {"linear", "attention", "layer_norm_linear"}
@@ -249,6 +251,11 @@ def test_wrong_moments_are_out(small, cache, monkeypatch):
             y[1][:, 0] += 0.1
         return y
 
+    def emits(task):
+        return "moments" in dict(task.shape).get("epilogue", "")
+
+    every = tune.tasks
+    monkeypatch.setattr(tune, "tasks", lambda *args: filter(emits, every(*args)))
     monkeypatch.setattr(tune, "run_linear", run_linear)
     run(prefer({"implementation": "triton", **wrong}), "--batch", "30")
     rows = json.loads(cache.read_text())["choices"]

@@ -184,6 +184,8 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
         os.environ["PYTHONPATH"] = PYTHONPATH
     assert "2 failed" in done.stdout and "Disagreement: relative" in done.stdout, done.stdout
     assert {(r.status, r.ms_median) for r in rows(out, "kernels")} == {("failed", None)}
+    if "nan" in factor:
+        return
     # it is not stumbled over again
     done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD)
     assert "2 failed" in done.stdout and "(kept; --again tries anew)" in done.stdout

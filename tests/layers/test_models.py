@@ -393,7 +393,7 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
 def test_folded_layer_norms_and_moments_through_the_whole_model(monkeypatch):
     """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
     from the product before, the first apart; the logits err no more than timm's."""
-    reference, fast = tiny_pair("triton", depth=3)
+    reference, fast = tiny_pair("triton", depth=2)
     x = images(reference, batch=86).half()  # rows enough to fold without moments
     seen = []
     module = sys.modules["deit_fast.kernels.layer_norm_linear"]
@@ -408,13 +408,13 @@ def test_folded_layer_norms_and_moments_through_the_whole_model(monkeypatch):
     with torch.no_grad():
         got = fast.half()(x)
         assert_as_accurate(got, reference.half()(x), exact(x.double()))
-    # qkv, fc1, qkv, fc1, then keys and values alone: the prefix tokens' rows are few
-    assert seen == [(192, False), (256, True), (192, True), (256, True), (128, True)]
+    # qkv, fc1, then keys and values alone: the prefix tokens' rows are few
+    assert seen == [(192, False), (256, True), (128, True)]
     seen.clear()
     with torch.no_grad():
         features, torchs = (m.forward_features(x) for m in (fast, reference))
         assert_as_accurate(features, torchs, exact.forward_features(x.double()))
-    assert [has for _, has in seen] == [False, True, True, True, True, True]
+    assert [has for _, has in seen] == [False, True, True, True]
     seen.clear()
     fast(x[:2])  # with gradients on nothing is folded
     assert not seen
