@@ -140,6 +140,15 @@ def test_large_scores_do_not_overflow(device):
     assert_as_accurate(triton_attention(q, k, v), attention_reference(q, k, v), exact)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_all_scores_far_below_zero(dtype, device):
+    """exp(0 - their sum's logarithm) overflows: keys outside, of zeros, must not come in so."""
+    inputs = make_inputs(1, 1, 5, 33, 32, device=device)
+    inputs["q"] = inputs["q"] / 8 + 4
+    inputs["k"] = inputs["k"] / 8 - 8
+    check(triton_attention, attention_reference, inputs, dtype)
+
+
 @pytest.mark.parametrize("key", [0, 130, 197])
 def test_one_key_far_above_the_others(key, device):
     """The largest score counts in whichever piece it is: e^200 would overflow."""
