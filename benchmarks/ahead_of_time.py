@@ -249,7 +249,13 @@ def _linear(arch):
                     continue
                 if config not in rule and name not in HEAVIEST:
                     continue  # what takes fewer registers
-                if dtype == FP16 and (config not in rule[:1] or name not in HEAVIEST[:3]):
+                meta = config
+                if activation == "gelu_backward":
+                    meta = OPS["linear"].backward_config(config)
+                    if any(meta[size] != config[size] for size in ("BLOCK_M", "BLOCK_N")):
+                        continue  # another one of the list serves for it
+                ruled = config in (rule[0], OPS["linear"].backward_config(rule[0]))
+                if dtype == FP16 and not (ruled and name in HEAVIEST[:3]):
                     continue  # as bf16: enough of them to see that
                 pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype}
                 if config["TMA"]:
@@ -262,9 +268,6 @@ def _linear(arch):
                     stream = {"b_ptr", "res_ptr", "ls_ptr", "rs_ptr"} & set(present)
                     pointers |= dict.fromkeys(stream | {"y_ptr"}, FP32)
                 sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
-                meta = config
-                if activation == "gelu_backward":
-                    meta = OPS["linear"].backward_config(config)
                 constexprs = {"ACTIVATION": activation, "EVEN_K": True, "PARTS": K // 64}
                 tiles = {"y_ptr", "res_ptr", "z_ptr", "a_ptr"} & {"y_ptr", *present}
                 moved = (M * K + N * K) * dtype.itemsize

@@ -340,6 +340,7 @@ def _config(m, n, k, warps, stages, tma=False, persistent=False, split=False):
 
 
 FP32_CONFIG = _config(64, 64, 16, 8, 2)  # FMA units: registers hold the operands too
+BACKWARD_CONFIG = _config(64, 128, 64, 4, 3, tma=True, split=True)  # backward_config says where
 # What each chip may be served with; the order is the rule's. Nothing here spills or serialises its
 # products with any epilogue: tests/test_ahead_of_time.py. Left out, with the compiler's figures in
 # docs/performance.md: 128 x 256 in one piece (Triton 3.6's ptxas serialises the products) and warp
@@ -353,7 +354,7 @@ HOPPER_CONFIGS = [
     _config(128, 256, 64, 8, 3, tma=True, split=True),
     _config(128, 128, 64, 8, 3, tma=True, persistent=True, split=True),
     _config(128, 256, 64, 8, 3, tma=True, persistent=True, split=True),
-    _config(64, 128, 64, 4, 3, tma=True, split=True),
+    BACKWARD_CONFIG,
     _config(128, 128, 64, 8, 3, split=True),
     _config(128, 64, 64, 4, 3),
 ]
@@ -367,7 +368,10 @@ AMPERE_CONFIGS = [
 
 def backward_config(config: dict) -> dict:
     """A configuration as "gelu_backward" takes it. Its epilogue holds twice as much: always half
-    the columns at a time, and 8 warps on sm_90 held to the registers of two CTAs (129 else)."""
+    the columns at a time. On sm_90 8 warps would spill, held to the registers of two CTAs, but for
+    pointers: half the rows in 4 warps then, three CTAs."""
+    if config["TMA"] and config["num_warps"] == 8:
+        return BACKWARD_CONFIG
     config = config | {"SPLIT": config["BLOCK_N"] >= 64}
     if config["BLOCK_N"] == 128 and config["BLOCK_K"] == 64 and config["num_warps"] == 8:
         config["maxnreg"] = 128
@@ -475,12 +479,13 @@ def run(
                 **config,
             )  # fmt: skip
             return
-        if config["TMA"] and K * x.element_size() % 16 == 0 and _aligned(x, weight):
+        if K * x.element_size() % 16 or not _aligned(x, weight):
+            config = _without_tma(config)
+        config = backward_config(config) if backward else config
+        x_arg, w_arg = x, weight
+        if config["TMA"]:
             x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
             w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-        else:
-            config, x_arg, w_arg = _without_tma(config), x, weight
-        config = backward_config(config) if backward else config
         tiles_m = _runtime.cdiv(M, config["BLOCK_M"])
         col_sums = x.new_empty(tiles_m, N, dtype=torch.float32) if backward else None
         tiles = tiles_m * _runtime.cdiv(N, config["BLOCK_N"])
