@@ -301,20 +301,20 @@ def _tile(config):
 def _layer_norm_linear(arch):
     """What the folding costs apart from the product: the weights, and moments from nowhere."""
     for D in (192, 384, 768):
-        for dtype in (BF16,):
-            meta = OPS["layer_norm_linear"].meta(D)
-            names = ("w_ptr", "b_ptr", "g_ptr", "h_ptr", "w_out_ptr")
-            signature = dict.fromkeys(names, dtype) | dict.fromkeys(("b_out_ptr", "s_ptr"), FP32)
-            yield Case(
-                "layer_norm_linear", f"fold, D = {D}, {TRITON_TYPE[dtype]}",
-                "_fold_layer_norm_kernel", arch, signature | {"N": "i32", "K": "i32"}, {}, meta,
-                2 * 3 * D * D * dtype.itemsize, 0, False,
-            )  # fmt: skip
-            signature = {"x_ptr": dtype, "moments_ptr": FP32, "M": "i32", "K": "i32"}
-            yield Case(
-                "layer_norm_linear", f"moments, D = {D}, {TRITON_TYPE[dtype]}", "_moments_kernel",
-                arch, signature, {}, meta, BATCH * TOKENS * (D * dtype.itemsize + 8), 0, False,
-            )  # fmt: skip
+        dtype = BF16
+        meta = OPS["layer_norm_linear"].meta(D)
+        names = ("w_ptr", "b_ptr", "g_ptr", "h_ptr", "w_out_ptr")
+        signature = dict.fromkeys(names, dtype) | dict.fromkeys(("b_out_ptr", "s_ptr"), FP32)
+        yield Case(
+            "layer_norm_linear", f"fold, D = {D}, {TRITON_TYPE[dtype]}",
+            "_fold_layer_norm_kernel", arch, signature | {"N": "i32", "K": "i32"}, {}, meta,
+            2 * 3 * D * D * dtype.itemsize, 0, False,
+        )  # fmt: skip
+        signature = {"x_ptr": dtype, "moments_ptr": FP32, "M": "i32", "K": "i32"}
+        yield Case(
+            "layer_norm_linear", f"moments, D = {D}, {TRITON_TYPE[dtype]}", "_moments_kernel",
+            arch, signature, {}, meta, BATCH * TOKENS * (D * dtype.itemsize + 8), 0, False,
+        )  # fmt: skip
 
 
 def _layer_norm_mlp(arch):
@@ -408,15 +408,15 @@ def _patch_embed(arch):
 
 
 def _patch_embed_fold(arch):
-    for dtype in (BF16,):
-        floats = [f"{name}_{c}" for name in ("mean", "std") for c in range(4)]
-        signature = dict.fromkeys(("w_ptr", "b_ptr", "folded_ptr"), dtype)
-        signature |= {"shift_ptr": FP32} | dict.fromkeys(floats, "fp32")
-        yield Case(
-            "patch_embed", f"fold, {TRITON_TYPE[dtype]}", "_fold_pixels_kernel", arch, signature,
-            {"C": 3, "PIXELS": 256}, {"BLOCK": 256, "num_warps": 4},
-            2 * 768 * 768 * dtype.itemsize, 0, False,
-        )  # fmt: skip
+    dtype = BF16
+    floats = [f"{name}_{c}" for name in ("mean", "std") for c in range(4)]
+    signature = dict.fromkeys(("w_ptr", "b_ptr", "folded_ptr"), dtype)
+    signature |= {"shift_ptr": FP32} | dict.fromkeys(floats, "fp32")
+    yield Case(
+        "patch_embed", f"fold, {TRITON_TYPE[dtype]}", "_fold_pixels_kernel", arch, signature,
+        {"C": 3, "PIXELS": 256}, {"BLOCK": 256, "num_warps": 4},
+        2 * 768 * 768 * dtype.itemsize, 0, False,
+    )  # fmt: skip
 
 
 def _classifier(arch):

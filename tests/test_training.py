@@ -125,6 +125,18 @@ def test_gradients_without_qkv_bias_for_a_pooled_mean(device):
     assert_gradients_as_accurate(reference.to(device), fast.to(device), x)
 
 
+def test_autocast_rounds_no_gradient_of_a_bias(device):
+    """Weights are cast for the products, and their gradients come back through that."""
+    _, fast = tiny_pair("triton", **DEEPER)
+    fast = fast.to(device).train()
+    found = gradients(fast, images(fast, batch=4).to(device), FP16)
+    layers = "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"
+    for name in (f"blocks.{i}.{layer}" for i in range(3) for layer in layers):
+        weight, bias = found[f"{name}.weight"], found[f"{name}.bias"]
+        assert torch.equal(weight, weight.half().float()), name
+        assert not torch.equal(bias, bias.half().float()), name
+
+
 @pytest.mark.parametrize("backend, dtype", LOW)
 def test_autocast_gradients(backend, dtype, device):
     """Weights, their gradients and the stream between blocks stay fp32."""

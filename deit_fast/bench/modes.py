@@ -77,7 +77,7 @@ _BACKWARD = tuple(
 )
 # As people train: fp32 weights, products in bf16. In training alone: at inference the weights are
 # cast once instead of at each call, which is what the modes in bf16 do. Ours also as CUDA graphs,
-# which max-autotune has of itself: a step is a thousand launches, small models wait for the host.
+# which max-autotune has of itself: a step is hundreds of launches.
 _MIXED = tuple(
     Mode(f"{name}_amp_bf16{TRAIN}", autocast=BF16, compile=compiler, fast=fast, train=True)
     for name, compiler, fast in (

@@ -254,6 +254,16 @@ def test_rule_gives_every_multiprocessor_a_tile(M, N, dtype, moments):
         assert not moments or config["BLOCK_N"] >= 64
 
 
+def test_second_derivative_where_only_the_residual_has_one(device):
+    inputs = make_inputs(6, 2, 32, 16, activation="gelu", residual=True, device=device)
+    residual = inputs["residual"].requires_grad_()
+    y = linear(**inputs, implementation="triton")
+    (first,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
+    torch.testing.assert_close(first, 2 * y)
+    (second,) = torch.autograd.grad(first.sum(), residual)
+    torch.testing.assert_close(second, torch.full_like(second, 2.0))
+
+
 def test_op_contract(device):
     inputs = make_inputs(M=6, S=3, K=32, N=16, residual=True, layer_scale=True, device=device)
     x, weight, bias, residual, layer_scale = (
