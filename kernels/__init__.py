@@ -1,19 +1,23 @@
 """DeiT's operations as single GPU kernels, each with its plain PyTorch reference beside it."""
 
-from .attention import attention, attention_reference
-from .classifier import classifier, classifier_reference
-from .distillation_loss import distillation_loss, distillation_loss_reference
-from .layer_norm import (
-    add_layer_norm,
-    add_layer_norm_reference,
-    layer_norm,
-    layer_norm_reference,
-)
-from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
-from .layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
-from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
-from .linear import linear, linear_reference
-from .patch_embed import patch_embed, patch_embed_reference
+# Where a checkout's root is on sys.path, another package's `import kernels` finds this folder
+# (transformers asks for one). It gets an empty module: a second registration of the operators would
+# leave those in use with freed schemas, and their calls would fail at random.
+if __name__ == "deit_fast.kernels":
+    from .attention import attention, attention_reference
+    from .classifier import classifier, classifier_reference
+    from .distillation_loss import distillation_loss, distillation_loss_reference
+    from .layer_norm import (
+        add_layer_norm,
+        add_layer_norm_reference,
+        layer_norm,
+        layer_norm_reference,
+    )
+    from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
+    from .layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+    from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
+    from .linear import linear, linear_reference
+    from .patch_embed import patch_embed, patch_embed_reference
 
 __all__ = [
     "add_layer_norm",

@@ -1,5 +1,6 @@
 """Which implementation serves which chip, and that the choice can be asked for and explained."""
 
+import importlib
 import sys
 from functools import partial
 
@@ -15,6 +16,17 @@ from deit_fast.kernels import _runtime, cases, linear
 FP16, FP32 = torch.float16, torch.float32
 V100, T4, A100, H100, B200 = (7, 0), (7, 5), (8, 0), (9, 0), (10, 0)
 EVERY_OP = (*_runtime.ROW_KERNELS, *_runtime.PRODUCTS)
+
+
+def test_nobody_else_registers_the_operators_again():
+    """`import kernels` with the checkout's root on sys.path, as transformers does: operators that
+    are registered twice leave those in use with freed schemas, and their calls fail at random."""
+    assert "linear" not in vars(importlib.import_module("kernels"))
+    assert [name for name in sys.modules if name.split(".")[0] == "kernels"] == ["kernels"]
+    assert (
+        torch.ops.deit_fast.linear.default
+        is sys.modules["deit_fast.kernels.linear"]._fwd.op._opoverload
+    )
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
