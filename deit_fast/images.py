@@ -176,12 +176,12 @@ def decode(
         batch_sampler=iter(lambda: list(islice(paths, chunk)), []),
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_begin,
+        worker_init_fn=begin_worker,
     )
     yield from loader
 
 
-def _begin(worker):
+def begin_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     torch.set_num_threads(1)
 

@@ -1,5 +1,6 @@
 """The named DeiT models (Touvron et al., 2021, Table 1) and other timm models, accelerated."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import timm
@@ -21,6 +22,14 @@ NAMES = {
     "deit_base_distilled_384": "deit_base_distilled_patch16_384",
 }
 
+# Distilled, for 28 x 28 grey pixels and 10 classes: its weights are part of this package
+NANO, _NANO_OF = "deit_nano_fashion", NAMES["deit_tiny_distilled"]
+_NANO = {
+    "img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10,
+    "embed_dim": 64, "depth": 4, "num_heads": 2,
+}  # fmt: skip
+_NANO_DATA = {"mean": (0.286,), "std": (0.353,), "crop_pct": 1.0}  # Fashion-MNIST's
+
 
 def create_model(
     name: str,
@@ -29,6 +38,7 @@ def create_model(
     checkpoint: str | Path | None = None,
     backend: str = "auto",
     heads: str = "joint",
+    strict: bool = True,
     **kwargs,
 ) -> nn.Module:
     """Build a model of ours (`NAMES`) or of timm's by name, load weights, and accelerate it.
@@ -37,8 +47,8 @@ def create_model(
     official .pth (key "model") or a .safetensors with timm's names. kwargs: timm's, among them
     `img_size` (the position embedding is resized bicubically without antialiasing, as in the
     paper), `num_classes` (another number than the weights' starts those heads anew), `in_chans`,
-    `drop_path_rate`. backend: see `accelerate`. heads, for distilled models at inference: "joint"
-    | "joint_softmax" | "class" | "distill".
+    `drop_path_rate`. backend, strict: see `accelerate`. heads, for distilled models at inference:
+    "joint" | "joint_softmax" | "class" | "distill".
 
     Returns the timm model with its modules swapped, in train() mode as timm builds it.
     Raises ValueError for names, options and checkpoints that do not fit, FileNotFoundError,
@@ -46,15 +56,22 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint: want one of them, got both")
-    name = NAMES.get(name, name)
+    if name == NANO and pretrained:
+        from .pretrained import from_pretrained  # here, since it builds on this module
+
+        folder = files("deit_fast").joinpath("data", NANO)
+        return from_pretrained(folder, backend=backend, heads=heads, strict=strict, **kwargs)
+    is_nano, name = name == NANO, _NANO_OF if name == NANO else NAMES.get(name, name)
     if pretrained:
         model = _pretrained(name, kwargs)
     else:
-        model = timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **((_NANO | kwargs) if is_nano else kwargs))
+    if is_nano:
+        model.pretrained_cfg = dict(model.pretrained_cfg) | _NANO_DATA
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
         load_state(model, state, f"checkpoint {checkpoint}", new_head="num_classes" in kwargs)
-    accelerate(model, backend)
+    accelerate(model, backend, strict=strict)
     set_heads(model, heads)
     return model
 
@@ -101,3 +118,10 @@ deit_tiny_distilled = _named("deit_tiny_distilled")
 deit_small_distilled = _named("deit_small_distilled")
 deit_base_distilled = _named("deit_base_distilled")
 deit_base_distilled_384 = _named("deit_base_distilled_384")
+
+
+def deit_nano_fashion(pretrained: bool = False, **kwargs) -> nn.Module:
+    """A distilled DeiT of 0.2 million parameters for Fashion-MNIST: 28 x 28 grey pixels, patches of
+    4, 10 classes. pretrained: with the weights that come with the package; no network is needed.
+    Other arguments, and errors, as `create_model`."""
+    return create_model(NANO, pretrained, **kwargs)

@@ -103,8 +103,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
 
 
 def from_pretrained(
-    path_or_hub_id: str | Path, *, backend: str = "auto", heads: str | None = None, **kwargs
-) -> nn.Module:
+    path_or_hub_id: str | Path, *, backend: str = "auto", heads: str | None = None,
+    strict: bool = True, **kwargs,
+) -> nn.Module:  # fmt: skip
     """The accelerated model in a folder or on the Hugging Face hub: fp32 on the CPU, in train()
     mode, as timm builds it.
 
@@ -115,9 +116,9 @@ def from_pretrained(
     (which library that is need not be installed); the weights are a model.safetensors, never a
     pickle.
 
-    backend: see `accelerate`. heads: see `create_model`; None: what the folder says, else "joint".
-    kwargs: timm's, over the stored ones; `img_size` and `num_classes` as in `create_model`. Mean,
-    std, crop and label names are in the model's `pretrained_cfg`, where
+    backend, strict: see `accelerate`. heads: see `create_model`; None: what the folder says, else
+    "joint". kwargs: timm's, over the stored ones; `img_size` and `num_classes` as in
+    `create_model`. Mean, std, crop and label names are in the model's `pretrained_cfg`, where
     `timm.data.resolve_model_data_config` looks.
 
     Raises FileNotFoundError for a folder, hub model or file that is not there or cannot be
@@ -144,7 +145,7 @@ def from_pretrained(
         preprocessor = fetch(PREPROCESSOR)
         preprocessor = preprocessor and _read_json(preprocessor)
         stored = convert(config, read_checkpoint(weights), preprocessor, str(config_path))
-    return build(stored, source, backend, heads, **kwargs)
+    return build(stored, source, backend, heads, strict=strict, **kwargs)
 
 
 def build(
@@ -153,6 +154,7 @@ def build(
     backend: str = "auto",
     heads: str | None = None,
     like: Tensor | None = None,
+    strict: bool = True,
     **kwargs,
 ) -> nn.Module:
     """The accelerated model that `stored` describes; `source` names it in errors. like: a tensor
@@ -183,7 +185,7 @@ def build(
             raise ValueError(f"{source}: eps {stored.eps!r} does not fit the model's LayerNorms")
         for name, value in eps.items():
             norms[name].eps = value
-    accelerate(model, backend)
+    accelerate(model, backend, strict=strict)
     set_heads(model, heads or stored.heads)
     return model
 

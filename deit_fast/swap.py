@@ -57,7 +57,9 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, backend: str = "auto", recompute: bool = True) -> Report:
+def accelerate(
+    model: nn.Module, backend: str = "auto", recompute: bool = True, strict: bool = True
+) -> Report:
     """Swap every module that deit_fast computes exactly; the rest stays timm's.
 
     `model` is changed in place and shares its parameters: `state_dict`, hooks, devices and
@@ -65,7 +67,8 @@ def accelerate(model: nn.Module, backend: str = "auto", recompute: bool = True) 
     CPU tensors to PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch); the
     environment variable DEIT_FAST_BACKEND overrides it. `recompute`: whether the backward passes of
     blocks make LayerNorm's and GELU's results again, or find them saved (more memory, less work):
-    see `deit_fast.layers.Block`. Models already accelerated get the new choices.
+    see `deit_fast.layers.Block`. Models already accelerated get the new choices. `strict=False`: a
+    model in which nothing can be swapped, such as a convnet, stays timm's.
 
     Returns a `Report`. Raises ValueError for an unknown backend or where nothing can be swapped,
     RuntimeError for "triton" on a machine that can't run it. Nothing is changed if it raises.
@@ -92,7 +95,7 @@ def accelerate(model: nn.Module, backend: str = "auto", recompute: bool = True) 
             report.swapped.setdefault(kind, []).append(name)
         elif type(module) not in SWAPS and any(k in kind for k in _KINDS):
             report.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
-    if not report.swapped:
+    if strict and not report.swapped:
         known = ", ".join(c.__name__ for c in SWAPS)
         reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in report.left)
         raise ValueError(

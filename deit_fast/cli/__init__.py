@@ -5,11 +5,11 @@ import sys
 
 from deit_fast import tune
 
-from . import bench, classify, demo, export, info
+from . import analyse, bench, classify, demo, eval, export, finetune, info, train
 
 COMMANDS = {
     "demo": demo, "classify": classify, "export": export, "bench": bench, "tune": tune,
-    "info": info,
+    "train": train, "finetune": finetune, "eval": eval, "analyse": analyse, "info": info,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from deit_fast.kernels.classifier import FUSIONS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def add_arguments(parser):
+def add_arguments(parser, heads=True):
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="official .pth or .safetensors"
     )
@@ -21,12 +21,18 @@ def add_arguments(parser):
         "--pretrained", action=argparse.BooleanOptionalAction,
         help="weights from the hub (default without --checkpoint); --no-pretrained: random ones",
     )  # fmt: skip
-    parser.add_argument("--heads", choices=FUSIONS, help="of a distilled model (default: joint)")
+    if heads:
+        parser.add_argument(
+            "--heads", choices=FUSIONS, help="of a distilled model (default: joint)"
+        )
+    else:
+        parser.set_defaults(heads=None)
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
 
 
-def load(args) -> nn.Module:
-    """The model of `args.model`, on the CPU, in eval mode."""
+def load(args, strict: bool = True) -> nn.Module:
+    """The model of `args.model`, on the CPU, in eval mode. strict=False: one in which there is
+    nothing to accelerate, such as a teacher that is a convnet, too."""
     size = {} if args.img_size is None else {"img_size": args.img_size}
     if Path(args.model).is_dir():
         if args.checkpoint is not None or args.pretrained is not None:
@@ -34,9 +40,11 @@ def load(args) -> nn.Module:
                 f"--model {args.model}: a folder with weights of its own, want neither "
                 "--checkpoint nor --[no-]pretrained"
             )
-        return deit_fast.from_pretrained(args.model, heads=args.heads, **size).eval()
+        options = {"heads": args.heads, "strict": strict, **size}
+        return deit_fast.from_pretrained(args.model, **options).eval()
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    options = {"checkpoint": args.checkpoint, "heads": args.heads or "joint", **size}
+    options = {"checkpoint": args.checkpoint, "heads": args.heads or "joint", "strict": strict}
+    options |= size
     if not pretrained:
         if args.checkpoint is None:
             print(

@@ -1,0 +1,106 @@
+"""The options by which commands name labelled images, and what running a model over them shares."""
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from deit_fast.distill.datasets import open_images
+from deit_fast.engine import data_config
+from deit_fast.images import Decoder
+
+from . import _models
+
+SHOWN = 10  # unreadable images that are named
+
+
+class Setting(NamedTuple):
+    device: str
+    dtype: str
+    batch: int
+    workers: int
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "data", metavar="DATA",
+        help="a folder of classes, .tar files, a Hugging Face dataset on disk, or IDX files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("train", "validation"), help="the part of DATA (default: DATA itself)"
+    )
+
+
+def add_running(parser):
+    parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="processes that decode (default: one a CPU core up to 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=_models.DTYPES, help="to compute in (default: fp16; fp32 on a CPU)"
+    )
+
+
+def setting(args) -> Setting:
+    """The options of `add_running` with their defaults. ValueError for numbers that are none."""
+    cuda = torch.cuda.is_available()
+    workers = args.workers
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), 16)
+    batch = (256 if cuda else 32) if args.batch is None else args.batch
+    for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"--{name}: {value}, want {least} or more")
+    dtype = args.dtype or ("fp16" if cuda else "fp32")
+    return Setting("cuda" if cuda else "cpu", dtype, batch, workers)
+
+
+def images_for(model, args):
+    """The `ImageSet` of `args.data`, as gray or colour as the model wants it."""
+    return open_images(args.data, args.split, mode=Decoder(data_config(model)).mode)
+
+
+@contextmanager
+def progress(total: int, what: str = ""):
+    """Yields a function that is told how many of `total` images are done; drawn on stderr."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        bar = bars.add_task(what, total=total)
+        yield lambda done: bars.update(bar, completed=done)
+
+
+def show(title: str, left: tuple, right: tuple, rows: list) -> None:
+    """A table on stdout, words to the left and figures to the right, cells as they are; as wide as
+    it has to be: a figure cut short is no figure."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in left:
+        table.add_column(Text(heading), no_wrap=True)
+    for heading in right:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    wide = console.options.update(max_width=10_000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
+    print(title)
+    console.print(table)
+
+
+def report_skipped(skipped: list[tuple[str, str]]) -> int:
+    """Name unreadable images on stderr; returns the exit code."""
+    for name, reason in skipped[:SHOWN]:
+        print(f"{name}: {reason}", file=sys.stderr)
+    if len(skipped) > SHOWN:
+        print(f"and {len(skipped) - SHOWN:,} more", file=sys.stderr)
+    if skipped:
+        print(f"skipped: {len(skipped):,} unreadable images", file=sys.stderr)
+    return 1 if skipped else 0

@@ -1,0 +1,136 @@
+"""Which classifiers disagree, how alike a model's two tokens are, and tables of training runs.
+
+examples:
+  deit-fast analyse disagreement imagenet --split validation --out table4 \\
+      --models regnety_160.deit_in1k deit_base deit_base_distilled
+  deit-fast analyse disagreement cifar10 --split validation --models runs/a/model:class runs/b/model
+  deit-fast analyse tokens imagenet --split validation --model deit_base_distilled --out tokens
+  deit-fast analyse table runs/* --out results.md
+
+disagreement: the rate of images for which two classifiers decide differently, the labels first
+(DeiT paper, Table 4). NAME:head takes one head of a distilled model, NAME all three.
+tokens: mean cosine of class and distillation token at the input, after each block and after the
+norm. table: a row for runs that differ only in their seed, mean and standard deviation.
+
+Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+from deit_fast.distill import analyse, evaluate
+
+from . import _data, _models
+
+
+def add_arguments(parser):
+    kinds = parser.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
+
+    pairs = kinds.add_parser("disagreement", help="how often classifiers decide differently")
+    _data.add_arguments(pairs)
+    pairs.add_argument(
+        "--models", required=True, nargs="+", metavar="NAME[:HEAD]",
+        help=f"a name or folder, and perhaps one of its heads: {', '.join(evaluate.HEADS)}",
+    )  # fmt: skip
+    pairs.set_defaults(checkpoint=None, pretrained=None, heads=None, img_size=None)
+    _data.add_running(pairs)
+
+    tokens = kinds.add_parser("tokens", help="how alike class and distillation token are")
+    _data.add_arguments(tokens)
+    tokens.add_argument("--model", required=True, metavar="NAME", help="distilled, or a folder")
+    _models.add_arguments(tokens, heads=False)
+    tokens.add_argument(
+        "--count", type=int, default=1000, metavar="N",
+        help="images, spread over DATA (default: %(default)s)",
+    )  # fmt: skip
+    _data.add_running(tokens)
+    for one in (pairs, tokens):
+        one.add_argument("--out", type=Path, metavar="DIR", help="also write files and a plot")
+
+    table = kinds.add_parser("table", help="a table of training runs")
+    table.add_argument("runs", nargs="+", metavar="RUN", help="folder with run.json, result.json")
+    table.add_argument("--out", type=Path, metavar="FILE", help="write Markdown, print nothing")
+
+
+def run(args) -> int:
+    if args.analysis == "table":
+        return _table(args)
+    setting, plots = _data.setting(args), None
+    if args.out is not None:
+        from deit_fast.distill import plots  # matplotlib may be missing: said before anything runs
+
+        args.out.mkdir(parents=True, exist_ok=True)
+    return {"disagreement": _disagreement, "tokens": _tokens}[args.analysis](args, setting, plots)
+
+
+def _disagreement(args, setting, plots):
+    wanted = analyse.classifiers(args.models)
+    models = {
+        name: _models.load(argparse.Namespace(**vars(args) | {"model": name}), strict=False)
+        for name in wanted
+    }
+    runs, skipped, todo = [], {}, []
+    for name, model in models.items():  # all that can be wrong, before the first is run
+        images = _data.images_for(model, args)
+        evaluate.check(model, images)
+        todo.append((analyse.rows_of(name, model, wanted[name]), name, images))
+    for rows, name, images in todo:
+        model = models.pop(name).to(setting.device, _models.DTYPES[setting.dtype])
+        with _data.progress(len(images), name) as progress:
+            found = evaluate.predictions(
+                model, images, batch_size=setting.batch, workers=setting.workers, progress=progress
+            )
+        runs.append((rows, found))
+        skipped |= dict(found.skipped)
+    decided = analyse.decisions(runs)
+    rates, names = analyse.disagreement(decided), list(decided)
+    count = len(decided[analyse.TRUTH])
+    title = f"rate of different decisions over {count:,} images"
+    cells = [
+        (name, *(f"{rate:.3f}" for rate in row)) for name, row in zip(names, rates, strict=True)
+    ]
+    _data.show(title, ("",), tuple(names), cells)
+    if args.out is not None:
+        rows = [(name, *row) for name, row in zip(names, rates.tolist(), strict=True)]
+        _write_csv(args.out / "disagreement.csv", ("", *names), rows)
+        result = {
+            "data": args.data, "split": args.split, "images": count, "classifiers": names,
+            "disagreement": rates.tolist(), "skipped": [list(pair) for pair in skipped.items()],
+        }  # fmt: skip
+        text = json.dumps(result, indent=1) + "\n"
+        (args.out / "disagreement.json").write_text(text, encoding="utf-8")
+        plots.matrix(names, rates, title, args.out / "disagreement.png")
+    return _data.report_skipped(list(skipped.items()))
+
+
+def _tokens(args, setting, plots):
+    model = _models.load(args, strict=False)
+    images = _data.images_for(model, args)
+    model.to(setting.device, _models.DTYPES[setting.dtype])
+    found = analyse.token_similarity(
+        model, images, count=args.count, batch_size=setting.batch, workers=setting.workers
+    )
+    title = f"{args.model}: cosine of class and distillation token, {found.images:,} images"
+    cells = [(place, f"{cosine:.4f}") for place, cosine in found.cosines.items()]
+    _data.show(title, ("after",), ("cosine",), cells)
+    if args.out is not None:
+        _write_csv(args.out / "tokens.csv", ("after", "cosine"), found.cosines.items())
+        plots.line(found.cosines, title, "mean cosine", args.out / "tokens.png")
+    return _data.report_skipped(found.skipped)
+
+
+def _table(args):
+    rows = analyse.comparison(args.runs)
+    if args.out is None:
+        title = "top-1 and top-5 in %, mean ± standard deviation over seeds"
+        _data.show(title, analyse.COLUMNS[:4], analyse.COLUMNS[4:], rows)
+    else:
+        args.out.write_text(analyse.markdown(rows), encoding="utf-8")
+    return 0
+
+
+def _write_csv(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])

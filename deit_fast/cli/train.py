@@ -1,0 +1,205 @@
+"""Train a model, distilled from a teacher or not; the same command again goes on where it stopped.
+
+examples:
+  deit-fast train imagenet/ --model deit_small_distilled --teacher regnety_160 --out small
+  torchrun --nproc-per-node 8 -m deit_fast train imagenet/ --model deit_base --amp bf16 --out base
+  deit-fast train shards/ --model deit_tiny --recipe vit --batch 1024 --accum 4 --out ti
+  deit-fast train photos/ --model deit_small --repeated-aug 1 --auto-augment original --out ablation
+  deit-fast train fashion-mnist/ --model deit_nano_fashion --crop pad --crop-pct 1 --out nano
+
+DATA is a folder with train and val in it (folders of classes, .tar shards, .parquet files), what
+datasets.save_to_disk wrote, or MNIST's idx files. Every setting of the recipe is an option, so each
+ablation of the paper's Table 8 is one: --opt sgd, --auto-augment none (or original), --mixup 0,
+--cutmix 0, --mixup-prob 0, --erasing 0, --drop-path 0, --repeated-aug 1, --drop 0.1, --ema 0.99996.
+
+Ctrl-C and SIGTERM save and stop. Exit code: 0; 2 for an error; 130 and 143 after those signals.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deit_fast.distill import recipe as recipes
+from deit_fast.distill.train import AMP, Interrupted, Settings, train
+
+RECIPE = "deit"
+DISTILL = ("none", "soft", "hard")
+
+
+def add_arguments(parser):
+    parser.add_argument("data", metavar="DATA")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
+    parser.add_argument("--model", metavar="NAME", help="one of ours or any timm name")
+    parser.add_argument(
+        "--model-args", nargs="+", default=[], metavar="KEY=VALUE",
+        help="timm's keyword arguments, such as embed_dim=96 depth=6",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="start", metavar="WEIGHTS",
+        help="start from a folder of weights (another run's DIR/model), a checkpoint file, or "
+        "'pretrained': timm's from the hub",
+    )  # fmt: skip
+    parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
+    teacher = parser.add_argument_group("distillation")
+    teacher.add_argument(
+        "--distill", choices=DISTILL,
+        help="through the distillation token if the model has one, else the class token (default: "
+        "hard with a teacher, else none)",
+    )  # fmt: skip
+    teacher.add_argument(
+        "--teacher", metavar="MODEL", help="a timm name, or a folder (another run's DIR/model)"
+    )
+    teacher.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--seed", type=int, default=0, metavar="N")
+    run.add_argument("--count", type=int, metavar="N", help="train on so many images only")
+    run.add_argument(
+        "--accum", type=int, default=1, metavar="N", help="parts a batch is computed in"
+    )
+    run.add_argument(
+        "--amp", choices=AMP, help="mixed precision (default: bf16 on a GPU, none on a CPU)"
+    )
+    run.add_argument("--compile", metavar="MODE", help="torch.compile's, such as reduce-overhead")
+    run.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+    run.add_argument("--workers", type=int, metavar="N", help="(default: one a CPU core up to 16)")
+    run.add_argument(
+        "--save-every", type=int, default=1000, metavar="UPDATES",
+        help="besides at the end of each epoch (default: %(default)s)",
+    )  # fmt: skip
+    run.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS")
+    run.add_argument("--restart", action="store_true", help="throw away what is in DIR")
+    run.add_argument("--tensorboard", action="store_true", help="log for it too")
+    recipe = parser.add_argument_group("the recipe")
+    recipe.add_argument(
+        "--recipe", default=RECIPE, metavar="NAME",
+        help=f"{', '.join(recipes.NAMES)}, or a .json file (default: %(default)s)",
+    )  # fmt: skip
+    for setting in dataclasses.fields(recipes.Recipe):
+        options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
+        if setting.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        recipe.add_argument(
+            f"--{setting.name.replace('_', '-')}", dest=f"recipe_{setting.name}",
+            help=setting.metadata["help"].replace("%", "%%"), **options,
+        )  # fmt: skip
+
+
+def run(args) -> int:
+    given = {
+        setting.name: value
+        for setting in dataclasses.fields(recipes.Recipe)
+        if (value := getattr(args, f"recipe_{setting.name}")) is not None
+    }
+    recipe = recipes.load(args.recipe, **given)
+    cuda = torch.cuda.is_available()
+    settings = Settings(
+        args.data, args.model, _arguments(args.model_args), args.start,
+        args.distill or ("none" if args.teacher is None else "hard"), args.teacher,
+        args.teacher_checkpoint, args.img_size, args.count, args.seed, args.accum,
+        args.amp or ("bf16" if cuda else "none"), args.compile, args.backend,
+    )  # fmt: skip
+    workers = args.workers
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(len(os.sched_getaffinity(0)) // processes, 16)
+        workers = workers if workers > 1 else 0  # a single core has nothing to gain
+    notes = Console(stderr=True)
+    with _Display(notes) as display:
+        try:
+            result = train(
+                settings, recipe, args.out, workers=workers, save_every=args.save_every,
+                eval_every=args.eval_every, restart=args.restart, tensorboard=args.tensorboard,
+                report=display,
+            )  # fmt: skip
+        except Interrupted as stopped:
+            notes.print(f"stopped and saved at {stopped}; the same command goes on", soft_wrap=True)
+            return 128 + stopped.number
+        except FloatingPointError as error:
+            raise RuntimeError(str(error)) from error
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")
+        if result["unreadable"]:
+            print(f"unreadable images: {result['unreadable']}, in {args.out / 'unreadable.csv'}")
+    return 0
+
+
+class _Display:
+    """Progress of a run: a bar on a terminal, a line an epoch."""
+
+    def __init__(self, console):
+        self.console = console
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.updates = self.epochs = None
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error):
+        self.progress.stop()
+
+    def __call__(self, event):
+        kind = event["event"]
+        if kind == "begin":
+            self.updates, self.epochs = event["updates"], event["epochs"]
+            done = event["epoch"] * self.updates + event["update"]
+            self._say(
+                f"{event['images']} images to train on, {event['validation']} to evaluate on, "
+                f"{self.updates} updates of {event['batch']} an epoch"
+            )
+            if event["teacher_top1"] is not None:
+                self._say(f"teacher: top-1 {event['teacher_top1']:.2f}%")
+            if done:
+                self._say(f"goes on at epoch {event['epoch'] + 1}, update {event['update']}")
+            self.task = self.progress.add_task(
+                "", total=self.epochs * self.updates, completed=done, said="",
+                epoch=f"{event['epoch'] + 1}/{self.epochs}",
+            )  # fmt: skip
+        elif kind == "update":
+            self.progress.update(
+                self.task, completed=event["epoch"] * self.updates + event["update"],
+                epoch=f"{event['epoch'] + 1}/{self.epochs}",
+                said=f"loss {event['loss']:.3f}  lr {event['lr']:.2e}  "
+                f"{event['images_per_s']:,.0f} images/s",
+            )  # fmt: skip
+        elif kind == "epoch":
+            scores = f", {_scores(event['scores'])}" if "scores" in event else ""
+            ema = f", averaged weights {_scores(event['ema'])}" if "ema" in event else ""
+            self._say(
+                f"epoch {event['epoch']}/{self.epochs}: loss {event['loss']:.4f}{scores}{ema}, "
+                f"{event['images_per_s']:,.0f} images/s"
+            )
+        else:
+            self._say(event["text"])
+
+    def _say(self, text):
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _scores(scores):
+    best = scores["top1"]
+    return "top-1 " + ", ".join(f"{head} {percent:.2f}%" for head, percent in best.items())
+
+
+def _arguments(pairs):
+    """["depth=6"] -> {"depth": 6}; values are JSON, or else text."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--model-args: {pair!r}, want KEY=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

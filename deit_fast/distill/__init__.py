@@ -1,0 +1,1 @@
+"""Training small models from a teacher: data, loss, loop and evaluation."""

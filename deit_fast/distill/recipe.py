@@ -1,0 +1,144 @@
+"""Recipes: how a model is trained, as data. `recipes/*.json` are the paper's."""
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+
+from timm.optim import list_optimizers
+
+from deit_fast.kernels.distillation_loss import DISTILLATIONS
+
+NAMES = ("deit", "deit-384", "transfer", "vit")
+CROPS = ("resize", "pad")
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+
+
+def _setting(help, least=None, most=None, above=None, choices=None):
+    limits = {"least": least, "most": most, "above": above, "choices": choices}
+    return field(metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting that changes what is learnt; each is an option of `deit-fast train`.
+
+    Raises ValueError for a value that makes no sense, naming the setting.
+    """
+
+    epochs: int = _setting("passes over the data", least=1)
+    batch: int = _setting("images an update, over all processes and --accum", least=1)
+    opt: str = _setting("optimiser, a name of timm's (adamw, sgd, ...)")
+    lr: float = _setting("learning rate for a batch of lr-batch images", above=0)
+    lr_batch: int = _setting("lr scales with batch / lr-batch; 0: it is taken as it is", least=0)
+    weight_decay: float = _setting("of matrices; not of biases and norms", least=0)
+    momentum: float = _setting("of SGD", least=0, most=1)
+    opt_eps: float = _setting("epsilon of AdamW", above=0)
+    clip_grad: float = _setting("largest norm of the gradient; 0: not clipped", least=0)
+    layer_decay: float = _setting("factor on lr from each layer to the one before", above=0, most=1)
+    warmup_epochs: float = _setting("of linearly growing lr", least=0)
+    warmup_lr: float = _setting("where warm-up starts", least=0)
+    min_lr: float = _setting("where the cosine ends", least=0)
+    sched_on_updates: bool = _setting("lr changes with every update, not every epoch")
+    label_smoothing: float = _setting("of true labels, not of the teacher's", least=0, most=1)
+    drop: float = _setting("dropout", least=0, most=1)
+    drop_path: float = _setting("stochastic depth, of the last block", least=0, most=1)
+    repeated_aug: int = _setting("times an image comes in a row; 1: once", least=1)
+    crop: str = _setting("resize: random resized; pad: 4 pixels of padding", choices=CROPS)
+    scale: float = _setting("least share of the area that a resized crop keeps", above=0, most=1)
+    hflip: float = _setting("probability of mirroring", least=0, most=1)
+    color_jitter: float = _setting("where there is no auto-augment", least=0)
+    auto_augment: str = _setting("timm's policy, such as rand-m9-mstd0.5-inc1, original; none")
+    interpolation: str = _setting("of resizing", choices=INTERPOLATIONS)
+    crop_pct: float = _setting("of the resized side that evaluation keeps", above=0, most=1)
+    mixup: float = _setting("Mixup's alpha; 0: none", least=0)
+    cutmix: float = _setting("CutMix's alpha; 0: none", least=0)
+    mixup_prob: float = _setting("probability that a batch is mixed", least=0, most=1)
+    mixup_switch_prob: float = _setting("of CutMix where both are on", least=0, most=1)
+    erasing: float = _setting("probability of random erasing", least=0, most=1)
+    ema: float = _setting("decay of the averaged weights; 0: none", least=0, most=1)
+    temperature: float = _setting("tau of soft distillation", above=0)
+    soft_weight: float = _setting("the teacher's weight in soft distillation", least=0, most=1)
+    hard_weight: float = _setting("the teacher's weight in hard distillation", least=0, most=1)
+
+    def __post_init__(self):
+        for setting in fields(self):
+            _check(setting, getattr(self, setting.name))
+        if self.opt not in list_optimizers():
+            raise ValueError(f"opt: {self.opt!r}, want one of timm's: adamw, sgd, lamb, ...")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs}, want at most the {self.epochs} epochs"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: scaled with the batch (Table 9)."""
+        return self.lr * self.batch / self.lr_batch if self.lr_batch else self.lr
+
+    @property
+    def mixes(self) -> bool:
+        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_prob > 0
+
+    def weight(self, distill: str) -> float:
+        """Of the teacher's term, for "none" | "soft" | "hard"."""
+        weights = {"none": 0.0, "soft": self.soft_weight, "hard": self.hard_weight}
+        if distill not in weights:
+            raise ValueError(f"distill: {distill!r}, want one of {DISTILLATIONS}")
+        return weights[distill]
+
+
+def load(name_or_path: str | Path, **settings) -> Recipe:
+    """A recipe of ours (`NAMES`) or a JSON file with the same keys, with `settings` over it.
+
+    A file may say "base": the recipe whose other settings it takes. Raises FileNotFoundError, or
+    ValueError that names the file and the key.
+    """
+    return replace(_read(name_or_path), **settings)
+
+
+def _read(name_or_path, above=()):
+    if str(name_or_path) in NAMES:
+        path = files(__package__).joinpath("recipes", f"{name_or_path}.json")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe: {path} is no file, nor one of {', '.join(NAMES)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path}: holds a {type(content).__name__}, want an object")
+    content.pop("about", None)
+    base = content.pop("base", None)
+    known = {setting.name for setting in fields(Recipe)}
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(f"recipe {path}: unknown {', '.join(unknown)}")
+    try:
+        if base is not None:
+            if base in above:
+                raise ValueError(f"base {base!r} is based on itself")
+            return replace(_read(base, (*above, base)), **content)
+        if missing := sorted(known - content.keys()):
+            raise ValueError(f"misses {', '.join(missing)}")
+        return Recipe(**content)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+
+
+def _check(setting, value):
+    name, limits = setting.name, setting.metadata
+    if setting.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not setting.type or value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: {value!r}, want a {setting.type.__name__}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"{name}: {value!r}, want one of {', '.join(limits['choices'])}")
+    if limits["least"] is not None and value < limits["least"]:
+        raise ValueError(f"{name}: {value}, want {limits['least']} or more")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ValueError(f"{name}: {value}, want it above {limits['above']}")
+    if limits["most"] is not None and value > limits["most"]:
+        raise ValueError(f"{name}: {value}, want at most {limits['most']}")

@@ -1,0 +1,132 @@
+"""Teachers, and the loss by which a student learns from one (DeiT paper, section 4)."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from deit_fast.checkpoint import load_state, read_checkpoint
+from deit_fast.engine import data_config
+from deit_fast.kernels import distillation_loss
+from deit_fast.models import create_model
+from deit_fast.pretrained import from_pretrained
+from deit_fast.swap import accelerate
+
+from .recipe import Recipe
+
+# timm's default tag of this name is another training than the paper's
+ALIASES = {"regnety_160": "regnety_160.deit_in1k"}
+
+
+def load_teacher(
+    name_or_folder: str | Path,
+    num_classes: int,
+    img_size: int,
+    checkpoint: str | Path | None = None,
+    backend: str = "auto",
+) -> nn.Module:
+    """A frozen model in eval mode, accelerated where it can be.
+
+    name_or_folder: a folder from `save_pretrained` (of a run of `deit-fast train`: OUT/model), or a
+    timm name, with the weights of the file `checkpoint`, else timm's from the hub. img_size: what
+    the student sees; a teacher of a fixed size is built for that, its position embedding resized
+    bicubically without antialiasing. Raises ValueError for other than `num_classes` classes, and
+    what the source of the weights raises.
+    """
+    name = ALIASES.get(str(name_or_folder), str(name_or_folder))
+    options = {"backend": backend, "strict": False}
+    if Path(name).is_dir():
+        if checkpoint is not None:
+            raise ValueError(f"teacher: the folder {name} has weights, want no checkpoint as well")
+        model = from_pretrained(name, **options)
+        if _is_fixed(model) and data_config(model)["input_size"][1:] != (img_size, img_size):
+            model = from_pretrained(name, img_size=img_size, **options)
+    else:
+        if not timm.is_model(name):
+            raise ValueError(f"teacher: {name!r} is neither a folder nor a name of timm's")
+        size = {"img_size": img_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        if checkpoint is None:
+            try:
+                model = create_model(name, pretrained=True, **size, **options)
+            except (OSError, RuntimeError) as error:
+                raise RuntimeError(
+                    f"teacher: no pretrained weights for {name} ({_line(error)}); want a folder, "
+                    "or a file as its checkpoint"
+                ) from error
+        else:
+            model = timm.create_model(name, num_classes=num_classes, **size)
+            load_state(model, read_checkpoint(checkpoint), f"teacher's checkpoint {checkpoint}")
+            accelerate(model, **options)
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"teacher: {name} has {model.num_classes} classes, want the data's {num_classes}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _is_fixed(model):
+    return bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
+
+
+def _line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class Objective:
+    """`objective(student's output, images, target)` -> loss, a scalar in fp32.
+
+    distill: "none" | "soft" | "hard", see `deit_fast.kernels.distillation_loss`. The student's
+    output is the pair (class logits, distillation logits), each (B, C), of a model with a
+    distillation token, which then learns from the teacher; or the logits of a class token, which
+    learns from both ("usual distillation", Table 3). images (B, ch, H, W) are normalised for the
+    student; the teacher gets them normalised for itself. target: int64 (B,), smoothed here by the
+    recipe's label_smoothing, or probabilities (B, C), which Mixup has smoothed.
+
+    Raises ValueError for a teacher without distillation or the reverse, and other channels.
+    """
+
+    def __init__(self, recipe: Recipe, distill: str, teacher: nn.Module | None, student: nn.Module):
+        weight = recipe.weight(distill)
+        if (teacher is None) != (distill == "none"):
+            came = "none" if teacher is None else type(teacher).__name__
+            raise ValueError(f"teacher: {came}, with distill {distill!r}")
+        self.teacher, self.distill, self.weight = teacher, distill, weight
+        self.recipe, self.scale = recipe, None
+        if teacher is not None:
+            ours, theirs = data_config(student), data_config(teacher)
+            if ours["input_size"][0] != theirs["input_size"][0]:
+                raise ValueError(
+                    f"teacher: {theirs['input_size'][0]} channels, want the student's "
+                    f"{ours['input_size'][0]}"
+                )
+            if (ours["mean"], ours["std"]) != (theirs["mean"], theirs["std"]):
+                mean, std, mean_t, std_t = (
+                    torch.tensor(config[key]).view(-1, 1, 1)
+                    for config in (ours, theirs)
+                    for key in ("mean", "std")
+                )
+                self.scale = std / std_t, (mean - mean_t) / std_t
+
+    def __call__(self, output, images: Tensor, target: Tensor) -> Tensor:
+        class_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
+        soft = target.is_floating_point()
+        taught = self.distill != "none"
+        return distillation_loss(
+            class_logits,
+            dist_logits if taught else None,
+            target,
+            self.teach(images) if taught else None,
+            self.distill,
+            alpha=self.weight,
+            temperature=self.recipe.temperature,
+            label_smoothing=0.0 if soft else self.recipe.label_smoothing,
+        )
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor:
+        """The teacher's logits (B, C)."""
+        if self.scale is not None:
+            factor, shift = (t.to(images) for t in self.scale)
+            images = images * factor + shift
+        return self.teacher(images)

@@ -1,0 +1,688 @@
+"""Training, with or without a teacher: runs that go on where they stopped, bit for bit.
+
+What a step sees and draws depends on the seed, the epoch and the step alone: the images' order and
+augmentation (`augment`), Mixup, dropout and stochastic depth. So a checkpoint needs no state of any
+generator, and the number of workers changes nothing.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deit_fast.bulk import digest
+from deit_fast.engine import data_config
+from deit_fast.models import NAMES, create_model
+from deit_fast.pretrained import from_pretrained, save_pretrained
+
+from . import augment, checkpoints, evaluate
+from .datasets import ImageSet, fraction, open_images
+from .recipe import Recipe
+from .teacher import Objective, load_teacher
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
+RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
+MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
+POLL = 10  # updates between looks at what would make a GPU wait: the loss, other processes' signals
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained on what; with a `Recipe` it decides every bit of the result.
+
+    data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
+    what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
+    checkpoint file, or "pretrained" for timm's from the hub. model_args: timm's keyword arguments.
+    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). img_size: pixels, None:
+    the model's own. count: train on so many images only. accum: parts that a batch is
+    computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
+    torch.compile, or None. backend: see `deit_fast.accelerate`.
+    """
+
+    data: str
+    model: str | None = None
+    model_args: dict = field(default_factory=dict)
+    start: str | None = None
+    distill: str = "none"
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    img_size: int | None = None
+    count: int | None = None
+    seed: int = 0
+    accum: int = 1
+    amp: str = "none"
+    compile: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name in ("accum", "count", "img_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}, want 1 or more")
+        if self.amp not in AMP:
+            raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
+        if self.model is None and self.start is None:
+            raise ValueError("model: none, want a name, or a folder to start from")
+        if (self.distill == "none") != (self.teacher is None):
+            came = "none" if self.teacher is None else self.teacher
+            raise ValueError(
+                f"teacher: {came}, with distill {self.distill!r}; want both or neither"
+            )
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or SIGINT came; everything is saved. `number` is the signal's."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(where)
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run: one, or as many as torchrun started."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls):
+        cuda = torch.cuda.is_available()
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else None
+        if cuda:
+            torch.cuda.set_device(device)
+        if world == 1:
+            yield cls(0, 1, device or torch.device("cpu"))
+            return
+        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            yield cls(dist.get_rank(), world, device or torch.device("cpu"))
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, what) -> list:
+        if self.world == 1:
+            return [what]
+        found = [None] * self.world
+        dist.all_gather_object(found, what)
+        return found
+
+
+def train(
+    settings: Settings,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    workers: int = 0,
+    save_every: int = 1000,
+    eval_every: int = 1,
+    restart: bool = False,
+    tensorboard: bool = False,
+    report: Callable[[dict], None] = lambda event: None,
+) -> dict:
+    """Train into the folder `out`; the same call again goes on from its checkpoint.
+
+    out: gets settings.json, checkpoint.pt (after each epoch and each `save_every` updates),
+    log.csv (an epoch a row), unreadable.csv, run.json, result.json, and the models of the last
+    epoch, model/ and with the recipe's `ema` model-ema/, for `deit_fast.from_pretrained`. report:
+    gets a dict with "event": "begin", "update", "epoch" or "note", in the first process alone.
+    Under torchrun each of its processes makes this call.
+
+    Returns the content of result.json. Raises ValueError or FileNotFoundError for arguments and
+    files that do not fit, and where `out` holds a run with other settings (unless `restart`, which
+    throws that away); FloatingPointError for a loss or weights that are not finite, when the
+    last good checkpoint is kept; `Interrupted` after SIGTERM or SIGINT, with everything saved;
+    OSError where something can't be written.
+    """
+    for name, value, least in (("workers", workers, 0), ("save_every", save_every, 1),
+                               ("eval_every", eval_every, 1)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}: {value}, want {least} or more")
+    if tensorboard:
+        _writer()
+    with Group.joined() as group, _locked(Path(out), group):
+        run = Run(settings, recipe, Path(out), group, workers, report)
+        with _signals() as signals:
+            run.begin(restart)
+            with _tensorboard(run.out, run, tensorboard) as log:
+                return run.go(save_every, eval_every, signals, log)
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(self, settings, recipe, out, group, workers, report):
+        self.settings, self.recipe, self.out, self.group = settings, recipe, out, group
+        self.workers, self.report = workers, report if group.leads else lambda event: None
+        self.device = group.device
+        self.images, self.validation, self.model = _student(settings, recipe)
+        config = data_config(self.model)
+        self.img_size = config["input_size"][1]
+        self.per_step = _split(recipe, group.world, settings.accum)
+
+        self.model.to(self.device)
+        self.teacher = None
+        if settings.teacher is not None:
+            self.teacher = load_teacher(
+                settings.teacher, len(self.images.classes), self.img_size,
+                settings.teacher_checkpoint, settings.backend,
+            ).to(self.device)  # fmt: skip
+        self.token = None
+        if settings.distill != "none":
+            both = hasattr(self.model, "set_distilled_training")
+            self.token = "distill" if both else "class"
+            if both:
+                self.model.set_distilled_training(True)
+        self.objective = Objective(recipe, settings.distill, self.teacher, self.model)
+        self.mixup = None
+        if recipe.mixes:
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob, label_smoothing=recipe.label_smoothing,
+                num_classes=len(self.images.classes),
+            )  # fmt: skip
+
+        self.batches = augment.Batches(
+            len(self.images), self.per_step, recipe.repeated_aug, settings.seed,
+            group.rank, group.world,
+        )  # fmt: skip
+        self.updates = len(self.batches)
+        if not self.updates:
+            raise ValueError(
+                f"batch: {recipe.batch}, but an epoch has {len(self.batches.sampler)} images in "
+                f"each of {group.world} processes"
+            )
+        augmented = augment.Augmented(self.images, augment.transform_of(recipe, config))
+        self.loader = augment.loader(augmented, self.batches, workers)
+
+        self.optimizer = create_optimizer_v2(
+            self.model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+            **({"eps": recipe.opt_eps} if "adam" in recipe.opt else {}),
+        )  # fmt: skip
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, "cosine", recipe.epochs, min_lr=recipe.min_lr,
+            warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.warmup_lr,
+            step_on_epochs=not recipe.sched_on_updates, updates_per_epoch=self.updates,
+        )  # fmt: skip
+        self.ema = ModelEmaV3(self.model, recipe.ema) if recipe.ema else None
+        fp16 = settings.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.parallel = self.model
+        if group.world > 1:
+            self.parallel = DistributedDataParallel(
+                self.model, [self.device.index] if self.device.type == "cuda" else None
+            )
+        if settings.compile:
+            self.model.compile(mode=settings.compile)
+
+        self.epoch = self.update = 0  # where the next update is
+        self.rows, self.unreadable, self.teacher_top1 = [], {}, None
+        self._identity = self._identify()
+        self._new_epoch()
+
+    # Beginning
+
+    def begin(self, restart: bool) -> None:
+        """From the checkpoint in `out`, or at the start."""
+        path = self.out / CHECKPOINT
+        if restart and self.group.leads:
+            _empty(self.out)
+        self.group.gather(None)  # nobody looks before it is empty
+        if path.exists():
+            state = checkpoints.load(path)
+            _compare(path, state["identity"], self._identity)
+            self._restore(state)
+        elif self.teacher is not None:
+            self.teacher_top1 = self._judge(self.teacher)["top1"]["class"]
+        if self.group.leads:
+            parameters = sum(p.numel() for p in self.model.parameters())
+            _write_json(self.out / SETTINGS, self._identity)
+            _write_json(self.out / RUN, {
+                "model": self._identity["settings"]["model"], "teacher": self.settings.teacher,
+                "teacher_top1": self.teacher_top1, "distill": self.settings.distill,
+                "distill_token": self.token, "img_size": self.img_size,
+                "epochs": self.recipe.epochs, "seed": self.settings.seed, "params": parameters,
+            })  # fmt: skip
+            self._write_log()
+        self.report({
+            "event": "begin", "epoch": self.epoch, "update": self.update, "updates": self.updates,
+            "epochs": self.recipe.epochs, "batch": self.recipe.batch, "images": len(self.images),
+            "validation": len(self.validation), "teacher_top1": self.teacher_top1,
+        })  # fmt: skip
+
+    def _identify(self):
+        """What a run must have in common with its checkpoint: names of files may change."""
+        settings = dataclasses.asdict(self.settings)
+        settings["model"] = self.settings.model or self.model.pretrained_cfg["architecture"]
+        del settings["data"], settings["teacher_checkpoint"]
+        settings["teacher"] = None if self.teacher is None else digest(self.teacher)
+        labels = hashlib.blake2b(self.images.labels.tobytes(), digest_size=8).hexdigest()
+        return {
+            "settings": settings,
+            "recipe": dataclasses.asdict(self.recipe),
+            "images": {"train": len(self.images), "classes": self.images.classes, "labels": labels},
+            "processes": self.group.world,
+        }
+
+    def _restore(self, state):
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.update = state["epoch"], state["update"]
+        self.rows, self.unreadable = state["rows"], state["unreadable"]
+        self.teacher_top1 = state["teacher_top1"]
+        self._new_epoch()
+        self.loss_sum += state["loss_sums"][self.group.rank]
+        self.seconds = state["seconds"]
+
+    def _new_epoch(self):
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.seconds = 0.0
+
+    # Going on
+
+    def go(self, save_every, eval_every, signals, log) -> dict:
+        """Train to the end and write what came of it. log: gets every row of log.csv."""
+        alone = self.device.type == "cpu" and self.group.world == 1
+        while self.epoch < self.recipe.epochs:
+            self.scheduler.step(self.epoch)
+            self.parallel.train()
+            self.batches.begin(self.epoch, self.update)
+            began = time.perf_counter()
+            for images, labels, unreadable in self.loader:
+                self._step(images, labels)
+                self._note(unreadable)
+                self.update += 1
+                saves = self.update % save_every == 0 and self.update < self.updates
+                if saves or alone or self.update % POLL == 0 or self.update == self.updates:
+                    mean, came = self._look(signals)  # waits for the GPU
+                    self.seconds += time.perf_counter() - began
+                    self._tell(mean)
+                    if saves or came:
+                        self._save()
+                    if came:
+                        raise Interrupted(came, self._where())
+                    began = time.perf_counter()
+            row = self._end_epoch(eval_every)
+            log(row)
+            if came := self._look(signals)[1]:
+                raise Interrupted(came, self._where())
+        return self._finish()
+
+    def _step(self, images, labels):
+        step = (self.settings.seed, self.epoch, self.update, self.group.rank)
+        seed = int(np.random.SeedSequence(step).generate_state(1)[0])
+        augment.reseed(seed)
+        torch.manual_seed(seed)  # the GPU's too
+        if self.recipe.sched_on_updates:
+            self.scheduler.step_update(self.epoch * self.updates + self.update)
+        images = images.to(self.device, non_blocking=True)
+        target = labels.to(self.device, non_blocking=True)
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        accum = self.settings.accum
+        parts = list(zip(images.chunk(accum), target.chunk(accum), strict=True))
+        dtype = AMP[self.settings.amp]
+        for i, (x, y) in enumerate(parts, 1):
+            waits = self.group.world > 1 and i < len(parts)
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+                with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                    loss = self.objective(self.parallel(x), x, y) / accum
+                self.scaler.scale(loss).backward()
+            self.loss_sum += loss.detach()
+        if self.recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _note(self, unreadable):
+        for name, reason in unreadable:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                self.report({"event": "note", "text": f"unreadable, left out: {name}: {reason}"})
+
+    def _look(self, signals):
+        """The mean loss of this epoch so far, and the signal that came to any process, or 0."""
+        lost, images = self.group.sum(self.loss_sum.item(), self.update)
+        mean = lost / images if images else 0.0
+        self._require(math.isfinite(mean), f"the loss is {mean}")
+        return mean, max(self.group.gather(max(signals, default=0)))
+
+    def _tell(self, mean):
+        self.report({
+            "event": "update", "epoch": self.epoch, "update": self.update, "loss": mean,
+            "lr": self.optimizer.param_groups[0]["lr"], "images_per_s": self._speed(),
+        })  # fmt: skip
+
+    def _speed(self):
+        return self.update * self.recipe.batch / self.seconds if self.seconds else 0.0
+
+    def _require(self, good, what):
+        if not good:
+            path = self.out / CHECKPOINT
+            kept = f"{path} is the last good checkpoint" if path.exists() else "nothing was saved"
+            raise FloatingPointError(
+                f"{what} at {self._where()}; {kept}. A lower lr, more warmup_epochs, clip_grad, or "
+                "another amp may help"
+            )
+
+    def _where(self):
+        return f"epoch {self.epoch + 1} of {self.recipe.epochs}, update {self.update}"
+
+    def _end_epoch(self, eval_every):
+        mean, _ = self._look(())
+        row = {
+            "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": mean,
+            "images_per_s": self._speed(), "seconds": self.seconds,
+        }  # fmt: skip
+        for found in self.group.gather(self.unreadable):
+            self.unreadable |= found
+        if (self.epoch + 1) % eval_every == 0 or self.epoch + 1 == self.recipe.epochs:
+            row["scores"] = self._judge(self.model)
+            if self.ema is not None:
+                row["ema"] = self._judge(self.ema.module)
+        self.rows.append(row)
+        self.epoch, self.update = self.epoch + 1, 0
+        self._new_epoch()
+        self._save()
+        if self.group.leads:
+            self._write_log()
+        self.report({"event": "epoch", **row})
+        return row
+
+    def _judge(self, model):
+        """{"top1": {head: percent}, "top5": ...} on the validation images, all processes' together.
+        The model is left in eval mode."""
+        model.eval()
+        found = evaluate.predictions(
+            model, self.validation, batch_size=max(self.per_step // self.settings.accum, 1),
+            workers=self.workers, dtype=AMP[self.settings.amp],
+            numbers=range(self.group.rank, len(self.validation), self.group.world),
+        )  # fmt: skip
+        self.unreadable |= dict(found.skipped)
+        accuracy = found.accuracy()
+        heads = list(accuracy.top1)
+        counts = [accuracy.images, *accuracy.top1.values(), *accuracy.top5.values()]
+        images, *hits = map(int, self.group.sum(*counts))
+        top1, top5 = hits[: len(heads)], hits[len(heads) :]
+        total = evaluate.Accuracy(
+            images, dict(zip(heads, top1, strict=True)), dict(zip(heads, top5, strict=True))
+        )
+        return total.percent() | {"images": images}
+
+    # Writing
+
+    def _save(self):
+        models = [self.model] + ([] if self.ema is None else [self.ema.module])
+        good = all(p.isfinite().all() for model in models for p in model.parameters())
+        self._require(good, "weights are not finite")
+        loss_sums = self.group.gather(self.loss_sum.item())
+        if not self.group.leads:
+            return
+        checkpoints.save(self.out / CHECKPOINT, {
+            "identity": self._identity, "epoch": self.epoch, "update": self.update,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "rows": self.rows, "unreadable": self.unreadable, "teacher_top1": self.teacher_top1,
+            "loss_sums": loss_sums, "seconds": self.seconds,
+        })  # fmt: skip
+
+    def _write_log(self):
+        """log.csv and unreadable.csv, as of the checkpoint: a row is never there twice."""
+        _write_csv(self.out / LOG, [_flat(row) for row in self.rows])
+        if self.unreadable:
+            rows = [{"image": name, "reason": why} for name, why in self.unreadable.items()]
+            _write_csv(self.out / UNREADABLE, rows)
+
+    def _finish(self):
+        """Models and result.json of a run that is through; again if that was interrupted."""
+        last = self.rows[-1]
+        speeds = [row["images_per_s"] for row in self.rows]
+        result = last["scores"] | {
+            "epoch": last["epoch"], "images_per_s": float(np.median(speeds)),
+            "seconds": sum(row["seconds"] for row in self.rows),
+            "unreadable": len(self.unreadable),
+        }  # fmt: skip
+        if self.ema is not None:
+            result["ema"] = last["ema"]
+        if self.group.leads:
+            args = self.settings.model_args
+            save_pretrained(self.model, self.out / MODEL, **args)
+            if self.ema is not None:
+                save_pretrained(self.ema.module, self.out / EMA_MODEL, **args)
+            _write_json(self.out / RESULT, result)
+        return result
+
+
+# What a run is made of
+
+
+def _student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
+    """Images to train on and to evaluate on, and the model for them, on the CPU."""
+    images = open_images(settings.data, "train")
+    validation = open_images(settings.data, "validation", classes=images.classes)
+    torch.manual_seed(settings.seed)
+    model = _build(settings, recipe, len(images.classes))
+    config = data_config(model)
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"model: {channels} channels, want 1 or 3")
+    images.mode = validation.mode = {1: "L", 3: "RGB"}[channels]
+    if settings.count is not None:
+        images = fraction(images, settings.count, settings.seed)
+    means = {key: config[key] for key in ("mean", "std")}
+    if channels == 1:
+        means = {key: (sum(value) / len(value),) for key, value in means.items()}
+    resizing = recipe.interpolation if recipe.interpolation != "random" else "bicubic"
+    model.pretrained_cfg = dict(model.pretrained_cfg) | means | {
+        "num_classes": len(images.classes), "input_size": config["input_size"],
+        "label_names": list(images.classes), "label_descriptions": None,
+        "crop_pct": recipe.crop_pct, "interpolation": resizing,
+    }  # fmt: skip
+    return images, validation, model
+
+
+def _build(settings, recipe, classes):
+    name, start = settings.model, settings.start
+    options = {"num_classes": classes} | settings.model_args
+    if settings.img_size is not None:
+        options["img_size"] = settings.img_size
+    rates = {}
+    if recipe.drop_path:
+        rates["drop_path_rate"] = recipe.drop_path
+    if recipe.drop:  # timm's drop_rate is the heads' alone
+        rates |= dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), recipe.drop)
+    accelerated = {"backend": settings.backend, "strict": False}
+    try:
+        if start is None:
+            return create_model(name, **options, **rates, **accelerated)
+        if start == "pretrained":
+            return create_model(name, pretrained=True, **options, **rates, **accelerated)
+        if not Path(start).is_dir():
+            if name is None:
+                raise ValueError(f"model: none, want the name of what {start} holds")
+            return create_model(name, checkpoint=start, **options, **rates, **accelerated)
+        model = from_pretrained(start, **options, **rates, **accelerated)
+    except TypeError as error:  # timm's constructors take what they take
+        raise ValueError(
+            f"model: {name or start} cannot be built with {options | rates} ({error}); another "
+            "drop_path, drop or model_args?"
+        ) from error
+    if name is not None and model.pretrained_cfg["architecture"] != NAMES.get(name, name):
+        raise ValueError(
+            f"start: {start} holds a {model.pretrained_cfg['architecture']}, want {name}"
+        )
+    return model
+
+
+def _split(recipe, world, accum):
+    """Images of one process in one update."""
+    if recipe.batch % (world * accum):
+        raise ValueError(
+            f"batch: {recipe.batch}, want a multiple of {world * accum} "
+            f"({world} processes, {accum} parts each)"
+        )
+    mine = recipe.batch // world
+    if recipe.mixes and mine % 2:
+        raise ValueError(f"batch: {mine} images in each process, want an even number for Mixup")
+    return mine
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _locked(out: Path, group: Group):
+    """One run at a time writes into a folder."""
+    if not group.leads:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another run writes into {out}") from None
+        yield
+
+
+@contextlib.contextmanager
+def _signals():
+    """A list that gets the numbers of SIGTERM and SIGINT as they come; a second one interrupts."""
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _tensorboard(out: Path, run: Run, wanted: bool):
+    """A function that takes a row of the log."""
+    if not wanted or not run.group.leads:
+        yield lambda row: None
+        return
+    # what a killed run logged after its checkpoint is not shown
+    with _writer()(str(out / TENSORBOARD), purge_step=run.epoch + 1) as writer:
+
+        def log(row):
+            for name, value in _flat(row).items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+
+        yield log
+
+
+def _writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensorboard: is not installed ({error}): pip install 'deit_fast[train]'"
+        ) from error
+    return SummaryWriter
+
+
+def _empty(out):
+    for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
+        (out / name).unlink(missing_ok=True)
+    for name in (MODEL, EMA_MODEL, TENSORBOARD):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _compare(path, was, now):
+    differences = [
+        f"{key} {old.get(key)!r}, now {new.get(key)!r}"
+        for part in ("settings", "recipe", "images")
+        for old, new in [((was or {}).get(part, {}), now[part])]
+        for key in new
+        if old.get(key) != new[key]
+    ]
+    if differences or was["processes"] != now["processes"]:
+        differences = differences or [f"processes {was['processes']}, now {now['processes']}"]
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            f"out: {path} is of a run with other settings: {'; '.join(differences[:4])}{more} "
+            "(restart throws it away)"
+        )
+
+
+def _flat(row: dict) -> dict[str, float]:
+    """A row of log.csv: "top1/class", "ema/top5/joint" and the like as columns."""
+    flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    for prefix, scores in (("", row.get("scores", {})), ("ema/", row.get("ema", {}))):
+        for top in ("top1", "top5"):
+            for head, percent in scores.get(top, {}).items():
+                flat[f"{prefix}{top}/{head}"] = percent
+    return flat
+
+
+def _write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoints.write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _write_json(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    checkpoints.write(path, lambda file: file.write(text.encode()))
