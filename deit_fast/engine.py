@@ -6,6 +6,7 @@ their own: while one batch is computed, the next arrives. On a CPU it is the mod
 inference mode, a batch at a time.
 """
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def data_config(model: nn.Module) -> dict:
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         size = embed.img_size
-    if isinstance(getattr(embed, "proj", None), nn.Conv2d):
-        channels = embed.proj.in_channels
+    first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    with contextlib.suppress(AttributeError, TypeError):  # not every model has one first conv
+        channels = model.get_parameter(f"{first}.weight").shape[1]
     return config | {"input_size": (channels, *size)}
 
 

@@ -61,7 +61,7 @@ def create_model(
 
         folder = files("deit_fast").joinpath("data", NANO)
         return from_pretrained(folder, backend=backend, heads=heads, strict=strict, **kwargs)
-    is_nano, name = name == NANO, _NANO_OF if name == NANO else NAMES.get(name, name)
+    is_nano, name = name == NANO, architecture(name)
     if pretrained:
         model = _pretrained(name, kwargs)
     else:
@@ -74,6 +74,11 @@ def create_model(
     accelerate(model, backend, strict=strict)
     set_heads(model, heads)
     return model
+
+
+def architecture(name: str) -> str:
+    """What timm calls a model of ours; other names are timm's as they are."""
+    return _NANO_OF if name == NANO else NAMES.get(name, name)
 
 
 def set_heads(model: nn.Module, heads: str) -> None:

@@ -159,9 +159,10 @@ def test_disagreement_command(folder, saved, tmp_path, capsys):
         header, *lines = csv.reader(file)
     assert header == ["", *names] and [line[0] for line in lines] == names
     assert np.array_equal(np.array([line[1:] for line in lines], float), want)
-    for name, row in zip(names, want, strict=True):
+    assert re.search(r"^ +classifier +0 +1 +2 +3 +4 +5 +6 *$", printed, re.M), printed
+    for i, (name, row) in enumerate(zip(names, want, strict=True)):
         figures = " +".join(f"{rate:.3f}" for rate in row)
-        assert re.search(rf"^ ?{re.escape(name)} +{figures} *$", printed, re.M), printed
+        assert re.search(rf"^ ?{i} +{re.escape(name)} +{figures} *$", printed, re.M), printed
     assert_picture(out / "disagreement.png")
 
 
@@ -191,6 +192,22 @@ def test_each_model_runs_once_and_skipped_images_are_told(folder, saved, capsys,
     assert len(calls) == 2 and "over 20 images" in printed.out
     assert printed.err.count("broken.png: cannot identify image file") == 1
     assert "skipped: 1 unreadable images" in printed.err and f"{two}:joint" not in printed.out
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_runs(
+    folder, saved, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "predictions", None)
+    _, other = tiny_pair(**SIZE | {"num_classes": 4})
+    deit_fast.save_pretrained(other, tmp_path)
+    command = ["analyse", "disagreement", str(folder), "--workers", "0", "--models"]
+    for spec, message in (
+        (str(tmp_path), "model: 4 classes, images: 5, want as many"),
+        (f"{saved['one']}:distill", "VisionTransformer has one head"),
+        ("x:both", "x:both: head 'both', want one of"),
+    ):
+        assert main([*command, saved["two"], spec]) == 2
+        assert message in capsys.readouterr().err
 
 
 # Similarity of the tokens
@@ -316,6 +333,8 @@ def test_plots_show_the_values(tmp_path):
         assert np.array_equal(same, other)
     for same, other in zip(pictures[0], pictures[2], strict=True):
         assert same.shape == other.shape and not np.array_equal(same, other)
+    dark = (pictures[0][0][..., :3] == (8, 48, 107)).all(-1)  # the end of the scale
+    assert 0.1 < dark.mean() < 0.5  # two of four cells
 
 
 # Tables 2 and 3

@@ -178,6 +178,7 @@ def test_named_classes(make, tmp_path):
     np.testing.assert_array_equal(turned.labels, 10 - LABELS)
     np.testing.assert_array_equal(pixels(turned), pixels(images))
     fails(path, "missing yak", "extra Bee, gnu", classes=[*set(NAMED) - {"Bee", "gnu"}, "yak"])
+    fails(path, "missing nothing", "extra fly", classes=[c for c in NAMED if c != "fly"])
 
 
 @pytest.mark.parametrize("kind", ["webdataset, cls", "parquet", "idx"])
@@ -204,7 +205,8 @@ def test_folders_errors(tmp_path):
     (path / "3" / "notes.txt").write_text("")
     (path / ".cache" / "x").mkdir(parents=True)
     (path / ".cache" / "x" / "1.png").write_bytes(png(GRAY[0]))
-    assert len(open_images(path)) == 24
+    Image.new("L", (3, 2)).save(path / "9" / "more.webp")  # not among timm's suffixes
+    assert len(open_images(path)) == 25
     (path / "4").rename(path / "11")
     fails(path, "no 4")
     (path / "11").rename(path / "4")
@@ -315,6 +317,7 @@ A = png(GRAY[0])
         ({"1.png": A, "1.cls": b"0", "2.cls": b"0"}, "2: a label without an image"),
         ({"1.png": A, "1.cls": b"-1"}, "1.png: label -1"),
         ({"cat/1.png": A, "2.png": A}, "2.png: no label, want CLASS/NAME"),
+        ({"./1.png": A}, " 1.png: no label, want CLASS/NAME"),
         ({"train/cat/1.png": A, "val/cat/2.png": A}, "val/cat/2.png: no label"),
         ({"cat/1.png": A, "dog": None}, "no image in the folder of the class dog"),
         ({"0/1.png": A, "2/1.png": A}, "there is no 1"),
@@ -334,6 +337,11 @@ def test_more_tar_errors(tmp_path):
         link.type, link.linkname = tarfile.LNKTYPE, "cat/2.png"
         made.addfile(link)
     fails(path, "cat/1.png: is a link")
+
+
+def test_tar_made_of_the_folder_itself(tmp_path):
+    path = tar(tmp_path / "a.tar", {".": None, "./cat": None, "./cat/1.png": A, "./dog/1.png": A})
+    assert open_images(path).classes == ["cat", "dog"]
 
 
 def test_label_key_and_cls_first(tmp_path):

@@ -105,6 +105,17 @@ def test_predictions_are_those_of_one_image_at_a_time(folder, models, batch_size
     assert accuracy.images == 20
 
 
+def test_some_of_the_images(folder, models):
+    images = open_images(folder)
+    whole = evaluate.predictions(models[1], images)
+    some = evaluate.predictions(models[1], images, numbers=range(20, 0, -3))
+    assert some.numbers.tolist() == [20, 17, 14, 11, 5, 2] and len(some.skipped) == 1
+    assert some.labels.tolist() == [6, 5, 4, 3, 1, 0]
+    places = [whole.numbers.tolist().index(i) for i in some.numbers]
+    for head, top in some.top.items():
+        assert np.array_equal(top, whole.top[head][places])
+
+
 def test_counts_by_brute_force():
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 11), torch.randint(11, (200,))

@@ -88,10 +88,12 @@ def _disagreement(args, setting, plots):
     rates, names = analyse.disagreement(decided), list(decided)
     count = len(decided[analyse.TRUTH])
     title = f"rate of different decisions over {count:,} images"
+    numbers = [str(i) for i in range(len(names))]  # names would make wide columns
     cells = [
-        (name, *(f"{rate:.3f}" for rate in row)) for name, row in zip(names, rates, strict=True)
+        (number, name, *(f"{rate:.3f}" for rate in row))
+        for number, name, row in zip(numbers, names, rates, strict=True)
     ]
-    _data.show(title, ("",), tuple(names), cells)
+    _data.show(title, ("", "classifier"), tuple(numbers), cells)
     if args.out is not None:
         rows = [(name, *row) for name, row in zip(names, rates.tolist(), strict=True)]
         _write_csv(args.out / "disagreement.csv", ("", *names), rows)

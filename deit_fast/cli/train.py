@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deit_fast.distill import recipe as recipes
-from deit_fast.distill.train import AMP, Interrupted, Settings, train
+from deit_fast.distill.processes import Interrupted
+from deit_fast.distill.student import AMP, Settings
+from deit_fast.distill.train import train
 
 RECIPE = "deit"
 DISTILL = ("none", "soft", "hard")
@@ -46,6 +48,11 @@ def add_arguments(parser):
         "'pretrained': timm's from the hub",
     )  # fmt: skip
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=float, nargs="+", metavar="X",
+            help="of each channel, pixels from 0 to 1 (default: the model's own)",
+        )  # fmt: skip
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument(
         "--distill", choices=DISTILL,
@@ -101,7 +108,8 @@ def run(args) -> int:
     settings = Settings(
         args.data, args.model, _arguments(args.model_args), args.start,
         args.distill or ("none" if args.teacher is None else "hard"), args.teacher,
-        args.teacher_checkpoint, args.img_size, args.count, args.seed, args.accum,
+        args.teacher_checkpoint, args.img_size, args.mean and tuple(args.mean),
+        args.std and tuple(args.std), args.count, args.seed, args.accum,
         args.amp or ("bf16" if cuda else "none"), args.compile, args.backend,
     )  # fmt: skip
     workers = args.workers

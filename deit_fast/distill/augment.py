@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
@@ -40,11 +41,22 @@ def transform_of(recipe: Recipe, config: dict):
         re_prob=recipe.erasing,
         re_mode="pixel",
     )
+    for step in chain.transforms:
+        for op in getattr(step, "ops", [op for some in getattr(step, "policy", ()) for op in some]):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
     if recipe.crop == "pad":  # in the place of the resized crop, as the official code does
         size = config["input_size"][1:]
         resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
         chain.transforms[:1] = [resize, transforms.RandomCrop(size, padding=PADDING)]
     return chain
+
+
+def _posterize(image, bits, **kwargs):
+    """timm's; RandAugment at its highest level keeps no bit, which Pillow 13 refuses: black."""
+    if bits > 0:
+        return auto_augment.posterize(image, bits, **kwargs)
+    return Image.new(image.mode, image.size)
 
 
 def reseed(seed: int) -> None:

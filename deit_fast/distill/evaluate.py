@@ -167,8 +167,8 @@ def predictions(
     moved to (None: it stays). dtype: fp16 or bf16, by autocast (None: the model's). transform: of
     a PIL image, to float (C, H, W), normalised, or uint8 (C, H, W), not yet; None: timm's for
     evaluation. progress: is told how many images are done. numbers: the images to take (default:
-    all). Raises ValueError as `check`, for
-    options that do not fit and where no image could be read; RuntimeError where a logit is NaN.
+    all). Raises ValueError as `check`, for options that do not fit and where no image could be
+    read; RuntimeError where a logit is NaN.
     """
     check(model, images)
     if device is not None:

@@ -1,5 +1,7 @@
 """Teachers, and the loss by which a student learns from one (DeiT paper, section 4)."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -39,25 +41,21 @@ def load_teacher(
     if Path(name).is_dir():
         if checkpoint is not None:
             raise ValueError(f"teacher: the folder {name} has weights, want no checkpoint as well")
-        model = from_pretrained(name, **options)
-        if _is_fixed(model) and data_config(model)["input_size"][1:] != (img_size, img_size):
-            model = from_pretrained(name, img_size=img_size, **options)
+        model = at_size(partial(from_pretrained, name, **options), img_size)
+    elif not timm.is_model(name):
+        raise ValueError(f"teacher: {name!r} is neither a folder nor a name of timm's")
+    elif checkpoint is None:
+        try:
+            model = at_size(partial(create_model, name, pretrained=True, **options), img_size)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"teacher: no pretrained weights for {name} ({_line(error)}); want a folder, or a "
+                "file as its checkpoint"
+            ) from error
     else:
-        if not timm.is_model(name):
-            raise ValueError(f"teacher: {name!r} is neither a folder nor a name of timm's")
-        size = {"img_size": img_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-        if checkpoint is None:
-            try:
-                model = create_model(name, pretrained=True, **size, **options)
-            except (OSError, RuntimeError) as error:
-                raise RuntimeError(
-                    f"teacher: no pretrained weights for {name} ({_line(error)}); want a folder, "
-                    "or a file as its checkpoint"
-                ) from error
-        else:
-            model = timm.create_model(name, num_classes=num_classes, **size)
-            load_state(model, read_checkpoint(checkpoint), f"teacher's checkpoint {checkpoint}")
-            accelerate(model, **options)
+        model = at_size(partial(timm.create_model, name, num_classes=num_classes), img_size)
+        load_state(model, read_checkpoint(checkpoint), f"teacher's checkpoint {checkpoint}")
+        accelerate(model, **options)
     if model.num_classes != num_classes:
         raise ValueError(
             f"teacher: {name} has {model.num_classes} classes, want the data's {num_classes}"
@@ -65,8 +63,13 @@ def load_teacher(
     return model.requires_grad_(False).eval()
 
 
-def _is_fixed(model):
-    return bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
+def at_size(build: Callable[..., nn.Module], img_size: int | None) -> nn.Module:
+    """`build()`, or `build(img_size=...)` where that is a model of a fixed other size."""
+    model = build()
+    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    if img_size is None or not fixed or data_config(model)["input_size"][1:] == (img_size,) * 2:
+        return model
+    return build(img_size=img_size)
 
 
 def _line(error):

@@ -6,25 +6,15 @@ generator, and the number of workers changes nothing.
 """
 
 import contextlib
-import csv
 import dataclasses
-import fcntl
 import hashlib
-import io
-import json
 import math
-import os
-import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -34,115 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.bulk import digest
 from deit_fast.engine import data_config
-from deit_fast.models import NAMES, create_model
-from deit_fast.pretrained import from_pretrained, save_pretrained
+from deit_fast.pretrained import save_pretrained
 
-from . import augment, checkpoints, evaluate
-from .datasets import ImageSet, fraction, open_images
+from . import augment, checkpoints, evaluate, folder
+from .processes import Group, Interrupted, signals
 from .recipe import Recipe
+from .student import AMP, Settings, student
 from .teacher import Objective, load_teacher
 
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
-RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
-MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
 POLL = 10  # updates between looks at what would make a GPU wait: the loss, other processes' signals
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is trained on what; with a `Recipe` it decides every bit of the result.
-
-    data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
-    what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
-    checkpoint file, or "pretrained" for timm's from the hub. model_args: timm's keyword arguments.
-    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). img_size: pixels, None:
-    the model's own. count: train on so many images only. accum: parts that a batch is
-    computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
-    torch.compile, or None. backend: see `deit_fast.accelerate`.
-    """
-
-    data: str
-    model: str | None = None
-    model_args: dict = field(default_factory=dict)
-    start: str | None = None
-    distill: str = "none"
-    teacher: str | None = None
-    teacher_checkpoint: str | None = None
-    img_size: int | None = None
-    count: int | None = None
-    seed: int = 0
-    accum: int = 1
-    amp: str = "none"
-    compile: str | None = None
-    backend: str = "auto"
-
-    def __post_init__(self):
-        for name in ("accum", "count", "img_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}, want 1 or more")
-        if self.amp not in AMP:
-            raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
-        if self.model is None and self.start is None:
-            raise ValueError("model: none, want a name, or a folder to start from")
-        if (self.distill == "none") != (self.teacher is None):
-            came = "none" if self.teacher is None else self.teacher
-            raise ValueError(
-                f"teacher: {came}, with distill {self.distill!r}; want both or neither"
-            )
-
-
-class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT came; everything is saved. `number` is the signal's."""
-
-    def __init__(self, number: int, where: str):
-        super().__init__(where)
-        self.number = number
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes of a run: one, or as many as torchrun started."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @classmethod
-    @contextlib.contextmanager
-    def joined(cls):
-        cuda = torch.cuda.is_available()
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else None
-        if cuda:
-            torch.cuda.set_device(device)
-        if world == 1:
-            yield cls(0, 1, device or torch.device("cpu"))
-            return
-        dist.init_process_group("nccl" if cuda else "gloo")
-        try:
-            yield cls(dist.get_rank(), world, device or torch.device("cpu"))
-        finally:
-            dist.destroy_process_group()
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, *numbers: float) -> list[float]:
-        if self.world == 1:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, what) -> list:
-        if self.world == 1:
-            return [what]
-        found = [None] * self.world
-        dist.all_gather_object(found, what)
-        return found
 
 
 def train(
@@ -176,13 +66,19 @@ def train(
         if value < least:
             raise ValueError(f"{name}: {value}, want {least} or more")
     if tensorboard:
-        _writer()
-    with Group.joined() as group, _locked(Path(out), group):
-        run = Run(settings, recipe, Path(out), group, workers, report)
-        with _signals() as signals:
-            run.begin(restart)
-            with _tensorboard(run.out, run, tensorboard) as log:
-                return run.go(save_every, eval_every, signals, log)
+        folder.summary_writer()  # or an error before anything else
+    out = Path(out)
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(Group.joined())
+        if group.leads:
+            stack.enter_context(folder.locked(out))
+        run = Run(settings, recipe, out, group, workers, report)
+        came = stack.enter_context(signals())
+        run.begin(restart)
+        log = None
+        if tensorboard and group.leads:
+            log = stack.enter_context(folder.tensorboard(out, run.epoch + 1))
+        return run.go(save_every, eval_every, came, log)
 
 
 class Run:
@@ -192,7 +88,7 @@ class Run:
         self.settings, self.recipe, self.out, self.group = settings, recipe, out, group
         self.workers, self.report = workers, report if group.leads else lambda event: None
         self.device = group.device
-        self.images, self.validation, self.model = _student(settings, recipe)
+        self.images, self.validation, self.model = student(settings, recipe)
         config = data_config(self.model)
         self.img_size = config["input_size"][1]
         self.per_step = _split(recipe, group.world, settings.accum)
@@ -263,20 +159,20 @@ class Run:
 
     def begin(self, restart: bool) -> None:
         """From the checkpoint in `out`, or at the start."""
-        path = self.out / CHECKPOINT
+        path = self.out / folder.CHECKPOINT
         if restart and self.group.leads:
-            _empty(self.out)
+            folder.empty(self.out)
         self.group.gather(None)  # nobody looks before it is empty
         if path.exists():
             state = checkpoints.load(path)
-            _compare(path, state["identity"], self._identity)
+            folder.compare(path, state["identity"], self._identity)
             self._restore(state)
         elif self.teacher is not None:
             self.teacher_top1 = self._judge(self.teacher)["top1"]["class"]
         if self.group.leads:
             parameters = sum(p.numel() for p in self.model.parameters())
-            _write_json(self.out / SETTINGS, self._identity)
-            _write_json(self.out / RUN, {
+            folder.write_json(self.out / folder.SETTINGS, self._identity)
+            folder.write_json(self.out / folder.RUN, {
                 "model": self._identity["settings"]["model"], "teacher": self.settings.teacher,
                 "teacher_top1": self.teacher_top1, "distill": self.settings.distill,
                 "distill_token": self.token, "img_size": self.img_size,
@@ -345,7 +241,8 @@ class Run:
                         raise Interrupted(came, self._where())
                     began = time.perf_counter()
             row = self._end_epoch(eval_every)
-            log(row)
+            if log is not None:
+                log(row)
             if came := self._look(signals)[1]:
                 raise Interrupted(came, self._where())
         return self._finish()
@@ -404,7 +301,7 @@ class Run:
 
     def _require(self, good, what):
         if not good:
-            path = self.out / CHECKPOINT
+            path = self.out / folder.CHECKPOINT
             kept = f"{path} is the last good checkpoint" if path.exists() else "nothing was saved"
             raise FloatingPointError(
                 f"{what} at {self._where()}; {kept}. A lower lr, more warmup_epochs, clip_grad, or "
@@ -464,7 +361,7 @@ class Run:
         loss_sums = self.group.gather(self.loss_sum.item())
         if not self.group.leads:
             return
-        checkpoints.save(self.out / CHECKPOINT, {
+        checkpoints.save(self.out / folder.CHECKPOINT, {
             "identity": self._identity, "epoch": self.epoch, "update": self.update,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -475,10 +372,10 @@ class Run:
 
     def _write_log(self):
         """log.csv and unreadable.csv, as of the checkpoint: a row is never there twice."""
-        _write_csv(self.out / LOG, [_flat(row) for row in self.rows])
+        folder.write_csv(self.out / folder.LOG, [folder.flat(row) for row in self.rows])
         if self.unreadable:
             rows = [{"image": name, "reason": why} for name, why in self.unreadable.items()]
-            _write_csv(self.out / UNREADABLE, rows)
+            folder.write_csv(self.out / folder.UNREADABLE, rows)
 
     def _finish(self):
         """Models and result.json of a run that is through; again if that was interrupted."""
@@ -493,72 +390,11 @@ class Run:
             result["ema"] = last["ema"]
         if self.group.leads:
             args = self.settings.model_args
-            save_pretrained(self.model, self.out / MODEL, **args)
+            save_pretrained(self.model, self.out / folder.MODEL, **args)
             if self.ema is not None:
-                save_pretrained(self.ema.module, self.out / EMA_MODEL, **args)
-            _write_json(self.out / RESULT, result)
+                save_pretrained(self.ema.module, self.out / folder.EMA_MODEL, **args)
+            folder.write_json(self.out / folder.RESULT, result)
         return result
-
-
-# What a run is made of
-
-
-def _student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
-    """Images to train on and to evaluate on, and the model for them, on the CPU."""
-    images = open_images(settings.data, "train")
-    validation = open_images(settings.data, "validation", classes=images.classes)
-    torch.manual_seed(settings.seed)
-    model = _build(settings, recipe, len(images.classes))
-    config = data_config(model)
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise ValueError(f"model: {channels} channels, want 1 or 3")
-    images.mode = validation.mode = {1: "L", 3: "RGB"}[channels]
-    if settings.count is not None:
-        images = fraction(images, settings.count, settings.seed)
-    means = {key: config[key] for key in ("mean", "std")}
-    if channels == 1:
-        means = {key: (sum(value) / len(value),) for key, value in means.items()}
-    resizing = recipe.interpolation if recipe.interpolation != "random" else "bicubic"
-    model.pretrained_cfg = dict(model.pretrained_cfg) | means | {
-        "num_classes": len(images.classes), "input_size": config["input_size"],
-        "label_names": list(images.classes), "label_descriptions": None,
-        "crop_pct": recipe.crop_pct, "interpolation": resizing,
-    }  # fmt: skip
-    return images, validation, model
-
-
-def _build(settings, recipe, classes):
-    name, start = settings.model, settings.start
-    options = {"num_classes": classes} | settings.model_args
-    if settings.img_size is not None:
-        options["img_size"] = settings.img_size
-    rates = {}
-    if recipe.drop_path:
-        rates["drop_path_rate"] = recipe.drop_path
-    if recipe.drop:  # timm's drop_rate is the heads' alone
-        rates |= dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), recipe.drop)
-    accelerated = {"backend": settings.backend, "strict": False}
-    try:
-        if start is None:
-            return create_model(name, **options, **rates, **accelerated)
-        if start == "pretrained":
-            return create_model(name, pretrained=True, **options, **rates, **accelerated)
-        if not Path(start).is_dir():
-            if name is None:
-                raise ValueError(f"model: none, want the name of what {start} holds")
-            return create_model(name, checkpoint=start, **options, **rates, **accelerated)
-        model = from_pretrained(start, **options, **rates, **accelerated)
-    except TypeError as error:  # timm's constructors take what they take
-        raise ValueError(
-            f"model: {name or start} cannot be built with {options | rates} ({error}); another "
-            "drop_path, drop or model_args?"
-        ) from error
-    if name is not None and model.pretrained_cfg["architecture"] != NAMES.get(name, name):
-        raise ValueError(
-            f"start: {start} holds a {model.pretrained_cfg['architecture']}, want {name}"
-        )
-    return model
 
 
 def _split(recipe, world, accum):
@@ -572,117 +408,3 @@ def _split(recipe, world, accum):
     if recipe.mixes and mine % 2:
         raise ValueError(f"batch: {mine} images in each process, want an even number for Mixup")
     return mine
-
-
-# Files
-
-
-@contextlib.contextmanager
-def _locked(out: Path, group: Group):
-    """One run at a time writes into a folder."""
-    if not group.leads:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another run writes into {out}") from None
-        yield
-
-
-@contextlib.contextmanager
-def _signals():
-    """A list that gets the numbers of SIGTERM and SIGINT as they come; a second one interrupts."""
-    came = []
-
-    def note(number, frame):
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _tensorboard(out: Path, run: Run, wanted: bool):
-    """A function that takes a row of the log."""
-    if not wanted or not run.group.leads:
-        yield lambda row: None
-        return
-    # what a killed run logged after its checkpoint is not shown
-    with _writer()(str(out / TENSORBOARD), purge_step=run.epoch + 1) as writer:
-
-        def log(row):
-            for name, value in _flat(row).items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, row["epoch"])
-            writer.flush()
-
-        yield log
-
-
-def _writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            f"tensorboard: is not installed ({error}): pip install 'deit_fast[train]'"
-        ) from error
-    return SummaryWriter
-
-
-def _empty(out):
-    for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
-        (out / name).unlink(missing_ok=True)
-    for name in (MODEL, EMA_MODEL, TENSORBOARD):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _compare(path, was, now):
-    differences = [
-        f"{key} {old.get(key)!r}, now {new.get(key)!r}"
-        for part in ("settings", "recipe", "images")
-        for old, new in [((was or {}).get(part, {}), now[part])]
-        for key in new
-        if old.get(key) != new[key]
-    ]
-    if differences or was["processes"] != now["processes"]:
-        differences = differences or [f"processes {was['processes']}, now {now['processes']}"]
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            f"out: {path} is of a run with other settings: {'; '.join(differences[:4])}{more} "
-            "(restart throws it away)"
-        )
-
-
-def _flat(row: dict) -> dict[str, float]:
-    """A row of log.csv: "top1/class", "ema/top5/joint" and the like as columns."""
-    flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
-    for prefix, scores in (("", row.get("scores", {})), ("ema/", row.get("ema", {}))):
-        for top in ("top1", "top5"):
-            for head, percent in scores.get(top, {}).items():
-                flat[f"{prefix}{top}/{head}"] = percent
-    return flat
-
-
-def _write_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    checkpoints.write(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def _write_json(path, content):
-    text = json.dumps(content, indent=1) + "\n"
-    checkpoints.write(path, lambda file: file.write(text.encode()))

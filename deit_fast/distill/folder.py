@@ -1,0 +1,101 @@
+"""The folder that a run writes: what is in it, one run at a time, every file whole."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import shutil
+from pathlib import Path
+
+from . import checkpoints
+
+CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
+RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
+MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """One run at a time writes into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another run writes into {out}") from None
+        yield
+
+
+@contextlib.contextmanager
+def tensorboard(out: Path, epoch: int):
+    """A function that takes a row of the log; `epoch` is the first that is to come."""
+    # what a killed run logged after its checkpoint is not shown
+    with summary_writer()(str(out / TENSORBOARD), purge_step=epoch) as writer:
+
+        def log(row):
+            for name, value in flat(row).items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+
+        yield log
+
+
+def summary_writer():
+    """TensorBoard's class. RuntimeError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensorboard: is not installed ({error}): pip install 'deit_fast[train]'"
+        ) from error
+    return SummaryWriter
+
+
+def empty(out: Path) -> None:
+    """Throw away what a run wrote."""
+    for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
+        (out / name).unlink(missing_ok=True)
+    for name in (MODEL, EMA_MODEL, TENSORBOARD):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def compare(path: Path, was: dict, now: dict) -> None:
+    """Raise ValueError where a checkpoint's run is another than this one."""
+    differences = [
+        f"{key} {old.get(key)!r}, now {value!r}"
+        for old, new in [(was, {"processes": now["processes"]})]
+        + [(was.get(part, {}), now[part]) for part in ("settings", "recipe", "images")]
+        for key, value in new.items()
+        if old.get(key) != value
+    ]
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            f"out: {path} is of a run with other settings: {'; '.join(differences[:4])}{more} "
+            "(restart throws it away)"
+        )
+
+
+def flat(row: dict) -> dict[str, float]:
+    """A row of log.csv: "top1/class", "ema/top5/joint" and the like as columns."""
+    flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    for prefix, scores in (("", row.get("scores", {})), ("ema/", row.get("ema", {}))):
+        for top in ("top1", "top5"):
+            for head, percent in scores.get(top, {}).items():
+                flat[f"{prefix}{top}/{head}"] = percent
+    return flat
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoints.write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    checkpoints.write(path, lambda file: file.write(text.encode()))

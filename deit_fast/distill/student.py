@@ -1,0 +1,127 @@
+"""What is trained on what: the settings of a run, its images and its model."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deit_fast.engine import data_config
+from deit_fast.models import architecture, create_model
+from deit_fast.pretrained import from_pretrained
+
+from .datasets import ImageSet, fraction, open_images
+from .recipe import Recipe
+from .teacher import at_size
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained on what; with a `Recipe` it decides every bit of the result.
+
+    data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
+    what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
+    checkpoint file, or "pretrained" for timm's from the hub. model_args: timm's keyword arguments.
+    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). img_size: pixels, None:
+    the model's own. mean, std: of each channel, by which pixels in 0..1 are normalised; None: the
+    model's own, for grey images their mean. count: train on so many images only. accum: parts that
+    a batch is computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
+    torch.compile, or None. backend: see `deit_fast.accelerate`.
+    """
+
+    data: str
+    model: str | None = None
+    model_args: dict = field(default_factory=dict)
+    start: str | None = None
+    distill: str = "none"
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    img_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    count: int | None = None
+    seed: int = 0
+    accum: int = 1
+    amp: str = "none"
+    compile: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name in ("accum", "count", "img_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}, want 1 or more")
+        if self.amp not in AMP:
+            raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
+        if self.model is None and self.start is None:
+            raise ValueError("model: none, want a name, or a folder to start from")
+        if (self.distill == "none") != (self.teacher is None):
+            came = "none" if self.teacher is None else self.teacher
+            raise ValueError(
+                f"teacher: {came}, with distill {self.distill!r}; want both or neither"
+            )
+
+
+def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
+    """Images to train on and to evaluate on, and the model for them, on the CPU."""
+    images = open_images(settings.data, "train")
+    validation = open_images(settings.data, "validation", classes=images.classes)
+    torch.manual_seed(settings.seed)
+    model = _build(settings, recipe, len(images.classes))
+    config = data_config(model)
+    channels, *size = config["input_size"]
+    if settings.img_size is not None:  # convnets take any
+        size = [settings.img_size] * 2
+    if channels not in (1, 3):
+        raise ValueError(f"model: {channels} channels, want 1 or 3")
+    images.mode = validation.mode = {1: "L", 3: "RGB"}[channels]
+    if settings.count is not None:
+        images = fraction(images, settings.count, settings.seed)
+    means = {}
+    for key in ("mean", "std"):
+        values = getattr(settings, key) or config[key]
+        if channels == 1 and getattr(settings, key) is None:
+            values = (sum(values) / len(values),)
+        if len(values) != channels or key == "std" and min(values) <= 0:
+            raise ValueError(f"{key}: {values}, want {channels} numbers, those of std above 0")
+        means[key] = tuple(values)
+    resizing = recipe.interpolation if recipe.interpolation != "random" else "bicubic"
+    model.pretrained_cfg = dict(model.pretrained_cfg) | means | {
+        "num_classes": len(images.classes), "input_size": (channels, *size),
+        "label_names": list(images.classes), "label_descriptions": None,
+        "crop_pct": recipe.crop_pct, "interpolation": resizing,
+    }  # fmt: skip
+    return images, validation, model
+
+
+def _build(settings, recipe, classes):
+    name, start = settings.model, settings.start
+    rates = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    if recipe.drop:  # timm's drop_rate is the heads' alone
+        rates |= dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), recipe.drop)
+    options = {"num_classes": classes} | settings.model_args | rates
+    options |= {"backend": settings.backend, "strict": False}
+    if start is None:
+        build = partial(create_model, name)
+    elif Path(start).is_dir():
+        build = partial(from_pretrained, start)
+    elif name is None:
+        raise ValueError(f"model: none, want the name of what {start} holds")
+    elif start == "pretrained":
+        build = partial(create_model, name, pretrained=True)
+    else:
+        build = partial(create_model, name, checkpoint=start)
+    try:
+        model = at_size(partial(build, **options), settings.img_size)
+    except TypeError as error:  # timm's constructors take what they take
+        raise ValueError(
+            f"model: {name or start} cannot be built with {options} ({error}); another drop_path, "
+            "drop or model_args?"
+        ) from error
+    holds = model.pretrained_cfg["architecture"]
+    if start is not None and name is not None and holds != architecture(name):
+        raise ValueError(f"start: {start} holds a {holds}, want {name}")
+    return model

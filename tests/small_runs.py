@@ -1,0 +1,93 @@
+"""Small training runs on made-up pictures. As a script: a run that is killed again and again."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit_fast.distill import checkpoints, recipe
+from deit_fast.distill.student import Settings
+from deit_fast.distill.train import train
+
+# everything that draws random numbers, and everything that keeps a state
+RECIPE = {
+    "epochs": 3, "batch": 8, "lr": 1e-3, "lr_batch": 0, "warmup_epochs": 1, "drop": 0.1,
+    "drop_path": 0.2, "repeated_aug": 1, "ema": 0.9, "clip_grad": 1.0, "crop_pct": 1.0,
+}  # fmt: skip
+MODEL_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": 8, "img_size": 16}
+
+
+def pictures(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) -> Path:
+    """Folders of classes: noise around a colour that tells the class."""
+    draw = np.random.default_rng(0)
+    for split in splits:
+        for c in range(classes):
+            (folder / split / f"class{c}").mkdir(parents=True)
+            for i in range(each):
+                noise = draw.integers(-60, 60, (size, size, 3))
+                colour = np.array([60, 120, 190])[(np.arange(3) + c) % 3]
+                pixels = (colour + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"class{c}" / f"{i}.png")
+    return folder
+
+
+def settings(data, model="deit_tiny_distilled", model_args=None, **kwargs) -> Settings:
+    given = {} if kwargs.get("start") else MODEL_ARGS  # what is started from knows them
+    return Settings(str(data), model, given | (model_args or {}), **kwargs)
+
+
+def run(data, out, save_every=1000, workers=0, report=lambda event: None, restart=False,
+        recipe_of=None, **kwargs):  # fmt: skip
+    """Train; returns the checkpoint at the end."""
+    chosen = recipe.load("deit", **RECIPE | (recipe_of or {}))
+    train(
+        settings(data, **kwargs), chosen, out, save_every=save_every, workers=workers,
+        report=report, restart=restart,
+    )  # fmt: skip
+    return checkpoints.load(Path(out, "checkpoint.pt"))
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints hold the same bits, but for times."""
+    if isinstance(a, dict):
+        timed = {"seconds", "images_per_s"}
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a.keys() - timed)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+KILLED = {"recipe_of": {"epochs": 10}, "save_every": 1}
+
+
+def kill_again_and_again(data, out, kills, seed):
+    """Start the run, kill it after a random time, as often as asked; then let it finish. Prints
+    each exit code and how far the checkpoint was."""
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    for kill in (*[True] * kills, False):
+        child = os.fork()  # spares the seconds of importing
+        if child == 0:
+            try:
+                run(data, out, **KILLED)
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), flush=True)
+                os._exit(1)
+        if kill:
+            time.sleep(draw.uniform(0.2, 0.8))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        path = Path(out, "checkpoint.pt")
+        state = checkpoints.load(path) if path.exists() else {"epoch": 0, "update": 0}
+        print(code, state["epoch"], state["update"], flush=True)
+
+
+if __name__ == "__main__":
+    kill_again_and_again(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,420 @@
+"""Training runs: that they learn, go on bit for bit, survive, and refuse what does not fit."""
+
+import csv
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import small_runs
+import timm
+import torch
+from small_runs import pictures, run, same
+
+import deit_fast
+from deit_fast.distill import checkpoints
+from deit_fast.distill.processes import Interrupted
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """(folder, last checkpoint) of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(data, out)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(epoch, update):
+    def report(event):
+        if event["event"] == "update" and (event["epoch"], event["update"]) == (epoch, update):
+            raise Stop
+
+    return report
+
+
+def start(data, out, epoch=1, update=2, **kwargs):
+    """A run that ends just after that update and before saving it."""
+    with pytest.raises(Stop):
+        run(data, out, report=stop_at(epoch, update), save_every=1, **kwargs)
+
+
+def test_what_a_run_leaves(whole):
+    out, state = whole
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.pt", "lock", "log.csv", "model", "model-ema", "result.json", "run.json",
+        "settings.json",
+    ]  # fmt: skip
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    result = json.loads((out / "result.json").read_text())
+    assert result["images"] == 24 and result["epoch"] == 3
+    assert result["top1"]["joint"] > 50 == round(1.5 * 100 / 3)  # half again as good as guessing
+    assert result["top1"]["joint"] == float(rows[-1]["top1/joint"])
+    # the models: of the last epoch, and averaged
+    for name, key in (("model", "model"), ("model-ema", "ema")):
+        model = deit_fast.from_pretrained(out / name)
+        assert same(model.state_dict(), state[key])
+        assert model.pretrained_cfg["label_names"] == ("class0", "class1", "class2")
+        assert model.pretrained_cfg["crop_pct"] == 1.0
+    assert not same(state["model"], state["ema"])
+    assert json.loads((out / "run.json").read_text()) == {
+        "model": "deit_tiny_distilled", "teacher": None, "teacher_top1": None, "distill": "none",
+        "distill_token": None, "img_size": 16, "epochs": 3, "seed": 0,
+        "params": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("epoch, update", [(0, 1), (1, 2), (2, 3)])
+def test_a_run_goes_on_bit_for_bit(epoch, update, data, whole, tmp_path):
+    """Weights, averaged weights, optimiser, log: after a stop in the middle of an epoch and at its
+    end, with dropout, stochastic depth, Mixup, CutMix and augmentation going on."""
+    start(data, tmp_path, epoch, update)
+    events = []
+    assert same(run(data, tmp_path, save_every=1, report=events.append), whole[1])
+    first = next(event for event in events if event["event"] == "begin")
+    assert (first["epoch"], first["update"]) == (epoch, update - 1)
+
+
+def test_workers_change_nothing(data, whole, tmp_path):
+    assert same(run(data, tmp_path, workers=2), whole[1])
+
+
+def test_seeds_change_everything(data, whole, tmp_path):
+    state = run(data, tmp_path, seed=1)
+    assert state["rows"][0]["loss"] != whole[1]["rows"][0]["loss"]
+
+
+def test_parts_of_a_batch_add_up(data, tmp_path):
+    """Without dropout, whose numbers depend on the parts."""
+    still = {"drop": 0.0, "drop_path": 0.0}
+    one, two = (run(data, tmp_path / str(accum), accum=accum, recipe_of=still) for accum in (1, 2))
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(tensor, two["model"][name], atol=1e-5, rtol=1e-4)
+    assert one["rows"][-1]["loss"] == pytest.approx(two["rows"][-1]["loss"], rel=1e-5)
+
+
+def test_killed_again_and_again(data, tmp_path):
+    """kill -9 at random moments: the checkpoint is always whole and never older than before, and
+    the run ends as one that was never killed."""
+    out = tmp_path / "killed"
+    script = [sys.executable, small_runs.__file__, str(data), str(out), "6", "0"]
+    ended = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    lines = [tuple(map(int, line.split())) for line in ended.stdout.splitlines()]
+    assert [code for code, *_ in lines] == [-signal.SIGKILL] * 6 + [0], ended.stdout + ended.stderr
+    places = [place for _, *place in lines]
+    assert places == sorted(places)
+    assert len({tuple(place) for place in places}) > 3  # it was killed at different places
+    want = run(data, tmp_path / "whole", **small_runs.KILLED)
+    assert same(checkpoints.load(out / "checkpoint.pt"), want)
+    assert not list(out.glob("*.tmp"))
+    rows = csv.DictReader(open(out / "log.csv"))
+    assert [row["epoch"] for row in rows] == [str(n) for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, data, whole, tmp_path):
+    def report(event):
+        if event["event"] == "update" and (event["epoch"], event["update"]) == (1, 1):
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="epoch 2 of 3, update") as caught:
+        run(data, tmp_path, report=report)
+    assert caught.value.number == number and signal.getsignal(number) is before
+    state = checkpoints.load(tmp_path / "checkpoint.pt")
+    assert state["epoch"] == 1 and state["update"] > 0  # in the middle, though save_every is 1000
+    assert same(run(data, tmp_path), whole[1])
+
+
+def test_the_command_says_where_it_stopped(data, tmp_path):
+    command = [
+        sys.executable, "-m", "deit_fast", "train", str(data), "--model", "deit_tiny",
+        "--model-args", *(f"{k}={v}" for k, v in small_runs.MODEL_ARGS.items()),
+        "--batch", "8", "--epochs", "100000", "--eval-every", "100000", "--out", str(tmp_path),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "24 images to train on, 24 to evaluate on, 3 updates of 8 an epoch" in said
+    assert "stopped and saved at epoch" in said and "the same command goes on" in said
+
+
+def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
+    """The last good checkpoint stays, and is no worse for it."""
+    run(data, tmp_path / "good", recipe_of={"epochs": 1, "warmup_epochs": 0})
+    wild = {"warmup_epochs": 0, "opt": "sgd", "lr": 1e30, "clip_grad": 0}
+    with pytest.raises(FloatingPointError, match="(?s)not finite|the loss is (nan|inf)") as caught:
+        run(data, tmp_path / "bad", recipe_of=wild, save_every=1)
+    assert "update" in str(caught.value) and "lower lr" in str(caught.value)
+    path = tmp_path / "bad" / "checkpoint.pt"
+    if path.exists():
+        state = checkpoints.load(path)
+        assert all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"recipe_of": {"lr": 2e-3}}, "lr 0.001, now 0.002"),
+        ({"model": "deit_tiny"}, "model 'deit_tiny_distilled', now 'deit_tiny'"),
+        ({"count": 12}, "count None, now 12"),
+    ],
+)
+def test_another_run_in_the_folder_is_kept(changed, named, data, whole, tmp_path):
+    before = (whole[0] / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="other settings.*restart") as caught:
+        run(data, whole[0], **changed)
+    assert named in str(caught.value)
+    assert (whole[0] / "checkpoint.pt").read_bytes() == before
+
+
+def test_restart_throws_it_away(data, tmp_path):
+    start(data, tmp_path)
+    (tmp_path / "mine.txt").write_text("kept")
+    events = []
+    run(data, tmp_path, seed=1, restart=True, report=events.append)
+    assert events[0]["epoch"] == 0 and (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_two_runs_do_not_share_a_folder(data, tmp_path):
+    def report(event):
+        if event["event"] == "begin":
+            run(data, tmp_path)
+
+    with pytest.raises(ValueError, match="another run writes into"):
+        run(data, tmp_path, report=report)
+
+
+def test_a_full_disk_loses_nothing(data, tmp_path):
+    """The file size limit of this process stands for it."""
+    start(data, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint.pt cannot be written: the one before is kep"):
+            run(data, tmp_path, save_every=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_refused(data, tmp_path):
+    start(data, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"no checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint .*checkpoint.pt: is damaged"):
+            run(data, tmp_path)
+        assert path.read_bytes() == damaged
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="format None, want 1"):
+        run(data, tmp_path)
+
+
+def test_unreadable_pictures_are_left_out_and_named(tmp_path):
+    pictures(tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "class1" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    unseen = tmp_path / "data" / "val" / "class2" / "1.png"
+    unseen.write_bytes(b"no picture")
+    notes = []
+    run(tmp_path / "data", tmp_path / "out", report=notes.append, recipe_of={"epochs": 1})
+    said = [event["text"] for event in notes if event["event"] == "note"]
+    assert len(said) == 1 and str(broken) in said[0]
+    rows = list(csv.DictReader(open(tmp_path / "out" / "unreadable.csv")))
+    assert {row["image"] for row in rows} == {str(broken), str(unseen)} and rows[0]["reason"]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["unreadable"] == 2 and result["images"] == 23
+
+
+def test_nothing_but_unreadable_pictures(tmp_path):
+    pictures(tmp_path / "data")
+    for path in (tmp_path / "data" / "train").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="data: 10 images in a row are unreadable"):
+        run(tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"recipe_of": {"batch": 7}, "accum": 2}, "batch: 7, want a multiple of 2"),
+        ({"recipe_of": {"batch": 9}}, "batch: 9 images in each process, want an even number"),
+        ({"recipe_of": {"batch": 64}}, "batch: 64, but an epoch has 24 images"),
+        ({"count": 25}, "count"),
+        ({"accum": 0}, "accum: 0, want 1 or more"),
+        ({"amp": "fp8"}, "amp: 'fp8', want one of none, bf16, fp16"),
+        ({"distill": "hard"}, "teacher: none, with distill 'hard'"),
+        ({"teacher": "resnet18"}, "teacher: resnet18, with distill 'none'"),
+        ({"distill": "hard", "teacher": "nosuch"}, "teacher: 'nosuch' is neither a folder nor a"),
+        ({"save_every": 0}, "save_every: 0, want 1 or more"),
+        ({"workers": -1}, "workers: -1, want 0 or more"),
+        ({"model_args": {"depht": 3}}, "model: deit_tiny_distilled cannot be built with"),
+        ({"model_args": {"in_chans": 4}}, "model: 4 channels, want 1 or 3"),
+    ],
+)
+def test_refused(change, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(data, tmp_path, **change)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_data_that_does_not_fit(tmp_path):
+    pictures(tmp_path, splits=("train",))
+    pictures(tmp_path, classes=4, splits=("val",))
+    with pytest.raises(ValueError, match="class3"):
+        run(tmp_path, tmp_path / "out")
+
+
+def convnet(folder, classes=3):
+    """A little teacher in a folder."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=classes)
+    deit_fast.save_pretrained(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("distill", ["soft", "hard"])
+@pytest.mark.parametrize(
+    "model, token", [("deit_tiny", "class"), ("deit_tiny_distilled", "distill")]
+)
+def test_distillation(distill, model, token, data, tmp_path):
+    teacher = convnet(tmp_path / "teacher")
+    out = tmp_path / "out"
+    options = {"model": model, "distill": distill, "teacher": str(teacher)}
+    start(data, out, **options)
+    events = []
+    state = run(data, out, save_every=1, report=events.append, **options)
+    assert same(state, run(data, tmp_path / "whole", **options))
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["distill_token"] == token and facts["distill"] == distill
+    assert facts["teacher_top1"] == events[0]["teacher_top1"] is not None
+    heads = {"class", "distill", "joint", "joint_softmax"} if token == "distill" else {"class"}
+    assert set(json.loads((out / "result.json").read_text())["top1"]) == heads
+
+
+def test_the_teacher_matters(data, tmp_path):
+    """Its loss falls where its answers are learnt, and another teacher is another run."""
+    options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
+    state = run(data, tmp_path / "out", recipe_of={"epochs": 1}, **options)
+    alone = run(data, tmp_path / "alone", recipe_of={"epochs": 1})
+    assert state["rows"][0]["loss"] != alone["rows"][0]["loss"]
+    weights = tmp_path / "teacher" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="other settings: teacher"):
+        run(data, tmp_path / "out", recipe_of={"epochs": 1}, **options)
+
+
+def test_a_teacher_of_other_classes(data, tmp_path):
+    teacher = str(convnet(tmp_path / "teacher", classes=5))
+    with pytest.raises(ValueError, match="has 5 classes, want the data's 3"):
+        run(data, tmp_path / "out", distill="hard", teacher=teacher)
+
+
+def test_fine_tuning_at_another_resolution(data, whole, tmp_path):
+    """The position embedding keeps its norms (bicubic, no antialiasing); bilinear's would shrink.
+    The teacher, a transformer of a fixed size, is resized too."""
+    state = run(
+        data, tmp_path / "out", model=None, start=str(whole[0] / "model"), img_size=32,
+        distill="hard",
+        teacher=str(whole[0] / "model"), recipe_of={"epochs": 1, "lr": 1e-30, "warmup_lr": 0.0,
+        "min_lr": 0.0},
+    )  # fmt: skip
+    new, old = state["model"]["pos_embed"], whole[1]["model"]["pos_embed"]
+    assert new.shape[1] == 2 + 16 and old.shape[1] == 2 + 4
+    assert torch.equal(new[:, :2], old[:, :2])
+    norm = lambda x: x[:, 2:].norm(dim=2).mean().item()  # noqa: E731
+    grid = old[:, 2:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+    bilinear = torch.nn.functional.interpolate(grid, (4, 4), mode="bilinear")
+    assert bilinear.flatten(2).norm(dim=1).mean().item() < 0.9 * norm(old)
+    assert abs(norm(new) / norm(old) - 1) < 0.1
+
+
+def test_another_number_of_classes(whole, tmp_path):
+    pictures(tmp_path / "data", classes=2)
+    with pytest.warns(UserWarning, match="head"):
+        state = run(
+            tmp_path / "data", tmp_path / "out", model=None, start=str(whole[0] / "model"),
+            recipe_of={"epochs": 1},
+        )  # fmt: skip
+    assert state["model"]["head.weight"].shape[0] == 2
+
+
+def test_weights_of_another_model(data, whole, tmp_path):
+    with pytest.raises(ValueError, match="holds a deit_tiny_distilled_patch16_224, want deit_tiny"):
+        run(data, tmp_path, model="deit_tiny", start=str(whole[0] / "model"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not fit"):
+        run(data, tmp_path / "out", start=str(tmp_path / "other.pth"))
+
+
+def test_tensorboard(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from deit_fast.distill.recipe import load
+    from deit_fast.distill.train import train
+
+    chosen = load("deit", **small_runs.RECIPE)
+    train(small_runs.settings(data), chosen, tmp_path, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    for name in ("loss", "lr", "top1/joint", "ema/top5/class"):
+        logged = [(e.step, e.value) for e in events.Scalars(name)]
+        want = [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows]
+        assert logged == want, name
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_goes_on_bit_for_bit(amp, data, tmp_path):
+    start(data, tmp_path / "out", amp=amp)
+    state = run(data, tmp_path / "out", amp=amp, save_every=1)
+    assert same(state, run(data, tmp_path / "whole", amp=amp))
+    assert (amp == "fp16") == bool(state["scaler"])
+    assert all(math.isfinite(row["loss"]) for row in state["rows"])
+
+
+def test_torchrun(data, tmp_path):
+    """Two processes: the same images an update as one, the same numbers to evaluate."""
+    common = [
+        "-m", "deit_fast", "train", str(data), "--model", "deit_tiny", "--batch", "8", "--epochs",
+        "2", "--warmup-epochs", "1", "--lr", "1e-3", "--lr-batch", "0", "--drop-path", "0",
+        "--mixup-prob", "0", "--repeated-aug", "1", "--ema", "0", "--workers", "0",
+        "--model-args", *(f"{k}={v}" for k, v in small_runs.MODEL_ARGS.items()),
+    ]  # fmt: skip
+    rank = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = {}
+    for name, launcher in (("one", [sys.executable]), ("two", rank)):
+        command = [*launcher, *common, "--out", str(tmp_path / name)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        found[name] = checkpoints.load(tmp_path / name / "checkpoint.pt")
+    one, two = found["one"], found["two"]
+    assert two["rows"][-1]["scores"]["images"] == 24
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(tensor, two["model"][name], atol=1e-5, rtol=1e-3)
+    assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
