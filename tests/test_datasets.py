@@ -430,8 +430,9 @@ def test_arrow_keys_and_labels(tmp_path):
     fails(tmp_path / "empty.parquet", "no data")
     table([], two, []).save_to_disk(tmp_path / "one", num_shards=1)
     fails(tmp_path / "one", "no image")
-    (path / "train-00000-of-00002.parquet").write_bytes(b"PAR1 no, it is not PAR1")
-    fails(path, "can't be read")
+    for number in (1, 0):  # the first is where the columns are looked up
+        (path / f"train-0000{number}-of-00002.parquet").write_bytes(b"PAR1 no, it is not PAR1")
+        assert "arquet" in fails(path, "can't be read: ", image_key="picture", label_key="fine")
 
 
 def test_arrow_images_in_other_columns(tmp_path):

@@ -1,0 +1,295 @@
+"""Table 3 of the DeiT paper in little: Fashion-MNIST, a small convnet that teaches, a small DeiT.
+
+    python studies/fashion_mnist.py --data /usr/share/datasets/fashion-mnist --work runs/fashion
+
+Each run is a `deit-fast train` command, `--parallel` of them at a time, and goes on where it
+stopped when this script is started again. When all are done, their figures are written to
+docs/studies/fashion_mnist.json with plots beside it, and from that file the page, fashion_mnist.md.
+`--quick` trains on a part of the pictures, for minutes instead of hours; give it another `--docs`.
+The data is Debian's package dataset-fashion-mnist, or any folder with the same idx files.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "fashion.json"
+NANO = "img_size=28 patch_size=4 in_chans=1 embed_dim=64 depth=4 num_heads=2".split()
+PIXELS = "--mean 0.286 --std 0.353".split()
+TEACHER = [
+    "--model", "resnet18", "--img-size", "28", "--model-args", "in_chans=1",
+    "channels=[32,64,128,256]", "layers=[2,2,1,1]", "--epochs", "8", "--batch", "256",
+    "--warmup-epochs", "1",
+]  # fmt: skip
+METHODS = {  # name of the runs -> model, distillation
+    "none": ("deit_tiny", "none"),
+    "soft": ("deit_tiny", "soft"),
+    "hard": ("deit_tiny", "hard"),
+    "token": ("deit_tiny_distilled", "hard"),
+}
+ROWS = [  # Table 3: label, runs, head of the test
+    ("no distillation", "none", "class"),
+    ("usual distillation (soft)", "soft", "class"),
+    ("hard distillation", "hard", "class"),
+    ("distillation token: class embedding", "token", "class"),
+    ("distillation token: distillation embedding", "token", "distill"),
+    ("distillation token: both", "token", "joint"),
+]
+TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
+QUICK = {"epochs": 4, "count": 4000, "seeds": 1, "batch": 64}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "studies")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    seeds = range(QUICK["seeds"] if args.quick else args.seeds)
+
+    commands = {"teacher": train(args, "teacher", TEACHER)}
+    for seed in seeds:
+        for name, (model, distill) in METHODS.items():
+            more = ["--model", model, "--model-args", *NANO, *PIXELS, "--accum", "2"]
+            more += ["--seed", str(seed)]
+            if distill != "none":
+                more += ["--teacher", str(args.work / "teacher" / "model"), "--distill", distill]
+            commands[f"{name}-{seed}"] = train(args, f"{name}-{seed}", more)
+    run(commands.pop("teacher"), args.work / "teacher")
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        started = [pool.submit(run, c, args.work / name) for name, c in commands.items()]
+        for future in started:
+            future.result()
+
+    args.docs.mkdir(parents=True, exist_ok=True)
+    study = collect(args, seeds)
+    path = args.docs / "fashion_mnist.json"
+    path.write_text(json.dumps(study, indent=1) + "\n")
+    (args.docs / "fashion_mnist.md").write_text(page(study))
+    print(page(study))
+
+
+def train(args, name, more):
+    command = [
+        "deit-fast", "train", args.data, "--out", str(args.work / name),
+        "--recipe", str(RECIPE.relative_to(HERE.parent)), "--workers", "0", *more,
+    ]  # fmt: skip
+    if args.quick:  # the last of an option counts
+        command += ["--count", str(QUICK["count"]), "--epochs", str(QUICK["epochs"])]
+        command += ["--batch", str(QUICK["batch"])]
+    return command
+
+
+def run(command, out=None):
+    """In a process with one thread; a run that is complete is not looked at again."""
+    if out is not None and (out / "result.json").exists():
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    module = [sys.executable, "-m", "deit_fast", *command[1:]]
+    ended = subprocess.run(module, env=environment, cwd=HERE.parent, stderr=subprocess.PIPE)
+    if ended.returncode:
+        sys.exit(f"{shlex.join(command)}: {ended.returncode}\n{ended.stderr.decode()}")
+
+
+def collect(args, seeds):
+    """Everything that the page says, as data; and the plots."""
+    results = {
+        name: [json.loads((args.work / f"{name}-{s}" / "result.json").read_text()) for s in seeds]
+        for name in METHODS
+    }
+    teacher = json.loads((args.work / "teacher" / "result.json").read_text())
+    settings = json.loads((args.work / "token-0" / "settings.json").read_text())
+    shown = args.work / "analysis"
+    models = [str(args.work / name / "model") for name in ("teacher", "none-0", "token-0")]
+    where = [args.data, "--split", "validation", "--workers", "0", "--out", str(shown)]
+    run(["deit-fast", "analyse", "disagreement", *where, "--models", *models])
+    run(["deit-fast", "analyse", "tokens", *where, "--model", models[-1]])
+    for name in ("disagreement", "tokens"):
+        shutil.copy(shown / f"{name}.png", args.docs / f"fashion_mnist_{name}.png")
+    pairs = json.loads((shown / "disagreement.json").read_text())
+    cosines = [line.split(",") for line in (shown / "tokens.csv").read_text().split()[1:]]
+    rows = [
+        {"row": label, "tokens": TOKENS[head], "runs": name,
+         "top1": [result["top1"][head] for result in results[name]]}
+        for label, name, head in ROWS
+    ]  # fmt: skip
+    plot(rows, teacher["top1"]["class"], args.docs / "fashion_mnist_top1.png")
+    return {
+        "images": settings["images"]["train"], "tested": teacher["images"],
+        "recipe": settings["recipe"], "seeds": list(seeds),
+        "teacher": {"top1": teacher["top1"]["class"], **_parameters(args.work / "teacher")},
+        "student": _parameters(args.work / "token-0"), "rows": rows,
+        "disagreement": {
+            "classifiers": ["truth", "convnet", "DeiT", "class", "distil.", "both"],
+            "rates": pairs["disagreement"],
+        },
+        "cosines": {place: float(value) for place, value in cosines},
+        "seconds": {
+            name: [round(result["seconds"]) for result in found] for name, found in results.items()
+        } | {"teacher": [round(teacher["seconds"])]},
+        "versions": {
+            "torch": torch.__version__, "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def _parameters(out):
+    return {"parameters": json.loads((out / "run.json").read_text())["params"]}
+
+
+def plot(rows, teacher, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(rows)):
+        axes.plot(row["top1"], [place] * len(row["top1"]), "o", color="tab:blue", alpha=0.6)
+        axes.plot(statistics.mean(row["top1"]), place, "|", color="black", markersize=16)
+    axes.axvline(teacher, color="tab:orange", linestyle="--", label="teacher")
+    axes.set_yticks(range(len(rows)), [row["row"] for row in reversed(rows)])
+    axes.set_xlabel("top-1 on the test pictures, %: each seed, and their mean")
+    axes.legend(loc="lower left")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def spread(values):
+    """Mean and the sample's standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def page(study) -> str:
+    """The study as Markdown, from its data alone."""
+    recipe, seeds = study["recipe"], study["seeds"]
+    lines = [
+        "# Distillation through attention on Fashion-MNIST",
+        "",
+        "Table 3 of the DeiT paper in little, run as it stands here by "
+        "`python studies/fashion_mnist.py`; this page is made from "
+        "[fashion_mnist.json](fashion_mnist.json).",
+        "",
+        f"- Data: {study['images']:,} pictures to train on, {study['tested']:,} to test on, 28 x "
+        "28 grey pixels, 10 classes (Fashion-MNIST, Debian's `dataset-fashion-mnist`).",
+        f"- Teacher: a ResNet of {study['teacher']['parameters']:,} parameters, top-1 "
+        f"{study['teacher']['top1']:.2f}%.",
+        f"- Student: DeiT with patches of 4, width 64, 4 blocks, 2 heads: "
+        f"{study['student']['parameters']:,} parameters with the distillation token.",
+        f"- Recipe (`studies/fashion.json`): {recipe['epochs']} epochs, batch {recipe['batch']}, "
+        f"{recipe['opt']}, lr {recipe['lr']:g}, crops of pictures padded by 4 pixels, mirrored; "
+        f"label smoothing {recipe['label_smoothing']:g}; no Mixup, no CutMix, no erasing.",
+        f"- {len(seeds)} seed{'s' * (len(seeds) > 1)}, the model of the last epoch, fp32, on a "
+        "CPU, plain PyTorch. Nothing was chosen by its result on the test pictures.",
+        "",
+        "## Which method, which token",
+        "",
+        "| method | tokens tested | top-1, % | each seed |",
+        "|---|---|--:|---|",
+    ]
+    for row in study["rows"]:
+        each = ", ".join(f"{value:.2f}" for value in row["top1"])
+        lines.append(f"| {row['row']} | {row['tokens']} | {spread(row['top1'])} | {each} |")
+    by_row = {(row["runs"], row["tokens"]): row["top1"] for row in study["rows"]}
+    lines += ["", "Mean ± standard deviation over the seeds.", ""]
+    lines += ["![top-1 of each run](fashion_mnist_top1.png)", "", *differences(by_row), ""]
+    names, rates = study["disagreement"]["classifiers"], study["disagreement"]["rates"]
+    lines += [
+        "## Who decides alike (Table 4)",
+        "",
+        "Rate of test pictures on which two decide differently, first seed:",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|---|{'--:|' * len(names)}",
+        *(
+            f"| {name} | {' | '.join(f'{rate:.3f}' for rate in row)} |"
+            for name, row in zip(names, rates, strict=True)
+        ),
+        "",
+        "![rates of different decisions](fashion_mnist_disagreement.png)",
+        "",
+        "## How alike the two tokens are",
+        "",
+        "Mean cosine of class and distillation token (the paper: 0.06 at the input, 0.93 at the "
+        "last layer):",
+        "",
+        "| after | cosine |",
+        "|---|--:|",
+        *(f"| {place} | {cosine:.3f} |" for place, cosine in study["cosines"].items()),
+        "",
+        "![cosine of the tokens](fashion_mnist_tokens.png)",
+        "",
+        "## Again",
+        "",
+        "```bash",
+        "apt install dataset-fashion-mnist && pip install -e '.[train]'",
+        "python studies/fashion_mnist.py --data /usr/share/datasets/fashion-mnist "
+        "--work runs/fashion --parallel 2",
+        "```",
+        "",
+        "which runs, for the teacher, each method and each seed:",
+        "",
+        "```bash",
+        *commands(len(seeds)),
+        "```",
+        "",
+        f"Seconds of training, on one core each: {seconds(study['seconds'])} (torch "
+        f"{study['versions']['torch']}, timm {study['versions']['timm']}; two runs side by side on "
+        "a machine that had other work too).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def differences(by_row):
+    """What the table says, in words that follow from its numbers."""
+    pairs = [
+        ("hard distillation through the class token", ("hard", "class"), ("none", "class")),
+        ("soft distillation", ("soft", "class"), ("none", "class")),
+        ("the distillation token, both heads,", ("token", "both"), ("none", "class")),
+        ("the distillation token, both heads, against hard distillation through the class token",
+         ("token", "both"), ("hard", "class")),
+    ]  # fmt: skip
+    said = ["Differences of the means, seed by seed:", ""]
+    for name, one, other in pairs:
+        apart = [a - b for a, b in zip(by_row[one], by_row[other], strict=True)]
+        against = "" if "against" in name else " against none"
+        same = all(x > 0 for x in apart) or all(x < 0 for x in apart)
+        sign = "the same sign in each" if same else "not the same sign in each"
+        seeds = f", {sign} of {len(apart)} seeds" if len(apart) > 1 else ""
+        said.append(f"- {name}{against}: {statistics.mean(apart):+.2f} points{seeds}")
+    return said
+
+
+def commands(seeds):
+    class Shown:
+        data, work, quick = "/usr/share/datasets/fashion-mnist", Path("runs/fashion"), False
+
+    yield shlex.join(train(Shown, "teacher", TEACHER))
+    for name, (model, distill) in METHODS.items():
+        more = ["--model", model, "--model-args", *NANO, *PIXELS, "--accum", "2", "--seed", "0"]
+        if distill != "none":
+            more += ["--teacher", "runs/fashion/teacher/model", "--distill", distill]
+        yield shlex.join(train(Shown, f"{name}-0", more))
+
+
+def seconds(of):
+    return ", ".join(f"{name} {'/'.join(map(str, found))}" for name, found in of.items())
+
+
+if __name__ == "__main__":
+    main()
