@@ -296,6 +296,20 @@ def test_command(folder, models, saved, tmp_path, capsys):
         assert "(fp32 on cpu" in printed.out and "This speed is a CPU's" in printed.out
 
 
+def test_command_takes_the_validation_images(saved, tmp_path, capsys):
+    """Where DATA has them; DATA itself elsewhere."""
+    for split, count in (("train", 3), ("val", 1)):
+        for path in (tmp_path / split / f"c{i}" for i in range(7)):
+            path.mkdir(parents=True)
+            for k in range(count):
+                Image.new("RGB", (32, 32), (9, 99, k)).save(path / f"{k}.png")
+    for data, options, images in (
+        (tmp_path, [], 7), (tmp_path, ["--split", "train"], 21), (tmp_path / "train", [], 21),
+    ):  # fmt: skip
+        assert main(["eval", str(data), "--model", saved, "--workers", "0", *options]) == 0
+        assert f"\n{images} images in" in capsys.readouterr().out
+
+
 def test_command_names_ten_of_the_skipped(saved, tmp_path, capsys):
     for i in range(7):
         (tmp_path / f"c{i}").mkdir()

@@ -241,7 +241,7 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path):
     notes = []
     run(tmp_path / "data", tmp_path / "out", report=notes.append, recipe_of={"epochs": 1})
     said = [event["text"] for event in notes if event["event"] == "note"]
-    assert len(said) == 1 and str(broken) in said[0]
+    assert len(said) == 2 and str(broken) in said[0] and str(unseen) in said[1]
     rows = list(csv.DictReader(open(tmp_path / "out" / "unreadable.csv")))
     assert {row["image"] for row in rows} == {str(broken), str(unseen)} and rows[0]["reason"]
     result = json.loads((tmp_path / "out" / "result.json").read_text())

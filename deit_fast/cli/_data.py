@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from deit_fast.distill.datasets import open_images
+from deit_fast.distill.datasets import has_split, open_images
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 
@@ -34,8 +34,9 @@ def add_arguments(parser):
         help="a folder of classes, .tar files, a Hugging Face dataset on disk, or IDX files",
     )  # fmt: skip
     parser.add_argument(
-        "--split", choices=("train", "validation"), help="the part of DATA (default: DATA itself)"
-    )
+        "--split", choices=("train", "validation"),
+        help="the part of DATA (default: validation if DATA has that, else DATA itself)",
+    )  # fmt: skip
 
 
 def add_running(parser):
@@ -65,6 +66,8 @@ def setting(args) -> Setting:
 
 def images_for(model, args):
     """The `ImageSet` of `args.data`, as gray or colour as the model wants it."""
+    if args.split is None and has_split(args.data, "validation"):
+        args.split = "validation"
     return open_images(args.data, args.split, mode=Decoder(data_config(model)).mode)
 
 

@@ -1,10 +1,10 @@
 """Which classifiers disagree, how alike a model's two tokens are, and tables of training runs.
 
 examples:
-  deit-fast analyse disagreement imagenet --split validation --out table4 \\
+  deit-fast analyse disagreement imagenet --out table4 \\
       --models regnety_160.deit_in1k deit_base deit_base_distilled
-  deit-fast analyse disagreement cifar10 --split validation --models runs/a/model:class runs/b/model
-  deit-fast analyse tokens imagenet --split validation --model deit_base_distilled --out tokens
+  deit-fast analyse disagreement cifar10 --models runs/a/model:class runs/b/model
+  deit-fast analyse tokens imagenet --model deit_base_distilled --out tokens
   deit-fast analyse table runs/* --out results.md
 
 disagreement: the rate of images for which two classifiers decide differently, the labels first

@@ -1,10 +1,10 @@
 """Top-1 and top-5 of a model over labelled images, of each head of a distilled one.
 
 examples:
-  deit-fast eval imagenet --split validation --model deit_small_distilled
-  deit-fast eval imagenet --split validation --model deit_base_distilled_384 --real real.json
+  deit-fast eval imagenet --model deit_small_distilled
+  deit-fast eval imagenet --model deit_base_distilled_384 --real real.json
   deit-fast eval imagenetv2-matched-frequency-format-val --model deit_base --dtype fp32
-  deit-fast eval cifar10 --split validation --model runs/tiny/model --json tiny.json
+  deit-fast eval cifar10 --model runs/tiny/model --json tiny.json
 
 Labels are compared by number: DATA has to have the model's classes, in sorted order, and all of
 them. --real takes the ReaL labels of ImageNet's validation images (Beyer et al., 2020).

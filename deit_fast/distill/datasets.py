@@ -98,6 +98,15 @@ def open_images(
     return _KINDS[kind](path, files, mode, classes, image_key, label_key)
 
 
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether `open_images(path, split)` would find that split."""
+    try:
+        _choose(Path(path), split)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def fraction(images: ImageSet, count: int, seed: int) -> ImageSet:
     """`count` of the images, drawn at random and spread over the classes as evenly as they allow.
 

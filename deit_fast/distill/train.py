@@ -285,8 +285,8 @@ class Run:
 
     def _look(self, signals):
         """The mean loss of this epoch so far, and the signal that came to any process, or 0."""
-        lost, images = self.group.sum(self.loss_sum.item(), self.update)
-        mean = lost / images if images else 0.0
+        lost, updates = self.group.sum(self.loss_sum.item(), self.update)
+        mean = lost / updates if updates else 0.0
         self._require(math.isfinite(mean), f"the loss is {mean}")
         return mean, max(self.group.gather(max(signals, default=0)))
 
@@ -317,12 +317,12 @@ class Run:
             "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": mean,
             "images_per_s": self._speed(), "seconds": self.seconds,
         }  # fmt: skip
-        for found in self.group.gather(self.unreadable):
-            self.unreadable |= found
         if (self.epoch + 1) % eval_every == 0 or self.epoch + 1 == self.recipe.epochs:
             row["scores"] = self._judge(self.model)
             if self.ema is not None:
                 row["ema"] = self._judge(self.ema.module)
+        for found in self.group.gather(self.unreadable):
+            self.unreadable |= found
         self.rows.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self._new_epoch()
@@ -341,7 +341,7 @@ class Run:
             workers=self.workers, dtype=AMP[self.settings.amp],
             numbers=range(self.group.rank, len(self.validation), self.group.world),
         )  # fmt: skip
-        self.unreadable |= dict(found.skipped)
+        self._note(found.skipped)
         accuracy = found.accuracy()
         heads = list(accuracy.top1)
         counts = [accuracy.images, *accuracy.top1.values(), *accuracy.top5.values()]
