@@ -48,7 +48,7 @@ ROWS = [  # Table 3: label, runs, head of the test
     ("distillation token: both", "token", "joint"),
 ]
 TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
-QUICK = {"epochs": 4, "count": 4000, "seeds": 1, "batch": 64}
+QUICK = {"epochs": 6, "count": 3000, "seeds": 1, "batch": 32}
 
 
 def main():
@@ -91,7 +91,7 @@ def train(args, name, more):
     ]  # fmt: skip
     if args.quick:  # the last of an option counts
         command += ["--count", str(QUICK["count"]), "--epochs", str(QUICK["epochs"])]
-        command += ["--batch", str(QUICK["batch"])]
+        command += ["--batch", str(QUICK["batch"]), "--eval-every", str(QUICK["epochs"])]
     return command
 
 

@@ -115,13 +115,13 @@ def test_pad_crops_keep_the_scale():
     padded = torch.nn.functional.pad(pixels[..., 0] / 255, (4, 4, 4, 4))
     windows = padded.unfold(0, 16, 1).unfold(1, 16, 1).flatten(0, 1)
     seen = set()
-    for seed in range(40):
+    for seed in range(80):
         augment.reseed(seed)
         x = change(Image.fromarray(pixels.numpy()))[0]
         places = [i for i, window in enumerate(windows) if torch.equal(window, x)]
         assert len(places) == 1
         seen.add(places[0])
-    assert len(seen) > 20
+    assert len(seen) > 40  # of 81
     assert isinstance(change.transforms[1], transforms.RandomCrop)
 
 
@@ -143,6 +143,10 @@ def test_posterizing_to_no_bits_is_black():
     """RandAugment at its highest level; Pillow 13 refuses what earlier versions did."""
     image = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))
     assert np.asarray(augment._posterize(image, 0)).max() == 0
+    change = transform_of(load("deit"), CONFIG).transforms[2]
+    (op,) = (op for op in change.ops if "Posterize" in op.name)
+    op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
+    assert np.asarray(op(image)).max() == 0
     for bits in (1, 4, 8):
         want = np.asarray(auto_augment.posterize(image, bits))
         assert np.array_equal(np.asarray(augment._posterize(image, bits)), want)
