@@ -7,7 +7,6 @@ uint8 (H, W, C), a quarter of the bytes, which the patch embedding kernel normal
 import glob
 import math
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -182,7 +181,7 @@ def decode(
 
 
 def begin_worker(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    os.setsid()  # signals to the group (Ctrl-C, torchrun's) are the main process's to handle
     torch.set_num_threads(1)
 
 

@@ -65,16 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
     give the same model back; OSError if the files cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    cfg = _current_cfg(model)
-    for name, value in model_args.items():
-        if not _is_json(value):
-            raise ValueError(f"model_args: {name}={value!r} cannot be said in JSON")
-    # timm 1.0.31 remembers the keyword arguments. Dropout is training's, not the model's
-    remembered = getattr(model, "_model_args", {})
-    args = {k: v for k, v in remembered.items() if "drop" not in k and _is_json(v)}
-    args = _changed_arguments(model, cfg, args) | model_args
-    skeleton = _skeleton(cfg, args)
-    _check_same(model, skeleton)
+    args, skeleton = describe(model, **model_args)
 
     ours = {}
     if isinstance(model, VisionTransformerDistilled) and model.heads != "joint":
@@ -100,6 +91,22 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
         # safetensors gives its file to the owner alone
         shutil.copymode(Path(new, CONFIG), Path(new, WEIGHTS))
         _replace(folder, Path(new))
+
+
+def describe(model: nn.Module, **model_args) -> tuple[dict, nn.Module]:
+    """timm's keyword arguments that give the model back, and a skeleton built with them. Arguments
+    and errors as `save_pretrained`, which stores them."""
+    cfg = _current_cfg(model)
+    for name, value in model_args.items():
+        if not _is_json(value):
+            raise ValueError(f"model_args: {name}={value!r} cannot be said in JSON")
+    # timm 1.0.31 remembers the keyword arguments. Dropout is training's, not the model's
+    remembered = getattr(model, "_model_args", {})
+    args = {k: v for k, v in remembered.items() if "drop" not in k and _is_json(v)}
+    args = _changed_arguments(model, cfg, args) | model_args
+    skeleton = _skeleton(cfg, args)
+    _check_same(model, skeleton)
+    return args, skeleton
 
 
 def from_pretrained(
@@ -273,7 +280,7 @@ def _changed_arguments(model: nn.Module, cfg: dict, remembered: dict) -> dict:
     usual = _arguments(_skeleton(cfg, {})) if own else {}
     args = {k: v for k, v in remembered.items() if k not in own}
     args |= {k: v for k, v in own.items() if v != usual.get(k)}
-    if "global_pool" in args:  # which says what fc_norm is by default
+    if own and "global_pool" in args:  # which says what fc_norm is by default
         args["fc_norm"] = own["fc_norm"]
     return args
 

@@ -20,7 +20,7 @@ RECIPE = {
     "epochs": 3, "batch": 8, "lr": 1e-3, "lr_batch": 0, "warmup_epochs": 1, "drop": 0.1,
     "drop_path": 0.2, "repeated_aug": 1, "ema": 0.9, "clip_grad": 1.0, "crop_pct": 1.0,
 }  # fmt: skip
-MODEL_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": 8, "img_size": 16}
+MODEL_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": 8}
 
 
 def pictures(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) -> Path:
@@ -38,8 +38,17 @@ def pictures(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) 
 
 
 def settings(data, model="deit_tiny_distilled", model_args=None, **kwargs) -> Settings:
-    given = {} if kwargs.get("start") else MODEL_ARGS  # what is started from knows them
-    return Settings(str(data), model, given | (model_args or {}), **kwargs)
+    ours = kwargs.get("start") is None and model.startswith("deit")
+    given, size = (MODEL_ARGS, 16) if ours else ({}, None)
+    return Settings(str(data), model, given | (model_args or {}), **{"img_size": size} | kwargs)
+
+
+def options_of(**kwargs) -> list[str]:
+    """As on the command line: a small model, and what is given."""
+    given = {"batch": 8, "epochs": 2, "warmup-epochs": 1, "lr": 1e-3, "lr-batch": 0, "ema": 0}
+    given |= {"repeated-aug": 1, "img-size": 16, "model": "deit_tiny"} | kwargs
+    pairs = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return [*pairs, "--model-args", *(f"{k}={v}" for k, v in MODEL_ARGS.items())]
 
 
 def run(data, out, save_every=1000, workers=0, report=lambda event: None, restart=False,

@@ -30,6 +30,8 @@ def test_learning_rates():
     assert load("deit", batch=256).peak_lr == 5e-4 / 2
     assert load("vit").peak_lr == load("vit", batch=64).peak_lr == 3e-3
     assert load("transfer").peak_lr == 0.01
+    with pytest.raises(ValueError, match="min_lr: 5e-06, want at most the peak lr 2.5e-06"):
+        load("deit-384", batch=256)
     fine = load("deit-384")
     assert fine.peak_lr == fine.min_lr == 5e-6 and (fine.epochs, fine.batch) == (30, 512)
 
@@ -113,10 +115,13 @@ def test_no_such_recipe():
 
 
 def test_a_recipe_on_itself(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"base": str(path)}))
-    with pytest.raises(ValueError, match="is based on itself"):
-        load(path)
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"base": f"{base}.json"}))
+    with pytest.raises(ValueError, match="a.json: .*b.json: .*is based on itself"):
+        load(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps({"base": "none.json"}))
+    with pytest.raises(ValueError, match="b.json: .*none.json is no file"):
+        load(tmp_path / "a.json")
 
 
 def test_weights_of_the_teacher():

@@ -14,11 +14,12 @@ import pytest
 import small_runs
 import timm
 import torch
-from small_runs import pictures, run, same
+from small_runs import options_of, pictures, run, same
 
 import deit_fast
 from deit_fast.distill import checkpoints
 from deit_fast.distill.processes import Interrupted
+from deit_fast.distill.train import Run
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,8 @@ def test_what_a_run_leaves(whole):
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in (1, 2)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([1e-6, *cosine])  # an epoch warms up
     result = json.loads((out / "result.json").read_text())
     assert result["images"] == 24 and result["epoch"] == 3
     assert result["top1"]["joint"] > 50 == round(1.5 * 100 / 3)  # half again as good as guessing
@@ -89,8 +92,32 @@ def test_a_run_goes_on_bit_for_bit(epoch, update, data, whole, tmp_path):
     assert (first["epoch"], first["update"]) == (epoch, update - 1)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe_of": {"repeated_aug": 3, "layer_decay": 0.7, "sched_on_updates": True}},
+        {"recipe_of": {"opt": "sgd", "auto_augment": "original"}, "accum": 2, "workers": 2},
+        {"model": "test_resnet", "model_args": {"stem_width": 16}, "recipe_of": {"drop": 0.0}},
+    ],
+    ids=["schedule", "workers", "convnet"],
+)
+def test_other_runs_go_on_bit_for_bit(options, data, tmp_path):
+    if "model" in options:
+        options = options | {"img_size": 32}
+    start(data, tmp_path / "out", **options)
+    state = run(data, tmp_path / "out", save_every=1, **options)
+    assert same(state, run(data, tmp_path / "whole", **options))
+
+
 def test_workers_change_nothing(data, whole, tmp_path):
     assert same(run(data, tmp_path, workers=2), whole[1])
+
+
+def test_every_step_draws_other_numbers(data, tmp_path):
+    seeds = []
+    run(data, tmp_path, report=lambda event: seeds.append((event["event"], torch.initial_seed())))
+    drawn = [seed for event, seed in seeds if event == "update"]
+    assert len(set(drawn)) == len(drawn) == 9
 
 
 def test_seeds_change_everything(data, whole, tmp_path):
@@ -140,15 +167,53 @@ def test_a_signal_saves_and_stops(number, data, whole, tmp_path):
     assert same(run(data, tmp_path), whole[1])
 
 
+def wait_for(process, path, seconds=120):
+    until = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def test_a_signal_to_all_processes_saves_too(data, tmp_path):
+    """As torchrun and schedulers send it, more than once, to the workers as well, and while it
+    evaluates."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "deit_fast", "train", str(data), "--out", str(out)]
+    command += options_of(epochs=100000, workers=1)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(process, out / "checkpoint.pt")
+        for _ in range(3):
+            os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert checkpoints.load(out / "checkpoint.pt") and "stopped and saved" in said
+
+
+def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
+    """The epoch is saved before; nothing is trained again."""
+    from deit_fast.distill import evaluate
+
+    batches = evaluate.batches
+
+    def slow(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "batches", slow)
+    with pytest.raises(Interrupted, match="epoch 1 of 3, update 3"):
+        run(data, tmp_path)
+    monkeypatch.undo()
+    state = checkpoints.load(tmp_path / "checkpoint.pt")
+    assert (state["epoch"], state["update"]) == (0, 3)
+    assert same(run(data, tmp_path), whole[1])
+
+
 def test_the_command_says_where_it_stopped(data, tmp_path):
-    command = [
-        sys.executable, "-m", "deit_fast", "train", str(data), "--model", "deit_tiny",
-        "--model-args", *(f"{k}={v}" for k, v in small_runs.MODEL_ARGS.items()),
-        "--batch", "8", "--epochs", "100000", "--eval-every", "100000", "--out", str(tmp_path),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "deit_fast", "train", str(data), "--out", str(tmp_path)]
+    command += options_of(epochs=100000, **{"eval-every": 100000, "workers": 0})
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.1)
+        wait_for(process, tmp_path / "checkpoint.pt")
         process.terminate()
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
@@ -156,17 +221,51 @@ def test_the_command_says_where_it_stopped(data, tmp_path):
     assert "stopped and saved at epoch" in said and "the same command goes on" in said
 
 
-def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
-    """The last good checkpoint stays, and is no worse for it."""
-    run(data, tmp_path / "good", recipe_of={"epochs": 1, "warmup_epochs": 0})
-    wild = {"warmup_epochs": 0, "opt": "sgd", "lr": 1e30, "clip_grad": 0}
-    with pytest.raises(FloatingPointError, match="(?s)not finite|the loss is (nan|inf)") as caught:
-        run(data, tmp_path / "bad", recipe_of=wild, save_every=1)
-    assert "update" in str(caught.value) and "lower lr" in str(caught.value)
-    path = tmp_path / "bad" / "checkpoint.pt"
-    if path.exists():
-        state = checkpoints.load(path)
-        assert all(t.isfinite().all() for t in state["model"].values())
+@pytest.mark.parametrize(
+    "batch, save_every, what",
+    [(8, 1, "weights are not finite"), (8, 9, "the loss is nan"), (24, 9, "weights are not")],
+)
+def test_what_is_no_number_stops_it(batch, save_every, what, data, tmp_path, monkeypatch):
+    """The last good checkpoint stays, and another run may start from it."""
+    step = Run._step
+
+    def spoilt(run, *batch):
+        step(run, *batch)
+        if run.epoch == 1:
+            run.model.head.weight.data[0] = math.inf
+
+    out = tmp_path / "bad"
+    monkeypatch.setattr(Run, "_step", spoilt)
+    with pytest.raises(FloatingPointError, match=f"{what}.* at epoch 2 of 3, update .; ") as caught:
+        run(data, out, recipe_of={"batch": batch}, save_every=save_every)
+    monkeypatch.undo()
+    assert f"{out / 'checkpoint.pt'} is the last good" in str(caught.value)
+    state = checkpoints.load(out / "checkpoint.pt")
+    assert all(t.isfinite().all() for t in state["model"].values())
+    again = run(
+        data, tmp_path / "again", start=str(out / "checkpoint.pt"), img_size=16,
+        model_args=small_runs.MODEL_ARGS, recipe_of={"epochs": 1, "lr": 1e-30, "min_lr": 0.0,
+        "warmup_lr": 0.0},
+    )  # fmt: skip
+    for name, tensor in state["model"].items():
+        torch.testing.assert_close(again["model"][name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_clipped_gradients_and_averaged_weights(data, tmp_path):
+    """Next to no gradient is left of SGD's, and an average that forgets at once is the model."""
+    options = {"opt": "sgd", "weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "ema": 1e-9}
+    free, clipped = (
+        run(data, tmp_path / str(clip), recipe_of=options | {"clip_grad": clip})
+        for clip in (0.0, 1e-9)
+    )
+    name = "blocks.0.mlp.fc1.weight"
+    start = run(
+        data, tmp_path / "0", recipe_of=options | {"lr": 1e-30, "min_lr": 0.0}, restart=True
+    )
+    moved = [(state["model"][name] - start["model"][name]).abs().max() for state in (free, clipped)]
+    assert moved[1] < 1e-4 * moved[0]
+    torch.testing.assert_close(free["ema"][name], free["model"][name])
+    assert not torch.equal(free["ema"][name], start["model"][name])
 
 
 @pytest.mark.parametrize(
@@ -252,8 +351,20 @@ def test_nothing_but_unreadable_pictures(tmp_path):
     pictures(tmp_path / "data")
     for path in (tmp_path / "data" / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="data: 10 images in a row are unreadable"):
-        run(tmp_path / "data", tmp_path / "out")
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="^data: 10 images in a row are unreadable"):
+            run(tmp_path / "data", tmp_path / "out", workers=workers)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """As old archives leave them."""
+    pictures(tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "class1" / "3.png"
+    broken.write_bytes(b"no picture")
+    broken.rename(broken.with_name(os.fsdecode(b"\xff.png")))
+    for _ in range(2):
+        run(tmp_path / "data", tmp_path / "out", recipe_of={"epochs": 1})
+    assert "\\udcff.png" in (tmp_path / "out" / "unreadable.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +372,7 @@ def test_nothing_but_unreadable_pictures(tmp_path):
     [
         ({"recipe_of": {"batch": 7}, "accum": 2}, "batch: 7, want a multiple of 2"),
         ({"recipe_of": {"batch": 9}}, "batch: 9 images in each process, want an even number"),
-        ({"recipe_of": {"batch": 64}}, "batch: 64, but an epoch has 24 images"),
+        ({"recipe_of": {"batch": 64}}, "batch: 64, want at most the 24 images that each of 1 proc"),
         ({"count": 25}, "count"),
         ({"accum": 0}, "accum: 0, want 1 or more"),
         ({"amp": "fp8"}, "amp: 'fp8', want one of none, bf16, fp16"),
@@ -270,6 +381,10 @@ def test_nothing_but_unreadable_pictures(tmp_path):
         ({"distill": "hard", "teacher": "nosuch"}, "teacher: 'nosuch' is neither a folder nor a"),
         ({"save_every": 0}, "save_every: 0, want 1 or more"),
         ({"workers": -1}, "workers: -1, want 0 or more"),
+        ({"seed": -1}, r"seed: -1, want 0 to 2\*\*32 - 1"),
+        ({"distill": "warm"}, "distill: 'warm', want one of"),
+        ({"model_args": {"num_classes": 5}}, "model_args: num_classes is decided by the data"),
+        ({"model_args": {"drop_rate": 0.5}}, "drop_rate is decided by the recipe's drop"),
         ({"model_args": {"depht": 3}}, "model: deit_tiny_distilled cannot be built with"),
         ({"model_args": {"in_chans": 4}}, "model: 4 channels, want 1 or 3"),
     ],
@@ -314,6 +429,15 @@ def test_distillation(distill, model, token, data, tmp_path):
     assert set(json.loads((out / "result.json").read_text())["top1"]) == heads
 
 
+def test_the_teacher_is_heard_by_the_distillation_head_alone(data, tmp_path):
+    options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
+    recipe = {"hard_weight": 1.0, "opt": "sgd", "weight_decay": 0.0, "epochs": 1}
+    first = run(data, tmp_path / "a", recipe_of=recipe | {"lr": 1e-30, "min_lr": 0.0}, **options)
+    state = run(data, tmp_path / "b", recipe_of=recipe | {"warmup_epochs": 0}, **options)
+    assert torch.equal(state["model"]["head.weight"], first["model"]["head.weight"])
+    assert not torch.equal(state["model"]["head_dist.weight"], first["model"]["head_dist.weight"])
+
+
 def test_the_teacher_matters(data, tmp_path):
     """Its loss falls where its answers are learnt, and another teacher is another run."""
     options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
@@ -340,8 +464,8 @@ def test_fine_tuning_at_another_resolution(data, whole, tmp_path):
     state = run(
         data, tmp_path / "out", model=None, start=str(whole[0] / "model"), img_size=32,
         distill="hard",
-        teacher=str(whole[0] / "model"), recipe_of={"epochs": 1, "lr": 1e-30, "warmup_lr": 0.0,
-        "min_lr": 0.0},
+        teacher=str(whole[0] / "model"),
+        recipe_of={"epochs": 1, "lr": 1e-30, "warmup_lr": 0.0, "min_lr": 0.0},
     )  # fmt: skip
     new, old = state["model"]["pos_embed"], whole[1]["model"]["pos_embed"]
     assert new.shape[1] == 2 + 16 and old.shape[1] == 2 + 4
@@ -371,6 +495,34 @@ def test_weights_of_another_model(data, whole, tmp_path):
         run(data, tmp_path / "out", start=str(tmp_path / "other.pth"))
 
 
+def test_a_start_that_is_not_there(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="start: nowhere is no folder or file"):
+        run(data, tmp_path, start="nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no folder of weights"):
+        run(data, tmp_path, model=None, start=str(tmp_path / "empty"))
+
+
+def test_convnets_are_trained_on(data, tmp_path):
+    """With the arguments of their start, which old versions of timm do not remember."""
+    args = {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
+    plain = {"recipe_of": {"epochs": 1, "drop": 0.0}}
+    run(data, tmp_path / "first", img_size=32, **args, **plain)
+    model = str(tmp_path / "first" / "model")
+    state = run(data, tmp_path / "second", model=None, start=model, img_size=32, **plain)
+    again = deit_fast.from_pretrained(tmp_path / "second" / "model", strict=False)
+    assert same(dict(again.state_dict()), dict(state["model"]))
+    # other weights in the same place are another run, the same ones elsewhere are not
+    (tmp_path / "moved").mkdir()
+    for path in (tmp_path / "first" / "model").iterdir():
+        path.rename(tmp_path / "moved" / path.name)
+    run(data, tmp_path / "second", model=None, start=str(tmp_path / "moved"), img_size=32, **plain)
+    run(data, tmp_path / "third", img_size=32, seed=1, **args, **plain)
+    other = str(tmp_path / "third" / "model")
+    with pytest.raises(ValueError, match="other settings: start"):
+        run(data, tmp_path / "second", model=None, start=other, img_size=32, **plain)
+
+
 def test_tensorboard(data, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from deit_fast.distill.recipe import load
@@ -398,12 +550,8 @@ def test_mixed_precision_goes_on_bit_for_bit(amp, data, tmp_path):
 
 def test_torchrun(data, tmp_path):
     """Two processes: the same images an update as one, the same numbers to evaluate."""
-    common = [
-        "-m", "deit_fast", "train", str(data), "--model", "deit_tiny", "--batch", "8", "--epochs",
-        "2", "--warmup-epochs", "1", "--lr", "1e-3", "--lr-batch", "0", "--drop-path", "0",
-        "--mixup-prob", "0", "--repeated-aug", "1", "--ema", "0", "--workers", "0",
-        "--model-args", *(f"{k}={v}" for k, v in small_runs.MODEL_ARGS.items()),
-    ]  # fmt: skip
+    common = ["-m", "deit_fast", "train", str(data), "--workers", "0"]
+    common += options_of(**{"drop-path": 0, "mixup-prob": 0})
     rank = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = {}
     for name, launcher in (("one", [sys.executable]), ("two", rank)):

@@ -70,7 +70,9 @@ def add_arguments(parser):
         "--accum", type=int, default=1, metavar="N", help="parts a batch is computed in"
     )
     run.add_argument(
-        "--amp", choices=AMP, help="mixed precision (default: bf16 on a GPU, none on a CPU)"
+        "--amp",
+        choices=AMP,
+        help="mixed precision (default: bf16, on a GPU without it fp16, on a CPU none)",
     )
     run.add_argument("--compile", metavar="MODE", help="torch.compile's, such as reduce-overhead")
     run.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
@@ -104,20 +106,20 @@ def run(args) -> int:
         if (value := getattr(args, f"recipe_{setting.name}")) is not None
     }
     recipe = recipes.load(args.recipe, **given)
-    cuda = torch.cuda.is_available()
     settings = Settings(
         args.data, args.model, _arguments(args.model_args), args.start,
         args.distill or ("none" if args.teacher is None else "hard"), args.teacher,
         args.teacher_checkpoint, args.img_size, args.mean and tuple(args.mean),
         args.std and tuple(args.std), args.count, args.seed, args.accum,
-        args.amp or ("bf16" if cuda else "none"), args.compile, args.backend,
+        args.amp or _precision(), args.compile, args.backend,
     )  # fmt: skip
     workers = args.workers
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(len(os.sched_getaffinity(0)) // processes, 16)
         workers = workers if workers > 1 else 0  # a single core has nothing to gain
-    notes = Console(stderr=True)
+    leads = int(os.environ.get("RANK", 0)) == 0
+    notes = Console(stderr=True, quiet=not leads)
     with _Display(notes) as display:
         try:
             result = train(
@@ -128,13 +130,18 @@ def run(args) -> int:
         except Interrupted as stopped:
             notes.print(f"stopped and saved at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
-        except FloatingPointError as error:
-            raise RuntimeError(str(error)) from error
-    if int(os.environ.get("RANK", 0)) == 0:
+    if leads:
         print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")
         if result["unreadable"]:
             print(f"unreadable images: {result['unreadable']}, in {args.out / 'unreadable.csv'}")
     return 0
+
+
+def _precision():
+    """bf16 where a GPU computes in it, fp16 on older ones, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return "none"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 class _Display:
@@ -145,7 +152,7 @@ class _Display:
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
-            console=console, transient=True, disable=not console.is_terminal,
+            console=console, transient=True, disable=console.quiet or not console.is_terminal,
         )  # fmt: skip
         self.task = self.updates = self.epochs = None
 

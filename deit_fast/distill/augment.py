@@ -3,7 +3,6 @@ same order. Nothing depends on which process or worker draws, so a run that is r
 of an epoch goes on with the very images it would have had."""
 
 import random
-import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -68,7 +67,8 @@ def reseed(seed: int) -> None:
 
 class Augmented(Dataset):
     """`[index, seed]` -> (image, label, unreadable); an unreadable image gives way to the next one,
-    and `unreadable` lists the (name, reason) of those on the way."""
+    and `unreadable` lists the (name, reason) of those on the way. After TRIES of them image is
+    None: an error that a worker raised would come wrapped in a page of others."""
 
     def __init__(self, images: ImageSet, transform):
         self.images, self.transform = images, transform
@@ -87,20 +87,17 @@ class Augmented(Dataset):
                 unreadable.append((self.images.name(index), str(error)))
                 index = (index + 1) % len(self.images)
         else:
-            names = "; ".join(f"{name}: {reason}" for name, reason in unreadable)
-            raise ValueError(f"data: {len(unreadable)} images in a row are unreadable: {names}")
+            return None, -1, unreadable
         reseed(seed)
         return self.transform(image), int(self.images.labels[index]), unreadable
 
 
 def _collate(items):
+    for image, _, unreadable in items:
+        if image is None:
+            return None, None, unreadable
     images, labels, unreadable = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels), [one for some in unreadable for one in some]
-
-
-def _begin_worker(worker):
-    begin_worker(worker)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's goes to them too; they end with us
 
 
 class Batches:
@@ -116,7 +113,10 @@ class Batches:
         self.epoch = self.start = 0
         options = {"num_replicas": world, "rank": rank}
         if repeated_aug > 1:
-            self.sampler = RepeatAugSampler(range(count), num_repeats=repeated_aug, **options)
+            whole = 256 if count >= 256 else 0  # what timm 1.0.31 does by itself, 1.0.26 does not
+            self.sampler = RepeatAugSampler(
+                range(count), num_repeats=repeated_aug, selected_round=whole, **options
+            )
         else:
             self.sampler = DistributedSampler(range(count), drop_last=True, **options)
 
@@ -138,14 +138,14 @@ class Batches:
 
 
 def loader(data: Augmented, batches: Batches, workers: int) -> DataLoader:
-    """Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable). The same whatever
-    `workers` is."""
+    """Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable), the same whatever `workers`
+    is; where an image could not be had, (None, None, unreadable)."""
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=begin_worker,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the model's

@@ -168,7 +168,7 @@ def predictions(
     a PIL image, to float (C, H, W), normalised, or uint8 (C, H, W), not yet; None: timm's for
     evaluation. progress: is told how many images are done. numbers: the images to take (default:
     all). Raises ValueError as `check`, for options that do not fit and where no image could be
-    read; RuntimeError where a logit is NaN.
+    read; FloatingPointError where a logit is NaN.
     """
     check(model, images)
     if device is not None:
@@ -182,7 +182,9 @@ def predictions(
             logits = head_logits(model, x)
         for head, values in logits.items():
             if values.isnan().any():
-                raise RuntimeError(f"model: NaN from head {head} in a batch of {len(some)} images")
+                raise FloatingPointError(
+                    f"model: NaN from head {head} in a batch of {len(some)} images"
+                )
             best = values.float().topk(min(TOP, values.shape[1])).indices
             top[head].append(best.cpu().numpy())
         read += some

@@ -93,7 +93,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
-    checkpoints.write(path, lambda file: file.write(text.getvalue().encode()))
+    content = text.getvalue().encode(errors="backslashreplace")  # names of files may be no UTF-8
+    checkpoints.write(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -64,11 +64,12 @@ class Interrupted(RuntimeError):
 
 @contextlib.contextmanager
 def signals():
-    """A list that gets the numbers of SIGTERM and SIGINT as they come; a second one interrupts."""
+    """A list that gets the numbers of SIGTERM and SIGINT as they come. A second Ctrl-C interrupts;
+    a second SIGTERM does not: schedulers and torchrun both send it."""
     came = []
 
     def note(number, frame):
-        if came:
+        if number == signal.SIGINT and number in came:
             raise KeyboardInterrupt
         came.append(number)
 

@@ -45,7 +45,7 @@ class Recipe:
     drop: float = _setting("dropout", least=0, most=1)
     drop_path: float = _setting("stochastic depth, of the last block", least=0, most=1)
     repeated_aug: int = _setting("times an image comes in a row; 1: once", least=1)
-    crop: str = _setting("resize: random resized; pad: 4 pixels of padding", choices=CROPS)
+    crop: str = _setting("resize: random resized; pad: 4 pixels around, unscaled", choices=CROPS)
     scale: float = _setting("least share of the area that a resized crop keeps", above=0, most=1)
     hflip: float = _setting("probability of mirroring", least=0, most=1)
     color_jitter: float = _setting("where there is no auto-augment", least=0)
@@ -71,6 +71,9 @@ class Recipe:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs}, want at most the {self.epochs} epochs"
             )
+
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr: {self.min_lr:g}, want at most the peak lr {self.peak_lr:g}")
 
     @property
     def peak_lr(self) -> float:
@@ -118,13 +121,15 @@ def _read(name_or_path, above=()):
         raise ValueError(f"recipe {path}: unknown {', '.join(unknown)}")
     try:
         if base is not None:
-            if base in above:
-                raise ValueError(f"base {base!r} is based on itself")
-            return replace(_read(base, (*above, base)), **content)
+            if str(path) in above:
+                raise ValueError("is based on itself")
+            if base not in NAMES:
+                base = path.parent / base
+            return replace(_read(base, (*above, str(path))), **content)
         if missing := sorted(known - content.keys()):
             raise ValueError(f"misses {', '.join(missing)}")
         return Recipe(**content)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"recipe {path}: {error}") from error
 
 

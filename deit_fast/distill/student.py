@@ -1,20 +1,33 @@
 """What is trained on what: the settings of a run, its images and its model."""
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import timm
 import torch
+from timm.models import VisionTransformer
 from torch import nn
 
 from deit_fast.engine import data_config
+from deit_fast.kernels.distillation_loss import DISTILLATIONS
 from deit_fast.models import architecture, create_model
-from deit_fast.pretrained import from_pretrained
+from deit_fast.pretrained import describe, from_pretrained
 
 from .datasets import ImageSet, fraction, open_images
 from .recipe import Recipe
 from .teacher import at_size
 
+# What a run passes itself, and by what it decides
+TAKEN = {
+    "num_classes": "the data",
+    "img_size": "img_size",
+    "drop_path_rate": "the recipe's drop_path",
+    "pretrained": "start",
+    "checkpoint": "start",
+    "backend": "backend",
+} | dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), "the recipe's drop")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,6 +67,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}, want 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed}, want 0 to 2**32 - 1")
+        if self.distill not in DISTILLATIONS:
+            raise ValueError(f"distill: {self.distill!r}, want one of {DISTILLATIONS}")
+        if taken := sorted(self.model_args.keys() & TAKEN.keys()):
+            raise ValueError(f"model_args: {taken[0]} is decided by {TAKEN[taken[0]]}")
         if self.amp not in AMP:
             raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
         if self.model is None and self.start is None:
@@ -99,29 +118,64 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
 
 def _build(settings, recipe, classes):
     name, start = settings.model, settings.start
-    rates = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
-    if recipe.drop:  # timm's drop_rate is the heads' alone
-        rates |= dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), recipe.drop)
-    options = {"num_classes": classes} | settings.model_args | rates
-    options |= {"backend": settings.backend, "strict": False}
+    is_folder = start not in (None, "pretrained") and Path(start).is_dir()
     if start is None:
         build = partial(create_model, name)
-    elif Path(start).is_dir():
-        build = partial(from_pretrained, start)
-    elif name is None:
-        raise ValueError(f"model: none, want the name of what {start} holds")
     elif start == "pretrained":
         build = partial(create_model, name, pretrained=True)
+    elif is_folder:
+        build = partial(from_pretrained, start)
+    elif not Path(start).is_file():
+        raise FileNotFoundError(f"start: {start} is no folder or file, nor 'pretrained'")
     else:
         build = partial(create_model, name, checkpoint=start)
+    if name is None and not is_folder:
+        raise ValueError(f"model: none, want the name of what {start} holds")
+    of = stored(start)["architecture"] if is_folder else architecture(name)
+    options = {"num_classes": classes} | settings.model_args | _rates(of, recipe)
     try:
-        model = at_size(partial(build, **options), settings.img_size)
+        model = at_size(
+            partial(build, **options, backend=settings.backend, strict=False), settings.img_size
+        )
     except TypeError as error:  # timm's constructors take what they take
         raise ValueError(
             f"model: {name or start} cannot be built with {options} ({error}); another drop_path, "
             "drop or model_args?"
         ) from error
-    holds = model.pretrained_cfg["architecture"]
-    if start is not None and name is not None and holds != architecture(name):
-        raise ValueError(f"start: {start} holds a {holds}, want {name}")
+    if is_folder and name is not None and of != architecture(name):
+        raise ValueError(f"start: {start} holds a {of}, want {name}")
     return model
+
+
+def _rates(name, recipe):
+    """Keyword arguments for dropout and stochastic depth, where there are any."""
+    rates = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    if recipe.drop:
+        # In a ViT as the official code has it: positions, projections and MLPs, not the heads
+        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ""
+        is_vit = module.rpartition(".")[2] in ("deit", "vision_transformer")
+        names = ("pos_drop_rate", "proj_drop_rate") if is_vit else ("drop_rate",)
+        rates |= dict.fromkeys(names, recipe.drop)
+    return rates
+
+
+def arguments(settings: Settings, model: nn.Module) -> dict:
+    """The keyword arguments with which `save_pretrained` can say what the model is. What a
+    VisionTransformer was built with it finds itself; for others old versions of timm do not tell.
+    Raises ValueError where the model could not be stored, before it is trained."""
+    given = {}
+    if not isinstance(model, VisionTransformer):
+        start = settings.start
+        kept = stored(start)["model_args"] if start and Path(start).is_dir() else {}
+        given = kept | settings.model_args
+    describe(model, **given)
+    return given
+
+
+def stored(folder: str | Path) -> dict:
+    """ "architecture" and "model_args" of a folder of weights."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        return {"architecture": config["architecture"], "model_args": config.get("model_args", {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"start: {folder} is no folder of weights ({error!r})") from error

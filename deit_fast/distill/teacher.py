@@ -130,6 +130,7 @@ class Objective:
     def teach(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, C)."""
         if self.scale is not None:
-            factor, shift = (t.to(images) for t in self.scale)
+            self.scale = [t.to(images) for t in self.scale]
+            factor, shift = self.scale
             images = images * factor + shift
         return self.teacher(images)

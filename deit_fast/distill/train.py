@@ -29,7 +29,7 @@ from deit_fast.pretrained import save_pretrained
 from . import augment, checkpoints, evaluate, folder
 from .processes import Group, Interrupted, signals
 from .recipe import Recipe
-from .student import AMP, Settings, student
+from .student import AMP, Settings, arguments, student
 from .teacher import Objective, load_teacher
 
 POLL = 10  # updates between looks at what would make a GPU wait: the loss, other processes' signals
@@ -58,8 +58,8 @@ def train(
     Returns the content of result.json. Raises ValueError or FileNotFoundError for arguments and
     files that do not fit, and where `out` holds a run with other settings (unless `restart`, which
     throws that away); FloatingPointError for a loss or weights that are not finite, when the
-    last good checkpoint is kept; `Interrupted` after SIGTERM or SIGINT, with everything saved;
-    OSError where something can't be written.
+    last good checkpoint is kept; `Interrupted` after SIGTERM or SIGINT, with everything that was
+    trained saved; OSError where something can't be written.
     """
     for name, value, least in (("workers", workers, 0), ("save_every", save_every, 1),
                                ("eval_every", eval_every, 1)):  # fmt: skip
@@ -72,23 +72,25 @@ def train(
         group = stack.enter_context(Group.joined())
         if group.leads:
             stack.enter_context(folder.locked(out))
-        run = Run(settings, recipe, out, group, workers, report)
         came = stack.enter_context(signals())
+        run = Run(settings, recipe, out, group, workers, came, report)
         run.begin(restart)
         log = None
         if tensorboard and group.leads:
             log = stack.enter_context(folder.tensorboard(out, run.epoch + 1))
-        return run.go(save_every, eval_every, came, log)
+        return run.go(save_every, eval_every, log)
 
 
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, settings, recipe, out, group, workers, report):
+    def __init__(self, settings, recipe, out, group, workers, signals, report):
         self.settings, self.recipe, self.out, self.group = settings, recipe, out, group
-        self.workers, self.report = workers, report if group.leads else lambda event: None
+        self.workers, self.signals = workers, signals
+        self.report = report if group.leads else lambda event: None
         self.device = group.device
         self.images, self.validation, self.model = student(settings, recipe)
+        self.model_args = arguments(settings, self.model)
         config = data_config(self.model)
         self.img_size = config["input_size"][1]
         self.per_step = _split(recipe, group.world, settings.accum)
@@ -122,8 +124,8 @@ class Run:
         self.updates = len(self.batches)
         if not self.updates:
             raise ValueError(
-                f"batch: {recipe.batch}, but an epoch has {len(self.batches.sampler)} images in "
-                f"each of {group.world} processes"
+                f"batch: {recipe.batch}, want at most the {len(self.batches.sampler)} images that "
+                f"each of {group.world} processes has in an epoch"
             )
         augmented = augment.Augmented(self.images, augment.transform_of(recipe, config))
         self.loader = augment.loader(augmented, self.batches, workers)
@@ -163,7 +165,10 @@ class Run:
         if restart and self.group.leads:
             folder.empty(self.out)
         self.group.gather(None)  # nobody looks before it is empty
-        if path.exists():
+        there = self.group.gather(path.exists())
+        if any(there) != all(there):
+            raise ValueError(f"out: {path} is not there for each process, want a shared folder")
+        if there[0]:
             state = checkpoints.load(path)
             folder.compare(path, state["identity"], self._identity)
             self._restore(state)
@@ -190,6 +195,7 @@ class Run:
         settings = dataclasses.asdict(self.settings)
         settings["model"] = self.settings.model or self.model.pretrained_cfg["architecture"]
         del settings["data"], settings["teacher_checkpoint"]
+        settings["start"] = None if self.settings.start is None else digest(self.model)
         settings["teacher"] = None if self.teacher is None else digest(self.teacher)
         labels = hashlib.blake2b(self.images.labels.tobytes(), digest_size=8).hexdigest()
         return {
@@ -218,7 +224,7 @@ class Run:
 
     # Going on
 
-    def go(self, save_every, eval_every, signals, log) -> dict:
+    def go(self, save_every, eval_every, log) -> dict:
         """Train to the end and write what came of it. log: gets every row of log.csv."""
         alone = self.device.type == "cpu" and self.group.world == 1
         while self.epoch < self.recipe.epochs:
@@ -227,12 +233,17 @@ class Run:
             self.batches.begin(self.epoch, self.update)
             began = time.perf_counter()
             for images, labels, unreadable in self.loader:
+                if images is None:
+                    names = "; ".join(f"{name}: {reason}" for name, reason in unreadable)
+                    raise ValueError(
+                        f"data: {len(unreadable)} images in a row are unreadable: {names}"
+                    )
                 self._step(images, labels)
                 self._note(unreadable)
                 self.update += 1
                 saves = self.update % save_every == 0 and self.update < self.updates
                 if saves or alone or self.update % POLL == 0 or self.update == self.updates:
-                    mean, came = self._look(signals)  # waits for the GPU
+                    mean, came = self._look()  # waits for the GPU
                     self.seconds += time.perf_counter() - began
                     self._tell(mean)
                     if saves or came:
@@ -243,8 +254,6 @@ class Run:
             row = self._end_epoch(eval_every)
             if log is not None:
                 log(row)
-            if came := self._look(signals)[1]:
-                raise Interrupted(came, self._where())
         return self._finish()
 
     def _step(self, images, labels):
@@ -283,18 +292,22 @@ class Run:
                 self.unreadable[name] = reason
                 self.report({"event": "note", "text": f"unreadable, left out: {name}: {reason}"})
 
-    def _look(self, signals):
+    def _look(self):
         """The mean loss of this epoch so far, and the signal that came to any process, or 0."""
         lost, updates = self.group.sum(self.loss_sum.item(), self.update)
         mean = lost / updates if updates else 0.0
         self._require(math.isfinite(mean), f"the loss is {mean}")
-        return mean, max(self.group.gather(max(signals, default=0)))
+        return mean, max(self.group.gather(max(self.signals, default=0)))
 
     def _tell(self, mean):
         self.report({
             "event": "update", "epoch": self.epoch, "update": self.update, "loss": mean,
-            "lr": self.optimizer.param_groups[0]["lr"], "images_per_s": self._speed(),
+            "lr": self._lr(), "images_per_s": self._speed(),
         })  # fmt: skip
+
+    def _lr(self):
+        """The last layer's: with layer_decay those before have less."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _speed(self):
         return self.update * self.recipe.batch / self.seconds if self.seconds else 0.0
@@ -304,25 +317,27 @@ class Run:
             path = self.out / folder.CHECKPOINT
             kept = f"{path} is the last good checkpoint" if path.exists() else "nothing was saved"
             raise FloatingPointError(
-                f"{what} at {self._where()}; {kept}. A lower lr, more warmup_epochs, clip_grad, or "
-                "another amp may help"
+                f"{what} at {self._where()}; {kept}. Another run may start from it with "
+                "a lower lr, more warmup_epochs, clip_grad, or another amp"
             )
 
     def _where(self):
         return f"epoch {self.epoch + 1} of {self.recipe.epochs}, update {self.update}"
 
     def _end_epoch(self, eval_every):
-        mean, _ = self._look(())
+        mean, _ = self._look()
+        self._save()  # evaluation takes its time
         row = {
-            "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "loss": mean,
+            "epoch": self.epoch + 1, "lr": self._lr(), "loss": mean,
             "images_per_s": self._speed(), "seconds": self.seconds,
         }  # fmt: skip
         if (self.epoch + 1) % eval_every == 0 or self.epoch + 1 == self.recipe.epochs:
-            row["scores"] = self._judge(self.model)
-            if self.ema is not None:
-                row["ema"] = self._judge(self.ema.module)
-        for found in self.group.gather(self.unreadable):
-            self.unreadable |= found
+            try:
+                row["scores"] = self._judge(self.model)
+                if self.ema is not None:
+                    row["ema"] = self._judge(self.ema.module)
+            except FloatingPointError as error:  # from weights that are finite, but only just
+                self._require(False, str(error))
         self.rows.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self._new_epoch()
@@ -335,15 +350,17 @@ class Run:
     def _judge(self, model):
         """{"top1": {head: percent}, "top5": ...} on the validation images, all processes' together.
         The model is left in eval mode."""
-        model.eval()
-        found = evaluate.predictions(
-            model, self.validation, batch_size=max(self.per_step // self.settings.accum, 1),
-            workers=self.workers, dtype=AMP[self.settings.amp],
-            numbers=range(self.group.rank, len(self.validation), self.group.world),
-        )  # fmt: skip
-        self._note(found.skipped)
-        accuracy = found.accuracy()
-        heads = list(accuracy.top1)
+        numbers = range(self.group.rank, len(self.validation), self.group.world)
+        heads = evaluate.heads_of(model)
+        accuracy = evaluate.Accuracy(0, dict.fromkeys(heads, 0), dict.fromkeys(heads, 0))
+        if numbers or self.group.world == 1:
+            found = evaluate.predictions(
+                model.eval(), self.validation,
+                batch_size=max(self.per_step // self.settings.accum, 1), workers=self.workers,
+                dtype=AMP[self.settings.amp], numbers=numbers, progress=self._stop_if_told,
+            )  # fmt: skip
+            self._note(found.skipped)
+            accuracy = found.accuracy()
         counts = [accuracy.images, *accuracy.top1.values(), *accuracy.top5.values()]
         images, *hits = map(int, self.group.sum(*counts))
         top1, top5 = hits[: len(heads)], hits[len(heads) :]
@@ -352,13 +369,19 @@ class Run:
         )
         return total.percent() | {"images": images}
 
+    def _stop_if_told(self, done):
+        if self.signals:
+            raise Interrupted(self.signals[0], self._where())
+
     # Writing
 
     def _save(self):
         models = [self.model] + ([] if self.ema is None else [self.ema.module])
         good = all(p.isfinite().all() for model in models for p in model.parameters())
         self._require(good, "weights are not finite")
-        loss_sums = self.group.gather(self.loss_sum.item())
+        states = self.group.gather((self.loss_sum.item(), self.unreadable))
+        for _, unreadable in states:
+            self._note(list(unreadable.items()))
         if not self.group.leads:
             return
         checkpoints.save(self.out / folder.CHECKPOINT, {
@@ -367,7 +390,7 @@ class Run:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "rows": self.rows, "unreadable": self.unreadable, "teacher_top1": self.teacher_top1,
-            "loss_sums": loss_sums, "seconds": self.seconds,
+            "loss_sums": [loss_sum for loss_sum, _ in states], "seconds": self.seconds,
         })  # fmt: skip
 
     def _write_log(self):
@@ -389,10 +412,9 @@ class Run:
         if self.ema is not None:
             result["ema"] = last["ema"]
         if self.group.leads:
-            args = self.settings.model_args
-            save_pretrained(self.model, self.out / folder.MODEL, **args)
+            save_pretrained(self.model, self.out / folder.MODEL, **self.model_args)
             if self.ema is not None:
-                save_pretrained(self.ema.module, self.out / folder.EMA_MODEL, **args)
+                save_pretrained(self.ema.module, self.out / folder.EMA_MODEL, **self.model_args)
             folder.write_json(self.out / folder.RESULT, result)
         return result
 
