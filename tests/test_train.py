@@ -187,7 +187,7 @@ def test_a_signal_to_all_processes_saves_too(data, tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert checkpoints.load(out / "checkpoint.pt") and "stopped and saved" in said
+    assert checkpoints.load(out / "checkpoint.pt") and "stopped, saved at epoch" in said
 
 
 def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_the_command_says_where_it_stopped(data, tmp_path):
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "24 images to train on, 24 to evaluate on, 3 updates of 8 an epoch" in said
-    assert "stopped and saved at epoch" in said and "the same command goes on" in said
+    assert "stopped, saved at epoch" in said and "the same command goes on" in said
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def run(args) -> int:
                 report=display,
             )  # fmt: skip
         except Interrupted as stopped:
-            notes.print(f"stopped and saved at {stopped}; the same command goes on", soft_wrap=True)
+            notes.print(f"stopped, saved at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
     if leads:
         print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")

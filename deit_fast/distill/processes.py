@@ -55,10 +55,11 @@ class Group:
 
 
 class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT came; everything is saved. `number` is the signal's."""
+    """SIGTERM or SIGINT came; its text says up to where everything is saved. `number` is the
+    signal's."""
 
-    def __init__(self, number: int, where: str):
-        super().__init__(where)
+    def __init__(self, number: int, saved: str):
+        super().__init__(saved)
         self.number = number
 
 

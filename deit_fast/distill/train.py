@@ -78,7 +78,12 @@ def train(
         log = None
         if tensorboard and group.leads:
             log = stack.enter_context(folder.tensorboard(out, run.epoch + 1))
-        return run.go(save_every, eval_every, log)
+        try:
+            return run.go(save_every, eval_every, log)
+        except RuntimeError as error:  # a worker that the signal found before it had begun
+            if came and not isinstance(error, Interrupted):
+                raise Interrupted(came[0], run.saved) from error
+            raise
 
 
 class Run:
@@ -155,6 +160,7 @@ class Run:
         self.epoch = self.update = 0  # where the next update is
         self.rows, self.unreadable, self.teacher_top1 = [], {}, None
         self._identity = self._identify()
+        self.saved = "the beginning"
         self._new_epoch()
 
     # Beginning
@@ -216,7 +222,7 @@ class Run:
         self.teacher_top1 = state["teacher_top1"]
         self._new_epoch()
         self.loss_sum += state["loss_sums"][self.group.rank]
-        self.seconds = state["seconds"]
+        self.seconds, self.saved = state["seconds"], self._where()
 
     def _new_epoch(self):
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -249,7 +255,7 @@ class Run:
                     if saves or came:
                         self._save()
                     if came:
-                        raise Interrupted(came, self._where())
+                        raise Interrupted(came, self.saved)
                     began = time.perf_counter()
             row = self._end_epoch(eval_every)
             if log is not None:
@@ -371,7 +377,7 @@ class Run:
 
     def _stop_if_told(self, done):
         if self.signals:
-            raise Interrupted(self.signals[0], self._where())
+            raise Interrupted(self.signals[0], self.saved)
 
     # Writing
 
@@ -383,6 +389,7 @@ class Run:
         for _, unreadable in states:
             self._note(list(unreadable.items()))
         if not self.group.leads:
+            self.saved = self._where()
             return
         checkpoints.save(self.out / folder.CHECKPOINT, {
             "identity": self._identity, "epoch": self.epoch, "update": self.update,
@@ -392,6 +399,7 @@ class Run:
             "rows": self.rows, "unreadable": self.unreadable, "teacher_top1": self.teacher_top1,
             "loss_sums": [loss_sum for loss_sum, _ in states], "seconds": self.seconds,
         })  # fmt: skip
+        self.saved = self._where()
 
     def _write_log(self):
         """log.csv and unreadable.csv, as of the checkpoint: a row is never there twice."""
