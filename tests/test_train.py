@@ -528,7 +528,15 @@ def test_tensorboard(data, tmp_path):
     from deit_fast.distill.recipe import load
     from deit_fast.distill.train import train
 
-    chosen = load("deit", **small_runs.RECIPE)
+    chosen, path = load("deit", **small_runs.RECIPE), tmp_path / "checkpoint.pt"
+    kept = []
+
+    def keep(event):
+        if event["event"] == "epoch" and event["epoch"] == 1:
+            kept.append(path.read_bytes())
+
+    train(small_runs.settings(data), chosen, tmp_path, tensorboard=True, report=keep)
+    path.write_bytes(kept[0])  # as if killed in the second epoch: the rest is logged again
     train(small_runs.settings(data), chosen, tmp_path, tensorboard=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
