@@ -17,8 +17,9 @@ import torch
 from small_runs import options_of, pictures, run, same
 
 import deit_fast
-from deit_fast.distill import checkpoints
+from deit_fast.distill import checkpoints, recipe
 from deit_fast.distill.processes import Interrupted
+from deit_fast.distill.student import student
 from deit_fast.distill.train import Run
 
 
@@ -107,6 +108,21 @@ def test_other_runs_go_on_bit_for_bit(options, data, tmp_path):
     start(data, tmp_path / "out", **options)
     state = run(data, tmp_path / "out", save_every=1, **options)
     assert same(state, run(data, tmp_path / "whole", **options))
+
+
+def test_dropout_and_stochastic_depth(data):
+    """Of positions, projections and MLPs, as the official code; a convnet's of its head."""
+    chosen = recipe.load("deit", **small_runs.RECIPE)
+    _, _, model = student(small_runs.settings(data), chosen)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    last = model.blocks[-1]
+    rates = [model.pos_drop.p, last.attn.proj_drop.p, last.mlp.drop1.p, last.mlp.drop2.p]
+    assert rates == [0.1] * 4 and model.head_drop.p == last.attn.attn_drop.p == 0.0
+    _, _, model = student(small_runs.settings(data, "test_resnet"), chosen)
+    assert model.drop_rate == 0.1
+    images, validation, _ = student(small_runs.settings(data, count=6), chosen)
+    assert len(images) == 6 and sorted(images.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert len(validation) == 24
 
 
 def test_workers_change_nothing(data, whole, tmp_path):
@@ -431,9 +447,9 @@ def test_distillation(distill, model, token, data, tmp_path):
 
 def test_the_teacher_is_heard_by_the_distillation_head_alone(data, tmp_path):
     options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
-    recipe = {"hard_weight": 1.0, "opt": "sgd", "weight_decay": 0.0, "epochs": 1}
-    first = run(data, tmp_path / "a", recipe_of=recipe | {"lr": 1e-30, "min_lr": 0.0}, **options)
-    state = run(data, tmp_path / "b", recipe_of=recipe | {"warmup_epochs": 0}, **options)
+    recipe_of = {"hard_weight": 1.0, "opt": "sgd", "weight_decay": 0.0, "epochs": 1}
+    first = run(data, tmp_path / "a", recipe_of=recipe_of | {"lr": 1e-30, "min_lr": 0.0}, **options)
+    state = run(data, tmp_path / "b", recipe_of=recipe_of | {"warmup_epochs": 0}, **options)
     assert torch.equal(state["model"]["head.weight"], first["model"]["head.weight"])
     assert not torch.equal(state["model"]["head_dist.weight"], first["model"]["head_dist.weight"])
 
