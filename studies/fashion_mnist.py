@@ -33,7 +33,7 @@ NANO += ["weight_init=jax"]
 TEACHER = [
     "--model", "resnet18", "--img-size", "28", "--model-args", "in_chans=1",
     "channels=[32,64,128,256]", "layers=[2,2,1,1]", "--epochs", "8", "--batch", "256",
-    "--warmup-epochs", "1",
+    "--warmup-epochs", "1", "--lr", "1e-3", "--crop", "pad",
 ]  # fmt: skip
 METHODS = {  # name of the runs -> model, distillation
     "none": ("deit_tiny", "none"),

@@ -112,6 +112,7 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
         "num_classes": len(images.classes), "input_size": (channels, *size),
         "label_names": list(images.classes), "label_descriptions": None,
         "crop_pct": recipe.crop_pct, "interpolation": resizing,
+        "tag": "", "hf_hub_id": None, "url": "",  # the weights are no longer those
     }  # fmt: skip
     return images, validation, model
 
