@@ -143,6 +143,11 @@ def test_teachers_from_files(tmp_path):
         load_teacher("test_resnet", 6, 32, checkpoint=tmp_path / "convnet.pth")
     with pytest.raises(ValueError, match="want no checkpoint as well"):
         load_teacher(tmp_path, CLASSES, 32, checkpoint=tmp_path / "convnet.pth")
+    deit = deit_fast.deit_tiny(num_classes=CLASSES)
+    torch.save(deit.state_dict(), tmp_path / "deit.pth")  # a transformer teaches too (Table 2)
+    loaded = load_teacher("deit_tiny", CLASSES, 32, checkpoint=tmp_path / "deit.pth")
+    assert loaded.patch_embed.grid_size == (2, 2)
+    assert torch.equal(loaded.blocks[3].mlp.fc1.weight, deit.blocks[3].mlp.fc1.weight)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_teacher("test_resnet", CLASSES, 32, checkpoint=tmp_path / "other.pth")
 
@@ -161,7 +166,7 @@ def test_names_mean_the_papers_weights(monkeypatch):
     ):
         load_teacher("regnety_160", 1000, 224)
     assert asked == ["regnety_160.deit_in1k"]
-    with pytest.raises(ValueError, match="'regnety_9999' is neither a folder nor a name of timm's"):
+    with pytest.raises(ValueError, match="'regnety_9999' is neither a folder nor a name of"):
         load_teacher("regnety_9999", 1000, 224)
 
 

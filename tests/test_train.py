@@ -17,6 +17,7 @@ import torch
 from small_runs import options_of, pictures, run, same
 
 import deit_fast
+from deit_fast.cli import main
 from deit_fast.distill import checkpoints, recipe
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.student import student
@@ -409,6 +410,35 @@ def test_refused(change, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(data, tmp_path, **change)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_hugging_face_dataset_with_columns_of_its_own(data, tmp_path):
+    """As CIFAR's: "img" and "fine_label"."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        img=datasets.Image(), fine_label=datasets.ClassLabel(names=["a", "b", "c"])
+    )
+    splits = {
+        split: datasets.Dataset.from_dict(
+            {
+                "img": [str(p) for p in sorted((data / folder).rglob("*.png"))],
+                "fine_label": [0] * 8 + [1] * 8 + [2] * 8,
+            },
+            features=features,
+        )
+        for split, folder in (("train", "train"), ("test", "val"))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="image"):
+        run(tmp_path / "data", tmp_path / "out")
+    keys = {"image_key": "img", "label_key": "fine_label"}
+    state = run(tmp_path / "data", tmp_path / "out", recipe_of={"epochs": 1}, **keys)
+    folders = run(data, tmp_path / "folders", recipe_of={"epochs": 1})
+    assert same(state["model"], folders["model"])
+    command = ["eval", str(tmp_path / "data"), "--model", str(tmp_path / "out" / "model")]
+    assert (
+        main([*command, "--workers", "0", "--image-key", "img", "--label-key", "fine_label"]) == 0
+    )
 
 
 def test_data_that_does_not_fit(tmp_path):

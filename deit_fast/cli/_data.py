@@ -37,6 +37,15 @@ def add_arguments(parser):
         "--split", choices=("train", "validation"),
         help="the part of DATA (default: validation if DATA has that, else DATA itself)",
     )  # fmt: skip
+    add_keys(parser)
+
+
+def add_keys(parser):
+    for key in ("image", "label"):
+        parser.add_argument(
+            f"--{key}-key", default=key, metavar="COLUMN",
+            help="of a Hugging Face dataset (default: %(default)s)",
+        )  # fmt: skip
 
 
 def add_running(parser):
@@ -68,7 +77,10 @@ def images_for(model, args):
     """The `ImageSet` of `args.data`, as gray or colour as the model wants it."""
     if args.split is None and has_split(args.data, "validation"):
         args.split = "validation"
-    return open_images(args.data, args.split, mode=Decoder(data_config(model)).mode)
+    return open_images(
+        args.data, args.split, mode=Decoder(data_config(model)).mode, image_key=args.image_key,
+        label_key=args.label_key,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.student import AMP, Settings
 from deit_fast.distill.train import train
 
+from . import _data
+
 RECIPE = "deit"
 DISTILL = ("none", "soft", "hard")
 
@@ -47,6 +49,7 @@ def add_arguments(parser):
         help="start from a folder of weights (another run's DIR/model), a checkpoint file, or "
         "'pretrained': timm's from the hub",
     )  # fmt: skip
+    _data.add_keys(parser)
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
     for name in ("mean", "std"):
         parser.add_argument(
@@ -111,7 +114,7 @@ def run(args) -> int:
         args.distill or ("none" if args.teacher is None else "hard"), args.teacher,
         args.teacher_checkpoint, args.img_size, args.mean and tuple(args.mean),
         args.std and tuple(args.std), args.count, args.seed, args.accum,
-        args.amp or _precision(), args.compile, args.backend,
+        args.amp or _precision(), args.compile, args.backend, args.image_key, args.label_key,
     )  # fmt: skip
     workers = args.workers
     if workers is None:

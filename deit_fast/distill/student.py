@@ -42,7 +42,8 @@ class Settings:
     the model's own. mean, std: of each channel, by which pixels in 0..1 are normalised; None: the
     model's own, for grey images their mean. count: train on so many images only. accum: parts that
     a batch is computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
-    torch.compile, or None. backend: see `deit_fast.accelerate`.
+    torch.compile, or None. backend: see `deit_fast.accelerate`. image_key, label_key: columns of a
+    Hugging Face dataset.
     """
 
     data: str
@@ -61,6 +62,8 @@ class Settings:
     amp: str = "none"
     compile: str | None = None
     backend: str = "auto"
+    image_key: str = "image"
+    label_key: str = "label"
 
     def __post_init__(self):
         for name in ("accum", "count", "img_size"):
@@ -86,8 +89,9 @@ class Settings:
 
 def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
     """Images to train on and to evaluate on, and the model for them, on the CPU."""
-    images = open_images(settings.data, "train")
-    validation = open_images(settings.data, "validation", classes=images.classes)
+    keys = {"image_key": settings.image_key, "label_key": settings.label_key}
+    images = open_images(settings.data, "train", **keys)
+    validation = open_images(settings.data, "validation", classes=images.classes, **keys)
     torch.manual_seed(settings.seed)
     model = _build(settings, recipe, len(images.classes))
     config = data_config(model)

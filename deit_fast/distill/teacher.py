@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from deit_fast.checkpoint import load_state, read_checkpoint
 from deit_fast.engine import data_config
 from deit_fast.kernels import distillation_loss
-from deit_fast.models import create_model
+from deit_fast.models import architecture, create_model
 from deit_fast.pretrained import from_pretrained
-from deit_fast.swap import accelerate
 
 from .recipe import Recipe
 
@@ -31,10 +30,10 @@ def load_teacher(
     """A frozen model in eval mode, accelerated where it can be.
 
     name_or_folder: a folder from `save_pretrained` (of a run of `deit-fast train`: OUT/model), or a
-    timm name, with the weights of the file `checkpoint`, else timm's from the hub. img_size: what
-    the student sees; a teacher of a fixed size is built for that, its position embedding resized
-    bicubically without antialiasing. Raises ValueError for other than `num_classes` classes, and
-    what the source of the weights raises.
+    name of ours or timm's, with the weights of the file `checkpoint`, else timm's from the hub.
+    img_size: what the student sees; a teacher of a fixed size is built for that, its position
+    embedding resized bicubically without antialiasing. Raises ValueError for other than
+    `num_classes` classes, and what the source of the weights raises.
     """
     name = ALIASES.get(str(name_or_folder), str(name_or_folder))
     options = {"backend": backend, "strict": False}
@@ -42,8 +41,8 @@ def load_teacher(
         if checkpoint is not None:
             raise ValueError(f"teacher: the folder {name} has weights, want no checkpoint as well")
         model = at_size(partial(from_pretrained, name, **options), img_size)
-    elif not timm.is_model(name):
-        raise ValueError(f"teacher: {name!r} is neither a folder nor a name of timm's")
+    elif not timm.is_model(architecture(name)):
+        raise ValueError(f"teacher: {name!r} is neither a folder nor a name of ours or timm's")
     elif checkpoint is None:
         try:
             model = at_size(partial(create_model, name, pretrained=True, **options), img_size)
@@ -53,9 +52,9 @@ def load_teacher(
                 "file as its checkpoint"
             ) from error
     else:
-        model = at_size(partial(timm.create_model, name, num_classes=num_classes), img_size)
+        build = partial(create_model, name, num_classes=num_classes, **options)
+        model = at_size(build, img_size)
         load_state(model, read_checkpoint(checkpoint), f"teacher's checkpoint {checkpoint}")
-        accelerate(model, **options)
     if model.num_classes != num_classes:
         raise ValueError(
             f"teacher: {name} has {model.num_classes} classes, want the data's {num_classes}"
