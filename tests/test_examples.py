@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,12 +30,14 @@ def run(example, *args):
 
 
 def test_classify_folder(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"none")
-    done = run(
-        "classify_folder.py", PHOTOS[0].parent, tmp_path, "--no-pretrained", "--model", "deit_tiny"
-    )
+    photos, bad = tmp_path / "photos", tmp_path / "bad" / "bad.png"
+    for path in (photos, bad.parent):
+        path.mkdir()
+    bad.write_bytes(b"none")
+    copies = [shutil.copy(photo, photos) for photo in PHOTOS]
+    done = run("classify_folder.py", photos, bad.parent, "--no-pretrained", "--model", "deit_tiny")
     entries = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [e["image"] for e in entries] == [*map(str, PHOTOS), str(tmp_path / "bad.png")]
+    assert [e["image"] for e in entries] == [*map(str, copies), str(bad)]
     assert [len(e.get("predictions", ())) for e in entries] == [3, 3, 3, 3, 0]
     assert re.search(r"5 images, \d+% of the time", done.stderr)
 

@@ -155,13 +155,13 @@ def test_killed_again_and_again(data, tmp_path):
     """kill -9 at random moments: the checkpoint is always whole and never older than before, and
     the run ends as one that was never killed."""
     out = tmp_path / "killed"
-    script = [sys.executable, small_runs.__file__, str(data), str(out), "6", "0"]
+    script = [sys.executable, small_runs.__file__, str(data), str(out), "4", "0"]
     ended = subprocess.run(script, capture_output=True, text=True, timeout=300)
     lines = [tuple(map(int, line.split())) for line in ended.stdout.splitlines()]
-    assert [code for code, *_ in lines] == [-signal.SIGKILL] * 6 + [0], ended.stdout + ended.stderr
+    assert [code for code, *_ in lines] == [-signal.SIGKILL] * 4 + [0], ended.stdout + ended.stderr
     places = [place for _, *place in lines]
     assert places == sorted(places)
-    assert len({tuple(place) for place in places}) > 3  # it was killed at different places
+    assert len({tuple(place) for place in places}) > 2  # it was killed at different places
     want = run(data, tmp_path / "whole", **small_runs.KILLED)
     assert same(checkpoints.load(out / "checkpoint.pt"), want)
     assert not list(out.glob("*.tmp"))
@@ -204,7 +204,9 @@ def test_a_signal_to_all_processes_saves_too(data, tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert checkpoints.load(out / "checkpoint.pt") and "stopped, saved at epoch" in said
+    assert checkpoints.load(out / "checkpoint.pt")
+    assert "24 images to train on, 24 to evaluate on, 3 updates of 8 an epoch" in said
+    assert "stopped, saved at epoch" in said and "the same command goes on" in said
 
 
 def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
@@ -224,18 +226,6 @@ def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
     state = checkpoints.load(tmp_path / "checkpoint.pt")
     assert (state["epoch"], state["update"]) == (0, 3)
     assert same(run(data, tmp_path), whole[1])
-
-
-def test_the_command_says_where_it_stopped(data, tmp_path):
-    command = [sys.executable, "-m", "deit_fast", "train", str(data), "--out", str(tmp_path)]
-    command += options_of(epochs=100000, **{"eval-every": 100000, "workers": 0})
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(process, tmp_path / "checkpoint.pt")
-        process.terminate()
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "24 images to train on, 24 to evaluate on, 3 updates of 8 an epoch" in said
-    assert "stopped, saved at epoch" in said and "the same command goes on" in said
 
 
 @pytest.mark.parametrize(
@@ -464,10 +454,13 @@ def test_distillation(distill, model, token, data, tmp_path):
     teacher = convnet(tmp_path / "teacher")
     out = tmp_path / "out"
     options = {"model": model, "distill": distill, "teacher": str(teacher)}
-    start(data, out, **options)
     events = []
-    state = run(data, out, save_every=1, report=events.append, **options)
-    assert same(state, run(data, tmp_path / "whole", **options))
+    if (distill, token) in (("soft", "class"), ("hard", "distill")):
+        start(data, out, **options)
+        state = run(data, out, save_every=1, report=events.append, **options)
+        assert same(state, run(data, tmp_path / "whole", **options))
+    else:
+        run(data, out, report=events.append, recipe_of={"epochs": 1}, **options)
     facts = json.loads((out / "run.json").read_text())
     assert facts["distill_token"] == token and facts["distill"] == distill
     assert facts["teacher_top1"] == events[0]["teacher_top1"] is not None
@@ -606,14 +599,12 @@ def test_torchrun(data, tmp_path):
     """Two processes: the same images an update as one, the same numbers to evaluate."""
     common = ["-m", "deit_fast", "train", str(data), "--workers", "0"]
     common += options_of(**{"drop-path": 0, "mixup-prob": 0})
-    rank = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = {}
-    for name, launcher in (("one", [sys.executable]), ("two", rank)):
-        command = [*launcher, *common, "--out", str(tmp_path / name)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr
-        found[name] = checkpoints.load(tmp_path / name / "checkpoint.pt")
-    one, two = found["one"], found["two"]
+    assert main([*common[2:], "--out", str(tmp_path / "one")]) == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*ranks, *common, "--out", str(tmp_path / "two")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     assert two["rows"][-1]["scores"]["images"] == 24
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
