@@ -189,8 +189,6 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     # it is not stumbled over again
     done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD)
     assert "2 failed" in done.stdout and "(kept; --again tries anew)" in done.stdout
-    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD, "--again")
-    assert "2 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("name", ["table5.json", "ceilings.json"])
