@@ -164,13 +164,13 @@ def test_classify_folder_and_its_own_lines(tmp_path, monkeypatch, capsys):
 def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
     """SIGKILL, for real, at whatever moment it comes."""
     monkeypatch.chdir(tmp_path)
-    total = many(tmp_path / "photos", 600)
+    total = many(tmp_path / "photos", 900)
     command = ["classify", *BULK, "photos"]
     assert main([*command, "--out", "whole.csv"]) == 0
     deit = Path(sys.executable).with_name("deit-fast")
     state = tmp_path / "a.csv.partial/state.json"
     done = []
-    for wanted in (1, 200):
+    for wanted in (1, 400):
         run = subprocess.Popen(
             [deit, *command, "--out", "a.csv", "--batch", "8", "--workers", "1"],
             start_new_session=True, stderr=subprocess.PIPE,
