@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import timm
 import torch
 from checking import assert_as_accurate
+from PIL import Image
 
 import deit_fast
 from deit_fast.bench.networks import randomize
@@ -39,3 +41,10 @@ def assert_same_logits(reference, fast, x):
         true, want = exact(x.double()), reference(x)
         assert_as_accurate(fast(x), want, true, "inference")
     assert_as_accurate(fast(x), want, true, "with gradients on")
+
+
+def picture(path, random, patches, size):
+    """A file of random colours, (rows, columns) of them, that is (width, height) pixels wide."""
+    path.parent.mkdir(exist_ok=True)
+    pixels = random.integers(0, 256, (*patches, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)

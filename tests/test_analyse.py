@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from modelling import tiny_pair
+from modelling import picture, tiny_pair
 from PIL import Image
 
 import deit_fast
@@ -29,10 +29,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(20):
-        path = root / f"c{i // 4}" / f"{i:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels = random.integers(0, 256, (4, 4, 3), np.uint8)
-        Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(path)
+        picture(root / f"c{i // 4}" / f"{i:02}.png", random, (4, 4), (40, 40))
     return root
 
 
@@ -54,6 +51,11 @@ def saved(models, tmp_path_factory):
     for name, model in made.items():
         deit_fast.save_pretrained(model, root / name)
     return {name: str(root / name) for name in made}
+
+
+def disagreement(folder, *options):
+    command = ["analyse", "disagreement", str(folder), "--workers", "0", "--dtype", "fp32"]
+    return [*command, *options]
 
 
 def assert_picture(path):
@@ -122,17 +124,7 @@ def test_specifications(models, tmp_path, monkeypatch):
 def test_disagreement_command(folder, saved, tmp_path, capsys):
     two, one, convnet = (saved[name] for name in ("two", "one", "convnet"))
     out = tmp_path / "new" / "table4"
-    command = [
-        "analyse",
-        "disagreement",
-        str(folder),
-        "--workers",
-        "0",
-        "--dtype",
-        "fp32",
-        "--out",
-        str(out),
-    ]
+    command = disagreement(folder, "--out", str(out))
     specs = [convnet, one, two, f"{two}:joint_softmax"]
     assert main([*command, "--models", *specs]) == 0
     printed = capsys.readouterr().out
@@ -174,16 +166,7 @@ def test_each_model_runs_once_and_skipped_images_are_told(folder, saved, capsys,
     broken = folder / "c0" / "broken.png"
     broken.write_bytes(b"none")
     two, one = saved["two"], saved["one"]
-    command = [
-        "analyse",
-        "disagreement",
-        str(folder),
-        "--workers",
-        "0",
-        "--dtype",
-        "fp32",
-        "--models",
-    ]
+    command = disagreement(folder, "--models")
     try:
         assert main([*command, f"{two}:class", one, f"{two}:distill"]) == 1
     finally:

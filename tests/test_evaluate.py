@@ -9,7 +9,7 @@ import pytest
 import timm.data
 import torch
 from modelling import images as random_images
-from modelling import tiny_pair
+from modelling import picture, tiny_pair
 from PIL import Image
 
 import deit_fast
@@ -29,9 +29,7 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(0)
     for i in range(21):
         path = root / f"c{i // 3}" / f"ILSVRC2012_val_{i + 1:08}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels = random.integers(0, 256, (3, 4, 3), np.uint8)
-        Image.fromarray(pixels).resize((50 + i, 41), Image.Resampling.NEAREST).save(path)
+        picture(path, random, (3, 4), (50 + i, 41))
     (root / BROKEN).write_bytes(b"none")
     return root
 

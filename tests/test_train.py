@@ -509,7 +509,10 @@ def test_fine_tuning_at_another_resolution(data, whole, tmp_path):
     new, old = state["model"]["pos_embed"], whole[1]["model"]["pos_embed"]
     assert new.shape[1] == 2 + 16 and old.shape[1] == 2 + 4
     assert torch.equal(new[:, :2], old[:, :2])
-    norm = lambda x: x[:, 2:].norm(dim=2).mean().item()  # noqa: E731
+
+    def norm(pos_embed):
+        return pos_embed[:, 2:].norm(dim=2).mean().item()
+
     grid = old[:, 2:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
     bilinear = torch.nn.functional.interpolate(grid, (4, 4), mode="bilinear")
     assert bilinear.flatten(2).norm(dim=1).mean().item() < 0.9 * norm(old)

@@ -48,11 +48,11 @@ def add_keys(parser):
         )  # fmt: skip
 
 
-def add_running(parser):
+def add_running(parser, but=""):
     parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
     parser.add_argument(
         "--workers", type=int, metavar="N",
-        help="processes that decode (default: one a CPU core up to 16)",
+        help=f"processes that decode (default: one a CPU core up to 16{but})",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=_models.DTYPES, help="to compute in (default: fp16; fp32 on a CPU)"

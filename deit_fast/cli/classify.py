@@ -22,13 +22,12 @@ import json
 import os
 import sys
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deit_fast import bulk, images, outputs
 
-from . import _models
+from . import _data, _models
 
 
 def add_arguments(parser):
@@ -50,26 +49,15 @@ def add_arguments(parser):
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an interrupted run left"
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N",
-        help="processes that decode (default: one a CPU core up to 16; without --out none)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
-    parser.add_argument(
-        "--dtype", choices=_models.DTYPES, help="to compute in (default: fp16; fp32 on a CPU)"
-    )
+    _data.add_running(parser, "; without --out none")
 
 
 def run(args) -> int:
-    cuda = torch.cuda.is_available()
-    workers = args.workers
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), 16) if args.out else 0
-    batch = (256 if cuda else 32) if args.batch is None else args.batch
-    limits = {"topk": (args.topk, 1), "batch": (batch, 1), "workers": (workers, 0)}
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise ValueError(f"--{name}: {value}, want {least} or more")
+    if args.topk < 1:
+        raise ValueError(f"--topk: {args.topk}, want 1 or more")
+    if args.workers is None and not args.out:
+        args.workers = 0
+    device, dtype, batch, workers = _data.setting(args)
     if args.embed and not args.out:
         raise ValueError("--embed: want --out FILE for the features")
     if args.json and args.out:
@@ -78,8 +66,7 @@ def run(args) -> int:
         outputs.check(args.out, args.embed, args.overwrite)
     if next(images.find(args.images), None) is None:
         raise ValueError(f"no images found in {', '.join(args.images)}")
-    dtype = args.dtype or ("fp16" if cuda else "fp32")
-    model = _models.load(args).to("cuda" if cuda else "cpu", _models.DTYPES[dtype])
+    model = _models.load(args).to(device, _models.DTYPES[dtype])
     predictor = bulk.Predictor(model, batch, args.topk, args.embed)
     if not args.out:
         return _print(predictor, args, workers)

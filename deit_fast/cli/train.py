@@ -29,11 +29,11 @@ from deit_fast.distill import recipe as recipes
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.student import AMP, Settings
 from deit_fast.distill.train import train
+from deit_fast.kernels.distillation_loss import DISTILLATIONS
 
 from . import _data
 
 RECIPE = "deit"
-DISTILL = ("none", "soft", "hard")
 
 
 def add_arguments(parser):
@@ -58,12 +58,12 @@ def add_arguments(parser):
         )  # fmt: skip
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument(
-        "--distill", choices=DISTILL,
+        "--distill", choices=DISTILLATIONS,
         help="through the distillation token if the model has one, else the class token (default: "
         "hard with a teacher, else none)",
     )  # fmt: skip
     teacher.add_argument(
-        "--teacher", metavar="MODEL", help="a timm name, or a folder (another run's DIR/model)"
+        "--teacher", metavar="MODEL", help="a name, or a folder (another run's DIR/model)"
     )
     teacher.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
     run = parser.add_argument_group("the run")
@@ -109,13 +109,12 @@ def run(args) -> int:
         if (value := getattr(args, f"recipe_{setting.name}")) is not None
     }
     recipe = recipes.load(args.recipe, **given)
-    settings = Settings(
-        args.data, args.model, _arguments(args.model_args), args.start,
-        args.distill or ("none" if args.teacher is None else "hard"), args.teacher,
-        args.teacher_checkpoint, args.img_size, args.mean and tuple(args.mean),
-        args.std and tuple(args.std), args.count, args.seed, args.accum,
-        args.amp or _precision(), args.compile, args.backend, args.image_key, args.label_key,
-    )  # fmt: skip
+    named = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    settings = Settings(**named | {
+        "model_args": _arguments(args.model_args), "amp": args.amp or _precision(),
+        "distill": args.distill or ("none" if args.teacher is None else "hard"),
+        "mean": args.mean and tuple(args.mean), "std": args.std and tuple(args.std),
+    })  # fmt: skip
     workers = args.workers
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
