@@ -104,8 +104,8 @@ def run(args) -> int:
 
 
 def _classify_fashion(console):
-    """Pictures of Fashion-MNIST's test set, the first of each class, by a model distilled on its
-    training set: how many are right, of how many."""
+    """Pictures of Fashion-MNIST's test set, one of each class, by a model distilled on its training
+    set: how many are right, of how many."""
     model = deit_fast.deit_nano_fashion(pretrained=True).eval()
     decoder, labels = Decoder(data_config(model)), label_names(model)
     paths = sorted(files("deit_fast").joinpath("data", "fashion").iterdir())
