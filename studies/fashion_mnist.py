@@ -263,15 +263,15 @@ def page(study) -> str:
         "--work runs/fashion --parallel 2",
         "```",
         "",
-        "which runs, for the teacher, each method and each seed:",
+        "which runs, for the teacher, and for each method with each seed:",
         "",
         "```bash",
         *commands(),
         "```",
         "",
         f"Seconds of training, on one core each: {seconds(study['seconds'])} (torch "
-        f"{study['versions']['torch']}, timm {study['versions']['timm']}; two runs side by side on "
-        "a machine that had other work too).",
+        f"{study['versions']['torch']}, timm {study['versions']['timm']}; two or three runs side "
+        "by side on two cores that had other work too).",
     ]
     return "\n".join(lines) + "\n"
 
