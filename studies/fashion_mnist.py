@@ -110,7 +110,7 @@ def train(args, name, more):
     return command + QUICK * args.quick  # the last of an option counts
 
 
-def run(command, out=None, first=None):
+def run(command, out=None, first=None, cwd=HERE.parent):
     """In a process with one thread, after `first`; what is complete is not run again."""
     if first is not None:
         first.result()
@@ -118,7 +118,7 @@ def run(command, out=None, first=None):
         return
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     module = [sys.executable, "-m", "deit_fast", *command[1:]]
-    ended = subprocess.run(module, env=environment, cwd=HERE.parent, stderr=subprocess.PIPE)
+    ended = subprocess.run(module, env=environment, cwd=cwd, stderr=subprocess.PIPE)
     if ended.returncode:
         sys.exit(f"{shlex.join(command)}: {ended.returncode}\n{ended.stderr.decode()}")
 
@@ -132,10 +132,10 @@ def collect(args, seeds):
     teacher = json.loads((args.work / "teacher" / "result.json").read_text())
     settings = json.loads((args.work / "token-0" / "settings.json").read_text())
     shown = args.work / "analysis"
-    models = [str(args.work / name / "model") for name in ("teacher", "none-0", "token-0")]
+    models = [f"{name}/model" for name in ("teacher", "none-0", "token-0")]  # as the plots say
     where = [args.data, "--split", "validation", "--workers", "0", "--out", str(shown)]
-    run(["deit-fast", "analyse", "disagreement", *where, "--models", *models])
-    run(["deit-fast", "analyse", "tokens", *where, "--model", models[-1]])
+    run(["deit-fast", "analyse", "disagreement", *where, "--models", *models], cwd=args.work)
+    run(["deit-fast", "analyse", "tokens", *where, "--model", models[-1]], cwd=args.work)
     for name in ("disagreement", "tokens"):
         shutil.copy(shown / f"{name}.png", args.docs / f"fashion_mnist_{name}.png")
     pairs = json.loads((shown / "disagreement.json").read_text())
