@@ -342,12 +342,14 @@ def _attention(arch):
     for dtype in (FP16, BF16, FP32):
         for N, L, d, bias in (
             (198, 198, 64, False), (578, 578, 64, False), (2, 198, 64, False), (49, 49, 32, True),
+            (257, 257, 80, False), (197, 197, 48, False), (1, 197, 48, False),
         ):  # fmt: skip
-            rule = module.meta(N, L, dtype, bias)
-            ways = [(config, False) for config in module.configs(dtype, N, L, bias)]
-            ways += [] if bias else [(rule, True)]
+            rule = module.meta(N, L, d, dtype, bias)
+            ways = [(config, False) for config in module.configs(dtype, N, L, d, bias)]
+            trained = not bias and d in module.TRAINED_HEAD_DIMS
+            ways += [(rule, True)] if trained else []
             for config, training in ways:  # which keeps the sums' logarithms
-                if config != rule and (d == 32 or dtype == FP16):
+                if config != rule and (d != 64 or dtype == FP16):
                     continue
                 signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
                 signature |= {"lse_ptr": FP32 if training else None}
@@ -375,7 +377,10 @@ def _attention_backward(arch):
     module, H = OPS["attention"], 6
     strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
     for dtype in (BF16, FP32):
-        for N, L, d in ((198, 198, 64), (578, 578, 64), (2, 198, 64), (49, 49, 32)):
+        for N, L, d in (
+            (198, 198, 64), (578, 578, 64), (2, 198, 64), (49, 49, 32), (197, 197, 48),
+            (1, 197, 48),
+        ):  # fmt: skip
             names = "q_ptr k_ptr v_ptr o_ptr do_ptr dq_ptr dk_ptr dv_ptr".split()
             signature = dict.fromkeys(names, dtype) | {"lse_ptr": FP32, "scale": "fp32"}
             signature |= dict.fromkeys(("q_sums_ptr", "kv_sums_ptr"), FP32 if N == L else None)

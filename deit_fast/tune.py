@@ -217,7 +217,7 @@ def _attention_task(args, chip):
 
     choices = [
         {"implementation": "triton", **config}
-        for config in attention.configs(q.dtype, N, L, bias is not None)
+        for config in attention.configs(q.dtype, N, L, d, bias is not None)
     ]
     yield Task(
         "attention", tuple(shape.items()), _items([{"implementation": "torch"}, *choices]), make,

@@ -8,13 +8,13 @@ Backward, with delta = rowsum(do * o), which is rowsum(dp * p):
 p comes again from q, k and the logarithm of each row's sum, block by block: nothing of size N x L
 is ever written. One launch: some programs own queries and make dq, some own keys and make dk and
 dv, and those of a head run side by side, so that what they share comes from the cache. No atomics.
-With a bias the backward is PyTorch's and holds the scores.
+With a bias, or d = 80, the backward is PyTorch's and holds the scores.
 
-B samples, H heads, N queries, L keys, d features a head (32 or 64). q (B, N, H, d) and k, v
+B samples, H heads, N queries, L keys, d features a head (32, 48, 64 or 80). q (B, N, H, d) and k, v
 (B, L, H, d) may be views with any strides but a unit one in d: `qkv.view(B, N, 3, H, d).unbind(2)`
 costs no copy. o is a new (B, N, H, d), which is the projection's (B, N, H * d). Scores, softmax and
 sums are fp32; p is rounded to v's dtype for the second product, ds to q's. Saved for backward: q,
-k, v, o and the logarithms (B, H, N) in fp32; with a bias only q, k, v and the bias.
+k, v, o and the logarithms (B, H, N) in fp32; where backward is PyTorch's q, k, v and the bias.
 """
 
 from functools import cache
@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from . import _runtime, _tuned
 
-HEAD_DIMS = (32, 64)
+HEAD_DIMS = (32, 48, 64, 80)
+TRAINED_HEAD_DIMS = (32, 48, 64)  # of the fused backward; 80 would spill
 LOG2_E = 1.4426950408889634
 
 
@@ -38,17 +39,38 @@ def attention_reference(q, k, v, scale=None, bias=None):
 
 
 @triton.jit
+def _dims(HEAD_DIM: tl.constexpr):
+    """Features of a head, as many as a power of two has room for: 80 are 128 on the chip, of which
+    the last 48 are never read or written."""
+    return tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+
+
+@triton.jit
+def _inside(in_rows, HEAD_DIM: tl.constexpr):
+    """Mask of rows that lie side by side."""
+    dims = _dims(HEAD_DIM)
+    mask = in_rows[:, None]
+    if HEAD_DIM < dims.shape[0]:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
 def _attend(
     q, acc, peak, total, k_ptr, v_ptr, bias_ptrs, first, L, k_row, v_row, scale,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys first ... first + BLOCK - 1."""
     keys = first + tl.arange(0, BLOCK)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = _dims(HEAD_DIM)
     inside = keys < L
     k_ptrs = k_ptr + keys[None, :] * k_row + dims[:, None]
     v_ptrs = v_ptr + keys[:, None] * v_row + dims[None, :]
-    if MASKED:
+    if HEAD_DIM < dims.shape[0]:
+        filled = dims < HEAD_DIM
+        k = tl.load(k_ptrs, mask=inside[None, :] & filled[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=inside[:, None] & filled[None, :], other=0.0)
+    elif MASKED:
         k = tl.load(k_ptrs, mask=inside[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=inside[:, None], other=0.0)
     else:
@@ -86,11 +108,12 @@ def _attention_kernel(
     head = ((pid // tiles) % H).to(tl.int64)
     sample = (pid // (tiles * H)).to(tl.int64)  # int64, as head: strides may pass 2**31
     rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = _dims(HEAD_DIM)
     in_rows = rows < N
+    mask = _inside(in_rows, HEAD_DIM)
 
     q_offs = sample * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :]
-    q = tl.load(q_ptr + q_offs, mask=in_rows[:, None], other=0.0)
+    q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
     k_ptr += sample * k_batch + head * k_head
     v_ptr += sample * v_batch + head * v_head
     if bias_ptr is not None:
@@ -100,7 +123,7 @@ def _attention_kernel(
     else:
         bias_ptrs = None
 
-    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    acc = tl.zeros((BLOCK_M, dims.shape[0]), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Whole blocks without masks, then one tail just wide enough: 198 = 3 * 64 + 6 costs 208 keys.
@@ -121,16 +144,16 @@ def _attention_kernel(
     if lse_ptr is not None:
         lse_ptrs = lse_ptr + (sample * H + head) * N + rows
         tl.store(lse_ptrs, peak * scale + tl.log2(total), mask=in_rows)
-    tl.store(o_ptr + o_offs, acc / total[:, None], mask=in_rows[:, None])
+    tl.store(o_ptr + o_offs, acc / total[:, None], mask=mask)
 
 
 @triton.jit
 def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
     """Rows first ... first + BLOCK - 1 of one head of q, k, v, o or do; zero from `size` on."""
-    rows = first + tl.arange(0, BLOCK)
-    ptrs = ptr + rows[:, None] * row + tl.arange(0, HEAD_DIM)[None, :]
-    if MASKED:
-        return tl.load(ptrs, mask=(rows < size)[:, None], other=0.0)
+    rows, dims = first + tl.arange(0, BLOCK), _dims(HEAD_DIM)
+    ptrs = ptr + rows[:, None] * row + dims[None, :]
+    if MASKED or HEAD_DIM < dims.shape[0]:
+        return tl.load(ptrs, mask=_inside(rows < size, HEAD_DIM), other=0.0)
     return tl.load(ptrs)
 
 
@@ -168,11 +191,11 @@ def _attention_resident_kernel(
     if KEYS_2:
         k2 = _rows(k_ptr, THIRD, L, k_row, KEYS_2, HEAD_DIM, True)
         v2 = _rows(v_ptr, THIRD, L, v_row, KEYS_2, HEAD_DIM, True)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = _dims(HEAD_DIM)
     for first in range(0, N, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         in_rows = rows < N
-        q = tl.load(q_ptr + rows[:, None] * q_row + dims[None, :], mask=in_rows[:, None], other=0.0)
+        q = _rows(q_ptr, first, N, q_row, BLOCK_M, HEAD_DIM, True)
         s0, s1 = _scores(q, k0, 0, L, KEYS_0), _scores(q, k1, SECOND, L, KEYS_1)
         peak = tl.maximum(tl.max(s0, axis=1), tl.max(s1, axis=1))
         if KEYS_2:
@@ -188,7 +211,7 @@ def _attention_resident_kernel(
             total += tl.sum(p2, axis=1)
             acc = tl.dot(p2.to(v0.dtype), v2, acc, input_precision="ieee")
         o_ptrs = o_ptr + rows[:, None] * (H * HEAD_DIM) + dims[None, :]
-        tl.store(o_ptrs, acc / total[:, None], mask=in_rows[:, None])
+        tl.store(o_ptrs, acc / total[:, None], mask=_inside(in_rows, HEAD_DIM))
         if lse_ptr is not None:
             lse_ptrs = lse_ptr + (sample * H + head) * N + rows
             tl.store(lse_ptrs, peak + tl.log2(total), mask=in_rows)
@@ -233,13 +256,16 @@ def _dkv_step(
 
 
 @triton.jit
-def _store_gradient(ptr, sums_ptr, grad, first, size, row, BLOCK: tl.constexpr, D: tl.constexpr):
+def _store_gradient(
+    ptr, sums_ptr, grad, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """A block of dq, dk or dv, and the sum of its rows."""
-    rows, dims = first + tl.arange(0, BLOCK), tl.arange(0, D)
-    mask = (rows < size)[:, None]
+    rows, dims = first + tl.arange(0, BLOCK), _dims(HEAD_DIM)
+    mask = _inside(rows < size, HEAD_DIM)
     tl.store(ptr + rows[:, None] * row + dims[None, :], grad, mask=mask)
     if sums_ptr is not None:
-        tl.store(sums_ptr + dims, tl.sum(tl.where(mask, grad, 0.0), axis=0))
+        sums = tl.sum(tl.where(mask, grad, 0.0), axis=0)
+        tl.store(sums_ptr + dims, sums, mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -280,8 +306,8 @@ def _attention_backward_kernel(
         first = tile * BLOCK_N
         k = _rows(k_ptr, first, L, k_row, BLOCK_N, HEAD_DIM, True)
         v = _rows(v_ptr, first, L, v_row, BLOCK_N, HEAD_DIM, True)
-        dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-        dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        dk = tl.zeros(k.shape, tl.float32)
+        dv = tl.zeros(k.shape, tl.float32)
         for start in range(0, WHOLE_M, BLOCK_M):
             dk, dv = _dkv_step(
                 k, v, dk, dv, q_ptr, o_ptr, do_ptr, lse_ptr, start, N, q_row, o_row, scale2,
@@ -305,7 +331,7 @@ def _attention_backward_kernel(
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
         rows = first + tl.arange(0, BLOCK_M)
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
-        dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+        dq = tl.zeros(q.shape, tl.float32)
         for start in range(0, WHOLE_N, BLOCK_N):
             dq = _dq_step(
                 q, do, lse, delta, dq, k_ptr, v_ptr, start, L, k_row, v_row, scale2,
@@ -329,6 +355,9 @@ FP32_CONFIG = _config(16, 16, 4, 2)  # FMA units: registers hold the operands to
 # Keys and values resident, 64 queries at a time: two or three CTAs a multiprocessor.
 RESIDENT_CONFIG = _config(64, 64, 4, 1, resident=True)
 FEW_QUERIES_CONFIG = _config(16, 64, 4, 2)  # the prefix tokens alone
+# Heads whose width on the chip is not theirs take masks, which take registers.
+PADDED_CONFIG, PADDED_FEW_CONFIG = _config(64, 64, 8, 2), _config(16, 64, 4, 3)
+WIDE_FP32_CONFIG = _config(16, 16, 8, 2)  # d = 80
 # 64 queries in 4 warps leave room for four CTAs a multiprocessor (sm_90). Blocks of 64 keys leave
 # 198 and 578 a tail of 16.
 ONLINE_CONFIG = _config(64, 64, 4, 3)
@@ -343,10 +372,12 @@ CONFIGS = [
 ]
 
 
-def configs(dtype: torch.dtype, N: int, L: int, bias: bool = False) -> list[dict]:
+def configs(dtype: torch.dtype, N: int, L: int, d: int, bias: bool = False) -> list[dict]:
     """Every configuration of the Triton kernels that a tuned table may name for a shape."""
     if dtype == torch.float32:
-        return [FP32_CONFIG]
+        return [FP32_CONFIG if d <= 64 else WIDE_FP32_CONFIG]
+    if d & (d - 1):
+        return [PADDED_FEW_CONFIG if N <= 16 else PADDED_CONFIG]
     if N <= 16:
         return [FEW_QUERIES_CONFIG]
     fits = 64 < L <= 256 and not bias
@@ -354,13 +385,12 @@ def configs(dtype: torch.dtype, N: int, L: int, bias: bool = False) -> list[dict
 
 
 @cache
-def meta(N: int, L: int, dtype: torch.dtype, bias: bool = False) -> dict:
+def meta(N: int, L: int, d: int, dtype: torch.dtype, bias: bool = False) -> dict:
     """The configuration for a shape that no table lists."""
-    if dtype == torch.float32:
-        return FP32_CONFIG
-    if N <= 16:
-        return FEW_QUERIES_CONFIG
-    return RESIDENT_CONFIG if RESIDENT_CONFIG in configs(dtype, N, L, bias) else ONLINE_CONFIG
+    offered = configs(dtype, N, L, d, bias)
+    if len(offered) == 1:
+        return offered[0]
+    return RESIDENT_CONFIG if RESIDENT_CONFIG in offered else ONLINE_CONFIG
 
 
 @cache
@@ -399,9 +429,9 @@ def _why_not(shape, choice, capability):
     dtype = getattr(torch, str(shape.get("dtype")), None)
     if dtype not in _runtime.DTYPES:
         return f"dtype {shape.get('dtype')!r}"
-    sizes = [shape.get(name) for name in ("N", "L")]
+    sizes = [shape.get(name) for name in ("N", "L", "d")]
     if not all(isinstance(n, int) and n > 0 for n in sizes):
-        return f"N and L are {sizes}"
+        return f"N, L and d are {sizes}"
     offered = configs(dtype, *sizes, bool(shape.get("bias")))
     return _tuned.check_choice(choice, ("triton", "torch"), offered)
 
@@ -413,7 +443,7 @@ def _choose(q, L, bias, implementation):
     found = _tuned.lookup("attention", shape, _runtime.chip(q.device))
     if found is not None and implementation in ("auto", found["implementation"]):
         return found["implementation"], {k: v for k, v in found.items() if k != "implementation"}
-    return "triton", meta(N, L, q.dtype, bias)
+    return "triton", meta(N, L, d, q.dtype, bias)
 
 
 def _alloc(q, keep):
@@ -562,7 +592,7 @@ def attention(
     q (B, N, H, d); k, v (B, L, H, d), strided views welcome; one of fp32, fp16, bf16 (under
     autocast they are cast to its dtype). `scale` defaults to 1 / sqrt(d). `bias` (H, N, L) is
     added to the scaled scores, the same for every sample. Returns (B, N, H, d), contiguous. The
-    Triton kernel takes d = 32 and 64. `implementation`: "auto" | "triton" | "torch". Raises
+    Triton kernel takes d = 32, 48, 64 and 80. `implementation`: "auto" | "triton" | "torch". Raises
     ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("attention", q, implementation)
@@ -587,5 +617,5 @@ def attention(
     if scale <= 0:  # the kernels take the largest score before they scale it
         q, scale = q * scale, 1.0
     bias = None if bias is None else bias.contiguous()
-    keep = bias is None and _runtime.wants_grad(q, k, v)
+    keep = bias is None and d in TRAINED_HEAD_DIMS and _runtime.wants_grad(q, k, v)
     return _fwd(q, k, v, bias, scale, keep, implementation)[0]

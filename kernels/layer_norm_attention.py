@@ -24,7 +24,12 @@ import torch
 from torch import Tensor
 
 from . import _runtime
-from .attention import HEAD_DIMS, attention, attention_backward_packed, attention_reference
+from .attention import (
+    TRAINED_HEAD_DIMS,
+    attention,
+    attention_backward_packed,
+    attention_reference,
+)
 from .attention import run as attend
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
@@ -188,7 +193,7 @@ def layer_norm_attention(
     scale = d**-0.5 if scale is None else float(scale)
     by = {"cublas": "auto"}.get(implementation, implementation)
     weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    if scale > 0 and d in HEAD_DIMS and _trains(x, (*weights, layer_scale), residual, by):
+    if scale > 0 and d in TRAINED_HEAD_DIMS and _trains(x, (*weights, layer_scale), residual, by):
         y = _training(
             x, (*weights, layer_scale, row_scale), num_heads, eps, scale, residual is not None,
             recompute, implementation,

@@ -50,6 +50,27 @@ def test_nothing_but_our_kernels_in_half_precision(name, uint8, chip):
     assert recorder.others == {"clone": 1} | ({"cat": 1} if "distilled" in name else {})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_224", "vit_base_patch16_384", "vit_large_patch16_224",
+        "vit_large_patch16_384", "deit3_small_patch16_224", "deit3_medium_patch16_224",
+        "deit3_base_patch16_384", "deit3_large_patch16_384", "deit3_huge_patch14_224",
+    ],
+)  # fmt: skip
+def test_every_kernel_serves_its_relatives(name):
+    """ViT and DeiT-III, with LayerScale in the epilogues; huge has heads of 80."""
+    model = meta_model(name)
+    depth = len(model.blocks)
+    recorder = record(model, 256, BF16, H200)
+    ops = [op for op, _, _ in recorder.calls]
+    assert ops[0] == "patch_embed" and ops[-1] == "classifier"
+    assert ops[1 : 1 + (depth - 1) * 5] == BLOCK * (depth - 1)
+    assert recorder.others == {"clone": 1}
+    scales = [args[4] is not None for op, args, _ in recorder.calls[:-8] if op == "linear"]
+    assert all(scales) if name.startswith("deit3") else not any(scales)
+
+
 def test_moments_come_with_the_product_before():
     recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
     moments = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]

@@ -41,7 +41,7 @@ def test_no_less_accurate_than_torch(case, bias, dtype, device):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, shape, dtype, device):
     N, L = shape
-    if config not in configs(dtype, N, L):
+    if config not in configs(dtype, N, L, 64):
         pytest.skip("no table may name it for this shape")
     inputs = make_inputs(1, 2, N, max(N, L), 64, packed=True, device=device)
     with _tuned.forced("attention", {"implementation": "triton", **config}):
@@ -99,16 +99,17 @@ def test_resident_keys_in_pieces(L, device):
     inputs = make_inputs(1, 1, 70, L, 32, device=device)
     first, second, third = pieces(L)
     assert L <= first + second + third < L + 32
-    assert meta(70, L, FP16)["RESIDENT"]
+    assert meta(70, L, 32, FP16)["RESIDENT"]
     check(triton_attention, attention_reference, inputs, FP16, grads=False)
 
 
 def test_rule():
     """Resident where all keys fit; never with a bias, in fp32 or for the prefix tokens alone."""
-    assert meta(198, 198, FP16)["RESIDENT"] and not meta(198, 257, FP16)["RESIDENT"]
-    assert not meta(198, 198, FP16, bias=True)["RESIDENT"]
-    assert meta(2, 198, FP16)["BLOCK_M"] == 16
-    assert meta(198, 198, FP32) == FP32_CONFIG
+    assert meta(198, 198, 64, FP16)["RESIDENT"] and not meta(198, 257, 64, FP16)["RESIDENT"]
+    assert not meta(198, 198, 64, FP16, bias=True)["RESIDENT"]
+    assert not meta(198, 198, 80, FP16)["RESIDENT"]
+    assert meta(2, 198, 64, FP16)["BLOCK_M"] == meta(2, 198, 48, FP16)["BLOCK_M"] == 16
+    assert meta(198, 198, 64, FP32) == FP32_CONFIG
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

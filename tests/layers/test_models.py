@@ -59,7 +59,9 @@ def test_variants(variant, distilled):
         ("vit_base_patch16_clip_224", {"depth": 2}),  # norm_pre, no patch bias
         ("vit_small_patch14_dinov2", {"depth": 2, "img_size": 70}),
         ("vit_base_patch16_siglip_224", {"depth": 2}),  # tanh GELU: Mlp stays with timm
-        ("vit_huge_patch14_224", {"depth": 1, "img_size": 56}),  # head dimension 80
+        ("vit_base_patch16_224", {"depth": 1}),
+        ("vit_large_patch16_224", {"depth": 1, "img_size": 64}),
+        ("deit3_huge_patch14_224", {"depth": 2, "img_size": 56}),  # head dimension 80
         ("vit_small_patch16_224", {"depth": 2, "qk_norm": True}),
         ("vit_small_patch16_224", {"depth": 2, "pos_embed": "none"}),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
@@ -84,7 +86,15 @@ TRITON_VARIANTS = {
     "plain": {"distilled": False},
     "LayerScale": {"init_values": 1e-4, "no_embed_class": True, "distilled": False},
     "no qkv bias": {"qkv_bias": False},
-    "d = 32, patch 14": {"num_heads": 2, "patch_size": 14, "img_size": 42, "in_chans": 1},
+    "d = 32, patch 14": {
+        "embed_dim": 64,
+        "num_heads": 2,
+        "patch_size": 14,
+        "img_size": 42,
+        "in_chans": 1,
+    },
+    "d = 48": {"embed_dim": 96, "num_heads": 2, "distilled": False},
+    "d = 80": {"embed_dim": 160, "num_heads": 2, "init_values": 1e-4, "distilled": False},
     "no classes": {"num_classes": 0},
 }
 
