@@ -35,6 +35,7 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
         "patch_embed",
         "classifier",
         "distillation_loss",
+        "window_attention",
     )
 }
 BATCH, TOKENS = 256, 198
@@ -100,6 +101,7 @@ def cases(archs):
             yield from _patch_embed(arch)
             yield from _patch_embed_fold(arch)
             yield from _classifier(arch)
+            yield from _window_attention(arch)
 
 
 def _layer_norm(arch):
@@ -438,6 +440,40 @@ def _classifier(arch):
                 (2 * BATCH * D + 2 * 1000 * D + 1000 * BATCH) * dtype.itemsize,
                 4 * BATCH * 1000 * D, False,
             )  # fmt: skip
+
+
+def _window_attention(arch):
+    """TinyViT-11M's second and third stage at 224 pixels, its third at 384; both passes."""
+    module = OPS["window_attention"]
+    for dtype in (FP16, BF16, FP32):
+        for side, window, H in ((28, 7, 4), (14, 14, 8), (24, 24, 8)):
+            if dtype == FP16 and window != 14:
+                continue
+            L, tokens, d = window**2, BATCH * side**2, module.HEAD_DIM
+            saved = dict.fromkeys(("qkv_ptr", "o_ptr", "do_ptr", "dqkv_ptr"), dtype)
+            saved |= {"bias_ptr": dtype, "lse_ptr": FP32, "scale": "fp32"}
+            saved |= dict.fromkeys(("Y", "X", "H", "windows", "chunks"), "i32") | {"ds_ptr": FP32}
+            constexprs = {"WINDOW": window, "HEAD_DIM": d}
+            flops, row = 4 * tokens * L * H * d, tokens * H * d * dtype.itemsize
+            of = f"{side} x {side} in {window}, {TRITON_TYPE[dtype]}"
+            forward, backward = module.meta(dtype), module.meta_backward(dtype)
+            scores = module.meta_backward(dtype, scores=True)
+            for label, kernel, left_out, config, moved, work in (
+                ("", "", {"lse_ptr": None}, forward, 4 * row, flops),
+                ("training, ", "", {}, forward, 4 * row, flops),
+                ("backward, ", "backward_", {}, backward, 8 * row, flops * 5 // 2),
+                ("scores, ", "scores_", {}, scores, 5 * row, flops),
+            ):  # fmt: skip
+                yield Case(
+                    "window_attention", label + of, f"_window_attention_{kernel}kernel", arch,
+                    saved | left_out, constexprs, config, moved, work, False,
+                )  # fmt: skip
+            if dtype == FP32:
+                yield Case(
+                    "window_attention", f"biases, {window}", "_window_attention_biases_kernel",
+                    arch, {"ds_ptr": FP32, "dbias_ptr": FP32}, {"WINDOW": window},
+                    module.BIASES_META, 4 * H * L * L, 0, False,
+                )  # fmt: skip
 
 
 def compile_case(case: Case) -> Row:

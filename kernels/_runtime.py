@@ -18,7 +18,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
-PRODUCTS = ("linear", "patch_embed", "classifier", "attention")  # these need tensor cores
+PRODUCTS = (
+    "linear",
+    "patch_embed",
+    "classifier",
+    "attention",
+    "window_attention",
+)  # these need tensor cores
 ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,6 +79,7 @@ _FUSED = Choice("triton", "tensor cores, everything around the product fused; no
 _WITHOUT_TENSOR_CORES = {
     "linear": ("cublas", "; cuBLAS with bias, GELU and residual in one Triton kernel"),
     "attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
+    "window_attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
     "patch_embed": ("torch", "; PyTorch's convolution"),
     "classifier": ("torch", "; cuBLAS"),
 }

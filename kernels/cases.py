@@ -49,6 +49,16 @@ ATTENTION = [
     {"B": 0, "H": 2, "N": 5, "L": 5, "d": 32},
 ]
 
+# a map of Y x X tokens in windows
+WINDOW_ATTENTION = [
+    {"B": 2, "Y": 14, "X": 7, "H": 2, "window": 7},
+    {"B": 1, "Y": 14, "X": 14, "H": 1, "window": 14},  # the whole map
+    {"B": 1, "Y": 12, "X": 12, "H": 1, "window": 12},
+    {"B": 2, "Y": 8, "X": 12, "H": 2, "window": 4},
+    {"B": 1, "Y": 3, "X": 6, "H": 2, "window": 3},
+    {"B": 0, "Y": 7, "X": 7, "H": 2, "window": 7},
+]
+
 # image size, patch size, channels, features, prefix tokens; positions for the prefix tokens too?
 PATCH_EMBED = [
     {"B": 2, "size": (64, 96), "patch": (16, 16), "C": 3, "D": 192, "T": 2, "prefix_pos": True},
@@ -244,6 +254,15 @@ def patch_embed_inputs(B, size, patch, C, D, T, prefix_pos, uint8=False, device=
         inputs["image"] = torch.randint(0, 256, (B, *size, C), dtype=torch.uint8, device=device)
         inputs |= {"mean": MEAN[:C], "std": STD[:C]}
     return inputs
+
+
+def window_attention_inputs(B, Y, X, H, window, d=32, device="cpu"):
+    torch.manual_seed(0)
+    return {
+        "qkv": torch.randn(B, Y, X, H, 3, d, device=device),
+        "biases": torch.randn(H, window**2, device=device),
+        "window": window,
+    }
 
 
 class Network(NamedTuple):

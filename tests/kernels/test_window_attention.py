@@ -1,0 +1,155 @@
+"""window_attention against fp64, and its windows and biases against those of timm's TinyViT."""
+
+from functools import partial
+
+import pytest
+import torch
+from checking import DOT_DTYPES, FP16, FP32, check, check_compiles
+from timm.models.tiny_vit import Attention
+
+from deit_fast.kernels import attention_reference, cases, window_attention
+from deit_fast.kernels import window_attention_reference as reference
+from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels.cases import window_attention_inputs as make_inputs
+from deit_fast.kernels.window_attention import _bwd, _fwd, offsets
+
+triton_attention = partial(window_attention, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.WINDOW_ATTENTION, ids=str)
+def test_no_less_accurate_than_torch(case, dtype, device):
+    # PyTorch gives no gradient to the biases of an empty batch
+    check(triton_attention, reference, make_inputs(**case, device=device), dtype, case["B"] > 0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 12])
+def test_offsets_are_those_of_timm(window):
+    timms = Attention(64, 32, 2, attn_ratio=1, resolution=(window, window))
+    assert torch.equal(offsets(window), timms.attention_bias_idxs)
+
+
+def test_reference_by_hand():
+    """Every window cut out, its table of biases filled pair by pair."""
+    inputs = make_inputs(2, 4, 6, 3, 2)
+    qkv, biases = inputs["qkv"], inputs["biases"]
+    got = reference(**inputs)
+    table = torch.empty(3, 4, 4)
+    for n in range(4):
+        for m in range(4):
+            table[:, n, m] = biases[:, abs(n // 2 - m // 2) * 2 + abs(n % 2 - m % 2)]
+    for y in range(0, 4, 2):
+        for x in range(0, 6, 2):
+            q, k, v = qkv[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 3, 32).unbind(3)
+            want = attention_reference(q, k, v, bias=table)
+            torch.testing.assert_close(got[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 32), want)
+
+
+def test_windows_of_one_token(device):
+    inputs = make_inputs(2, 3, 2, 2, 1, device=device)
+    assert torch.equal(triton_attention(**inputs), inputs["qkv"][..., 2, :])
+
+
+def test_biases_gradient_in_many_chunks(device):
+    """More windows than programs: each sums several."""
+    inputs = make_inputs(3, 12, 12, 2, 4, device=device)
+    with pretend(Chip("some GPU", (9, 0), 2)):
+        check(triton_attention, reference, inputs, FP32)
+
+
+def test_biases_that_do_not_learn(device):
+    inputs = make_inputs(1, 7, 7, 2, 7, device=device)
+    qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"]
+    (got,) = torch.autograd.grad(triton_attention(**inputs).sum(), qkv)
+    (want,) = torch.autograd.grad(reference(**inputs).sum(), qkv)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    o, lse = _fwd(qkv.detach(), biases, 7, 0.2, True)
+    assert _bwd(o, qkv.detach(), biases, o, lse, 7, 0.2, False)[1].numel() == 0
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.7])
+def test_scale(scale, device):
+    inputs = make_inputs(1, 7, 7, 2, 7, device=device)
+    got = triton_attention(**inputs, scale=scale)
+    torch.testing.assert_close(got, reference(**inputs, scale=scale))
+
+
+def test_non_contiguous_input(device):
+    inputs = make_inputs(2, 7, 14, 2, 7, device=device)
+    want = reference(**inputs)
+    inputs["qkv"] = inputs["qkv"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["biases"] = inputs["biases"].t().contiguous().t()
+    got = triton_attention(**inputs)
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()
+
+
+def test_large_scores_do_not_overflow(device):
+    inputs = make_inputs(1, 7, 7, 2, 7, device=device)
+    inputs["qkv"] *= 60
+    check(triton_attention, reference, inputs, FP16, grads=False)
+
+
+def test_nan_stays_in_its_window_and_head(device):
+    inputs = make_inputs(1, 7, 14, 2, 7, device=device)
+    inputs["qkv"][0, 3, 9, 1, 1, 5] = float("nan")
+    nan = triton_attention(**inputs).isnan()
+    assert nan[:, :, 7:, 1].all() and nan.sum() == nan[:, :, 7:, 1].numel()
+
+
+def test_autocast(device):
+    """The product comes in autocast's dtype; biases stay fp32, as the model has them."""
+    inputs = make_inputs(1, 7, 7, 2, 7, device=device)
+    with torch.autocast(device, FP16):
+        got = triton_attention(**inputs)
+    assert got.dtype == FP16
+    want = triton_attention(inputs["qkv"].half(), inputs["biases"], 7)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_second_derivative(device):
+    inputs = make_inputs(1, 2, 4, 1, 2, device=device)
+    qkv, biases = (inputs[n].double().float().requires_grad_() for n in ("qkv", "biases"))
+
+    def second(fn):
+        (first,) = torch.autograd.grad(fn(qkv, biases, 2).square().sum(), qkv, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (qkv, biases))
+
+    def explicit(qkv, biases, window):
+        q, k, v = qkv.view(1, 2, 2, 2, 1, 3, 32).permute(5, 0, 2, 4, 1, 3, 6).reshape(3, 2, 4, 32)
+        s = q @ k.transpose(-2, -1) * 32**-0.5 + biases[:, offsets(2, biases.device)]
+        o = (s.softmax(-1) @ v).view(1, 2, 1, 2, 2, 32)
+        return o.permute(0, 3, 1, 4, 2, 5).reshape(1, 2, 4, 1, 32)
+
+    torch.testing.assert_close(second(triton_attention), second(explicit), atol=1e-4, rtol=1e-4)
+
+
+def test_opcheck(device):
+    inputs = make_inputs(1, 4, 2, 2, 2, device=device)
+    qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"].requires_grad_()
+    torch.library.opcheck(_fwd.op, (qkv, biases, 2, 0.2, True))
+    with torch.no_grad():
+        o, lse = _fwd(qkv, biases, 2, 0.2, True)
+        torch.library.opcheck(_fwd.op, (qkv, biases, 2, 0.2, False))
+        torch.library.opcheck(_bwd.op, (o, qkv.detach(), biases.detach(), o, lse, 2, 0.2, True))
+
+
+def test_compiles(device):
+    inputs = make_inputs(1, 4, 2, 2, 2, device=device)
+    check_compiles(lambda a, b: triton_attention(a, b, 2), [inputs["qkv"], inputs["biases"]])
+
+
+def test_errors(device):
+    inputs = make_inputs(1, 7, 14, 2, 7, device=device)
+    qkv, biases = inputs["qkv"], inputs["biases"]
+    for bad, error, says in (
+        ({"qkv": qkv[0]}, ValueError, r"qkv has shape \(7, 14, 2, 3, 32\)"),
+        ({"qkv": qkv[..., :16]}, ValueError, r"want \(B, Y, X, H, 3, 32\)"),
+        ({"qkv": qkv[:, :6]}, ValueError, "window 7 on a map of 6 x 14"),
+        ({"window": 0}, ValueError, "window 0"),
+        ({"biases": biases[:1]}, ValueError, r"biases has shape \(1, 49\), want \(2, 49\)"),
+        ({"biases": biases.double()}, TypeError, "biases have dtype torch.float64"),
+        ({"qkv": qkv.double()}, TypeError, "float64"),
+    ):
+        with pytest.raises(error, match=says):
+            triton_attention(**(inputs | bad))
