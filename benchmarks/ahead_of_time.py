@@ -456,8 +456,8 @@ def _window_attention(arch):
             constexprs = {"WINDOW": window, "HEAD_DIM": d}
             flops, row = 4 * tokens * L * H * d, tokens * H * d * dtype.itemsize
             of = f"{side} x {side} in {window}, {TRITON_TYPE[dtype]}"
-            forward, backward = module.meta(dtype), module.meta_backward(dtype)
-            scores = module.meta_backward(dtype, scores=True)
+            forward, capability = module.meta(dtype), (arch // 10, arch % 10)
+            backward, scores = (module.meta_backward(dtype, capability, s) for s in (False, True))
             for label, kernel, left_out, config, moved, work in (
                 ("", "", {"lse_ptr": None}, forward, 4 * row, flops),
                 ("training, ", "", {}, forward, 4 * row, flops),

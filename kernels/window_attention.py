@@ -289,11 +289,12 @@ def meta(dtype: torch.dtype) -> dict:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2}
 
 
-def meta_backward(dtype: torch.dtype, scores: bool = False) -> dict:
-    """64 x 64 in 4 warps; in 8 for the gradient of the scores, which holds them twice. Nothing is
-    loaded ahead, or Triton 3.6 spills on sm_80."""
+def meta_backward(dtype: torch.dtype, capability: tuple[int, int], scores: bool = False) -> dict:
+    """64 x 64 in 4 warps; in 8 for the gradient of the scores, which holds them twice. On sm_80
+    nothing is loaded ahead: Triton 3.6 would spill."""
     block, warps = (16, 4) if dtype == torch.float32 else (64, 8 if scores else 4)
-    return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+    stages = 1 if scores or capability < (9, 0) else 2
+    return {"BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
 BIASES_META = {"BLOCK": 64, "num_warps": 2}
@@ -345,7 +346,8 @@ def _bwd(
     dbiases = qkv.new_zeros((H, L) if learns else 0, dtype=torch.float32)
     if not qkv.numel():
         return dqkv, dbiases
-    config, scores = (meta_backward(qkv.dtype, scores=s) for s in (False, True))
+    chip = _runtime.chip(qkv.device)
+    config, scores = (meta_backward(qkv.dtype, chip.capability, s) for s in (False, True))
     tiles = _runtime.cdiv(L, config["BLOCK"])
     saved = (qkv, biases, o, do, lse)
     with torch.cuda.device_of(qkv):
@@ -355,8 +357,7 @@ def _bwd(
         if learns:
             # a few programs a multiprocessor, each over many windows
             blocks = H * tiles * tiles
-            processors = _runtime.chip(qkv.device).processors
-            chunks = min(windows, _runtime.cdiv(4 * processors, blocks))
+            chunks = min(windows, _runtime.cdiv(4 * chip.processors, blocks))
             ds = qkv.new_empty(chunks, H, L, L, dtype=torch.float32)
             _window_attention_scores_kernel[(chunks * blocks,)](
                 *saved, ds, windows, chunks, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **scores
