@@ -36,6 +36,7 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
         "classifier",
         "distillation_loss",
         "window_attention",
+        "conv_norm",
     )
 }
 BATCH, TOKENS = 256, 198
@@ -45,7 +46,7 @@ SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101
 THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
 ROW_ARCHS, DOT_ARCHS = (70, 80, 90), (80, 90)
 PROCESSORS = {80: 108, 90: 132}
-ALIGNED = ("N", "K", "D")  # multiples of 16 in every DeiT
+ALIGNED = ("N", "K", "D", "C")  # multiples of 16 in every DeiT
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def cases(archs):
         yield from _layer_norm_backward(arch)
         yield from _epilogue(arch)
         yield from _linear_backward(arch)
+        yield from _conv_norm(arch)
         if arch in DOT_ARCHS:
             yield from _linear(arch)
             yield from _one_row(arch)
@@ -194,6 +196,7 @@ EPILOGUES = {
     "folded+bias": ("none", ("b_ptr", "moments_ptr", "sums_ptr")),
     "folded+bias+gelu": ("gelu", ("b_ptr", "moments_ptr", "sums_ptr")),
     "bias+scales+residual": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
+    "bias+gelu_last+residual": ("gelu_last", ("b_ptr", "res_ptr")),  # of conv_norm
     "bias+gelu, z": ("gelu", ("b_ptr", "z_ptr")),  # in training
     "bias+scales+residual, z": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr")),
     "bias+residual, fp32 stream": ("none", ("b_ptr", "res_ptr")),  # under autocast
@@ -440,6 +443,35 @@ def _classifier(arch):
                 (2 * BATCH * D + 2 * 1000 * D + 1000 * BATCH) * dtype.itemsize,
                 4 * BATCH * 1000 * D, False,
             )  # fmt: skip
+
+
+def _conv_norm(arch):
+    """TinyViT-11M's depthwise convolutions, and the folding of a norm into the other weights."""
+    module = OPS["conv_norm"]
+    norm = ("w_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "var_ptr")
+    for dtype in (BF16, FP32):
+        for C, side, stride, residual in (
+            (256, 56, 1, False),
+            (128, 56, 2, False),
+            (128, 28, 1, True),
+        ):
+            pointers = dict.fromkeys((*norm, "x_ptr", "y_ptr"), dtype)
+            pointers |= {"res_ptr": dtype if residual else None}
+            sizes = dict.fromkeys(("C", "Y", "X", "Y_OUT", "X_OUT"), "i32") | {"eps": "fp32"}
+            constexprs = {"STRIDE": stride, "GELU": True, "EXACT": dtype == FP32}
+            outputs = BATCH * C * (side // stride) ** 2
+            moved = (BATCH * C * side**2 + outputs * (1 + residual)) * dtype.itemsize
+            yield Case(
+                "conv_norm", f"depthwise, C = {C}, stride {stride}, {TRITON_TYPE[dtype]}",
+                "_depthwise_kernel", arch, pointers | sizes, constexprs, module.DEPTHWISE_META,
+                moved, 18 * outputs, False,
+            )  # fmt: skip
+        pointers = dict.fromkeys((*norm, "folded_ptr"), dtype) | {"shift_ptr": FP32}
+        yield Case(
+            "conv_norm", f"fold, {TRITON_TYPE[dtype]}", "_fold_norm_kernel", arch,
+            pointers | {"K": "i32", "eps": "fp32"}, {}, module.FOLD_META,
+            2 * 256 * 1024 * dtype.itemsize, 0, False,
+        )  # fmt: skip
 
 
 def _window_attention(arch):

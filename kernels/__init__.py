@@ -6,6 +6,7 @@
 if __name__ == "deit_fast.kernels":
     from .attention import attention, attention_reference
     from .classifier import classifier, classifier_reference
+    from .conv_norm import conv_norm, conv_norm_reference
     from .distillation_loss import distillation_loss, distillation_loss_reference
     from .layer_norm import (
         add_layer_norm,
@@ -27,6 +28,8 @@ __all__ = [
     "attention_reference",
     "classifier",
     "classifier_reference",
+    "conv_norm",
+    "conv_norm_reference",
     "distillation_loss",
     "distillation_loss_reference",
     "layer_norm",

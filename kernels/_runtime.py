@@ -25,7 +25,7 @@ PRODUCTS = (
     "attention",
     "window_attention",
 )  # these need tensor cores
-ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss")
+ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss", "conv_norm")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

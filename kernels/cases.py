@@ -96,6 +96,21 @@ CLASSIFIER = [
     {"B": 0, "N": 2, "D": 64, "classes": 10},
 ]
 
+# B images of C channels, D output channels, k x k taps
+CONV_NORM = [
+    {"B": 2, "C": 64, "D": 96, "Y": 14, "X": 9, "k": 1},
+    {"B": 1, "C": 40, "D": 24, "Y": 5, "X": 5, "k": 1, "activation": "gelu", "residual": True},
+    {"B": 2, "C": 48, "D": 48, "Y": 14, "X": 11, "k": 3, "padding": 1, "groups": 48},
+    {"B": 1, "C": 33, "D": 33, "Y": 9, "X": 17, "k": 3, "padding": 1, "groups": 33, "stride": 2,
+     "activation": "gelu"},
+    {"B": 1, "C": 8, "D": 8, "Y": 1, "X": 2, "k": 3, "padding": 1, "groups": 8, "residual": True,
+     "activation": "gelu"},
+    {"B": 2, "C": 3, "D": 32, "Y": 16, "X": 12, "k": 3, "padding": 1, "stride": 2,
+     "activation": "gelu"},
+    {"B": 1, "C": 12, "D": 24, "Y": 7, "X": 7, "k": 3, "padding": 1, "groups": 3, "residual": True},
+    {"B": 0, "C": 32, "D": 32, "Y": 7, "X": 7, "k": 3, "padding": 1, "groups": 32},
+]  # fmt: skip
+
 DISTILLATION_LOSS = [
     {"B": 5, "C": 1000},
     {"B": 3, "C": 33},
@@ -133,6 +148,26 @@ def classifier_inputs(B, N, D, classes, distilled=True, device="cpu"):
         inputs[f"{head}_weight"] = torch.randn(classes, D, device=device) / D**0.5
         inputs[f"{head}_bias"] = torch.randn(classes, device=device)
     return inputs
+
+
+def conv_norm_inputs(
+    B, C, D, Y, X, k, stride=1, padding=0, groups=1, activation="none", residual=False,
+    device="cpu",
+):  # fmt: skip
+    torch.manual_seed(0)
+    made = {
+        "x": torch.randn(B, C, Y, X, device=device).contiguous(memory_format=torch.channels_last),
+        "weight": torch.randn(D, C // groups, k, k, device=device) * (groups / (C * k * k)) ** 0.5,
+        "norm_weight": torch.randn(D, device=device),
+        "norm_bias": torch.randn(D, device=device),
+        "mean": torch.randn(D, device=device) / 4,
+        "var": torch.rand(D, device=device) + 0.5,
+        "stride": stride, "padding": padding, "groups": groups, "activation": activation,
+    }  # fmt: skip
+    if residual:
+        Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
+        made["residual"] = torch.randn(B, D, Y, X, device=device)
+    return made
 
 
 def distillation_loss_inputs(B, C, distillation="hard", soft_target=False, device="cpu"):

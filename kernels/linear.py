@@ -112,9 +112,9 @@ def _epilogue(
     """Store y for one tile: acc is x @ W^T in fp32. `vectors`: pointers to bias, layer_scale,
     row_scale and, of a folded LayerNorm, the column sums; the rows' mean and rstd. `hidden`:
     pointers to z, a and the sums of y's columns, which training wants: after a bias, "gelu" stores
-    z; "gelu_backward", whose acc is da, reads z, makes a of it again, and dz is y. All but acc and
-    y may be None. Offsets inside the tile are 32-bit, which halves the registers they take;
-    M * N may pass 2**31."""
+    z; "gelu_backward", whose acc is da, reads z, makes a of it again, and dz is y. "gelu_last",
+    of conv_norm, comes behind the residual. All but acc and y may be None. Offsets inside the tile
+    are 32-bit, which halves the registers they take; M * N may pass 2**31."""
     b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd = vectors
     z_ptr, a_ptr, col_sums_ptr = hidden
     rows, cols = tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
@@ -148,6 +148,8 @@ def _epilogue(
         acc *= tl.load(rs_ptr + sample, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     if res_ptr is not None:
         acc += tl.load(res_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "gelu_last":
+        acc = _gelu(acc, EXACT)
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + base + offs, y, mask=mask)
     if moments_out_ptr is not None:

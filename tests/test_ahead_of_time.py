@@ -34,7 +34,7 @@ def test_every_operation_on_every_chip_it_serves(rows):
     products = ("layer_norm_linear", "layer_norm_mlp", "attention", "patch_embed", "classifier")
     products += ("window_attention",)
     dots = {(op, arch) for op in products for arch in (80, 90)}
-    row_kernels = ("layer_norm", "distillation_loss", "linear")
+    row_kernels = ("layer_norm", "distillation_loss", "linear", "conv_norm")
     memory_bound = {(op, arch) for op in row_kernels for arch in (70, 80, 90)}
     assert seen == dots | memory_bound
     twice = [k for k, n in Counter((r["op"], r["label"], r["arch"]) for r in rows).items() if n > 1]

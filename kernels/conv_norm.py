@@ -1,0 +1,246 @@
+"""Convolution, batch normalisation with fixed statistics, residual and GELU: inference of TinyViT's
+convolutional parts (ConvNorm).
+
+    y = act(BN(conv(x)) [+ residual])      BN(z) = z * s + t
+    s = weight / sqrt(var + eps)           t = bias - mean * s      one of each an output channel
+
+Three ways, by the convolution, all on maps whose channels lie side by side (channels_last):
+    1 x 1, stride 1   a matrix product of the rows with s * W, all else in its epilogue (`linear`)
+    depthwise 3 x 3   a kernel bound by memory: a square of outputs of some channels, all else too
+    any other         PyTorch's convolution with s * W and t; then residual and GELU
+s * W is made anew at each call, by one small kernel: W is small beside the maps, and nothing has to
+be told when a weight changes.
+
+B images, C channels of Y x X pixels, D output channels of Y' x X'. x (B, C, Y, X), W (D, C /
+groups, k, k), norm's four vectors (D,), residual and y (B, D, Y', X'), y channels_last. Sums are
+fp32 and round once, to y's dtype; GELU is that of `linear`. PyTorch rounds behind the convolution
+too. Only for inference: where a gradient is wanted the reference runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _runtime
+from .linear import ACTIVATIONS, _gelu, run
+
+LAST = torch.channels_last
+
+
+def conv_norm_reference(
+    x, weight, norm_weight, norm_bias, mean, var, eps=1e-5, stride=1, padding=0, groups=1,
+    activation="none", residual=None,
+):  # fmt: skip
+    y = F.conv2d(x, weight, None, stride, padding, 1, groups)
+    y = F.batch_norm(y, mean, var, norm_weight, norm_bias, False, 0.0, eps)
+    y = y if residual is None else y + residual
+    return F.gelu(y) if activation == "gelu" else y
+
+
+@triton.jit
+def _norm(norm, cols, mask, eps):
+    """s and t of some output channels."""
+    weight_ptr, bias_ptr, mean_ptr, var_ptr = norm
+    var = tl.load(var_ptr + cols, mask=mask, other=1.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    scale = weight * tl.rsqrt(var + eps)
+    return scale, tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) - mean * scale
+
+
+@triton.jit
+def _fold_norm_kernel(
+    w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # in: (D, K), (D,) each
+    folded_ptr, shift_ptr,  # out: (D, K), (D,)
+    K, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(0)
+    scale, shift = _norm((weight_ptr, bias_ptr, mean_ptr, var_ptr), d, d >= 0, eps)
+    tl.store(shift_ptr + d, shift)
+    for first in range(0, K, BLOCK):
+        ks = first + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + d * K + ks, mask=ks < K, other=0.0).to(tl.float32)
+        tl.store(folded_ptr + d * K + ks, w * scale, mask=ks < K)
+
+
+@triton.jit
+def _depthwise_kernel(
+    x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # in: (B, Y, X, C), (C, 9), (C,) each
+    res_ptr,  # in: (B, Y', X', C) or None
+    y_ptr,  # out: (B, Y', X', C)
+    C, Y, X, Y_OUT, X_OUT, eps,
+    STRIDE: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """TILE x TILE outputs of BLOCK_C channels. The nine inputs of neighbours are mostly the same:
+    they come from the cache."""
+    pid = tl.program_id(0)
+    blocks, across, down = tl.cdiv(C, BLOCK_C), tl.cdiv(X_OUT, TILE), tl.cdiv(Y_OUT, TILE)
+    channels = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = pid // blocks
+    pixel = tl.arange(0, TILE * TILE)
+    x_out = tile % across * TILE + pixel % TILE
+    y_out = tile // across % down * TILE + pixel // TILE
+    sample = (tile // (across * down)).to(tl.int64)  # a batch may pass 2**31 elements
+    x_ptr += sample * Y * X * C
+    in_channels = channels < C
+    acc = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)
+    for tap in tl.static_range(9):
+        y_in, x_in = y_out * STRIDE + (tap // 3 - 1), x_out * STRIDE + (tap % 3 - 1)
+        inside = (y_in >= 0) & (y_in < Y) & (x_in >= 0) & (x_in < X)
+        x = tl.load(
+            x_ptr + ((y_in * X + x_in) * C)[:, None] + channels[None, :],
+            mask=inside[:, None] & in_channels[None, :], other=0.0,
+        )  # fmt: skip
+        w = tl.load(w_ptr + channels * 9 + tap, mask=in_channels, other=0.0)
+        acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
+    norm = (weight_ptr, bias_ptr, mean_ptr, var_ptr)
+    scale, shift = _norm(norm, channels, in_channels, eps)
+    acc = acc * scale[None, :] + shift[None, :]
+    offs = sample * Y_OUT * X_OUT * C + ((y_out * X_OUT + x_out) * C)[:, None] + channels[None, :]
+    mask = ((y_out < Y_OUT) & (x_out < X_OUT))[:, None] & in_channels[None, :]
+    if res_ptr is not None:
+        acc += tl.load(res_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        acc = _gelu(acc, EXACT)
+    tl.store(y_ptr + offs, acc, mask=mask)
+
+
+FOLD_META = {"BLOCK": 256, "num_warps": 1}
+# 64 pixels x 32 channels, which are whole sectors in any dtype; TinyViT's all are multiples of 32
+DEPTHWISE_META = {"TILE": 8, "BLOCK_C": 32, "num_warps": 4}
+
+
+def _alloc(x, weight, stride, padding):
+    """y, channels_last. Also its fake."""
+    B, _, Y, X = x.shape
+    D, _, k, _ = weight.shape
+    Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
+    return x.new_empty(B, Y, X, D).permute(0, 3, 1, 2)
+
+
+@_runtime.custom_op("deit_fast::conv_norm")
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    stride: int,
+    padding: int,
+    groups: int,
+    activation: str,
+    implementation: str,
+) -> Tensor:
+    y, norm = _alloc(x, weight, stride, padding), (norm_weight, norm_bias, mean, var)
+    if not y.numel():
+        return y
+    B, C, Y, X = x.shape
+    D, _, k, _ = weight.shape
+    exact = x.dtype == torch.float32
+    if groups == C == D and k == 3 and padding == 1 and stride in (1, 2):
+        _, _, Y_out, X_out = y.shape
+        tile, block = DEPTHWISE_META["TILE"], DEPTHWISE_META["BLOCK_C"]
+        tiles = _runtime.cdiv(Y_out, tile) * _runtime.cdiv(X_out, tile) * _runtime.cdiv(C, block)
+        with torch.cuda.device_of(x):
+            _depthwise_kernel[(B * tiles,)](
+                x, weight, *norm, residual, y, C, Y, X, Y_out, X_out, eps, STRIDE=stride,
+                GELU=activation == "gelu", EXACT=exact, **DEPTHWISE_META,
+            )  # fmt: skip
+        return y
+    is_product = k == stride == groups == 1 and padding == 0
+    folded = weight.new_empty(weight.shape, dtype=x.dtype)
+    shift = x.new_empty(D, dtype=torch.float32 if is_product else x.dtype)
+    with torch.cuda.device_of(x):
+        _fold_norm_kernel[(D,)](weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META)
+    if is_product:
+        last = "gelu_last" if residual is not None and activation == "gelu" else activation
+        rows = None if residual is None else _rows(residual)
+        run(
+            _rows(y), _rows(x), folded.view(D, C), shift, rows, activation=last,
+            implementation=implementation,
+        )  # fmt: skip
+        return y
+    folded = folded.contiguous(memory_format=LAST)
+    y = F.conv2d(x, folded, shift, stride, padding, 1, groups).contiguous(memory_format=LAST)
+    y = y if residual is None else y.add_(residual)
+    return torch.ops.aten.gelu_(y) if activation == "gelu" else y
+
+
+@_fwd.register_fake
+def _(x, weight, g, b, m, v, residual, eps, stride, padding, groups, activation, implementation):
+    return _alloc(x, weight, stride, padding)
+
+
+def _rows(x):
+    """(B, C, Y, X), channels_last, as (B * Y * X, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float = 1e-5,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """`activation(batch_norm(conv2d(x, weight)) + residual)` with the running statistics.
+
+    x (B, C, Y, X), best channels_last, and weight (D, C / groups, k, k) share one of fp32, fp16,
+    bf16; under autocast both are cast to its dtype. norm_weight, norm_bias, mean, var (D,) in any
+    of them; residual of the result's shape. stride, padding: pixels, the same in both directions.
+    `activation`: "none" | "gelu", as in `linear`, behind the residual. Returns (B, D, Y', X') in
+    x's dtype, channels_last from the kernels. `implementation`: "auto" | "triton" | "torch";
+    inputs that want gradients get the reference. Raises ValueError for shapes, devices and names,
+    TypeError for dtypes that do not fit.
+    """
+    chosen = _runtime.resolve("conv_norm", x, implementation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_norm: activation {activation!r}, want one of {ACTIVATIONS}")
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"conv_norm: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
+            "want (B, C, Y, X) and (D, C / groups, k, k)"
+        )
+    D, k = weight.shape[0], weight.shape[2]
+    B, C, Y, X = x.shape
+    if C % groups or D % groups or min(Y, X) + 2 * padding < k or stride < 1 or padding < 0:
+        raise ValueError(
+            f"conv_norm: {C} channels of {Y} x {X} to {D} in {groups} groups, stride {stride}, "
+            f"padding {padding}: no such convolution"
+        )
+    dtype = _runtime.autocast_dtype(x)
+    x, weight = _runtime.cast(dtype, x, weight)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "mean": mean, "var": var}
+    named = {name: (t, (D,)) for name, t in norm.items()}
+    _runtime.expect("conv_norm", x, **named)
+    _runtime.expect("conv_norm", x, x.dtype, weight=(weight, (D, C // groups, k, k)))
+    vectors = tuple(norm.values())
+    if residual is not None:
+        Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
+        _runtime.expect("conv_norm", x, residual=(residual, (B, D, Y, X)))
+    if chosen == "torch" or _runtime.wants_grad(x, weight, *vectors, residual):
+        return conv_norm_reference(
+            x, weight, *vectors, eps, stride, padding, groups, activation, residual
+        )
+    x = x.contiguous(memory_format=LAST)
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=LAST)
+    vectors = (t.contiguous() for t in vectors)
+    return _fwd(
+        x, weight.contiguous(), *vectors, residual, eps, stride, padding, groups, activation,
+        implementation,
+    )  # fmt: skip
