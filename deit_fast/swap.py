@@ -28,6 +28,13 @@ SWAPS = {
     layers.Block.timm_class: layers.Block,
     layers.VisionTransformer.timm_class: layers.VisionTransformer,
     layers.VisionTransformerDistilled.timm_class: layers.VisionTransformerDistilled,
+    layers.tiny_vit.ConvNorm.timm_class: layers.tiny_vit.ConvNorm,
+    layers.tiny_vit.PatchEmbed.timm_class: layers.tiny_vit.PatchEmbed,
+    layers.tiny_vit.PatchMerging.timm_class: layers.tiny_vit.PatchMerging,
+    layers.tiny_vit.MBConv.timm_class: layers.tiny_vit.MBConv,
+    layers.tiny_vit.Attention.timm_class: layers.tiny_vit.Attention,
+    layers.tiny_vit.NormMlp.timm_class: layers.tiny_vit.NormMlp,
+    layers.tiny_vit.TinyVitBlock.timm_class: layers.tiny_vit.TinyVitBlock,
 }
 _KINDS = ("VisionTransformer", "PatchEmbed", "Block", "Attention", "Attn", "Mlp", "LayerNorm")
 

@@ -2,9 +2,11 @@
 constructor, parameters and `state_dict`, and a forward that calls `deit_fast.kernels`.
 
 Build them as timm builds its own (`block_fn=deit_fast.layers.Block`), or let `deit_fast.accelerate`
-turn the modules of an existing model into them.
+turn the modules of an existing model into them. `tiny_vit` has those of TinyViT, some of which have
+the names of others.
 """
 
+from . import tiny_vit
 from .attention import Attention
 from .block import Block
 from .layer_norm import LayerNorm
@@ -20,4 +22,5 @@ __all__ = [
     "PatchEmbed",
     "VisionTransformer",
     "VisionTransformerDistilled",
+    "tiny_vit",
 ]

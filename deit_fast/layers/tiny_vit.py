@@ -1,0 +1,190 @@
+"""TinyViT (Wu et al., 2022): convolutions with folded batch norm, attention in windows of the map.
+
+Maps are (B, C, Y, X) between the convolutional parts and (B, Y, X, C) in the transformer's, which
+are one and the same memory where channels lie side by side. They do from the first convolution on
+in inference; in training, where convolutions and batch norm are PyTorch's, they do where images or
+weights are channels_last.
+"""
+
+import timm.layers
+import timm.models.tiny_vit as timm_tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deit_fast import kernels
+from deit_fast.kernels.window_attention import HEAD_DIM
+
+from ._base import Fast, is_exact_gelu, is_identity, is_linear, is_watched, weights
+from .block import _branch_scales
+from .layer_norm import LayerNorm
+
+
+class ConvNorm(Fast, timm_tiny.ConvNorm):
+    """timm's ConvNorm: convolution and batch norm, (B, C, Y, X) -> (B, D, Y', X'). What follows it
+    in TinyViT may be asked of it: y = activation(norm(conv(x)) + residual).
+
+    In inference it is one operation; while batch norm takes its statistics from the batch, where
+    gradients are wanted, or with hooks on them, the convolution and the norm run as they are.
+    """
+
+    timm_class = timm_tiny.ConvNorm
+
+    @classmethod
+    def why_not(cls, module):
+        conv, bn = module.conv, module.bn
+        if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != "zeros":
+            return "conv is not a plain nn.Conv2d without bias"
+        for name in ("kernel_size", "stride", "padding"):
+            if len(set(getattr(conv, name))) != 1:
+                return f"conv has {name} {getattr(conv, name)}"
+        if conv.dilation != (1, 1):
+            return "conv is dilated"
+        if type(bn) is not nn.BatchNorm2d or not bn.affine or not bn.track_running_stats:
+            return "bn is not a nn.BatchNorm2d with weights and statistics"
+        return None
+
+    def forward(self, x, activation="none", residual=None):
+        conv, bn = self.conv, self.bn
+        plain = type(conv) is nn.Conv2d and "weight" in conv._parameters
+        if bn.training or torch.is_grad_enabled() or not plain or is_watched(conv, bn):
+            y = super().forward(x)
+            y = y if residual is None else y + residual
+            return F.gelu(y) if activation == "gelu" else y
+        return kernels.conv_norm(
+            x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps,
+            conv.stride[0], conv.padding[0], conv.groups, activation, residual,
+            implementation=self.backend,
+        )  # fmt: skip
+
+
+class _Convolutions(Fast):
+    """Mixin of what is made of ConvNorms with GELU behind them."""
+
+    @classmethod
+    def why_not(cls, module):
+        for name, part in module.named_children():
+            if name.startswith("conv") and type(part) is not ConvNorm:
+                return f"{name} stays with timm"
+            if name.startswith("act") and not is_exact_gelu(part):
+                return f"activation {part} is not the exact GELU"
+        return None
+
+
+class PatchEmbed(_Convolutions, timm_tiny.PatchEmbed):
+    """timm's PatchEmbed of TinyViT: (B, C, Y, X) -> (B, D, Y / 4, X / 4)."""
+
+    timm_class = timm_tiny.PatchEmbed
+
+    def forward(self, x):
+        return self.conv2(self.conv1(x, "gelu"))
+
+
+class PatchMerging(_Convolutions, timm_tiny.PatchMerging):
+    """timm's PatchMerging: (B, C, Y, X) -> (B, D, Y / 2, X / 2)."""
+
+    timm_class = timm_tiny.PatchMerging
+
+    def forward(self, x):
+        return self.conv3(self.conv2(self.conv1(x, "gelu"), "gelu"))
+
+
+class MBConv(_Convolutions, timm_tiny.MBConv):
+    """timm's MBConv: (B, C, Y, X) -> the same shape; GELU behind the residual."""
+
+    timm_class = timm_tiny.MBConv
+
+    def forward(self, x):
+        hidden = self.conv2(self.conv1(x, "gelu"), "gelu")
+        if is_identity(self.drop_path) or not self.drop_path.training:
+            return self.conv3(hidden, "gelu", x)
+        return F.gelu(self.drop_path(self.conv3(hidden)) + x)
+
+
+class Attention(Fast, timm_tiny.Attention):
+    """timm's Attention of TinyViT, LayerNorm included: a window (B, L, C) -> (B, L, C)."""
+
+    timm_class = timm_tiny.Attention
+
+    @classmethod
+    def why_not(cls, module):
+        if type(module.norm) is not LayerNorm:
+            return "norm stays with timm"
+        if not is_linear(module.qkv) or not is_linear(module.proj):
+            return "qkv or proj is not an nn.Linear"
+        if (module.key_dim, module.val_dim) != (HEAD_DIM, HEAD_DIM):
+            return f"heads of {module.key_dim} and {module.val_dim}, the kernel takes {HEAD_DIM}"
+        if module.resolution[0] != module.resolution[1]:
+            return f"windows of {module.resolution}, want square ones"
+        return None
+
+    def forward(self, x):
+        return self.branch(x.unflatten(1, self.resolution)).flatten(1, 2)
+
+    def branch(self, x, **epilogue):
+        """(B, Y, X, C) -> the same shape, in windows; Y and X are multiples of theirs. `epilogue`:
+        of the projection, as `deit_fast.kernels.linear` takes it."""
+        use = {"implementation": self.backend}
+        norm_weight, norm_bias, eps = self.norm.operands
+        qkv = kernels.layer_norm_linear(x, norm_weight, norm_bias, *weights(self.qkv), eps, **use)
+        o = kernels.window_attention(
+            qkv.unflatten(-1, (self.num_heads, 3, HEAD_DIM)), self.attention_biases,
+            self.resolution[0], self.scale, **use,
+        )  # fmt: skip
+        return kernels.linear(o.flatten(3), *weights(self.proj), **epilogue, **use)
+
+
+class NormMlp(Fast, timm_tiny.NormMlp):
+    """timm's NormMlp without dropout: LayerNorm, fc1, GELU, fc2, (..., C) -> (..., C_out)."""
+
+    timm_class = timm_tiny.NormMlp
+
+    @classmethod
+    def why_not(cls, module):
+        if type(module.norm) is not LayerNorm:
+            return "norm stays with timm"
+        if not is_linear(module.fc1) or not is_linear(module.fc2):
+            return "fc1 or fc2 is not an nn.Linear"
+        if not is_exact_gelu(module.act):
+            return f"activation {module.act} is not the exact GELU"
+        if module.drop1.p > 0 or module.drop2.p > 0:
+            return "has dropout"
+        return None
+
+    def forward(self, x, **epilogue):
+        """`epilogue` as `deit_fast.kernels.layer_norm_mlp` takes it."""
+        norm_weight, norm_bias, eps = self.norm.operands
+        return kernels.layer_norm_mlp(
+            x, norm_weight, norm_bias, *weights(self.fc1), *weights(self.fc2), eps, **epilogue,
+            implementation=self.backend,
+        )  # fmt: skip
+
+
+class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
+    """timm's TinyVitBlock: (B, Y, X, C) -> the same shape; both residual additions and stochastic
+    depth are epilogues. A map that its windows do not fill is padded with zeros, which attend, as
+    in timm: a copy there and back that maps of the sizes it was made for do without."""
+
+    timm_class = timm_tiny.TinyVitBlock
+
+    @classmethod
+    def why_not(cls, module):
+        for name, kind in (("attn", Attention), ("mlp", NormMlp)):
+            if type(getattr(module, name)) is not kind:
+                return f"{name} stays with timm"
+        for name in ("drop_path1", "drop_path2"):
+            drop = getattr(module, name)
+            if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
+                return f"{name} is a {type(drop).__name__}"
+        return None
+
+    def forward(self, x):
+        Y, X = x.shape[1:3]
+        down, right = -Y % self.window_size, -X % self.window_size
+        if down or right:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        x = self.attn.branch(x, residual=x, **_branch_scales(None, self.drop_path1, x))
+        if down or right:
+            x = x[:, :Y, :X]
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.mlp(x, residual=x, **_branch_scales(None, self.drop_path2, x))

@@ -1,0 +1,250 @@
+"""TinyViT against timm on the same weights: PyTorch at full width, every Triton kernel in small."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from checking import assert_as_accurate, relative_error
+from modelling import assert_same_logits
+from torch import nn
+
+import deit_fast
+from deit_fast import layers
+from deit_fast.bench.networks import randomize
+from deit_fast.layers import tiny_vit
+
+NAMES = timm.list_models("tiny_vit_*")
+SMALL = {  # a stage of each kind
+    "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 4),
+    "num_classes": 11, "drop_path_rate": 0.0,
+}  # fmt: skip
+SIZE = 64  # pixels: maps of 16 and 8, the latter in four windows
+
+
+def pair(name="tiny_vit_5m_224", backend="torch", **options):
+    """(timm's model, the accelerated copy), in eval mode, with statistics that matter."""
+    torch.manual_seed(0)
+    reference = randomize(timm.create_model(name, **options)).eval()
+    for m in reference.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+            nn.init.normal_(m.running_mean, std=0.2)
+    fast = copy.deepcopy(reference)
+    deit_fast.accelerate(fast, backend)
+    return reference, fast
+
+
+def small(backend="torch", device="cpu", **options):
+    return [m.to(device) for m in pair(backend=backend, **SMALL | options)]
+
+
+def images(batch=2, size=(SIZE, SIZE), device="cpu"):
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, *size, device=device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_equals_timms(name):
+    """Shallow: one block of each kind at the width and the image size of the model."""
+    reference, fast = pair(name, depths=(1, 1, 1, 1), num_classes=10)
+    assert fast.state_dict().keys() == reference.state_dict().keys()
+    size = reference.pretrained_cfg["input_size"][1]
+    assert_same_logits(reference, fast, images(1, (size, size)))
+
+
+def test_whole_model():
+    reference, fast = pair("tiny_vit_5m_224", num_classes=1000)
+    assert_same_logits(reference, fast, images(1, (224, 224)))
+
+
+def test_everything_is_swapped():
+    model = timm.create_model("tiny_vit_11m_224")
+    report = deit_fast.accelerate(model)
+    assert {left.kind for left in report.left} == {"NormMlpClassifierHead", "LayerNorm2d"}
+    counts = {kind: len(names) for kind, names in report.swapped.items()}
+    assert counts == {
+        "PatchEmbed": 1, "ConvNorm": 27, "MBConv": 2, "PatchMerging": 3, "TinyVitBlock": 10,
+        "Attention": 10, "NormMlp": 10, "LayerNorm": 20,
+    }  # fmt: skip
+    deit_fast.restore(model)
+    assert not any(isinstance(m, layers._base.Fast) for m in model.modules())
+    assert type(model.stages[1].blocks[0]) is tiny_vit.TinyVitBlock.timm_class
+
+
+# (33, 47): maps of 9 x 12 and 5 x 6, padded to 8 x 8
+@pytest.mark.parametrize("size", [(64, 64), (33, 47)], ids=str)
+def test_every_triton_kernel(size, device):
+    reference, fast = small("triton", device)
+    assert_same_logits(reference, fast, images(size=size, device=device))
+
+
+def test_other_inputs(device):
+    reference, fast = small("triton", device)
+    x = images(device=device)
+    with torch.no_grad():
+        want = reference(x)
+        got = fast(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        strided = x.transpose(2, 3).contiguous().transpose(2, 3)
+        torch.testing.assert_close(fast(strided), want, atol=1e-4, rtol=1e-4)
+        assert fast(x[:0]).shape == (0, 11)
+
+
+def step(model, x, seed=3):
+    """Logits, the gradients and the statistics after one forward and backward pass."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    logits = model(x)
+    torch.manual_seed(4)
+    logits.backward(torch.randn_like(logits, dtype=torch.float32).to(logits.dtype))
+    made = {f"grad of {n}": p.grad for n, p in model.named_parameters()}
+    made |= {n: b for n, b in model.named_buffers() if "running" in n}
+    return made | {"logits": logits}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients(backend, training, device):
+    """Batch norm's statistics too, and stochastic depth drawn as timm draws it."""
+    reference, fast = small(backend, device, drop_path_rate=0.5)
+    x = images(4, device=device)
+    truth = step(copy.deepcopy(reference).double().train(training), x.double())
+    want = step(reference.train(training), x)
+    got = step(fast.train(training), x)
+    assert want.keys() == got.keys()
+    if training:
+        torch.manual_seed(3)
+        reference(x)
+        drawn = torch.rand(3)
+        torch.manual_seed(3)
+        fast(x)
+        assert torch.equal(torch.rand(3), drawn)
+    for name, true in truth.items():
+        if true is None:
+            assert got[name] is None, name
+        elif true.norm() < 1e-9:  # a bias that batch norm takes away again
+            assert got[name].norm() < 1e-4, name
+        elif training and "logits" not in name and "running" not in name:
+            # through batch norm's backward rounding is amplified; both by about as much
+            assert relative_error(got[name], true) < 1e-3, name
+        else:
+            assert_as_accurate(got[name], want[name], true, name, factor=4)
+
+
+def test_drop_path_in_double():
+    """The draws themselves: exact arithmetic leaves no room for another sample's being dropped."""
+    reference, fast = (m.double().train() for m in small(drop_path_rate=0.5))
+    x = images(8).double()
+    want, got = step(reference, x), step(fast, x)
+    for name, true in want.items():
+        torch.testing.assert_close(got[name], true, msg=name)
+
+
+def test_autocast(device):
+    reference, fast = small("triton", device)
+    x = images(device=device)
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).double()(x.double())
+        with torch.autocast(device, torch.float16):
+            want, got = reference(x), fast(x)
+    assert got.dtype == want.dtype
+    assert_as_accurate(got, want, exact)
+
+
+def test_half_precision(device):
+    reference, fast = (m.half() for m in small("triton", device))
+    x = images(device=device).half()
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).double()(x.double())
+        assert_as_accurate(fast(x), reference(x), exact)
+
+
+def test_compiles(device):
+    _, fast = small("triton", device)
+    x = images(1, device=device)
+    compiled = torch.compile(fast, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), fast(x), atol=1e-5, rtol=1e-4)
+
+
+def test_compiles_in_training(device):
+    _, fast = small("torch", device)
+    fast.train()
+    x = images(2, device=device)
+    compiled = torch.compile(copy.deepcopy(fast), fullgraph=True)
+    torch.testing.assert_close(compiled(x), fast(x), atol=1e-4, rtol=1e-4)
+
+
+def test_copies():
+    reference, fast = small()
+    x = images()
+    with torch.no_grad():
+        want = fast(x)
+        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert torch.equal(copied(x), want)
+        other = deit_fast.create_model("tiny_vit_5m_224", backend="torch", **SMALL).eval()
+        other.load_state_dict(fast.state_dict())
+        assert torch.equal(other(x), want)
+
+
+def test_weights_may_change():
+    """Nothing that was folded is kept."""
+    reference, fast = small("triton")
+    x = images(1)
+    with torch.no_grad():
+        fast(x)
+        for model in (reference, fast):
+            model.stages[0].blocks[0].conv1.bn.running_mean += 0.5
+            model.stages[1].blocks[0].attn.attention_biases.mul_(-2)
+        torch.testing.assert_close(fast(x), reference(x), atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_on_a_convolution_fire():
+    reference, fast = small()
+    seen = []
+    fast.stages[0].blocks[0].conv2.conv.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), reference(x))
+    assert seen == [(2, 64, 16, 16)]
+
+
+def test_batch_norm_that_is_frozen():
+    """In training with batch norm in eval mode: fine-tuning's usual way."""
+    models = small()
+    for model in models:
+        model.train()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    want, got = (step(m, images()) for m in models)
+    for name, true in want.items():
+        torch.testing.assert_close(got[name], true, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options, name, reason",
+    [
+        ({"act_layer": nn.ReLU}, "patch_embed", "not the exact GELU"),
+        ({"act_layer": nn.ReLU}, "stages.1.blocks.0", "mlp stays with timm"),
+        ({"num_heads": (1, 4)}, "stages.1.blocks.0.attn", "heads of 16 and 16"),
+    ],
+)
+def test_what_stays_with_timm(options, name, reason):
+    reference = timm.create_model("tiny_vit_5m_224", **SMALL | options).eval()
+    fast = copy.deepcopy(reference)
+    report = deit_fast.accelerate(fast)
+    assert any(left.name == name and reason in left.reason for left in report.left)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images()), reference(images()))
+
+
+def test_a_window_alone():
+    """timm's own call of the attention, which hands it windows."""
+    reference, fast = small("triton")
+    x = torch.randn(3, 16, 64)
+    a, b = (m.stages[1].blocks[0].attn for m in (reference, fast))
+    with torch.no_grad():
+        torch.testing.assert_close(b(x), a(x), atol=1e-5, rtol=1e-4)
