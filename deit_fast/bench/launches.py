@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deit_fast.engine import data_config
 from deit_fast.kernels import _runtime, _tuned
 
 # of PyTorch's own operations, those that launch nothing
@@ -39,7 +40,7 @@ def record(
 ) -> Recorder:  # fmt: skip
     """Inference of an accelerated `model`, which is moved to the meta device. tables: whether tuned
     tables count, or only the rules."""
-    channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    channels, *size = data_config(model)["input_size"]
     model = model.to("meta", dtype).eval()
     if uint8:
         image = torch.empty(batch, *size, channels, device="meta", dtype=torch.uint8)

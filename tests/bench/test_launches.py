@@ -71,6 +71,20 @@ def test_every_kernel_serves_its_relatives(name):
     assert all(scales) if name.startswith("deit3") else not any(scales)
 
 
+def test_tiny_vit_in_half_precision():
+    """A convolution, its norm, residual and GELU are one operation; no map is partitioned, padded
+    or copied. PyTorch's own: the head, after pooling."""
+    recorder = record(meta_model("tiny_vit_11m_224"), 512, BF16, H200)
+    ops = [op for op, _, _ in recorder.calls]
+    block = ["layer_norm_linear", "window_attention", "linear", "conv_norm"]
+    block += ["layer_norm_linear", "linear"]
+    wanted = ["conv_norm"] * (2 + 2 * 3)
+    for depth in (2, 6, 2):
+        wanted += ["conv_norm"] * 3 + block * depth
+    assert ops == wanted
+    assert recorder.others == {"mean": 1, "native_layer_norm": 1, "addmm": 1}
+
+
 def test_moments_come_with_the_product_before():
     recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
     moments = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]

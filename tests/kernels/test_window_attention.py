@@ -1,5 +1,6 @@
 """window_attention against fp64, and its windows and biases against those of timm's TinyViT."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -57,10 +58,18 @@ def test_biases_gradient_in_many_chunks(device):
         check(triton_attention, reference, inputs, FP32)
 
 
-def test_biases_that_do_not_learn(device):
+def test_biases_that_do_not_learn(device, monkeypatch):
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"]
+    asked = []
+
+    def spy(*args):
+        asked.append(args[-1])
+        return _bwd(*args)
+
+    monkeypatch.setattr(sys.modules[_bwd.body.__module__], "_bwd", spy)
     (got,) = torch.autograd.grad(triton_attention(**inputs).sum(), qkv)
+    assert asked == [False]
     (want,) = torch.autograd.grad(reference(**inputs).sum(), qkv)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     o, lse = _fwd(qkv.detach(), biases, 7, 0.2, True)
@@ -88,6 +97,13 @@ def test_large_scores_do_not_overflow(device):
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     inputs["qkv"] *= 60
     check(triton_attention, reference, inputs, FP16, grads=False)
+
+
+def test_biases_far_above_zero(device):
+    """exp(bias - 0) overflows: queries outside, of zeros, must not come in so."""
+    inputs = make_inputs(1, 7, 7, 1, 7, device=device)
+    inputs["biases"] += 100
+    check(triton_attention, reference, inputs, FP32)
 
 
 def test_nan_stays_in_its_window_and_head(device):

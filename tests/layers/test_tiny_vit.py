@@ -133,6 +133,16 @@ def test_gradients(backend, training, device):
             assert_as_accurate(got[name], want[name], true, name, factor=4)
 
 
+def test_statistics_without_gradients(device):
+    """A pass in train() under no_grad, as to calibrate batch norm."""
+    reference, fast = small("triton", device)
+    with torch.no_grad():
+        want, got = (m.train()(images(device=device)) for m in (reference, fast))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    for a, b in zip(reference.buffers(), fast.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
+
+
 def test_drop_path_in_double():
     """The draws themselves: exact arithmetic leaves no room for another sample's being dropped."""
     reference, fast = (m.double().train() for m in small(drop_path_rate=0.5))
