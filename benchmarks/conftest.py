@@ -20,7 +20,7 @@ NUMBERS = {
     "warmup": "calls before them (10)",
 }
 NAMES = {
-    "rows": "rows of Table 5 by network, timm name or family (convnet, transformer)",
+    "rows": "rows of Table 5 by network, timm name or family (convnet, transformer), or relatives",
     "modes": "modes, of deit_fast/bench/modes.py",
     "protocols": "batch (a given batch, median), paper (largest batch that fits, mean); both",
     "out": "folder of the results (benchmarks/results)",
@@ -55,10 +55,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("protocol", options.protocols)
     if "entry" in wanted:  # a network's modes one after the other: it is built once
         train = "train_batch" in wanted
+        relatives = metafunc.module.__name__.endswith("bench_relatives")
         modes = [m for m in options.modes if m.train == train]
         pairs = [
             (entry, mode)
-            for entry in options.networks(train)
+            for entry in (options.relatives if relatives else options.networks(train))
             for mode in modes
             if not (mode.fast and entry.family == "convnet")
         ]

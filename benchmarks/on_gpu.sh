@@ -8,6 +8,7 @@
 # kernels           every operation on DeiT's shapes, predicted and measured; then with its gradients
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
+# relatives         ViT, DeiT-III, CaiT and TinyViT in the modes that matter most
 # latency           batch 1, 8, 32; and 256 from pinned host memory
 # train             forward + backward, and the full step with AdamW, batch 64 and 256
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
@@ -15,7 +16,7 @@
 # Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets latency train)
+stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets relatives latency train)
 [ $# -gt 0 ] || { echo "on_gpu.sh: want stages, of: ${stages[*]}" >&2; exit 2; }
 for stage; do
     [[ " ${stages[*]} " == *" $stage "* ]] ||
@@ -56,9 +57,10 @@ deits="DeiT-Ti distilled,DeiT-S distilled,DeiT-B distilled"
 forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
 fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
-vits=transformer convnets=convnet
+vits=transformer convnets=convnet one=() half_modes=eager_bf16,deit_fast_bf16,deit_fast_engine_bf16
 if [ "$gpu" = 0 ]; then
     deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
+    one=(--rows TinyViT-5M) half_modes=eager_fp32,deit_fast_fp32
     forward=eager_fp32 fast=deit_fast_fp32 compiled=compile_bf16
 fi
 
@@ -103,6 +105,7 @@ run_stage() {
         for ways in "not backward" backward; do # forward first
             bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
                 benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss}.py \
+                benchmarks/bench_{window_attention,conv_norm}.py \
                 --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
         done
         ;;
@@ -117,6 +120,10 @@ run_stage() {
         for modes in eager_fp32 $forward ${compiled%%,*}; do
             bench benchmarks/bench_table5.py --rows "$convnets" --protocols batch --modes "$modes"
         done
+        ;;
+    relatives)
+        bench benchmarks/bench_relatives.py --modes "$half_modes" "${one[@]}"
+        bench benchmarks/bench_relatives.py --modes "$compiled" "${one[@]}"
         ;;
     latency)
         bench benchmarks/bench_latency.py --rows "$deits" \

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measured import OURS, RIVAL, WORK, Chip, mark, ratio
-from benchmarks.table5 import ENTRIES, distinct
+from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 from deit_fast.bench.results import CorruptResults
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def readme_tables(chips: list[Chip]) -> str:
 
 def _readme_table(chip):
     lines, runs = [], set()
-    for entry in distinct(list(ENTRIES)):
+    for entry in distinct([*ENTRIES, *RELATIVES]):
         rows = {name: chip.row(entry, mode, "batch") for name, mode in COLUMNS.items()}
         ours = rows["deit_fast bf16"]
         if ours is None or ours.status != "measured" or chip.is_old(ours):
@@ -70,7 +70,7 @@ def _readme_table(chip):
 
 def _train_table(chip):
     lines, runs = [], set()
-    for entry in distinct(list(ENTRIES)):
+    for entry in distinct([*ENTRIES, *RELATIVES]):
         for protocol, work in WORK.items():
             for batch in chip.batches(entry, protocol, train=True):
                 rows = [chip.row(entry, mode, protocol, batch) for mode in TRAINING.values()]

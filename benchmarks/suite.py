@@ -21,7 +21,7 @@ TRAIN_BATCHES = (64, 256)
 TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
-NO_BACKWARD = ("classifier",)  # composed of the others' where it trains
+NO_BACKWARD = ("classifier", "conv_norm")  # composed of others' or PyTorch's where it trains
 UNLEARNT = ("image", "row_scale")  # nothing trains those, so nobody asks for their gradients
 FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
@@ -56,6 +56,7 @@ class Options:
     """The command line. Raises ValueError for names that nothing has."""
 
     rows: list[table5.Entry]
+    relatives: list[table5.Entry]
     modes: list[Mode]
     protocols: list[str]
     batch: int
@@ -90,12 +91,17 @@ class Options:
             least = int(name not in ("warmup", "minutes"))
             if numbers[name] < least:
                 raise ValueError(f"--{name}: {given}, want {least} or more")
+        selected = table5.select(rows)
+        relatives = [e for e in selected if e in table5.RELATIVES]
+        if rows is None:
+            relatives = list(table5.RELATIVES)
         train_rows = table5.select(rows or TRAIN_ROWS)
         if quick and not get("rows"):
             train_rows = table5.select(QUICK_ROWS[:1])
         asked = TRAIN_BATCHES if get("batch") is None else (numbers["batch"],)
         return cls(
-            rows=table5.select(rows),
+            rows=[e for e in selected if e in table5.ENTRIES],
+            relatives=relatives,
             modes=[MODES[name] for name in pick("modes", modes, MODES)],
             protocols=pick("protocols", protocols, known),
             batch=numbers["batch"],

@@ -1,7 +1,9 @@
-"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs."""
+"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs. And
+relatives, other transformers that deit_fast serves, with TinyViT's throughputs (Wu et al., 2022).
+"""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from deit_fast.bench.modes import pick
@@ -9,14 +11,15 @@ from deit_fast.bench.modes import pick
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. image_size in pixels; v100_images_per_s: fp32, largest batch, mean of 30 runs."""
+    """One row. image_size in pixels; v100_images_per_s: of Table 5 fp32, largest batch, mean of 30
+    runs; None: the paper gives none."""
 
     network: str
     family: str
     params_m: int
     image_size: int
-    v100_images_per_s: float
-    imagenet_top1: float
+    v100_images_per_s: float | None
+    imagenet_top1: float | None
     timm_name: str
 
     @property
@@ -25,25 +28,31 @@ class Entry:
         return self.timm_name, self.image_size
 
 
-def _read():
-    with Path(__file__).with_name("table5.csv").open() as file:
+def _read(name):
+    with Path(__file__).with_name(name).open() as file:
         for row in csv.DictReader(file):
-            values = {name: kind(row[name]) for name, kind in Entry.__annotations__.items()}
-            yield Entry(**values)
+            known = {f.name: row[f.name] for f in fields(Entry)}
+            for number in ("v100_images_per_s", "imagenet_top1"):
+                known[number] = float(known[number]) if known[number] else None
+            for number in ("params_m", "image_size"):
+                known[number] = int(known[number])
+            yield Entry(**known)
 
 
-ENTRIES = tuple(_read())
+ENTRIES = tuple(_read("table5.csv"))
+RELATIVES = tuple(_read("relatives.csv"))
 
 
 def select(names: list[str] | None) -> list[Entry]:
-    """The rows with those names: of a network, of a timm model or of a family; None: all. Raises
-    ValueError for an unknown name."""
+    """The rows with those names: of a network, of a timm model or of a family, which is Table 5's
+    alone; None: all of Table 5. Raises ValueError for an unknown name."""
     if names is None:
         return list(ENTRIES)
-    known = {e.network.lower(): e for e in ENTRIES}
-    known |= {name: None for e in ENTRIES for name in (e.timm_name, e.family)}
-    wanted = set(pick("rows", [name.lower() for name in names], known))
-    return [e for e in ENTRIES if {e.network.lower(), e.timm_name, e.family} & wanted]
+    known = {e: {e.network.lower(), e.timm_name, e.family} for e in ENTRIES}
+    known |= {e: {e.network.lower(), e.timm_name} for e in RELATIVES}
+    every = dict.fromkeys(name for names in known.values() for name in sorted(names))
+    wanted = set(pick("rows", [name.lower() for name in names], every))
+    return [e for e, names in known.items() if names & wanted]
 
 
 def distinct(entries: list[Entry]) -> list[Entry]:

@@ -315,8 +315,53 @@ DEIT = {  # with class and distillation token
 }
 
 
+class TinyViT(NamedTuple):
+    image_size: int
+    dims: tuple[int, ...]  # of the four stages
+    heads: tuple[int, ...]  # of the last three
+    windows: tuple[int, ...]
+
+
+# beside the DeiT of about its size
+TINY_VIT = {
+    "Ti": TinyViT(224, (64, 128, 160, 320), (4, 5, 10), (7, 14, 7)),  # 5M
+    "S": TinyViT(224, (64, 128, 256, 448), (4, 8, 14), (7, 14, 7)),  # 11M
+    "B": TinyViT(224, (96, 192, 384, 576), (6, 12, 18), (7, 14, 7)),  # 21M
+    "B-384": TinyViT(384, (96, 192, 384, 576), (6, 12, 18), (12, 24, 12)),
+}
+
+
+def _tiny_vit_cases(network, batch):
+    size, dims, heads, windows = TINY_VIT[network]
+    first, second = ({"B": batch, "Y": size // s, "X": size // s} for s in (4, 8))
+    C, depthwise = dims[0], {"k": 3, "padding": 1}
+    return {
+        "window_attention": {
+            f"stage {stage}": {
+                "B": batch, "Y": size // (2 << stage), "X": size // (2 << stage), "H": H,
+                "window": window,
+            }
+            for stage, H, window in zip((2, 3, 4), heads, windows, strict=True)
+        },
+        "conv_norm": {
+            "expand": {**first, "C": C, "D": 4 * C, "k": 1, "activation": "gelu"},
+            "depthwise": {
+                **first, **depthwise, "C": 4 * C, "D": 4 * C, "groups": 4 * C, "activation": "gelu",
+            },
+            "project": {
+                **first, "C": 4 * C, "D": C, "k": 1, "residual": True, "activation": "gelu",
+            },
+            "local_conv": {**second, **depthwise, "C": dims[1], "D": dims[1], "groups": dims[1]},
+        },
+    }  # fmt: skip
+
+
 def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
-    """What one forward pass of DEIT[network] asks of `op`: label -> arguments of `<op>_inputs`."""
+    """What one forward pass of DEIT[network], or of its like where DeiT has no such operation, asks
+    of `op`: label -> arguments of `<op>_inputs`."""
+    tiny_vit = _tiny_vit_cases(network, batch)
+    if op in tiny_vit:
+        return tiny_vit[op]
     D, H, N, size = DEIT[network]
     rows = {"M": batch * N, "S": batch}
     image = {"size": (size, size), "patch": (16, 16), "C": 3, "D": D, "T": 2, "prefix_pos": True}

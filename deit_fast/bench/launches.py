@@ -12,7 +12,8 @@ from deit_fast.kernels import _runtime, _tuned
 # of PyTorch's own operations, those that launch nothing
 _FREE = frozenset(
     "view _unsafe_view reshape slice select unbind split split_with_sizes transpose t expand "
-    "permute detach alias as_strided as_strided_ unsqueeze squeeze empty new_empty unflatten".split()
+    "permute detach alias as_strided as_strided_ unsqueeze squeeze empty new_empty "
+    "unflatten".split()
 )
 
 

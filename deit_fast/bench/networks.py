@@ -97,7 +97,8 @@ class Network:
 
     def _create(self):
         size = {"img_size": self.image_size} if _patch(self.timm_name) else {}
-        return timm.create_model(self.timm_name, **size)
+        # TinyViT's come with the 21,841 classes that they were distilled on
+        return timm.create_model(self.timm_name, num_classes=1000, **size)
 
     def _calibrate(self):
         """Batch norm gets the statistics of random images, so that activations stay in range, and

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import timm
 import torch
 
 from benchmarks import suite, table5
@@ -236,7 +237,14 @@ def test_the_whole_of_table5_is_the_default():
     assert parse(max_batch=128).train_batches == (64, 128)
     assert parse(max_batch=128, batch=32).train_batches == (32,)
     assert [e.network for e in parse(rows="resnet50").networks(train=True)] == ["ResNet-50"]
+    assert options.relatives == list(table5.RELATIVES)
+    some = parse(rows="TinyViT-5M,DeiT-S")
+    assert [[e.network for e in rows] for rows in (some.rows, some.relatives)] == [
+        ["DeiT-S"], ["TinyViT-5M"],
+    ]  # fmt: skip
+    assert [e.network for e in some.networks(train=True)] == ["DeiT-S", "TinyViT-5M"]
     quick = parse(quick=True, runs=7)
+    assert quick.relatives == []
     assert [e.network for e in quick.networks(train=True)] == ["DeiT-Ti distilled"]
     assert [e.network for e in quick.rows] == ["ResNet-18", "DeiT-Ti distilled"]
     assert (quick.runs, quick.kernel_networks()) == (7, ["Ti"])
@@ -252,6 +260,31 @@ def test_table5_is_the_papers():
     assert [e.network for e in table5.distinct(same)] == ["DeiT-S distilled"]
     sizes = {e.network: e.image_size for e in table5.ENTRIES}
     assert (sizes["EfficientNet-B1"], sizes["KDforAA-B8"], sizes["ViT-B/16"]) == (240, 800, 384)
+
+
+def test_relatives_are_timms():
+    """Their sizes, and TinyViT's throughputs of the paper."""
+    for entry in table5.RELATIVES:
+        config = timm.get_pretrained_cfg(entry.timm_name)
+        assert config.input_size[-1] == entry.image_size, entry.network
+        with torch.device("meta"):
+            model = timm.create_model(entry.timm_name, num_classes=1000)
+        params = sum(p.numel() for p in model.parameters())
+        assert round(params / 1e6) == entry.params_m, entry.network
+    v100 = {e.network: e.v100_images_per_s for e in table5.RELATIVES if e.v100_images_per_s}
+    assert v100 == {"TinyViT-5M": 3060, "TinyViT-11M": 2468, "TinyViT-21M": 1571}
+    assert [e.timm_name for e in table5.select(["CaiT-S24-384"])] == ["cait_s24_384"]
+
+
+def test_relatives_are_measured(out):
+    done = bench(
+        out, "benchmarks/bench_relatives.py", "--rows", "TinyViT-5M", *LITTLE[2:],
+        "--modes", "eager_fp32,deit_fast_fp32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert [(r.timm_name, r.mode, r.status) for r in rows(out, "relatives")] == [
+        ("tiny_vit_5m_224", mode, "measured") for mode in ("eager_fp32", "deit_fast_fp32")
+    ]
 
 
 def test_served_by_is_what_a_table_says():
