@@ -463,12 +463,12 @@ def _conv_norm(arch):
             moved = (BATCH * C * side**2 + outputs * (1 + residual)) * dtype.itemsize
             yield Case(
                 "conv_norm", f"depthwise, C = {C}, stride {stride}, {TRITON_TYPE[dtype]}",
-                "_depthwise_kernel", arch, pointers | sizes, constexprs, module.DEPTHWISE_META,
+                "_depthwise_conv_kernel", arch, pointers | sizes, constexprs, module.DEPTHWISE_META,
                 moved, 18 * outputs, False,
             )  # fmt: skip
         pointers = dict.fromkeys((*norm, "folded_ptr"), dtype) | {"shift_ptr": FP32}
         yield Case(
-            "conv_norm", f"fold, {TRITON_TYPE[dtype]}", "_fold_norm_kernel", arch,
+            "conv_norm", f"fold, {TRITON_TYPE[dtype]}", "_fold_batch_norm_kernel", arch,
             pointers | {"K": "i32", "eps": "fp32"}, {}, module.FOLD_META,
             2 * 256 * 1024 * dtype.itemsize, 0, False,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HEADS = ("head", "head_dist", "head.fc")  # the last is TinyViT's
 _CONTAINERS = ("model", "state_dict")  # the official .pth, and most trainers
 
 
@@ -64,6 +65,7 @@ def load_state(
 ) -> None:
     """Load `state` into a timm model. A VisionTransformer's position embedding is resized where the
     model's grid differs from `grid`; without `grid`, where the length differs, from a square one.
+    TinyViT's biases are resized to its windows.
     With `new_head`, heads of another number of classes keep their initialisation, with a warning.
 
     Raises ValueError that lists every missing, unexpected and misshaped key; the model is then
@@ -80,6 +82,8 @@ def load_state(
             grid = (side, side)
         if grid is not None and old.shape[2] == model.embed_dim:
             state["pos_embed"] = resize_pos_embed(old, grid, model.patch_embed.grid_size, prefix)
+    if isinstance(model, timm.models.TinyVit):
+        _resize_attention_biases(own, state)
     if new_head:
         _drop_other_heads(own, state, source)
     missing = [k for k in own if k not in state]
@@ -96,8 +100,22 @@ def load_state(
     model.load_state_dict(state)
 
 
+def _resize_attention_biases(own, state):
+    """Biases (heads, offsets) of windows of another size, so that weights for 224 pixels serve at
+    384 and 512: bicubic without antialiasing, as TinyViT's code has it."""
+    for name in own.keys() & state.keys():
+        biases, wanted = state[name], own[name].shape
+        if not name.endswith("attention_biases") or biases.dim() != 2 or biases.shape == wanted:
+            continue
+        old, new = (round(shape[1] ** 0.5) for shape in (biases.shape, wanted))
+        if old * old == biases.shape[1] and biases.shape[0] == wanted[0]:
+            grid = biases.float().view(1, -1, old, old)
+            grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+            state[name] = grid.view(wanted).to(biases.dtype)
+
+
 def _drop_other_heads(own, state, source):
-    heads = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+    heads = [f"{name}.{part}" for name in HEADS for part in ("weight", "bias")]
     other = [k for k in heads if k in state and (k not in own or state[k].shape != own[k].shape)]
     if not other:
         return

@@ -51,7 +51,7 @@ def _norm(norm, cols, mask, eps):
 
 
 @triton.jit
-def _fold_norm_kernel(
+def _fold_batch_norm_kernel(
     w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # in: (D, K), (D,) each
     folded_ptr, shift_ptr,  # out: (D, K), (D,)
     K, eps, BLOCK: tl.constexpr,
@@ -66,7 +66,7 @@ def _fold_norm_kernel(
 
 
 @triton.jit
-def _depthwise_kernel(
+def _depthwise_conv_kernel(
     x_ptr, w_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # in: (B, Y, X, C), (C, 9), (C,) each
     res_ptr,  # in: (B, Y', X', C) or None
     y_ptr,  # out: (B, Y', X', C)
@@ -148,7 +148,7 @@ def _fwd(
         tile, block = DEPTHWISE_META["TILE"], DEPTHWISE_META["BLOCK_C"]
         tiles = _runtime.cdiv(Y_out, tile) * _runtime.cdiv(X_out, tile) * _runtime.cdiv(C, block)
         with torch.cuda.device_of(x):
-            _depthwise_kernel[(B * tiles,)](
+            _depthwise_conv_kernel[(B * tiles,)](
                 x, weight, *norm, residual, y, C, Y, X, Y_out, X_out, eps, STRIDE=stride,
                 GELU=activation == "gelu", EXACT=exact, **DEPTHWISE_META,
             )  # fmt: skip
@@ -157,7 +157,9 @@ def _fwd(
     folded = weight.new_empty(weight.shape, dtype=x.dtype)
     shift = x.new_empty(D, dtype=torch.float32 if is_product else x.dtype)
     with torch.cuda.device_of(x):
-        _fold_norm_kernel[(D,)](weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META)
+        _fold_batch_norm_kernel[(D,)](
+            weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META
+        )
     if is_product:
         last = "gelu_last" if residual is not None and activation == "gelu" else activation
         rows = None if residual is None else _rows(residual)

@@ -44,6 +44,19 @@ def test_transfer_is_imagenets_recipe_but_for_these():
     }  # fmt: skip
 
 
+def test_tiny_vits():
+    """The official configurations: lr, its warm-up and its end scale with the batch, by 8 and 2."""
+    distilled, tuned = load("tinyvit-22k"), load("tinyvit-22k-1k")
+    assert (distilled.epochs, distilled.batch, distilled.weight_decay) == (90, 4096, 0.01)
+    assert (distilled.peak_lr, distilled.warmup_lr, distilled.min_lr) == (2e-3, 4e-6, 4e-5)
+    assert not distilled.mixes and distilled.repeated_aug == 1 and distilled.layer_decay == 1
+    assert not distilled.freeze_bn and tuned.freeze_bn and tuned.layer_decay == 0.8
+    assert (tuned.epochs, tuned.batch, tuned.weight_decay) == (30, 1024, 1e-8)
+    assert (tuned.peak_lr, tuned.warmup_lr, tuned.min_lr) == (5e-4, 1e-6, 2e-5)
+    assert (tuned.label_smoothing, tuned.mixes, tuned.ema) == (0.1, False, 0)
+    assert distilled.clip_grad == tuned.clip_grad == 5 and distilled.auto_augment != "none"
+
+
 @pytest.mark.parametrize(
     "flag, setting",
     [
@@ -59,6 +72,7 @@ def test_transfer_is_imagenets_recipe_but_for_these():
         ("--drop 0.1", {"drop": 0.1}),
         ("--ema 0.9999", {"ema": 0.9999}),
         ("--sched-on-updates", {"sched_on_updates": True}),
+        ("--freeze-bn", {"freeze_bn": True}),
     ],
 )
 def test_every_ablation_is_one_flag(flag, setting, monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ _OURS = re.compile(
     r"^_((linear|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
     r"|distillation_loss|linear_epilogue|fold_layer_norm|fold_pixels|moments"
     r"|layer_norm_backward|linear_backward|attention_backward|window_attention"
-    r"|window_attention_(backward|scores|biases)|depthwise|fold_norm)_kernel)"
+    r"|window_attention_(backward|scores|biases)|depthwise_conv|fold_batch_norm)_kernel)"
 )
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)

@@ -10,7 +10,7 @@ from timm.optim import list_optimizers
 
 from deit_fast.kernels.distillation_loss import DISTILLATIONS
 
-NAMES = ("deit", "deit-384", "transfer", "vit")
+NAMES = ("deit", "deit-384", "transfer", "vit", "tinyvit-22k", "tinyvit-22k-1k")
 CROPS = ("resize", "pad")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 
@@ -37,6 +37,7 @@ class Recipe:
     opt_eps: float = _setting("epsilon of AdamW", above=0)
     clip_grad: float = _setting("largest norm of the gradient; 0: not clipped", least=0)
     layer_decay: float = _setting("factor on lr from each layer to the one before", above=0, most=1)
+    freeze_bn: bool = _setting("batch norm keeps the statistics it starts with")
     warmup_epochs: float = _setting("of linearly growing lr", least=0)
     warmup_lr: float = _setting("where warm-up starts", least=0)
     min_lr: float = _setting("where the cosine ends", least=0)

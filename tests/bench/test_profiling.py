@@ -21,17 +21,19 @@ NAMES = {
         "triton_tem_fused_addmm_gelu_3", "triton_tem_fused__to_copy_addmm_t_3",
         "triton_tem_fused_native_layer_norm_addmm_3",
         "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32",
-        "_linear_kernel", "_patch_embed_kernel", "_classifier_kernel", "_layer_norm_mlp_kernel",
+        "_linear_kernel", "_depthwise_conv_kernel",
+        "_patch_embed_kernel", "_classifier_kernel", "_layer_norm_mlp_kernel",
         "aten::addmm", "aten::mkldnn_convolution",
     ],
     "attention": [
-        "_attention_kernel", "_attention_resident_kernel",
+        "_attention_kernel", "_attention_resident_kernel", "_window_attention_scores_kernel",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
     "norm": [
         "_layer_norm_kernel", "_moments_kernel", "_fold_layer_norm_kernel",
+        "_fold_batch_norm_kernel",
         "void at::native::vectorized_layer_norm_kernel<BFloat16, float>",
         "triton_per_fused_add_addmm_native_layer_norm_view_4", "aten::native_batch_norm",
         "void cudnn::bn_fw_inf_1C11_kernel_NCHW",
@@ -51,6 +53,16 @@ NAMES = {
 @pytest.mark.parametrize("wanted", NAMES)
 def test_kinds(wanted):
     assert {name: kind(name) for name in NAMES[wanted]} == dict.fromkeys(NAMES[wanted], wanted)
+
+
+def test_every_kernel_of_ours_is_known():
+    kernels = [
+        name
+        for path in Path(deit_fast.kernels.__file__).parent.glob("*.py")
+        for name in re.findall(r"^ +(_\w+_kernel)\[", path.read_text(), re.M)
+    ]
+    assert len(kernels) > 20
+    assert [name for name in kernels if not profiling._OURS.match(name)] == []
 
 
 def test_overlapping_kernels_count_once_and_gaps_are_idle():
