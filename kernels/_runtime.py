@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
 PRODUCTS = ("linear", "patch_embed", "classifier", "attention")  # these need tensor cores
-ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss")
+ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss", "sparse_cross_entropy")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
