@@ -69,7 +69,7 @@ def _sparse_cross_entropy_kernel(
     if K < C:
         rest = tl.where(known > 1.0, 0.0, 1.0 - known) / (C - K)  # NaN stays
     else:
-        rest = zero * known
+        rest = zero
     total = known + rest * (C - K)
 
     # A row that fits in one block stays in registers: both loops are unrolled then, and their loads
