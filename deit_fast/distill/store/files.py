@@ -225,8 +225,10 @@ class Writer:
         except Damaged:
             self.file.close()
             raise
-        self.done, self.cut = scan(self.file, self.part, manifest, self.header, self.count)
-        self.file.truncate(manifest.length(self.done))
+        self.done, damage = scan(self.file, self.part, manifest, self.header, self.count)
+        if os.fstat(self.file.fileno()).st_size > manifest.length(self.done):
+            self.cut = damage
+            self.file.truncate(manifest.length(self.done))
 
     @property
     def complete(self) -> bool:
