@@ -3,6 +3,7 @@
 python killed_writer.py DATA TEACHER STORE KILLS SEED
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -23,16 +24,26 @@ def wait(seconds, event):
     time.sleep(seconds)
 
 
+def size(store):
+    with contextlib.suppress(FileNotFoundError):  # renamed just now
+        return sum(path.stat().st_size for path in Path(store).glob("epoch-*"))
+    return 0
+
+
+def ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def main(data, teacher, store, kills, seed):
-    """Start, kill after a random time, as often as asked; then let it finish. Prints each exit code
-    and how many bytes of records were there."""
+    """Start, kill when it has written some more, as often as asked; then let it finish. Prints each
+    exit code and how many bytes of records were there."""
     torch.set_num_threads(1)
     draw = random.Random(int(seed))
     for kill in (*[True] * int(kills), False):
         child = os.fork()  # spares the seconds of importing
         if child == 0:
             try:
-                pause = 0.02 if kill else 0.0
+                pause = 0.01 if kill else 0.0
                 write(
                     data, store, teacher, recipe.load("deit"), **PLAN, report=partial(wait, pause)
                 )
@@ -41,11 +52,13 @@ def main(data, teacher, store, kills, seed):
                 print(repr(error), flush=True)
                 os._exit(1)
         if kill:
-            time.sleep(draw.uniform(0.2, 0.7))
+            enough = size(store) + draw.randint(1, 700)
+            while size(store) < enough and not ended(child):
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        there = sum(path.stat().st_size for path in Path(store).glob("epoch-*"))
-        print(code, there, flush=True)
+        print(code, size(store), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deit_fast.distill import recipe as recipes
 from deit_fast.distill import store
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.store.pictures import SETTINGS
@@ -168,7 +167,7 @@ class _Display:
 def _check(args):
     console = Console(stderr=True)
     found = store.check(
-        args.data, args.store, args.teacher, recipes.load(train.RECIPE), samples=args.samples,
+        args.data, args.store, args.teacher, samples=args.samples,
         seed=args.seed, teacher_checkpoint=args.teacher_checkpoint, amp=args.amp,
         backend=args.backend, image_key=args.image_key, label_key=args.label_key,
         report=lambda event: console.print(event["text"], soft_wrap=True, markup=False),

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .. import recipe
 from ..datasets import open_images
-from ..recipe import Recipe
 from ..student import AMP
 from ..teacher import load_teacher
 from .files import Store
@@ -22,7 +21,6 @@ def check(
     data: str | Path,
     store: str | Path,
     teacher: str | Path,
-    recipe: Recipe,
     *,
     samples: int = 1024,
     seed: int = 0,
@@ -35,10 +33,9 @@ def check(
 ) -> dict:
     """Make pictures of a store again, ask its teacher again, and compare (TinyViT's check mode).
 
-    data, teacher, teacher_checkpoint: as for `write`. recipe: any; what makes the pictures is the
-    store's. samples: at least so many records, in whole passes of the teacher as they were written,
-    drawn by `seed` from the epochs that are whole. amp: None for the store's. report: gets dicts
-    with "event": "note".
+    data, teacher, teacher_checkpoint: as for `write`. samples: at least so many records, in whole
+    passes of the teacher as they were written, drawn by `seed` from the epochs that are whole. amp:
+    None for the store's. report: gets dicts with "event": "note".
 
     Returns "records", how many were compared; "mean_difference", the mean absolute difference of
     the probabilities, largest with largest; "different_indices", the rate of classes that are not
@@ -59,8 +56,8 @@ def check(
                          f"{manifest.teacher}")  # fmt: skip
     config = config_of(model, size)
     images.mode = {1: "L", 3: "RGB"}[config["input_size"][0]]
-    recipe = replace(recipe, **settings_of(found))
-    pictures, notes = pictures_of(found, images, recipe, config)
+    making = recipe.load("deit", **settings_of(found))  # of which nothing else is looked at
+    pictures, notes = pictures_of(found, images, making, config)
     for text in notes:
         report({"event": "note", "text": text})
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -207,7 +207,7 @@ class Writer:
         self.manifest, self.header, self.cut = manifest, manifest.header(epoch, rank), None
         self.path = manifest.path(folder, epoch, rank)
         self.part = self.path.with_suffix(".part")
-        self.first, self.count = manifest.share(rank)
+        self.count = manifest.share(rank)[1]
         self.done, self.file = 0, None
         if self.path.exists():
             check_size(self.path, manifest, self.header, self.count)
@@ -235,10 +235,19 @@ class Writer:
         """Nothing is left to do, not even to give the file its name."""
         return self.file is None
 
-    def records(self) -> np.ndarray:
-        """Those that are there, of `Manifest.record`."""
-        path = self.path if self.complete else self.part
-        return Records(self.manifest, [(self.first, self.done, path)]).all()
+    def require(self, indices: np.ndarray, seeds: np.ndarray) -> None:
+        """Raise ValueError unless the records that are there are the first of these, which another
+        version of numpy may draw in another order."""
+        there, at = Records(self.manifest, [(0, self.done, self.part)]), 0
+        for which in there.blocks():
+            records = there.block(*which)
+            for name, want in (("index", indices), ("seed", seeds)):
+                if not np.array_equal(records[name], want[at : at + len(records)]):
+                    raise ValueError(
+                        f"store: {self.part}: {name} of records {at} to {at + len(records) - 1} is "
+                        "not what is drawn now; want the version of numpy that began it"
+                    )
+            at += len(records)
 
     def add(self, records: np.ndarray) -> None:
         """The next block: `batch` records, or what is left. Raises OSError (a full disk)."""

@@ -98,6 +98,7 @@ def write(
             stack.enter_context(folder.locked(out))
             _begin(out, manifest)
         group.gather(None)  # nobody looks before it is there
+        require(out, Manifest.read(out), manifest)  # each process makes the same pictures
         came = stack.enter_context(signals())
         model.to(group.device)
         return _Writing(out, manifest, model, pictures, chosen, group, workers, came, report).go()
@@ -262,18 +263,12 @@ class _Writing:
                     "event": "note",
                     "text": f"{writer.cut}: goes on behind its first {writer.done} records",
                 })  # fmt: skip
+            if writer.complete:
+                return
             order, seeds = order_of(manifest, self.chosen, epoch)
             first, count = self.share
             order, seeds = order[first : first + count], seeds[first : first + count]
-            there = writer.records()
-            for name, want in (("index", order), ("seed", seeds)):
-                if not np.array_equal(there[name], want[: writer.done]):
-                    raise ValueError(
-                        f"store: {writer.part if writer.file else writer.path}: its records are of "
-                        f"another order of images ({name}), as another version of numpy draws it"
-                    )
-            if writer.complete:
-                return
+            writer.require(order, seeds)
             rest = zip(order[writer.done :].tolist(), seeds[writer.done :].tolist(), strict=True)
             self.blocks.begin(list(rest))
             for images, unreadable in self.loader:
