@@ -107,6 +107,9 @@ def test_every_image_once_an_epoch_in_the_format_described(data, net, whole):
         assert np.array_equal(np.frombuffer(pairs, "<u2", 2), records[0]["classes"])
         assert np.array_equal(np.frombuffer(pairs, "<f2", 2, 4), records[0]["probs"])
     assert len({seed for *_, seed in seen}) == 72
+    for place in (-1, 24):
+        with pytest.raises(IndexError, match=f"record {place} of 24"):
+            store.epoch(0)[place]
     assert [i for e, i, _ in seen if e == 0] != [i for e, i, _ in seen if e == 1]
 
 
@@ -815,6 +818,17 @@ def test_a_checksum_is_of_its_place_and_its_file():
     assert len(found) == 8
     longer = dataclasses.replace(manifests[0], epochs=9, notes={"teacher": "x"})
     assert longer.key == manifests[0].key != manifests[1].key
+
+
+@pytest.mark.parametrize("records", [24, 23, 7, 2, 1])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shares_are_of_whole_pairs(records, world):
+    manifest = files.Manifest({}, {}, {}, "", 3, 2, records, 6, 0, world, "none", 1, {})
+    shares = [manifest.share(rank) for rank in range(world)]
+    ends = [0, *(first + count for first, count in shares)]
+    assert ends[:-1] == [first for first, _ in shares] and ends[-1] == records
+    assert all(end % 2 == 0 for end in ends[:-1])
+    assert max(count for _, count in shares) - min(count for _, count in shares) <= 3
 
 
 # The command
