@@ -101,7 +101,13 @@ def write(
         require(out, Manifest.read(out), manifest)  # each process makes the same pictures
         came = stack.enter_context(signals())
         model.to(group.device)
-        return _Writing(out, manifest, model, pictures, chosen, group, workers, came, report).go()
+        writing = _Writing(out, manifest, model, pictures, chosen, group, workers, came, report)
+        try:
+            return writing.go()
+        except RuntimeError as error:  # of another process, or a worker, that the signal ended
+            if came and not isinstance(error, Interrupted):
+                raise Interrupted(came[0], "its last whole block") from error
+            raise
 
 
 def teacher_of(model) -> dict:
@@ -134,8 +140,8 @@ def _begin(out, manifest):
         manifest = replace(there, epochs=manifest.epochs)
     elif stray := sorted(out.glob("epoch-*")):
         raise ValueError(f"out: {out} has {stray[0].name} and no {MANIFEST}, want another folder")
-    there = sum(path.stat().st_size for path in out.glob("epoch-*"))
-    need, free = manifest.epochs * manifest.epoch_bytes - there, shutil.disk_usage(out).free
+    taken = sum(path.stat().st_size for path in out.glob("epoch-*"))
+    need, free = manifest.epochs * manifest.epoch_bytes - taken, shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"out: {out} has {free:,} bytes free, the store needs {need:,} more")
     manifest.write(out)
@@ -149,7 +155,7 @@ def require(out: Path, there: Manifest, now: Manifest) -> None:
     for name in ("teacher", "images", "transform"):
         was, is_now = getattr(there, name), getattr(now, name)
         differences += [
-            f"{name}'s {key} {was.get(key)!r}, now {value!r}"
+            f"{name} {key} {was.get(key)!r}, now {value!r}"
             for key, value in is_now.items()
             if was.get(key) != value
         ]
