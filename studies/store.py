@@ -50,7 +50,7 @@ WAYS = {  # what steps are timed of
     "labels": "labels, no teacher", "store": "a store, K = 10",
     "teacher": "live teacher, the ResNet of this study", "large": "live teacher, ResNet-50",
 }  # fmt: skip
-FULL = {"count": 6000, "test": 10_000, "epochs": 6, "teacher_epochs": 12, "ks": [1, 2, 5, 10],
+FULL = {"count": 5000, "test": 10_000, "epochs": 5, "teacher_epochs": 10, "ks": [1, 2, 5, 10],
         "seeds": [0, 1], "batch": 64, "steps": 40, "repeats": 3}  # fmt: skip
 QUICK = {"count": 512, "test": 200, "epochs": 1, "teacher_epochs": 1, "ks": [1, 10],
          "seeds": [0], "batch": 32, "steps": 4, "repeats": 1}  # fmt: skip
