@@ -572,11 +572,11 @@ def test_other_pixels_and_other_versions(data, net, copy, tmp_path, monkeypatch)
     """Versions that make the same pixels are noted, those that make others refused."""
     real = pictures_module.versions()
     for where in (module, pictures_module):
-        monkeypatch.setattr(where, "versions", lambda: real | {"pillow": "99"})
+        monkeypatch.setattr(where, "versions", lambda: real | {"PIL": "99"})
     notes = []
     learn(data, tmp_path / "a", copy, recipe_of={"epochs": 1}, report=notes.append)
     (note,) = (event["text"] for event in notes if event["event"] == "note")
-    assert f"pillow {real['pillow']}, now 99; sample pictures are the same" in note
+    assert f"PIL {real['PIL']}, now 99; sample pictures are the same" in note
     notes = []
     assert check(data, copy, net, report=notes.append)["mean_difference"] == 0
     assert [event["text"] for event in notes] == [note]
@@ -590,7 +590,7 @@ def test_other_pixels_and_other_versions(data, net, copy, tmp_path, monkeypatch)
         lambda: check(changed, copy, net),
         lambda: put(changed, copy, net),
     ):
-        with pytest.raises(ValueError, match="not, bit for bit.* .pillow .*, now 99"):
+        with pytest.raises(ValueError, match="not, bit for bit.* .PIL .*, now 99"):
             call()
 
 

@@ -7,13 +7,17 @@ without a partner stays as it is.
 """
 
 import hashlib
-from importlib.metadata import version
 
 import numpy as np
+import PIL
+import timm
 import torch
+import torchvision
 from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import Dataset
+
+import deit_fast
 
 from ..augment import Augmented, reseed, transform_of
 from ..datasets import ImageSet
@@ -25,7 +29,7 @@ SETTINGS = (
     "cutmix", "mixup_prob", "mixup_switch_prob",
 )  # fmt: skip
 SAMPLED = 64  # pictures that tell whether this machine makes the same ones
-PACKAGES = ("deit_fast", "numpy", "pillow", "timm", "torch", "torchvision")
+PACKAGES = (deit_fast, np, PIL, timm, torch, torchvision)
 
 
 def describe(recipe: Recipe, config: dict) -> dict:
@@ -48,8 +52,9 @@ def identify(images: ImageSet) -> dict:
     }  # fmt: skip
 
 
-def versions() -> dict:
-    return {name: version(name) for name in PACKAGES}
+def versions() -> dict[str, str]:
+    """Of the packages that make the pictures."""
+    return {package.__name__: str(package.__version__) for package in PACKAGES}
 
 
 def _digest(content):
