@@ -159,7 +159,6 @@ def test_the_size_is_known_before(data, net, tmp_path, monkeypatch):
     size = sum(len(content) for content in contents(tmp_path / "a").values())
     assert begin["bytes"] == found["bytes"] == size == 3 * (64 + 24 * 16 + 16)
     assert found["records"] == 24 and found["images_per_s"] > 0 and not found["unreadable"]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)))
     usage = type("Usage", (), {"free": size - 1})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=f"{size - 1:,} bytes free, the store needs {size:,} more"):
@@ -632,9 +631,7 @@ def test_refused_by_write(change, message, data, net, tmp_path):
 )
 def test_refused_by_train(change, message, data, whole, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        learn(data, tmp_path, whole, **change) if "store" not in change else run(
-            data, tmp_path, img_size=None, **change
-        )
+        run(data, tmp_path, **{"img_size": None, "store": str(whole)} | change)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
