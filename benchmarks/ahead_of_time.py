@@ -154,6 +154,7 @@ def _sparse_cross_entropy(arch):
         (1000, 10, FP32, torch.int64, FP16), (1000, 10, BF16, torch.int32, FP32),
         (21_841, 100, BF16, torch.int64, FP16), (21_841, 100, FP32, torch.int64, FP16),
         (21_841, 1500, BF16, torch.int64, FP16), (2048, 100, FP32, torch.int64, FP16),
+        (1000, 1, BF16, torch.int64, FP16), (65_535, 100, BF16, torch.int64, FP16),
     ):  # fmt: skip
         signature = {"z_ptr": dtype, "i_ptr": indices, "q_ptr": probs}
         signature |= {"loss_ptr": FP32, "dz_ptr": FP32, "inv_B": "fp32"}

@@ -87,7 +87,7 @@ def test_ptxas_serialises_nothing(rows):
 def test_memory_bound_kernels_keep_the_chip_busy(rows):
     """Half the threads a multiprocessor can hold, for DeiT's widths and ImageNet-1k's classes."""
     threads = {70: 2048, 80: 2048, 90: 2048}
-    wide = ("8192", "21841", "2048")
+    wide = ("8192", "21841", "2048", "65535")
     # threads of a program at these widths
     size = {"layer_norm": 128, "distillation_loss": 256, "sparse_cross_entropy": 128}
     row_kernels = [
