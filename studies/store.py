@@ -155,8 +155,9 @@ class _Enough(Exception):
 
 
 def measure(way: str, work: Path, plan: dict) -> dict:
-    """Milliseconds of each step of training, decoding and augmentation included, and the most
-    resident memory, MiB, that this process had from the first of them on."""
+    """Milliseconds of each step of training, decoding and augmentation included, of the one core's
+    time and on the wall's clock; and the most resident memory, MiB, that this process had from the
+    first of them on."""
     torch.set_num_threads(1)
     options = {"epochs": 1, "batch": plan["batch"], "warmup_epochs": 0, "lr": 3e-3}
     settings = {"data": str(work / "timed"), "model": "deit_tiny", "model_args": MODEL}
@@ -176,7 +177,7 @@ def measure(way: str, work: Path, plan: dict) -> dict:
             return
         if not clock:
             Path("/proc/self/clear_refs").write_text("5")  # the peak of importing is nobody's
-        clock.append(time.perf_counter())
+        clock.append((time.process_time(), time.perf_counter()))
         if event["update"] == plan["steps"]:
             raise _Enough
 
@@ -185,9 +186,12 @@ def measure(way: str, work: Path, plan: dict) -> dict:
         train(Settings(**settings), chosen, work / "clock", restart=True, report=report)
     except _Enough:
         pass
-    steps = [1e3 * (b - a) for a, b in pairwise(clock)]  # but the first
+    core, wall = (
+        [1e3 * (b[i] - a[i]) for a, b in pairwise(clock)]  # but the first
+        for i in (0, 1)
+    )
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return {"ms": steps, "mib": int(peak[1]) / 1024}
+    return {"ms": core, "wall_ms": wall, "mib": int(peak[1]) / 1024}
 
 
 def collect(args, plan) -> dict:
@@ -207,6 +211,7 @@ def collect(args, plan) -> dict:
     steps = {
         way: {
             "ms": [statistics.median(one["ms"]) for one in runs],
+            "wall_ms": [statistics.median(one["wall_ms"]) for one in runs],
             "mib": [one["mib"] for one in runs],
         }
         for way, runs in found.items()
@@ -291,19 +296,25 @@ def page(study) -> str:
         "## What a step costs",
         "",
         f"Batch {plan['batch']}, one thread, one process at a time; the step with decoding, "
-        f"augmentation, loss, backward and update. Median of {plan['repeats']} processes of "
+        f"augmentation, loss, backward and update: its time on a core, and by the wall's clock, "
+        f"which other work on the machine disturbs. Median of {plan['repeats']} processes of "
         f"{plan['steps']} steps, lowest to highest; the most resident memory of the whole process "
         "in these steps, of which Python and PyTorch are the larger part.",
         "",
-        "| learns from | teacher's parameters | ms a step | | against the store | peak MiB |",
-        "|---|--:|--:|---|--:|--:|",
+        "| learns from | teacher's parameters | core, ms a step | against the store | wall, ms a "
+        "step | peak MiB |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for way, label in WAYS.items():
-        ms, count = steps[way]["ms"], parameters.get(way, 0)
+        count = parameters.get(way, 0)
+        core, wall = (
+            f"{middle[way][of]:.1f} ({min(steps[way][of]):.1f} – {max(steps[way][of]):.1f})"
+            for of in ("ms", "wall_ms")
+        )
         cells = (
-            label, f"{count:,}" if count else "–", f"{middle[way]['ms']:.1f}",
-            f"{min(ms):.1f} – {max(ms):.1f}",
-            f"{middle[way]['ms'] / middle['store']['ms']:.2f} x", f"{middle[way]['mib']:.0f}",
+            label, f"{count:,}" if count else "–", core,
+            f"{middle[way]['ms'] / middle['store']['ms']:.2f} x", wall,
+            f"{middle[way]['mib']:.0f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -371,7 +382,7 @@ def findings(study):
         less = 100 * (1 - middle["store"] / middle[way])
         said.append(
             f"- From the store a step takes {abs(less):.0f}% {'less' if less > 0 else 'MORE'} time "
-            f"and the process {abs(memory[way] - memory['store']):.0f} MiB "
+            f"of a core and the process {abs(memory[way] - memory['store']):.0f} MiB "
             f"{'less' if memory['store'] < memory[way] else 'MORE'} than with the "
             f"{WAYS[way].partition(', ')[2].removeprefix('the ')} live."
         )
@@ -379,10 +390,12 @@ def findings(study):
     ks = [name for name in top1 if name.startswith("k")]
     best = max(ks, key=top1.get)
     apart = max(abs(top1[a] - top1[b]) for a in ks for b in ks)
+    seeds = max(max(row["top1"]) - min(row["top1"]) for row in study["rows"])
     said.append(
         f"- Of the K tried, {best[1:]} has the highest mean; the largest difference between two K "
         f"is {apart:.2f} points, that of K = {ks[-1][1:]} to the live teacher "
-        f"{top1[ks[-1]] - top1['live']:+.2f}, to labels {top1[ks[-1]] - top1['labels']:+.2f}."
+        f"{top1[ks[-1]] - top1['live']:+.2f}, to labels {top1[ks[-1]] - top1['labels']:+.2f}. "
+        f"Seeds alone differ by up to {seeds:.2f}."
     )
     return said
 
