@@ -37,11 +37,13 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
         "distillation_loss",
         "window_attention",
         "conv_norm",
+        "sparse_cross_entropy",
     )
 }
 BATCH, TOKENS = 256, 198
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
+TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8"}
+TRITON_TYPE |= {torch.int32: "i32", torch.int64: "i64"}
 SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
 ROW_ARCHS, DOT_ARCHS = (70, 80, 90), (80, 90)
@@ -89,6 +91,7 @@ def cases(archs):
     for arch in archs:
         yield from _layer_norm(arch)
         yield from _distillation_loss(arch)
+        yield from _sparse_cross_entropy(arch)
         yield from _layer_norm_backward(arch)
         yield from _epilogue(arch)
         yield from _linear_backward(arch)
@@ -145,6 +148,26 @@ def _distillation_loss(arch):
         yield Case(
             "distillation_loss", f"{label}, {TRITON_TYPE[dtype]}", "_distillation_loss_kernel",
             arch, signature, constexprs, OPS["distillation_loss"].meta(C), moved, 0, False,
+        )  # fmt: skip
+
+
+def _sparse_cross_entropy(arch):
+    """With the gradient, as in training; 21,841 classes make a loop over blocks, 1500 pairs too."""
+    for C, K, dtype, indices, probs in (
+        (1000, 10, BF16, torch.int64, FP16), (1000, 10, FP16, torch.int64, FP16),
+        (1000, 10, FP32, torch.int64, FP16), (1000, 10, BF16, torch.int32, FP32),
+        (21_841, 100, BF16, torch.int64, FP16), (21_841, 100, FP32, torch.int64, FP16),
+        (21_841, 1500, BF16, torch.int64, FP16), (2048, 100, FP32, torch.int64, FP16),
+        (1000, 1, BF16, torch.int64, FP16), (65_535, 100, BF16, torch.int64, FP16),
+    ):  # fmt: skip
+        signature = {"z_ptr": dtype, "i_ptr": indices, "q_ptr": probs}
+        signature |= {"loss_ptr": FP32, "dz_ptr": FP32, "inv_B": "fp32"}
+        constexprs = {"C": C, "K": K, "Z_ROW": C, "I_ROW": K, "Q_ROW": K}
+        moved = BATCH * (C * (dtype.itemsize + 4) + K * (indices.itemsize + probs.itemsize))
+        types = ", ".join(TRITON_TYPE[kind] for kind in (dtype, indices, probs))
+        yield Case(
+            "sparse_cross_entropy", f"C = {C}, K = {K}, {types}", "_sparse_cross_entropy_kernel",
+            arch, signature, constexprs, OPS["sparse_cross_entropy"].meta(C, K), moved, 0, False,
         )  # fmt: skip
 
 

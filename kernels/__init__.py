@@ -19,6 +19,7 @@ if __name__ == "deit_fast.kernels":
     from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
+    from .sparse_cross_entropy import sparse_cross_entropy, sparse_cross_entropy_reference
     from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "linear_reference",
     "patch_embed",
     "patch_embed_reference",
+    "sparse_cross_entropy",
+    "sparse_cross_entropy_reference",
     "window_attention",
     "window_attention_reference",
 ]

@@ -18,14 +18,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
-PRODUCTS = (
-    "linear",
-    "patch_embed",
-    "classifier",
-    "attention",
-    "window_attention",
-)  # these need tensor cores
-ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss", "conv_norm")
+# these need tensor cores
+PRODUCTS = ("linear", "patch_embed", "classifier", "attention", "window_attention")
+ROW_KERNELS = (
+    "layer_norm",
+    "add_layer_norm",
+    "distillation_loss",
+    "sparse_cross_entropy",
+    "conv_norm",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -120,6 +120,16 @@ DISTILLATION_LOSS = [
     {"B": 2, "C": 8192},
 ]
 
+SPARSE_CROSS_ENTROPY = [
+    {"B": 5, "C": 1000, "K": 10},  # TinyViT's for ImageNet-1k
+    {"B": 2, "C": 21841, "K": 100},  # and for ImageNet-21k
+    {"B": 3, "C": 33, "K": 7},
+    {"B": 1, "C": 10, "K": 1},
+    {"B": 3, "C": 10, "K": 10},  # no other class is left
+    {"B": 2, "C": 1, "K": 1},
+    {"B": 2, "C": 5000, "K": 1500},
+]
+
 
 def attention_inputs(B, H, N, L, d, bias=False, packed=False, device="cpu"):
     """packed: q, k, v as views of one (B, L, 3, H, d) product, q the first N rows."""
@@ -187,6 +197,14 @@ def distillation_loss_inputs(B, C, distillation="hard", soft_target=False, devic
     if distillation == "none":
         inputs |= {"dist_logits": None, "teacher_logits": None}
     return inputs
+
+
+def sparse_cross_entropy_inputs(B, C, K, device="cpu"):
+    """probs as a store has them: the largest of a softmax, in descending order."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(B, C, device=device)
+    probs, indices = (3 * torch.randn(B, C, device=device)).softmax(1).topk(K)
+    return {"logits": logits, "indices": indices, "probs": probs}
 
 
 def layer_norm_inputs(shape, device="cpu"):
@@ -393,5 +411,9 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
         "distillation_loss": {  # of training
             "hard": {"B": batch, "C": 1000, "soft_target": True},
             "soft": {"B": batch, "C": 1000, "distillation": "soft", "soft_target": True},
+        },
+        "sparse_cross_entropy": {  # of training from a store
+            "K = 10": {"B": batch, "C": 1000, "K": 10},
+            "21k, K = 100": {"B": batch, "C": 21841, "K": 100},
         },
     }[op]

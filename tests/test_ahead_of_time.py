@@ -34,7 +34,7 @@ def test_every_operation_on_every_chip_it_serves(rows):
     products = ("layer_norm_linear", "layer_norm_mlp", "attention", "patch_embed", "classifier")
     products += ("window_attention",)
     dots = {(op, arch) for op in products for arch in (80, 90)}
-    row_kernels = ("layer_norm", "distillation_loss", "linear", "conv_norm")
+    row_kernels = ("layer_norm", "distillation_loss", "sparse_cross_entropy", "linear", "conv_norm")
     memory_bound = {(op, arch) for op in row_kernels for arch in (70, 80, 90)}
     assert seen == dots | memory_bound
     twice = [k for k, n in Counter((r["op"], r["label"], r["arch"]) for r in rows).items() if n > 1]
@@ -88,16 +88,17 @@ def test_ptxas_serialises_nothing(rows):
 def test_memory_bound_kernels_keep_the_chip_busy(rows):
     """Half the threads a multiprocessor can hold, for DeiT's widths and ImageNet-1k's classes."""
     threads = {70: 2048, 80: 2048, 90: 2048}
-    wide = ("8192", "21841")
+    wide = ("8192", "21841", "2048", "65535")
+    # threads of a program at these widths
+    size = {"layer_norm": 128, "distillation_loss": 256, "sparse_cross_entropy": 128}
     row_kernels = [
         r
         for r in rows
-        if r["op"] in ("layer_norm", "distillation_loss")
+        if r["op"] in size
         and not any(width in r["label"] for width in wide)
         and "backward" not in r["label"]
     ]
-    assert {r["op"] for r in row_kernels} == {"layer_norm", "distillation_loss"}
-    size = {"layer_norm": 128, "distillation_loss": 256}  # threads of a program at these widths
+    assert {r["op"] for r in row_kernels} == size.keys()
     assert not bad(row_kernels, lambda r: r["ctas_per_sm"] * size[r["op"]] < threads[r["arch"]] / 2)
 
 

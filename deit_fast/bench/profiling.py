@@ -16,7 +16,7 @@ from .timing import release, synchronize
 FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that are not ours
 _OURS = re.compile(
     r"^_((linear|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
-    r"|distillation_loss|linear_epilogue|fold_layer_norm|fold_pixels|moments"
+    r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|moments"
     r"|layer_norm_backward|linear_backward|attention_backward|window_attention"
     r"|window_attention_(backward|scores|biases)|depthwise_conv|fold_batch_norm)_kernel)"
 )

@@ -6,6 +6,7 @@ examples:
   deit-fast train shards/ --model deit_tiny --recipe vit --batch 1024 --accum 4 --out ti
   deit-fast train photos/ --model deit_small --repeated-aug 1 --auto-augment original --out ablation
   deit-fast train fashion-mnist/ --model deit_nano_fashion --crop pad --crop-pct 1 --out nano
+  deit-fast train imagenet/ --model tiny_vit_5m_224 --store answers/ --out tiny
 
 DATA is a folder with train and val in it (folders of classes, .tar shards, .parquet files), what
 datasets.save_to_disk wrote, or MNIST's idx files. Every setting of the recipe is an option, so each
@@ -27,6 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from deit_fast.distill import recipe as recipes
 from deit_fast.distill.processes import Interrupted
+from deit_fast.distill.store.files import Store
+from deit_fast.distill.store.read import settings_of
 from deit_fast.distill.student import AMP, Settings
 from deit_fast.distill.train import train
 from deit_fast.kernels.distillation_loss import DISTILLATIONS
@@ -36,8 +39,12 @@ from . import _data
 RECIPE = "deit"
 
 
-def add_arguments(parser):
+def add_arguments(parser, from_store=False):
+    """from_store: the store is an argument, and no teacher can be given."""
     parser.add_argument("data", metavar="DATA")
+    if from_store:
+        parser.add_argument("store", metavar="STORE")
+        parser.set_defaults(distill="none", teacher=None, teacher_checkpoint=None)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
     parser.add_argument("--model", metavar="NAME", help="one of ours or any timm name")
     parser.add_argument(
@@ -56,16 +63,8 @@ def add_arguments(parser):
             f"--{name}", type=float, nargs="+", metavar="X",
             help="of each channel, pixels from 0 to 1 (default: the model's own)",
         )  # fmt: skip
-    teacher = parser.add_argument_group("distillation")
-    teacher.add_argument(
-        "--distill", choices=DISTILLATIONS,
-        help="through the distillation token if the model has one, else the class token (default: "
-        "hard with a teacher, else none)",
-    )  # fmt: skip
-    teacher.add_argument(
-        "--teacher", metavar="MODEL", help="a name, or a folder (another run's DIR/model)"
-    )
-    teacher.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
+    if not from_store:
+        _add_teacher(parser)
     run = parser.add_argument_group("the run")
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--count", type=int, metavar="N", help="train on so many images only")
@@ -87,12 +86,36 @@ def add_arguments(parser):
     run.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS")
     run.add_argument("--restart", action="store_true", help="throw away what is in DIR")
     run.add_argument("--tensorboard", action="store_true", help="log for it too")
+    add_recipe(parser)
+
+
+def _add_teacher(parser):
+    teacher = parser.add_argument_group("distillation")
+    teacher.add_argument(
+        "--distill", choices=DISTILLATIONS,
+        help="through the distillation token if the model has one, else the class token (default: "
+        "hard with a teacher, else none)",
+    )  # fmt: skip
+    teacher.add_argument(
+        "--teacher", metavar="MODEL", help="a name, or a folder (another run's DIR/model)"
+    )
+    teacher.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
+    teacher.add_argument(
+        "--store", metavar="DIR",
+        help="learn from what deit-fast distill-store write left there, without the teacher",
+    )  # fmt: skip
+
+
+def add_recipe(parser, names=None):
+    """Options for a recipe and for its settings, or those of them that are named."""
     recipe = parser.add_argument_group("the recipe")
     recipe.add_argument(
         "--recipe", default=RECIPE, metavar="NAME",
         help=f"{', '.join(recipes.NAMES)}, or a .json file (default: %(default)s)",
     )  # fmt: skip
     for setting in dataclasses.fields(recipes.Recipe):
+        if names is not None and setting.name not in names:
+            continue
         options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
         if setting.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -103,29 +126,20 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    given = {
-        setting.name: value
-        for setting in dataclasses.fields(recipes.Recipe)
-        if (value := getattr(args, f"recipe_{setting.name}")) is not None
-    }
-    recipe = recipes.load(args.recipe, **given)
+    given = {} if args.store is None else settings_of(Store(args.store))
+    recipe = recipe_of(args, given)
     named = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**named | {
-        "model_args": _arguments(args.model_args), "amp": args.amp or _precision(),
+        "model_args": _arguments(args.model_args), "amp": args.amp or precision(),
         "distill": args.distill or ("none" if args.teacher is None else "hard"),
         "mean": args.mean and tuple(args.mean), "std": args.std and tuple(args.std),
     })  # fmt: skip
-    workers = args.workers
-    if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(len(os.sched_getaffinity(0)) // processes, 16)
-        workers = workers if workers > 1 else 0  # a single core has nothing to gain
     leads = int(os.environ.get("RANK", 0)) == 0
     notes = Console(stderr=True, quiet=not leads)
     with _Display(notes) as display:
         try:
             result = train(
-                settings, recipe, args.out, workers=workers, save_every=args.save_every,
+                settings, recipe, args.out, workers=workers_of(args), save_every=args.save_every,
                 eval_every=args.eval_every, restart=args.restart, tensorboard=args.tensorboard,
                 report=display,
             )  # fmt: skip
@@ -139,7 +153,26 @@ def run(args) -> int:
     return 0
 
 
-def _precision():
+def recipe_of(args, given=None) -> recipes.Recipe:
+    """What the options of `add_recipe` say. given: settings where no option says otherwise."""
+    options = {
+        setting.name: value
+        for setting in dataclasses.fields(recipes.Recipe)
+        if (value := getattr(args, f"recipe_{setting.name}", None)) is not None
+    }
+    return recipes.load(args.recipe, **(given or {}) | options)
+
+
+def workers_of(args) -> int:
+    """--workers, or one a core of this process's share."""
+    if args.workers is not None:
+        return args.workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(len(os.sched_getaffinity(0)) // processes, 16)
+    return workers if workers > 1 else 0  # a single core has nothing to gain
+
+
+def precision() -> str:
     """bf16 where a GPU computes in it, fp16 on older ones, fp32 on a CPU."""
     if not torch.cuda.is_available():
         return "none"

@@ -20,7 +20,7 @@ from . import evaluate
 
 TRUTH = "truth"
 TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
-METHODS = {"none": "no distillation", "soft": "soft", "hard": "hard"}
+METHODS = {"none": "no distillation", "soft": "soft", "hard": "hard", "store": "from a store"}
 COLUMNS = (
     "model", "method", "teacher", "tokens tested", "size", "epochs", "seeds", "top-1", "top-5",
 )  # fmt: skip

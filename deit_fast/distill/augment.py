@@ -3,7 +3,7 @@ same order. Nothing depends on which process or worker draws, so a run that is r
 of an epoch goes on with the very images it would have had."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -137,14 +137,15 @@ class Batches:
             yield pictures[i * self.batch : (i + 1) * self.batch]
 
 
-def loader(data: Augmented, batches: Batches, workers: int) -> DataLoader:
-    """Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable), the same whatever `workers`
-    is; where an image could not be had, (None, None, unreadable)."""
+def loader(data: Dataset, batches: Iterable[list], workers: int, collate=_collate) -> DataLoader:
+    """Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable) of `Augmented` data, the
+    same whatever `workers` is; where an image could not be had, (None, None, unreadable). batches:
+    iterated anew for each pass. collate: what makes a batch of other data's items."""
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=begin_worker,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -38,7 +38,9 @@ class Settings:
     data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
     what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
     checkpoint file, or "pretrained" for timm's from the hub. model_args: timm's keyword arguments.
-    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). img_size: pixels, None:
+    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). store: a folder that
+    `deit_fast.distill.store.write` filled, to learn from instead; it decides img_size, mean, std
+    and count, and what of the recipe makes the pictures. img_size: pixels, None:
     the model's own. mean, std: of each channel, by which pixels in 0..1 are normalised; None: the
     model's own, for grey images their mean. count: train on so many images only. accum: parts that
     a batch is computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
@@ -53,6 +55,7 @@ class Settings:
     distill: str = "none"
     teacher: str | None = None
     teacher_checkpoint: str | None = None
+    store: str | None = None
     img_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -80,6 +83,9 @@ class Settings:
             raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
         if self.model is None and self.start is None:
             raise ValueError("model: none, want a name, or a folder to start from")
+        if self.store is not None and self.distill != "none":
+            raise ValueError(f"distill: {self.distill!r} with a store, want 'none': nothing but "
+                             "what is stored is learnt")  # fmt: skip
         if (self.distill == "none") != (self.teacher is None):
             came = "none" if self.teacher is None else self.teacher
             raise ValueError(

@@ -29,6 +29,9 @@ from deit_fast.pretrained import save_pretrained
 from . import augment, checkpoints, evaluate, folder
 from .processes import Group, Interrupted, signals
 from .recipe import Recipe
+from .store import read
+from .store.files import Store
+from .store.pictures import require_readable
 from .student import AMP, Settings, arguments, student
 from .teacher import Objective, load_teacher
 
@@ -90,6 +93,9 @@ class Run:
     """One process's part of a run."""
 
     def __init__(self, settings, recipe, out, group, workers, signals, report):
+        self.store = None if settings.store is None else Store(settings.store)
+        if self.store is not None:
+            settings = read.adopt(self.store, settings)
         self.settings, self.recipe, self.out, self.group = settings, recipe, out, group
         self.workers, self.signals = workers, signals
         self.report = report if group.leads else lambda event: None
@@ -98,7 +104,8 @@ class Run:
         self.model_args = arguments(settings, self.model)
         config = data_config(self.model)
         self.img_size = config["input_size"][1]
-        self.per_step = _split(recipe, group.world, settings.accum)
+        mixing = "the store's pairs" if self.store else "Mixup" if recipe.mixes else None
+        self.per_step = _split(recipe.batch, group.world, settings.accum, mixing)
 
         self.model.to(self.device)
         self.teacher = None
@@ -108,32 +115,19 @@ class Run:
                 settings.teacher_checkpoint, settings.backend,
             ).to(self.device)  # fmt: skip
         self.token = None
-        if settings.distill != "none":
+        if settings.distill != "none" or self.store is not None:
             both = hasattr(self.model, "set_distilled_training")
-            self.token = "distill" if both else "class"
+            self.token = "class"
             if both:
+                self.token = "distill" if self.store is None else "both"
                 self.model.set_distilled_training(True)
-        self.objective = Objective(recipe, settings.distill, self.teacher, self.model)
-        self.mixup = None
-        if recipe.mixes:
-            self.mixup = Mixup(
-                recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob,
-                switch_prob=recipe.mixup_switch_prob, label_smoothing=recipe.label_smoothing,
-                num_classes=len(self.images.classes),
-            )  # fmt: skip
-
-        self.batches = augment.Batches(
-            len(self.images), self.per_step, recipe.repeated_aug, settings.seed,
-            group.rank, group.world,
-        )  # fmt: skip
+        self.notes, self.mixup = [], None
+        self.stored = None  # epochs of the store, one for each of this run
+        if self.store is None:
+            self._from_images(config)
+        else:
+            self._from_store(config)
         self.updates = len(self.batches)
-        if not self.updates:
-            raise ValueError(
-                f"batch: {recipe.batch}, want at most the {len(self.batches.sampler)} images that "
-                f"each of {group.world} processes has in an epoch"
-            )
-        augmented = augment.Augmented(self.images, augment.transform_of(recipe, config))
-        self.loader = augment.loader(augmented, self.batches, workers)
 
         self.optimizer = create_optimizer_v2(
             self.model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay,
@@ -163,6 +157,61 @@ class Run:
         self.saved = "the beginning"
         self._new_epoch()
 
+    # What it learns from
+
+    def _from_images(self, config):
+        """Images with their labels, and the teacher if there is one."""
+        recipe, group = self.recipe, self.group
+        self.objective = Objective(recipe, self.settings.distill, self.teacher, self.model)
+        if recipe.mixes:
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob, label_smoothing=recipe.label_smoothing,
+                num_classes=len(self.images.classes),
+            )  # fmt: skip
+        self.batches = augment.Batches(
+            len(self.images), self.per_step, recipe.repeated_aug, self.settings.seed,
+            group.rank, group.world,
+        )  # fmt: skip
+        self._require_updates(len(self.batches.sampler))
+        augmented = augment.Augmented(self.images, augment.transform_of(recipe, config))
+        self.loader = augment.loader(augmented, self.batches, self.workers)
+
+    def _from_store(self, config):
+        """What a teacher said of pictures that are made again; Mixup is in them."""
+        group, records = self.group, self.store.manifest.records
+        pictures, self.notes = read.pictures_of(self.store, self.images, self.recipe, config)
+        self.stored = self._intact()
+        self.objective = read.objective
+        self.batches = read.Batches(
+            records, self.stored, self.per_step, self.settings.seed, group.rank, group.world
+        )
+        self._require_updates(2 * (records // 2 // group.world))
+        self.loader = read.loader(read.Taught(self.store, pictures), self.batches, self.workers)
+
+    def _intact(self):
+        """The first epochs of the store that are as they were written, as many as are needed."""
+        group, epochs = self.group, self.store.manifest.epochs
+        mine = [(e, self.store.damage(e)) for e in range(group.rank, epochs, group.world)]
+        checked = sorted((e, damage) for some in group.gather(mine) for e, damage in some)
+        damaged = [str(damage) for _, damage in checked if damage is not None]
+        intact = [e for e, damage in checked if damage is None][: self.recipe.epochs]
+        if len(intact) < self.recipe.epochs:
+            why = f" ({len(damaged)} are damaged: {damaged[0]})" if damaged else ""
+            raise ValueError(
+                f"epochs: {self.recipe.epochs}, but {self.store.folder} has {len(intact)} that can "
+                f"be used{why}"
+            )
+        self.notes += [f"{text}: this epoch is left out" for text in damaged]
+        return intact
+
+    def _require_updates(self, mine):
+        if not len(self.batches):
+            raise ValueError(
+                f"batch: {self.recipe.batch}, want at most the {mine} images that each of "
+                f"{self.group.world} processes has in an epoch"
+            )
+
     # Beginning
 
     def begin(self, restart: bool) -> None:
@@ -184,8 +233,9 @@ class Run:
             parameters = sum(p.numel() for p in self.model.parameters())
             folder.write_json(self.out / folder.SETTINGS, self._identity)
             folder.write_json(self.out / folder.RUN, {
-                "model": self._identity["settings"]["model"], "teacher": self.settings.teacher,
-                "teacher_top1": self.teacher_top1, "distill": self.settings.distill,
+                "model": self._identity["settings"]["model"], "teacher": self._taught_by(),
+                "teacher_top1": self.teacher_top1,
+                "distill": self.settings.distill if self.store is None else "store",
                 "distill_token": self.token, "img_size": self.img_size,
                 "epochs": self.recipe.epochs, "seed": self.settings.seed, "params": parameters,
             })  # fmt: skip
@@ -195,12 +245,23 @@ class Run:
             "epochs": self.recipe.epochs, "batch": self.recipe.batch, "images": len(self.images),
             "validation": len(self.validation), "teacher_top1": self.teacher_top1,
         })  # fmt: skip
+        for text in self.notes:
+            self.report({"event": "note", "text": text})
+
+    def _taught_by(self):
+        if self.store is None:
+            return self.settings.teacher
+        manifest = self.store.manifest
+        return f"{manifest.notes['teacher']}, K = {manifest.k}"
 
     def _identify(self):
         """What a run must have in common with its checkpoint: names of files may change."""
         settings = dataclasses.asdict(self.settings)
         settings["model"] = self.settings.model or self.model.pretrained_cfg["architecture"]
         del settings["data"], settings["teacher_checkpoint"]
+        settings["store"] = None
+        if self.store is not None:
+            settings["store"] = {"key": self.store.manifest.key, "epochs": self.stored}
         settings["start"] = None if self.settings.start is None else digest(self.model)
         settings["teacher"] = None if self.teacher is None else digest(self.teacher)
         labels = hashlib.blake2b(self.images.labels.tobytes(), digest_size=8).hexdigest()
@@ -238,13 +299,9 @@ class Run:
             self.parallel.train()
             self.batches.begin(self.epoch, self.update)
             began = time.perf_counter()
-            for images, labels, unreadable in self.loader:
-                if images is None:
-                    names = "; ".join(f"{name}: {reason}" for name, reason in unreadable)
-                    raise ValueError(
-                        f"data: {len(unreadable)} images in a row are unreadable: {names}"
-                    )
-                self._step(images, labels)
+            for images, target, unreadable in self.loader:
+                require_readable(images, unreadable)
+                self._step(images, target)
                 self._note(unreadable)
                 self.update += 1
                 saves = self.update % save_every == 0 and self.update < self.updates
@@ -262,7 +319,8 @@ class Run:
                 log(row)
         return self._finish()
 
-    def _step(self, images, labels):
+    def _step(self, images, target):
+        """target: labels (B,), or from a store a pair of tensors of B rows."""
         step = (self.settings.seed, self.epoch, self.update, self.group.rank)
         seed = int(np.random.SeedSequence(step).generate_state(1)[0])
         augment.reseed(seed)
@@ -270,17 +328,18 @@ class Run:
         if self.recipe.sched_on_updates:
             self.scheduler.step_update(self.epoch * self.updates + self.update)
         images = images.to(self.device, non_blocking=True)
-        target = labels.to(self.device, non_blocking=True)
+        target = [target] if torch.is_tensor(target) else target
+        target = [t.to(self.device, non_blocking=True) for t in target]
         if self.mixup is not None:
-            images, target = self.mixup(images, target)
+            images, *target = self.mixup(images, *target)
         accum = self.settings.accum
-        parts = list(zip(images.chunk(accum), target.chunk(accum), strict=True))
+        parts = list(zip(*(t.chunk(accum) for t in (images, *target)), strict=True))
         dtype = AMP[self.settings.amp]
-        for i, (x, y) in enumerate(parts, 1):
+        for i, (x, *y) in enumerate(parts, 1):
             waits = self.group.world > 1 and i < len(parts)
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                    loss = self.objective(self.parallel(x), x, y) / accum
+                    loss = self.objective(self.parallel(x), x, *y) / accum
                 self.scaler.scale(loss).backward()
             self.loss_sum += loss.detach()
         if self.recipe.clip_grad:
@@ -427,14 +486,14 @@ class Run:
         return result
 
 
-def _split(recipe, world, accum):
-    """Images of one process in one update."""
-    if recipe.batch % (world * accum):
+def _split(batch, world, accum, mixing):
+    """Images of one process in one update. mixing: what needs pairs of them, or None."""
+    if batch % (world * accum):
         raise ValueError(
-            f"batch: {recipe.batch}, want a multiple of {world * accum} "
+            f"batch: {batch}, want a multiple of {world * accum} "
             f"({world} processes, {accum} parts each)"
         )
-    mine = recipe.batch // world
-    if recipe.mixes and mine % 2:
-        raise ValueError(f"batch: {mine} images in each process, want an even number for Mixup")
+    mine = batch // world
+    if mixing and mine % 2:
+        raise ValueError(f"batch: {mine} images in each process, want an even number for {mixing}")
     return mine
