@@ -52,9 +52,10 @@ def options_of(**kwargs) -> list[str]:
 
 
 def run(data, out, save_every=1000, workers=0, report=lambda event: None, restart=False,
-        recipe_of=None, **kwargs):  # fmt: skip
-    """Train; returns the checkpoint at the end."""
-    chosen = recipe.load("deit", **RECIPE | (recipe_of or {}))
+        recipe_of=None, recipe_name=None, **kwargs):  # fmt: skip
+    """Train, by a recipe made small or by one of ours; returns the checkpoint at the end."""
+    small = RECIPE if recipe_name is None else {}
+    chosen = recipe.load(recipe_name or "deit", **small | (recipe_of or {}))
     train(
         settings(data, **kwargs), chosen, out, save_every=save_every, workers=workers,
         report=report, restart=restart,

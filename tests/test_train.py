@@ -20,8 +20,9 @@ import deit_fast
 from deit_fast.cli import main
 from deit_fast.distill import checkpoints, recipe
 from deit_fast.distill.processes import Interrupted
-from deit_fast.distill.student import student
+from deit_fast.distill.student import parameter_groups, student
 from deit_fast.distill.train import Run
+from deit_fast.models import create_model
 
 
 @pytest.fixture(scope="module")
@@ -614,3 +615,55 @@ def test_torchrun(data, tmp_path):
     for name, tensor in one["model"].items():
         torch.testing.assert_close(tensor, two["model"][name], atol=1e-5, rtol=1e-3)
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
+
+
+TINY_VIT = {  # a stage of each kind
+    "embed_dims": (16, 32), "depths": (1, 1), "num_heads": (1, 1), "window_sizes": (7, 2),
+}  # fmt: skip
+
+
+def test_tiny_vit_by_its_recipes(data, tmp_path):
+    """Distilled from labels here, then tuned: statistics frozen, and another number of classes."""
+    tiny = {"model": "tiny_vit_5m_224", "model_args": TINY_VIT, "img_size": 16}
+    less = {"epochs": 2, "batch": 8, "warmup_epochs": 1, "lr_batch": 0}
+    first = run(data, tmp_path / "22k", recipe_of=less, recipe_name="tinyvit-22k", **tiny)
+    moved = [k for k, v in first["model"].items() if k.endswith("running_mean") and v.any()]
+    assert len(moved) == 9
+    other = pictures(tmp_path / "other", classes=2, size=16)
+    tiny |= {"start": str(tmp_path / "22k" / "model"), "model": None, "model_args": None}
+    tuned = run(other, tmp_path / "1k", recipe_of=less, recipe_name="tinyvit-22k-1k", **tiny)
+    assert tuned["model"]["head.fc.weight"].shape == (2, 32)
+    for name, value in first["model"].items():
+        if "running" in name:
+            assert torch.equal(tuned["model"][name], value), name
+    learnt = "stages.1.blocks.0.attn.attention_biases"
+    assert not torch.equal(tuned["model"][learnt], first["model"][learnt])
+
+
+def test_groups_of_parameters():
+    """TinyViT's attention biases do not decay, nor do norms and biases; the first layer's lr is the
+    least."""
+    model = create_model("tiny_vit_5m_224", num_classes=5, **TINY_VIT)
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain, fine = (recipe.load(name) for name in ("tinyvit-22k", "tinyvit-22k-1k"))
+    for of in (plain, fine):
+        groups = parameter_groups(of, model)
+        decayed = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+        assert decayed.keys() == set(names.values())
+        for name, decay in decayed.items():
+            matrix = model.get_parameter(name).dim() > 1 and "attention_biases" not in name
+            assert decay == (of.weight_decay if matrix else 0), name
+    scales = {
+        names[id(p)]: group["lr_scale"] for group in parameter_groups(fine, model)
+        for p in group["params"]
+    }  # fmt: skip
+    assert scales["head.fc.weight"] == 1
+    assert scales["patch_embed.conv1.conv.weight"] == min(scales.values()) < 0.8**3
+    (block,) = {v for k, v in scales.items() if k.startswith("stages.1.blocks.0")}
+    (before,) = {v for k, v in scales.items() if k.startswith("stages.0.blocks.0")}
+    assert before < block < 1
+    vit = create_model("deit_tiny", depth=1)
+    kept = [g["params"] for g in parameter_groups(plain, vit) if not g["weight_decay"]]
+    assert {id(vit.cls_token), id(vit.pos_embed), id(vit.norm.weight)} <= set(
+        map(id, sum(kept, []))
+    )

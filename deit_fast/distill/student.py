@@ -8,6 +8,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.models import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from deit_fast.engine import data_config
@@ -168,6 +169,19 @@ def _rates(name, recipe):
         names = ("pos_drop_rate", "proj_drop_rate") if is_vit else ("drop_rate",)
         rates |= dict.fromkeys(names, recipe.drop)
     return rates
+
+
+def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:
+    """timm's groups of parameters with their weight decay and, by layer, share of the learning
+    rate. What is not to decay a model says by name, or, as TinyViT its biases, by part of one."""
+    kept = set(getattr(model, "no_weight_decay", set)())
+    parts = getattr(model, "no_weight_decay_keywords", set)()
+    kept |= {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    if recipe.layer_decay < 1:
+        return param_groups_layer_decay(
+            model, recipe.weight_decay, kept, layer_decay=recipe.layer_decay
+        )
+    return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=kept)
 
 
 def arguments(settings: Settings, model: nn.Module) -> dict:

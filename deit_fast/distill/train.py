@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from .recipe import Recipe
 from .store import read
 from .store.files import Store
 from .store.pictures import require_readable
-from .student import AMP, Settings, arguments, student
+from .student import AMP, Settings, arguments, parameter_groups, student
 from .teacher import Objective, load_teacher
 
 POLL = 10  # updates between looks at what would make a GPU wait: the loss, other processes' signals
@@ -131,8 +132,7 @@ class Run:
 
         self.optimizer = create_optimizer_v2(
             self.model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+            momentum=recipe.momentum, param_group_fn=partial(parameter_groups, recipe),
             **({"eps": recipe.opt_eps} if "adam" in recipe.opt else {}),
         )  # fmt: skip
         self.scheduler, _ = create_scheduler_v2(
@@ -297,6 +297,10 @@ class Run:
         while self.epoch < self.recipe.epochs:
             self.scheduler.step(self.epoch)
             self.parallel.train()
+            if self.recipe.freeze_bn:
+                for module in self.model.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
             self.batches.begin(self.epoch, self.update)
             began = time.perf_counter()
             for images, target, unreadable in self.loader:
