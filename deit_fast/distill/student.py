@@ -192,7 +192,7 @@ def arguments(settings: Settings, model: nn.Module) -> dict:
     if not isinstance(model, VisionTransformer):
         start = settings.start
         kept = stored(start)["model_args"] if start and Path(start).is_dir() else {}
-        given = kept | settings.model_args
+        given = {k: v for k, v in kept.items() if k not in TAKEN} | settings.model_args
     describe(model, **given)
     return given
 
