@@ -91,8 +91,8 @@ def main():
 
 
 def prepare(data: Path, work: Path, plan: dict) -> None:
-    """A part of the pictures, evenly of the classes, for they come in no order; and one more, for
-    the clock, with next to nothing to evaluate on."""
+    """The first of the pictures, whose classes come in no order; and fewer for the clock, with next
+    to nothing to evaluate on."""
     parts = {"data": (plan["count"], plan["test"]), "timed": (plan["steps"] * plan["batch"], 100)}
     for folder, counts in parts.items():
         (work / folder).mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,8 @@ def test_the_size_is_known_before(data, net, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=f"{size - 1:,} bytes free, the store needs {size:,} more"):
         put(data, tmp_path / "b", net)
-    put(data, tmp_path / "a", net)  # needs nothing more
+    again = put(data, tmp_path / "a", net)  # needs nothing more
+    assert again["bytes"] == size and again["images_per_s"] is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -841,6 +842,8 @@ def test_the_command(data, net, tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 epochs of 24 records: the store will take 928 bytes" in said.err
     assert f"{store}: 2 epochs of 24 records, 928 bytes" in said.out
+    assert main(write_it) == 0
+    assert "928 bytes, all of it was there" in capsys.readouterr().out
     assert main(["distill-store", "info", store]) == 0
     said = capsys.readouterr().out
     assert f"teacher   {net} (test_resnet, weights " in said and "2 of 2 epochs are whole" in said

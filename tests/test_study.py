@@ -81,8 +81,8 @@ def test_findings_on_stores_follow_from_the_figures():
     ]  # fmt: skip
     said = store.findings({"steps": steps, "rows": rows})
     assert said[0] == (
-        "- From the store a step takes 50% less time of a core and the process 5 MiB MORE than with "
-        "the ResNet of this study live."
+        "- From the store a step takes 50% less time of a core and the process 5 MiB MORE than "
+        "with the ResNet of this study live."
     )
     assert "takes 100% MORE time of a core and the process 195 MiB less than" in said[1]
     assert (

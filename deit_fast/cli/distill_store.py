@@ -117,8 +117,10 @@ def _write(args):
             console.print(f"stopped at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
     if leads:
+        speed = written["images_per_s"]
+        speed = "all of it was there" if speed is None else f"{speed:,.0f} images/s"
         print(f"{args.store}: {written['epochs']} epochs of {written['records']:,} records, "
-              f"{_size(written['bytes'])}, {written['images_per_s']:,.0f} images/s")  # fmt: skip
+              f"{_size(written['bytes'])}, {speed}")  # fmt: skip
         if written["unreadable"]:
             print(f"unreadable images, that gave way to the next: {len(written['unreadable'])}")
     return 0

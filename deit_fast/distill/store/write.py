@@ -1,7 +1,6 @@
 """Writing a store: the teacher over every picture of every epoch."""
 
 import contextlib
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -57,8 +56,9 @@ def write(
     "note", in the first process alone. Under torchrun each of its processes makes this call and
     writes its share.
 
-    Returns "epochs", "records" (an epoch), "bytes" (of the whole store), "seconds", "images_per_s"
-    (of this call) and "unreadable" (images that gave way to the next, by name). Raises ValueError
+    Returns "epochs", "records" (an epoch), "bytes" (of the whole store), "seconds" and
+    "images_per_s" of this call (None where nothing was left to do), and "unreadable" (images that
+    gave way to the next, by name, with the reason). Raises ValueError
     or FileNotFoundError for what does not fit, a store of something else in `out` included;
     `Damaged` for a file that is not as it was written; OSError where the disk has not the room;
     FloatingPointError for an answer that is not finite; `Interrupted` after SIGTERM or SIGINT.
@@ -256,7 +256,7 @@ class _Writing:
         return {
             "epochs": manifest.epochs, "records": manifest.records, "bytes": size,
             "seconds": seconds / manifest.world,
-            "images_per_s": manifest.world * written / seconds if seconds else math.nan,
+            "images_per_s": manifest.world * written / seconds if written else None,
             "unreadable": self.unreadable,
         }  # fmt: skip
 
