@@ -18,6 +18,7 @@ if __name__ == "deit_fast.kernels":
     from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
+    from .talking_heads import talking_heads_attention, talking_heads_attention_reference
 
 __all__ = [
     "add_layer_norm",
@@ -40,4 +41,6 @@ __all__ = [
     "linear_reference",
     "patch_embed",
     "patch_embed_reference",
+    "talking_heads_attention",
+    "talking_heads_attention_reference",
 ]

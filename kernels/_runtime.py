@@ -18,7 +18,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
-PRODUCTS = ("linear", "patch_embed", "classifier", "attention")  # these need tensor cores
+PRODUCTS = (
+    "linear",
+    "patch_embed",
+    "classifier",
+    "attention",
+    "talking_heads",
+)  # these need tensor cores
 ROW_KERNELS = ("layer_norm", "add_layer_norm", "distillation_loss")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,6 +81,7 @@ _WITHOUT_TENSOR_CORES = {
     "attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
     "patch_embed": ("torch", "; PyTorch's convolution"),
     "classifier": ("torch", "; cuBLAS"),
+    "talking_heads": ("torch", "; PyTorch's products and softmax"),
 }
 
 
