@@ -26,10 +26,24 @@ SWAPS = {
     layers.Mlp.timm_class: layers.Mlp,
     layers.PatchEmbed.timm_class: layers.PatchEmbed,
     layers.Block.timm_class: layers.Block,
+    layers.TalkingHeadAttn.timm_class: layers.TalkingHeadAttn,
+    layers.ClassAttn.timm_class: layers.ClassAttn,
+    layers.LayerScaleBlock.timm_class: layers.LayerScaleBlock,
+    layers.LayerScaleBlockClassAttn.timm_class: layers.LayerScaleBlockClassAttn,
     layers.VisionTransformer.timm_class: layers.VisionTransformer,
     layers.VisionTransformerDistilled.timm_class: layers.VisionTransformerDistilled,
+    layers.Cait.timm_class: layers.Cait,
 }
-_KINDS = ("VisionTransformer", "PatchEmbed", "Block", "Attention", "Attn", "Mlp", "LayerNorm")
+_KINDS = (
+    "VisionTransformer",
+    "Cait",
+    "PatchEmbed",
+    "Block",
+    "Attention",
+    "Attn",
+    "Mlp",
+    "LayerNorm",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ def accelerate(
         kind = type(module).__name__
         if isinstance(module, Fast):
             module.backend = backend
-            if isinstance(module, layers.Block):
+            if hasattr(type(module), "recompute"):
                 module.recompute = recompute
             report.swapped.setdefault(kind, []).append(name)
         elif type(module) not in SWAPS and any(k in kind for k in _KINDS):

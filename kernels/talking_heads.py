@@ -16,18 +16,18 @@ N x N is ever written, and products of scores are made twice. Backward makes the
 logarithms of the sums: one launch goes over the keys for delta and dWw, then for dq and dWl; one
 over the queries for dk and dv. dWl and dWw are partial sums of each program, no atomics.
 
-Mixing is a product, of the weights and the tile as a matrix of one row a head, on tensor cores. They
-take 16 rows and more: with 8 heads, two halves of the tile's queries are rows of their own, and the
-weights become Wl (x) I, a matrix of 16 x 16 with zeros where the halves would meet. A NaN passes
-zeros: one in q may reach other queries of its sample, which a NaN in k or v does in any attention.
+Mixing is a product too, on tensor cores: of the weights and the tile as a matrix with a row a head.
+They want 16 rows at least. With 8 heads, the halves of a head's tile are rows of their own, and the
+weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN passes these zeros:
+one in q may reach other queries of its sample, which a NaN in k or v does in any attention.
 
 B samples, H heads (to 16), N tokens, d features a head (to 64; 48 in CaiT). qkv (B, N, 3, H, d),
 contiguous, is the layout of the product before; o (B, N, H, d) that of the projection behind. Sums
 and softmax are fp32. What is multiplied is rounded to qkv's dtype first, as PyTorch rounds it: s, p
 and a, and in backward da, dt and ds. Saved: qkv, the weights and the logarithms (B, H, N) in fp32.
 
-Source: Touvron et al. 2021, Going deeper with Image Transformers; Shazeer et al. 2020, Talking-Heads
-Attention.
+Source: Touvron et al. 2021, Going deeper with Image Transformers; Shazeer et al. 2020,
+Talking-Heads Attention.
 """
 
 import torch
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from . import _runtime
 
-MAX_HEADS = 16
+MAX_HEADS, MAX_HEADS_FP32 = 16, 8
 SPLITS = {32: 16, 48: 32, 64: 32}  # d: the first of two powers of two that make it
 
 
@@ -75,7 +75,7 @@ def _bias(ptr, H: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def _as_matrix(x, w):
-    """The tile x (HEADS, n, m) as w's operand: rows are heads, and parts of n where heads are few."""
+    """The tile x (HEADS, n, m) as w's operand: a row is a head, or a part of it if they are few."""
     return tl.reshape(x, (w.shape[0], x.shape[0] * x.shape[1] * x.shape[2] // w.shape[0]))
 
 
@@ -88,8 +88,8 @@ def _mix(w, x):
 
 @triton.jit
 def _sum_pairs(x, y, sums):
-    """sums + the sums of x_g * y_h over the tile, for all pairs of heads: (HEADS, SIZE, SIZE) in the
-    layout of `_weights`, from as many parts of the tile, or each warp would hold all of it."""
+    """sums + the sums of x_g * y_h over the tile for all pairs of heads, in the layout of
+    `_weights`: (HEADS, SIZE, SIZE), each of a part of the tile, or every warp would hold it all."""
     PARTS: tl.constexpr = sums.shape[0]
     SIZE: tl.constexpr = sums.shape[1]
     shape: tl.constexpr = (SIZE, PARTS, x.shape[0] * x.shape[1] * x.shape[2] // (SIZE * PARTS))
@@ -318,7 +318,8 @@ CONFIGS = {
     8: (_config(32, 32, 8, 2), _config(16, 32, 8, 2), _config(32, 16, 8, 2)),
     16: (_config(16, 16, 8, 2), _config(16, 16, 8, 1), _config(16, 16, 8, 1)),
 }
-FP32_CONFIGS = (_config(16, 16, 8, 1),) * 3  # FMA units: registers hold the operands too
+# FMA units: registers hold the operands too, and of 16 heads nothing fits
+FP32_CONFIGS = (_config(16, 16, 8, 1), _config(8, 16, 8, 1), _config(16, 16, 8, 1))
 
 
 def configs(H: int, dtype: torch.dtype) -> tuple[dict, dict, dict]:
@@ -342,7 +343,7 @@ def _fwd(
     qkv: Tensor, wl: Tensor, bl: Tensor | None, ww: Tensor, bw: Tensor | None, scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """bl is here for its gradient, zeros: DistributedDataParallel waits for one of every parameter."""
+    """bl is here for its gradient of zeros: DistributedDataParallel waits for every parameter's."""
     B, N, _, H, d = qkv.shape
     o, lse = _alloc(qkv, keep)
     config = configs(H, qkv.dtype)[0]
@@ -442,9 +443,9 @@ def talking_heads_attention(
     qkv (B, N, 3, H, d), the product's own layout; proj_l_weight, proj_w_weight (H, H), a row for
     each head of the result; proj_l_bias, proj_w_bias (H,). One of fp32, fp16, bf16 (under autocast
     qkv is cast to its dtype). `scale` of q k^T defaults to 1 / sqrt(d). Returns (B, N, H, d). The
-    Triton kernel takes up to 16 heads of d = 32, 48 or 64. `implementation`: "auto" | "triton" |
-    "torch". Raises ValueError for shapes, devices, head counts and dimensions, TypeError for dtypes
-    that do not fit.
+    Triton kernel takes up to 16 heads, 8 in fp32, of d = 32, 48 or 64. `implementation`: "auto" |
+    "triton" | "torch". Raises ValueError for shapes, devices, head counts and dimensions, TypeError
+    for dtypes that do not fit.
     """
     chosen = _runtime.resolve("talking_heads", qkv, implementation)
     dtype = _runtime.autocast_dtype(qkv)
@@ -462,21 +463,23 @@ def talking_heads_attention(
     scale = d**-0.5 if scale is None else float(scale)
     if chosen == "torch":
         return talking_heads_attention_reference(qkv, *weights, scale)
-    if why_not(H, d) is not None:
-        raise ValueError(f"talking_heads_attention: {why_not(H, d)}")
+    (qkv,) = _runtime.cast(dtype, qkv)
+    problem = why_not(H, d, qkv.dtype)
+    if problem:
+        raise ValueError(f"talking_heads_attention: {problem}")
     if N * 3 * H * d >= 2**31:
         raise ValueError(
             f"talking_heads_attention: one sample of qkv has 2**31 elements ({N} rows)"
         )
-    (qkv,) = _runtime.cast(dtype, qkv)
     qkv, *weights = (t if t is None else t.contiguous() for t in (qkv, *weights))
     return _fwd(qkv, *weights, scale, _runtime.wants_grad(qkv, *weights))[0]
 
 
-def why_not(H: int, d: int) -> str | None:
+def why_not(H: int, d: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why the Triton kernels can't take H heads of d features; None: they can."""
-    if not 1 <= H <= MAX_HEADS:
-        return f"{H} heads, the kernel takes 1 to {MAX_HEADS}"
+    most = MAX_HEADS_FP32 if dtype == torch.float32 else MAX_HEADS
+    if not 1 <= H <= most:
+        return f"{H} heads in {dtype}, the kernel takes 1 to {most}"
     if d not in SPLITS:
         return f"head dimension {d}, the kernel takes {tuple(SPLITS)}"
     return None

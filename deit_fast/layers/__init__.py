@@ -7,6 +7,7 @@ turn the modules of an existing model into them.
 
 from .attention import Attention
 from .block import Block
+from .cait import Cait, ClassAttn, LayerScaleBlock, LayerScaleBlockClassAttn, TalkingHeadAttn
 from .layer_norm import LayerNorm
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
@@ -15,9 +16,14 @@ from .vision_transformer import VisionTransformer, VisionTransformerDistilled
 __all__ = [
     "Attention",
     "Block",
+    "Cait",
+    "ClassAttn",
     "LayerNorm",
+    "LayerScaleBlock",
+    "LayerScaleBlockClassAttn",
     "Mlp",
     "PatchEmbed",
+    "TalkingHeadAttn",
     "VisionTransformer",
     "VisionTransformerDistilled",
 ]
