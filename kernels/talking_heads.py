@@ -232,6 +232,7 @@ def _talking_heads_dq_kernel(
 
     SIZE: tl.constexpr = wl.shape[0]
     delta = tl.zeros((HEADS, BLOCK_M), tl.float32)
+    total = tl.zeros((HEADS, BLOCK_M), tl.float32)  # 1 but for the rounding of lse
     dww = tl.zeros((HEADS, SIZE, SIZE), tl.float32)
     for start in range(0, N, BLOCK_N):
         k = _load(k_ptr, start, N, ROW, H, D, SPLIT, HEADS, BLOCK_N)
@@ -240,7 +241,9 @@ def _talking_heads_dq_kernel(
         p = tl.where(start + keys < N, p, 0.0)
         da = _times_transposed(do, v)
         delta += tl.sum(p * _mix(ww_t, da), axis=2)
+        total += tl.sum(p, axis=2)
         dww = _sum_pairs(da.to(q[0].dtype), p.to(q[0].dtype), dww)
+    delta = delta / total  # so that dt sums to 0, as it must before it is multiplied by s
     tl.store(delta_ptr + sample * H * N + offsets, delta, mask=mask)
 
     wl_t = _weights(wl_ptr, q[0].dtype, H, HEADS, True)
@@ -361,19 +364,21 @@ def _(qkv, wl, bl, ww, bw, scale, keep):
 
 
 def _alloc_backward(qkv):
-    """What backward returns: dqkv, dWl, dWw, dbw. Also its fake."""
+    """What backward returns: dqkv, dWl, dbl, dWw, dbw. Also its fake."""
     H = qkv.shape[3]
-    sums = [qkv.new_empty(shape, dtype=torch.float32) for shape in ((H, H), (H, H), (H,))]
-    return qkv.new_empty(qkv.shape), *sums
+    shapes = (H, H), (H,), (H, H), (H,)
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
 @_runtime.custom_op("deit_fast::talking_heads_backward")
 def talking_heads_backward(
     do: Tensor, qkv: Tensor, wl: Tensor, ww: Tensor, bw: Tensor | None, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, in its dtype, and of wl, ww and bw, in fp32; of contiguous do and qkv."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, in its dtype, and of wl, bl (zeros), ww and bw, in fp32; of contiguous do
+    and qkv."""
     B, N, _, H, d = qkv.shape
     dqkv, *sums = _alloc_backward(qkv)
+    dwl, dbl, dww, dbw = sums
     if not qkv.numel():
         return dqkv, *(t.zero_() for t in sums)
     _, of_dq, of_dkv = configs(H, qkv.dtype)
@@ -391,9 +396,13 @@ def talking_heads_backward(
         )
     # Of W (x) I only the diagonals are sums of one part of the queries with itself.
     pairs = pairs.sum(1).view(2, HEADS, SIZE // HEADS, HEADS, SIZE // HEADS)
-    dwl, dww = pairs.diagonal(dim1=2, dim2=4).sum(-1)[:, :H, :H].contiguous()
-    dbw = do.sum(1, dtype=torch.float32) * qkv[:, :, 2].sum(1, dtype=torch.float32)
-    return dqkv, dwl.clone(), dww.clone(), dbw.sum((0, 2))
+    pairs = pairs.diagonal(dim1=2, dim2=4).sum(-1)[:, :H, :H]
+    dwl.copy_(pairs[0])
+    dbl.zero_()
+    dww.copy_(pairs[1])
+    of_do, of_v = (t.sum(1, dtype=torch.float32) for t in (do, qkv[:, :, 2]))
+    torch.sum(of_do * of_v, (0, 2), out=dbw)
+    return dqkv, *sums
 
 
 @talking_heads_backward.register_fake
@@ -420,10 +429,9 @@ def _backward(ctx, do, _):
             return talking_heads_attention_reference(qkv, *weights, ctx.scale)
 
         return *_runtime.differentiable(forward, tensors, do), None, None
-    dqkv, dwl, dww, dbw = talking_heads_backward(do.contiguous(), qkv, wl, ww, bw, lse, ctx.scale)
-    dbl = None if bl is None else torch.zeros_like(bl)
-    dbw = None if bw is None else dbw.to(bw.dtype)
-    return dqkv, dwl.to(wl.dtype), dbl, dww.to(ww.dtype), dbw, None, None
+    dqkv, *grads = talking_heads_backward(do.contiguous(), qkv, wl, ww, bw, lse, ctx.scale)
+    weights = zip(grads, (wl, bl, ww, bw), strict=True)
+    return dqkv, *(None if t is None else g.to(t.dtype) for g, t in weights), None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
