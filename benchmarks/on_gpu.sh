@@ -101,7 +101,7 @@ run_stage() {
         ;;
     kernels)
         for ways in "not backward" backward; do # forward first
-            bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
+            bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention,talking_heads}.py \
                 benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss}.py \
                 --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
         done

@@ -83,7 +83,7 @@ TALKING_HEADS = [
     {"B": 1, "H": 8, "N": 49, "d": 48},  # CaiT-S's
     {"B": 1, "H": 16, "N": 33, "d": 48},  # CaiT-M's
     {"B": 3, "H": 3, "N": 5, "d": 32},
-    {"B": 1, "H": 1, "N": 65, "d": 64},
+    {"B": 1, "H": 1, "N": 65, "d": 32},
     {"B": 2, "H": 5, "N": 1, "d": 48},
     {"B": 0, "H": 4, "N": 5, "d": 48},
 ]
@@ -302,6 +302,8 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
             "": {"B": batch, "H": H, "N": N, "L": N, "d": 64, "packed": True},
             "last block": {"B": batch, "H": H, "N": 2, "L": N, "d": 64, "packed": True},
         },
+        # of the CaiT that is as wide: no prefix token in the trunk
+        "talking_heads": {"": {"B": batch, "H": D // 48, "N": N - 2, "d": 48}},
         "patch_embed": {
             "float NCHW": {"B": batch, **image},
             "uint8 NHWC": {"B": batch, **image, "uint8": True},

@@ -21,7 +21,7 @@ They want 16 rows at least. With 8 heads, the halves of a head's tile are rows o
 weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN passes these zeros:
 one in q may reach other queries of its sample, which a NaN in k or v does in any attention.
 
-B samples, H heads (to 16), N tokens, d features a head (to 64; 48 in CaiT). qkv (B, N, 3, H, d),
+B samples, H heads (to 16), N tokens, d features a head (32 or 48, which is CaiT's). qkv (B, N, 3, H, d),
 contiguous, is the layout of the product before; o (B, N, H, d) that of the projection behind. Sums
 and softmax are fp32. What is multiplied is rounded to qkv's dtype first, as PyTorch rounds it: s, p
 and a, and in backward da, dt and ds. Saved: qkv, the weights and the logarithms (B, H, N) in fp32.
@@ -38,8 +38,7 @@ from torch.nn import functional as F
 
 from . import _runtime
 
-MAX_HEADS, MAX_HEADS_FP32 = 16, 8
-SPLITS = {32: 16, 48: 32, 64: 32}  # d: the first of two powers of two that make it
+SPLITS = {32: 16, 48: 32}  # d: the first of the two powers of two that make it
 
 
 def talking_heads_attention_reference(
@@ -89,7 +88,7 @@ def _mix(w, x):
 @triton.jit
 def _sum_pairs(x, y, sums):
     """sums + the sums of x_g * y_h over the tile for all pairs of heads, in the layout of
-    `_weights`: (HEADS, SIZE, SIZE), each of a part of the tile, or every warp would hold it all."""
+    `_weights`: (parts, SIZE, SIZE), each of a part of the tile, or every warp would hold it all."""
     PARTS: tl.constexpr = sums.shape[0]
     SIZE: tl.constexpr = sums.shape[1]
     shape: tl.constexpr = (SIZE, PARTS, x.shape[0] * x.shape[1] * x.shape[2] // (SIZE * PARTS))
@@ -231,9 +230,10 @@ def _talking_heads_dq_kernel(
     ww_t = _weights(ww_ptr, q[0].dtype, H, HEADS, True)
 
     SIZE: tl.constexpr = wl.shape[0]
+    PARTS: tl.constexpr = min(HEADS, HEADS * BLOCK_M * BLOCK_N // (16 * SIZE))
     delta = tl.zeros((HEADS, BLOCK_M), tl.float32)
     total = tl.zeros((HEADS, BLOCK_M), tl.float32)  # 1 but for the rounding of lse
-    dww = tl.zeros((HEADS, SIZE, SIZE), tl.float32)
+    dww = tl.zeros((PARTS, SIZE, SIZE), tl.float32)
     for start in range(0, N, BLOCK_N):
         k = _load(k_ptr, start, N, ROW, H, D, SPLIT, HEADS, BLOCK_N)
         v = _load(v_ptr, start, N, ROW, H, D, SPLIT, HEADS, BLOCK_N)
@@ -248,7 +248,7 @@ def _talking_heads_dq_kernel(
 
     wl_t = _weights(wl_ptr, q[0].dtype, H, HEADS, True)
     dq = _zeros(D, SPLIT, HEADS, BLOCK_M)
-    dwl = tl.zeros((HEADS, SIZE, SIZE), tl.float32)
+    dwl = tl.zeros((PARTS, SIZE, SIZE), tl.float32)
     for start in range(0, N, BLOCK_N):
         k = _load(k_ptr, start, N, ROW, H, D, SPLIT, HEADS, BLOCK_N)
         v = _load(v_ptr, start, N, ROW, H, D, SPLIT, HEADS, BLOCK_N)
@@ -321,13 +321,17 @@ CONFIGS = {
     8: (_config(32, 32, 8, 2), _config(16, 32, 8, 2), _config(32, 16, 8, 2)),
     16: (_config(16, 16, 8, 2), _config(16, 16, 8, 1), _config(16, 16, 8, 1)),
 }
-# FMA units: registers hold the operands too, and of 16 heads nothing fits
-FP32_CONFIGS = (_config(16, 16, 8, 1), _config(8, 16, 8, 1), _config(16, 16, 8, 1))
+# FMA units: registers hold the operands too, and 16 heads fit in no way
+FP32_CONFIGS = {
+    4: (_config(16, 16, 8, 1),) * 3,
+    8: (_config(16, 16, 8, 1), _config(8, 16, 8, 1), _config(16, 8, 8, 1)),
+}
 
 
 def configs(H: int, dtype: torch.dtype) -> tuple[dict, dict, dict]:
     """Of the three kernels: by heads, because a program holds all of them."""
-    return FP32_CONFIGS if dtype == torch.float32 else CONFIGS[max(4, triton.next_power_of_2(H))]
+    of = FP32_CONFIGS if dtype == torch.float32 else CONFIGS
+    return of[max(4, triton.next_power_of_2(H))]
 
 
 def sizes(H: int, d: int) -> dict:
@@ -451,7 +455,7 @@ def talking_heads_attention(
     qkv (B, N, 3, H, d), the product's own layout; proj_l_weight, proj_w_weight (H, H), a row for
     each head of the result; proj_l_bias, proj_w_bias (H,). One of fp32, fp16, bf16 (under autocast
     qkv is cast to its dtype). `scale` of q k^T defaults to 1 / sqrt(d). Returns (B, N, H, d). The
-    Triton kernel takes up to 16 heads, 8 in fp32, of d = 32, 48 or 64. `implementation`: "auto" |
+    Triton kernel takes up to 16 heads, 8 in fp32, of d = 32 or 48. `implementation`: "auto" |
     "triton" | "torch". Raises ValueError for shapes, devices, head counts and dimensions, TypeError
     for dtypes that do not fit.
     """
@@ -485,7 +489,7 @@ def talking_heads_attention(
 
 def why_not(H: int, d: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why the Triton kernels can't take H heads of d features; None: they can."""
-    most = MAX_HEADS_FP32 if dtype == torch.float32 else MAX_HEADS
+    most = max(FP32_CONFIGS if dtype == torch.float32 else CONFIGS)
     if not 1 <= H <= most:
         return f"{H} heads in {dtype}, the kernel takes 1 to {most}"
     if d not in SPLITS:

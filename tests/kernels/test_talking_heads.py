@@ -15,7 +15,6 @@ from deit_fast.kernels.cases import talking_heads_inputs as make_inputs
 from deit_fast.kernels.talking_heads import (
     CONFIGS,
     FP32_CONFIGS,
-    MAX_HEADS_FP32,
     _fwd,
     configs,
     talking_heads_backward,
@@ -27,7 +26,7 @@ triton_attention = partial(talking_heads_attention, implementation="triton")
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.TALKING_HEADS, ids=str)
 def test_no_less_accurate_than_torch(case, dtype, device):
-    if dtype == FP32 and case["H"] > MAX_HEADS_FP32:
+    if dtype == FP32 and case["H"] > max(FP32_CONFIGS):
         pytest.skip("in fp32 the kernel takes fewer heads")
     inputs = make_inputs(**case, device=device)
     check(triton_attention, talking_heads_attention_reference, inputs, dtype)
@@ -35,7 +34,7 @@ def test_no_less_accurate_than_torch(case, dtype, device):
 
 def test_configurations_go_by_heads():
     assert [configs(H, FP16) for H in (1, 4, 6, 16)] == [CONFIGS[n] for n in (4, 4, 8, 16)]
-    assert configs(8, FP32) == FP32_CONFIGS
+    assert [configs(H, FP32) for H in (3, 8)] == [FP32_CONFIGS[n] for n in (4, 8)]
 
 
 @pytest.mark.parametrize("N", [15, 16, 17, 32, 33])
