@@ -21,7 +21,7 @@ They want 16 rows at least. With 8 heads, the halves of a head's tile are rows o
 weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN passes these zeros:
 one in q may reach other queries of its sample, which a NaN in k or v does in any attention.
 
-B samples, H heads (to 16), N tokens, d features a head (32 or 48, which is CaiT's). qkv (B, N, 3, H, d),
+B samples, H heads (to 16), N tokens, d features a head (32, or 48 as in CaiT). qkv (B, N, 3, H, d),
 contiguous, is the layout of the product before; o (B, N, H, d) that of the projection behind. Sums
 and softmax are fp32. What is multiplied is rounded to qkv's dtype first, as PyTorch rounds it: s, p
 and a, and in backward da, dt and ds. Saved: qkv, the weights and the logarithms (B, H, N) in fp32.
