@@ -44,10 +44,11 @@ def test_tiles_that_are_just_full_or_not(N, device):
     )
 
 
-def test_it_attends_per_head_where_nothing_is_mixed(device):
+@pytest.mark.parametrize("H", [1, 3])
+def test_it_attends_per_head_where_nothing_is_mixed(H, device):
     """With identities for weights it is attention."""
-    inputs = make_inputs(2, 3, 20, 32, device)
-    eye, zero = torch.eye(3, device=device), torch.zeros(3, device=device)
+    inputs = make_inputs(2, H, 20, 32, device)
+    eye, zero = torch.eye(H, device=device), torch.zeros(H, device=device)
     q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     got = triton_attention(inputs["qkv"], eye, zero, eye, zero)

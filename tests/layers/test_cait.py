@@ -294,3 +294,27 @@ def test_half_precision_launches():
     block = ["layer_norm_linear", "talking_heads", "linear", "layer_norm_linear", "linear"]
     assert ours[1][:16] == ["patch_embed", *block * 3] and ours[1][-1] == "classifier"
     assert len(ours[1]) == len(ours[0]) + 10 and others[0] == others[1]
+
+
+def test_export_with_a_dynamic_batch_and_the_meta_device():
+    reference, fast = tiny_cait(depth=1, depth_token_only=1)
+    x = images(reference)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(fast, (x,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x[:1]), reference(x[:1]), **CLOSE)
+    with torch.no_grad():
+        assert fast.to("meta")(x.to("meta")).shape == (2, 11)
+
+
+def test_awkward_batches(device):
+    reference, fast = (m.to(device) for m in tiny_cait("triton", depth=1))
+    x = images(reference, batch=3).to(device)
+    with torch.no_grad():
+        want = reference(x)
+        assert fast(x[:0]).shape == (0, 11)
+        torch.testing.assert_close(fast(x[:1]), want[:1], **CLOSE)
+        torch.testing.assert_close(fast(x.to(memory_format=torch.channels_last)), want, **CLOSE)
+        x[1, 0, 0, 0] = torch.nan
+        got = fast(x)
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[[0, 2]], want[[0, 2]], **CLOSE)
