@@ -146,7 +146,7 @@ def test_stochastic_depth_drops_the_samples_that_timm_drops(checkpointing):
     for model in (reference, fast):
         model.train().set_grad_checkpointing(checkpointing)
     runs = []
-    fast.blocks[0].register_forward_hook(lambda *args: runs.append(1))
+    fast.blocks[0].register_forward_pre_hook(lambda *args: runs.append(1))
     got, want = (gradients(m, x, upstream) for m in (fast, reference))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
     assert len(runs) == 1 + checkpointing
