@@ -391,15 +391,15 @@ def _attention_backward(arch):
 
 
 def _talking_heads(arch):
-    """CaiT's head counts; in fp32 those that fit."""
+    """CaiT's head counts, in fp32 those that fit; fp32 weights, as under autocast."""
     module, N, d = OPS["talking_heads"], 196, 48
     for H, dtype in ((4, BF16), (6, BF16), (8, BF16), (16, BF16), (4, FP32), (8, FP32)):
         rows = BATCH * N * H * d * dtype.itemsize
         for name, config, moved, flops in zip(
             ("", "dq_", "dkv_"), module.configs(H, dtype), (4, 5, 6), (2, 3, 4), strict=True
         ):
-            half = ("qkv_ptr", "wl_ptr", "ww_ptr", "bw_ptr", "o_ptr", "do_ptr", "dqkv_ptr")
-            full = ("lse_ptr", "delta_ptr", "dwl_ptr", "dww_ptr")
+            half = ("qkv_ptr", "o_ptr", "do_ptr", "dqkv_ptr")
+            full = ("wl_ptr", "ww_ptr", "bw_ptr", "lse_ptr", "delta_ptr", "dwl_ptr", "dww_ptr")
             signature = dict.fromkeys(half, dtype) | dict.fromkeys(full, FP32)
             tile = f"{config['BLOCK_M']}x{config['BLOCK_N']} w{config['num_warps']}"
             label = f"{name.rstrip('_') or 'forward'}, H = {H}, {tile} s{config['num_stages']}"

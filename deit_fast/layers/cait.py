@@ -146,7 +146,7 @@ class LayerScaleBlockClassAttn(_LayerScaleBlock, timm_cait.LayerScaleBlockClassA
 
     def forward(self, x, x_cls):
         u = kernels.layer_norm(
-            torch.cat((x_cls, x), dim=1), *self.norm1.operands, implementation=self.attn.backend
+            torch.cat((x_cls, x), dim=1), *self.norm1.operands, implementation=self.backend
         )
         x_cls = self.attn(
             u, residual=x_cls, layer_scale=self.gamma_1, row_scale=row_scale(self.drop_path, x_cls)
