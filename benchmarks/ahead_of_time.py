@@ -408,6 +408,12 @@ def _talking_heads(arch):
                 arch, signature | {"N": "i32", "scale": "fp32"}, module.sizes(H, d), config,
                 moved * rows, flops * 2 * BATCH * N * N * H * (d + H), False,
             )  # fmt: skip
+    # Triton makes a size of 1 a constant
+    signature = {"qkv_ptr": BF16, "wl_ptr": BF16, "ww_ptr": BF16, "o_ptr": BF16, "scale": "fp32"}
+    yield Case(
+        "talking_heads", "one token, no bias, bf16", "_talking_heads_kernel", arch, signature,
+        {"N": 1} | module.sizes(4, d), module.configs(4, BF16)[0], 0, 0, False,
+    )  # fmt: skip
 
 
 def _patch_embed(arch):

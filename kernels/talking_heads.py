@@ -66,10 +66,11 @@ def _weights(ptr, dtype: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, T: 
 
 @triton.jit
 def _bias(ptr, H: tl.constexpr, HEADS: tl.constexpr):
-    if ptr is None:
-        return 0.0
-    heads = tl.arange(0, HEADS)
-    return tl.load(ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None, None]
+    bias = tl.zeros((HEADS,), tl.float32)
+    if ptr is not None:
+        heads = tl.arange(0, HEADS)
+        bias = tl.load(ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
+    return bias[:, None, None]
 
 
 @triton.jit
