@@ -30,6 +30,8 @@ Source: Touvron et al. 2021, Going deeper with Image Transformers; Shazeer et al
 Talking-Heads Attention.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -329,12 +331,14 @@ FP32_CONFIGS = {
 }
 
 
+@cache
 def configs(H: int, dtype: torch.dtype) -> tuple[dict, dict, dict]:
     """Of the three kernels: by heads, because a program holds all of them."""
     of = FP32_CONFIGS if dtype == torch.float32 else CONFIGS
     return of[max(4, triton.next_power_of_2(H))]
 
 
+@cache
 def sizes(H: int, d: int) -> dict:
     """What is the same for the three kernels."""
     return {"H": H, "D": d, "HEADS": triton.next_power_of_2(H), "SPLIT": SPLITS[d]}
