@@ -163,12 +163,12 @@ class Cait(FastTransformer, timm_cait.Cait):
         """Image -> (B, n, D): patches and positions."""
         mean, std = self._pixels_of(image)
         if type(self.patch_embed) is PatchEmbed and not is_watched(self.patch_embed):
-            return self.pos_drop(
-                self.patch_embed.embed(image, self.pos_embed[0], mean=mean, std=std)
-            )
-        if image.dtype == torch.uint8:
-            image = normalize_reference(image, mean, std, self.pos_embed.dtype)
-        return self.pos_drop(self.patch_embed(image) + self.pos_embed)
+            x = self.patch_embed.embed(image, self.pos_embed[0], mean=mean, std=std)
+        else:
+            if image.dtype == torch.uint8:
+                image = normalize_reference(image, mean, std, self.pos_embed.dtype)
+            x = self.patch_embed(image) + self.pos_embed
+        return self.pos_drop(x)
 
     def forward_features(self, x):
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
