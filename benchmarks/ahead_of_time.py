@@ -38,6 +38,7 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
         "window_attention",
         "conv_norm",
         "sparse_cross_entropy",
+        "talking_heads",
     )
 }
 BATCH, TOKENS = 256, 198
@@ -103,6 +104,7 @@ def cases(archs):
             yield from _layer_norm_mlp(arch)
             yield from _attention(arch)
             yield from _attention_backward(arch)
+            yield from _talking_heads(arch)
             yield from _patch_embed(arch)
             yield from _patch_embed_fold(arch)
             yield from _classifier(arch)
@@ -421,6 +423,32 @@ def _attention_backward(arch):
             )  # fmt: skip
 
 
+def _talking_heads(arch):
+    """CaiT's head counts, in fp32 those that fit; fp32 weights, as under autocast."""
+    module, N, d = OPS["talking_heads"], 196, 48
+    for H, dtype in ((4, BF16), (6, BF16), (8, BF16), (16, BF16), (4, FP32), (8, FP32)):
+        rows = BATCH * N * H * d * dtype.itemsize
+        for name, config, moved, flops in zip(
+            ("", "dq_", "dkv_"), module.configs(H, dtype), (4, 5, 6), (2, 3, 4), strict=True
+        ):
+            half = ("qkv_ptr", "o_ptr", "do_ptr", "dqkv_ptr")
+            full = ("wl_ptr", "ww_ptr", "bw_ptr", "lse_ptr", "delta_ptr", "dwl_ptr", "dww_ptr")
+            signature = dict.fromkeys(half, dtype) | dict.fromkeys(full, FP32)
+            tile = f"{config['BLOCK_M']}x{config['BLOCK_N']} w{config['num_warps']}"
+            label = f"{name.rstrip('_') or 'forward'}, H = {H}, {tile} s{config['num_stages']}"
+            yield Case(
+                "talking_heads", f"{label}, {TRITON_TYPE[dtype]}", f"_talking_heads_{name}kernel",
+                arch, signature | {"N": "i32", "scale": "fp32"}, module.sizes(H, d), config,
+                moved * rows, flops * 2 * BATCH * N * N * H * (d + H), False,
+            )  # fmt: skip
+    # Triton makes a size of 1 a constant
+    signature = {"qkv_ptr": BF16, "wl_ptr": BF16, "ww_ptr": BF16, "o_ptr": BF16, "scale": "fp32"}
+    yield Case(
+        "talking_heads", "one token, no bias, bf16", "_talking_heads_kernel", arch, signature,
+        {"N": 1} | module.sizes(4, d), module.configs(4, BF16)[0], 0, 0, False,
+    )  # fmt: skip
+
+
 def _patch_embed(arch):
     for dtype in (BF16, FP32):
         for D in (192, 384):
@@ -555,7 +583,7 @@ def compile_case(case: Case) -> Row:
         if kind.startswith("*")
         or kind == "i32"
         and (name in ALIGNED or name.endswith(("_batch", "_row", "_head")))
-        and (case.op, name) != ("attention", "N")
+        and (case.op, name) not in (("attention", "N"), ("talking_heads", "N"))
     }  # fmt: skip
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
     said = io.StringIO()

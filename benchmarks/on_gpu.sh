@@ -105,7 +105,7 @@ run_stage() {
         for ways in "not backward" backward; do # forward first
             bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
                 benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss,sparse_cross_entropy}.py \
-                benchmarks/bench_{window_attention,conv_norm}.py \
+                benchmarks/bench_{talking_heads,window_attention,conv_norm}.py \
                 --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
         done
         ;;

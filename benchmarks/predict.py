@@ -126,6 +126,12 @@ def _attention(out, q, k, v, *_):
     return Launch("attention", f"{B} x {H}, {N} of {L}", flops, moved)
 
 
+def _talking_heads(out, qkv, *_):
+    B, N, _, H, d = qkv.shape
+    flops = 4 * B * H * N * N * (d + H)  # q k^T, a v; both mixtures
+    return Launch("talking_heads", f"{B} x {H}, {N} of {N}", flops, _nbytes(qkv, *out))
+
+
 def _layer_norm(out, x, residual, *_):
     return Launch("layer_norm", " x ".join(map(str, x.shape)), 0, _nbytes(x, residual, *out))
 
@@ -152,7 +158,7 @@ def _classifier(out, x, norm_weight, norm_bias, w0, b0, w1, *_):
 _READ = {
     "linear": _linear, "layer_norm_linear": _layer_norm_linear, "layer_norm_mlp": _layer_norm_mlp,
     "attention": _attention, "layer_norm": _layer_norm, "patch_embed": _patch_embed,
-    "classifier": _classifier,
+    "classifier": _classifier, "talking_heads": _talking_heads,
 }  # fmt: skip
 
 

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 HEADS = ("head", "head_dist", "head.fc")  # the last is TinyViT's
 _CONTAINERS = ("model", "state_dict")  # the official .pth, and most trainers
+_WRAPPED = "module."  # names of a model inside DistributedDataParallel: CaiT's official .pth
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a .safetensors file or a .pth of tensors, alone or under "model" or
-    "state_dict". Never unpickles anything but tensors and plain containers.
+    "state_dict"; a "module." before every name is left out. Never unpickles anything but tensors
+    and plain containers.
 
     Raises FileNotFoundError, or ValueError with one line for a file that is no such checkpoint.
     """
@@ -39,6 +41,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"checkpoint: {path} holds no state dict (names with tensors)")
+    if all(name.startswith(_WRAPPED) for name in state):
+        state = {name.removeprefix(_WRAPPED): t for name, t in state.items()}
     return state
 
 
@@ -63,9 +67,9 @@ def load_state(
     grid: tuple[int, int] | None = None,
     new_head: bool = False,
 ) -> None:
-    """Load `state` into a timm model. A VisionTransformer's position embedding is resized where the
-    model's grid differs from `grid`; without `grid`, where the length differs, from a square one.
-    TinyViT's biases are resized to its windows.
+    """Load `state` into a timm model. The position embedding of a VisionTransformer or CaiT is
+    resized where the model's grid differs from `grid`; without `grid`, where the length differs,
+    from a square one. TinyViT's biases are resized to its windows.
     With `new_head`, heads of another number of classes keep their initialisation, with a warning.
 
     Raises ValueError that lists every missing, unexpected and misshaped key; the model is then
@@ -74,8 +78,10 @@ def load_state(
     own = model.state_dict()
     state = dict(state)
     old = state.get("pos_embed")
-    if old is not None and old.dim() == 3 and isinstance(model, timm.models.VisionTransformer):
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    resizable = isinstance(model, timm.models.VisionTransformer | timm.models.Cait)
+    if old is not None and old.dim() == 3 and resizable:
+        # CaiT's class token comes behind the trunk and has no position
+        prefix = 0 if getattr(model, "no_embed_class", True) else model.num_prefix_tokens
         side = round(max(old.shape[1] - prefix, 0) ** 0.5)
         other_length = "pos_embed" in own and old.shape[1] != own["pos_embed"].shape[1]
         if grid is None and other_length and side * side == old.shape[1] - prefix:

@@ -26,8 +26,13 @@ SWAPS = {
     layers.Mlp.timm_class: layers.Mlp,
     layers.PatchEmbed.timm_class: layers.PatchEmbed,
     layers.Block.timm_class: layers.Block,
+    layers.TalkingHeadAttn.timm_class: layers.TalkingHeadAttn,
+    layers.ClassAttn.timm_class: layers.ClassAttn,
+    layers.LayerScaleBlock.timm_class: layers.LayerScaleBlock,
+    layers.LayerScaleBlockClassAttn.timm_class: layers.LayerScaleBlockClassAttn,
     layers.VisionTransformer.timm_class: layers.VisionTransformer,
     layers.VisionTransformerDistilled.timm_class: layers.VisionTransformerDistilled,
+    layers.Cait.timm_class: layers.Cait,
     layers.tiny_vit.ConvNorm.timm_class: layers.tiny_vit.ConvNorm,
     layers.tiny_vit.PatchEmbed.timm_class: layers.tiny_vit.PatchEmbed,
     layers.tiny_vit.PatchMerging.timm_class: layers.tiny_vit.PatchMerging,
@@ -36,7 +41,16 @@ SWAPS = {
     layers.tiny_vit.NormMlp.timm_class: layers.tiny_vit.NormMlp,
     layers.tiny_vit.TinyVitBlock.timm_class: layers.tiny_vit.TinyVitBlock,
 }
-_KINDS = ("VisionTransformer", "PatchEmbed", "Block", "Attention", "Attn", "Mlp", "LayerNorm")
+_KINDS = (
+    "VisionTransformer",
+    "Cait",
+    "PatchEmbed",
+    "Block",
+    "Attention",
+    "Attn",
+    "Mlp",
+    "LayerNorm",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ def accelerate(
         kind = type(module).__name__
         if isinstance(module, Fast):
             module.backend = backend
-            if isinstance(module, layers.Block):
+            if hasattr(type(module), "recompute"):
                 module.recompute = recompute
             report.swapped.setdefault(kind, []).append(name)
         elif type(module) not in SWAPS and any(k in kind for k in _KINDS):

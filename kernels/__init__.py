@@ -20,6 +20,7 @@ if __name__ == "deit_fast.kernels":
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
     from .sparse_cross_entropy import sparse_cross_entropy, sparse_cross_entropy_reference
+    from .talking_heads import talking_heads_attention, talking_heads_attention_reference
     from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "patch_embed_reference",
     "sparse_cross_entropy",
     "sparse_cross_entropy_reference",
+    "talking_heads_attention",
+    "talking_heads_attention_reference",
     "window_attention",
     "window_attention_reference",
 ]

@@ -19,7 +19,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
 # these need tensor cores
-PRODUCTS = ("linear", "patch_embed", "classifier", "attention", "window_attention")
+PRODUCTS = (
+    "linear",
+    "patch_embed",
+    "classifier",
+    "attention",
+    "talking_heads",
+    "window_attention",
+)
 ROW_KERNELS = (
     "layer_norm",
     "add_layer_norm",
@@ -83,6 +90,7 @@ _WITHOUT_TENSOR_CORES = {
     "window_attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
     "patch_embed": ("torch", "; PyTorch's convolution"),
     "classifier": ("torch", "; cuBLAS"),
+    "talking_heads": ("torch", "; PyTorch's products and softmax"),
 }
 
 

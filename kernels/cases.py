@@ -89,6 +89,18 @@ LAYER_NORM_ATTENTION = [
     {"B": 1, "H": 1, "N": 3, "D": 33, "d": 32},
 ]
 
+# B samples, H heads, N tokens, d features a head
+TALKING_HEADS = [
+    {"B": 2, "H": 4, "N": 37, "d": 48},  # CaiT-XXS's heads
+    {"B": 1, "H": 6, "N": 20, "d": 48},  # CaiT-XS's
+    {"B": 1, "H": 8, "N": 49, "d": 48},  # CaiT-S's
+    {"B": 1, "H": 16, "N": 33, "d": 48},  # CaiT-M's
+    {"B": 3, "H": 3, "N": 5, "d": 32},
+    {"B": 2, "H": 2, "N": 65, "d": 32},
+    {"B": 2, "H": 5, "N": 1, "d": 48},
+    {"B": 0, "H": 4, "N": 5, "d": 48},
+]
+
 CLASSIFIER = [
     {"B": 3, "N": 198, "D": 192, "classes": 1000},
     {"B": 17, "N": 2, "D": 100, "classes": 10},
@@ -292,6 +304,17 @@ def linear_inputs(
     return inputs
 
 
+def talking_heads_inputs(B, H, N, d, device="cpu"):
+    torch.manual_seed(0)
+    return {
+        "qkv": torch.randn(B, N, 3, H, d, device=device),
+        "proj_l_weight": torch.randn(H, H, device=device),
+        "proj_l_bias": torch.randn(H, device=device),
+        "proj_w_weight": torch.randn(H, H, device=device) / H**0.5,
+        "proj_w_bias": torch.randn(H, device=device) / max(N, 1),
+    }
+
+
 def patch_embed_inputs(B, size, patch, C, D, T, prefix_pos, uint8=False, device="cpu"):
     torch.manual_seed(0)
     n = size[0] // patch[0] * (size[1] // patch[1])
@@ -399,6 +422,8 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
             "": {"B": batch, "H": H, "N": N, "L": N, "d": 64, "packed": True},
             "last block": {"B": batch, "H": H, "N": 2, "L": N, "d": 64, "packed": True},
         },
+        # of the CaiT that is as wide: no prefix token in the trunk
+        "talking_heads": {"": {"B": batch, "H": D // 48, "N": N - 2, "d": 48}},
         "patch_embed": {
             "float NCHW": {"B": batch, **image},
             "uint8 NHWC": {"B": batch, **image, "uint8": True},

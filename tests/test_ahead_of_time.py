@@ -32,7 +32,7 @@ def bad(rows, condition):
 def test_every_operation_on_every_chip_it_serves(rows):
     seen = {(r["op"], r["arch"]) for r in rows}
     products = ("layer_norm_linear", "layer_norm_mlp", "attention", "patch_embed", "classifier")
-    products += ("window_attention",)
+    products += ("window_attention", "talking_heads")
     dots = {(op, arch) for op in products for arch in (80, 90)}
     row_kernels = ("layer_norm", "distillation_loss", "sparse_cross_entropy", "linear", "conv_norm")
     memory_bound = {(op, arch) for op in row_kernels for arch in (70, 80, 90)}

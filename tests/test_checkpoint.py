@@ -42,6 +42,24 @@ def test_every_container_loads(saved, source):
         torch.testing.assert_close(build(checkpoint=saved)(x), source(x), atol=1e-5, rtol=1e-4)
 
 
+CAIT = {"depth": 1, "depth_token_only": 1, "img_size": 64, "num_classes": 11}
+
+
+def test_caits_official_names_and_another_resolution(tmp_path):
+    """A "module." before every name; no row of the positions is the class token's."""
+    source = randomize(timm.create_model("cait_xxs24_224", **CAIT)).eval()
+    state = {f"module.{name}": t for name, t in source.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "cait.pth")
+    options = CAIT | {"checkpoint": tmp_path / "cait.pth", "backend": "torch"}
+    model = deit_fast.create_model("cait_xxs24_224", **options).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), source(x), atol=1e-5, rtol=1e-4)
+    other = deit_fast.create_model("cait_xxs24_224", **options | {"img_size": 96})
+    want = resize_pos_embed(source.pos_embed, (4, 4), (6, 6), prefix=0)
+    torch.testing.assert_close(other.pos_embed, want)
+
+
 @pytest.fixture
 def path(source, tmp_path):
     torch.save({"model": source.state_dict()}, tmp_path / "model.pth")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import Cait, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +29,7 @@ DISTINCT = 8  # at most so many different images make a batch, each as often as 
 # over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
+TRANSFORMERS = (VisionTransformer, Cait)
 PROTOCOLS = ("batch", "paper", "latency", "host", "step")
 LEARNING_RATE = 1e-5  # timed steps are real: weights drift, so little that nothing overflows
 
@@ -87,7 +88,7 @@ class Network:
         self.timm_name, self.image_size = check_network(name, image_size)
         self.images = random_images(DISTINCT, self.image_size, device)
         self.model = randomize(self._create()).eval().to(device)
-        self.transformer = isinstance(self.model, VisionTransformer)
+        self.transformer = isinstance(self.model, TRANSFORMERS)
         self.batch_norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._calibrate()
         self._errors, self._references = {}, {}
@@ -429,16 +430,17 @@ def reason(error: Exception) -> str:
 @functools.cache
 def _patch(timm_name):
     """The side of a vision transformer's patches; 0 for networks of any image size."""
-    if not timm.models.is_model_in_modules(timm_name, ("vision_transformer", "deit")):
+    if not timm.models.is_model_in_modules(timm_name, ("vision_transformer", "deit", "cait")):
         return 0  # and timm cannot build every network without memory
     with torch.device("meta"):
         model = timm.create_model(timm_name)
-    return model.patch_embed.patch_size[0] if isinstance(model, VisionTransformer) else 0
+    return model.patch_embed.patch_size[0] if isinstance(model, TRANSFORMERS) else 0
 
 
 def _count(model, image_size):
     """FLOPs of one image's forward pass: convolutions and matrix products, two a multiply-add."""
     image = torch.empty(1, 3, image_size, image_size, device="meta")
+    model.requires_grad_(False)  # the counter trips over views of parameters: CaiT's class token
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(image)
     return counter.get_total_flops()

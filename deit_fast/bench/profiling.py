@@ -17,8 +17,8 @@ FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that ar
 _OURS = re.compile(
     r"^_((linear|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
     r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|moments"
-    r"|layer_norm_backward|linear_backward|attention_backward|window_attention"
-    r"|window_attention_(backward|scores|biases)|depthwise_conv|fold_batch_norm)_kernel)"
+    r"|layer_norm_backward|linear_backward|attention_backward|talking_heads(_dq|_dkv)?"
+    r"|window_attention(_backward|_scores|_biases)?|depthwise_conv|fold_batch_norm)_kernel)"
 )
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)
@@ -28,7 +28,7 @@ _NAMES = (
     ("elementwise", r"^triton_(per|red|poi)"),
     ("copies", r"memcpy|memset|copy|nchwToNhwc|nhwcToNchw|catarray|::cat\b|::contiguous|::clone"
      r"|::_to_copy|transpose"),
-    ("attention", r"attention|flash|fmha|softmax|sdpa|bmm"),
+    ("attention", r"attention|talking_heads|flash|fmha|softmax|sdpa|bmm"),
     ("norm", r"(layer|batch|group)_?norm|^_moments|bn_fw|bn_bw"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|linear_kernel"
      r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),

@@ -9,6 +9,7 @@ the names of others.
 from . import tiny_vit
 from .attention import Attention
 from .block import Block
+from .cait import Cait, ClassAttn, LayerScaleBlock, LayerScaleBlockClassAttn, TalkingHeadAttn
 from .layer_norm import LayerNorm
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
@@ -17,9 +18,14 @@ from .vision_transformer import VisionTransformer, VisionTransformerDistilled
 __all__ = [
     "Attention",
     "Block",
+    "Cait",
+    "ClassAttn",
     "LayerNorm",
+    "LayerScaleBlock",
+    "LayerScaleBlockClassAttn",
     "Mlp",
     "PatchEmbed",
+    "TalkingHeadAttn",
     "VisionTransformer",
     "VisionTransformerDistilled",
     "tiny_vit",

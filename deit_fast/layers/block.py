@@ -66,21 +66,17 @@ class Block(Fast, timm_vit.Block):
         """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
         block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
         scales = _branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
-        wanted = self._wants_moments(x, self.mlp.fc1)
+        wanted = wants_moments(x, self.mlp.fc1)
         x = self.attn.branch(
             x, self.norm1, moments=moments, residual=x, return_moments=wanted, **scales
         )
         x, moments = x if wanted else (x, None)
         scales = _branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
-        wanted = return_moments and self._wants_moments(x, self.attn.qkv)  # the next one's is alike
+        wanted = return_moments and wants_moments(x, self.attn.qkv)  # the next one's is alike
         x = self.mlp.branch(
             x, self.norm2, moments=moments, residual=x, return_moments=wanted, **scales
         )
         return x if wanted else (x, None)
-
-    @staticmethod
-    def _wants_moments(x, linear):
-        return not torch.is_grad_enabled() and uses_moments(x, weights(linear)[0])
 
     def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
         """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
@@ -92,12 +88,21 @@ class Block(Fast, timm_vit.Block):
 
 
 def _branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict:
-    """What a branch is multiplied by before it is added: LayerScale's gamma (D,), and stochastic
-    depth's 0 or 1 / keep per sample (B,), drawn from the generator just as timm draws it."""
-    row_scale = None
+    """What a branch is multiplied by before it is added: LayerScale's gamma (D,), `row_scale`."""
+    gamma = getattr(layer_scale, "gamma", None)
+    return {"layer_scale": gamma, "row_scale": row_scale(drop_path, x)}
+
+
+def row_scale(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Stochastic depth's 0 or 1 / keep per sample (B,), drawn from the generator just as timm draws
+    it; None where it keeps everything."""
     p = getattr(drop_path, "drop_prob", 0.0)
-    if p > 0.0 and drop_path.training:
-        row_scale = x.new_empty(x.shape[0]).bernoulli_(1 - p)
-        if p < 1.0 and drop_path.scale_by_keep:
-            row_scale.div_(1 - p)
-    return {"layer_scale": getattr(layer_scale, "gamma", None), "row_scale": row_scale}
+    if p == 0.0 or not drop_path.training:
+        return None
+    kept = x.new_empty(x.shape[0]).bernoulli_(1 - p)
+    return kept.div_(1 - p) if p < 1.0 and drop_path.scale_by_keep else kept
+
+
+def wants_moments(x: torch.Tensor, linear: nn.Module) -> bool:
+    """Whether the LayerNorm in front of `linear` may be folded into it, given x's moments."""
+    return not torch.is_grad_enabled() and uses_moments(x, weights(linear)[0])

@@ -25,10 +25,7 @@ class FastTransformer(Fast):
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Image -> (B, T + n, D): patches, positions and prefix tokens."""
-        mean = std = None
-        if image.dtype == torch.uint8:
-            config = getattr(self, "pretrained_cfg", None) or {}
-            mean, std = config.get("mean"), config.get("std")
+        mean, std = self._pixels_of(image)
         if type(self.patch_embed) is not PatchEmbed or is_watched(self.patch_embed):
             if image.dtype == torch.uint8:
                 image = normalize_reference(image, mean, std, self.pos_embed.dtype)
@@ -50,6 +47,13 @@ class FastTransformer(Fast):
             x = self.pos_drop(x)
         return self.patch_drop(x)
 
+    def _pixels_of(self, image):
+        """mean and std of the model's pixels where bytes are to be normalised, else None."""
+        if image.dtype != torch.uint8:
+            return None, None
+        config = getattr(self, "pretrained_cfg", None) or {}
+        return config.get("mean"), config.get("std")
+
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
 
@@ -64,7 +68,7 @@ class FastTransformer(Fast):
         elif torch.is_grad_enabled() or is_watched(self.blocks):
             x = self.blocks(x)
         else:
-            x = _run(self.blocks, x, return_moments=False)[0]
+            x = run_blocks(self.blocks, x, return_moments=False)[0]
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
@@ -93,7 +97,7 @@ class FastTransformer(Fast):
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
             return checkpoint(run_last, x)
-        x, moments = _run(before, x, return_moments=type(last) is Block)
+        x, moments = run_blocks(before, x, return_moments=type(last) is Block)
         return run_last(x) if moments is None else run_last(x, moments=moments)
 
     def _heads(self) -> list[nn.Module]:
@@ -172,11 +176,12 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return fuse(self.heads, logits)
 
 
-def _run(blocks, x, return_moments=True):
-    """Tokens after the blocks, and the moments of their rows or None."""
+def run_blocks(blocks, x, return_moments=True, kind=Block):
+    """Tokens after the blocks, and the moments of their rows or None; blocks of exactly `kind` hand
+    them on."""
     moments = None
     for i, block in enumerate(blocks, 1):
-        if type(block) is Block and not is_watched(block):
+        if type(block) is kind and not is_watched(block):
             more = return_moments or i < len(blocks)
             x, moments = block.forward_with_moments(x, moments, more)
         else:

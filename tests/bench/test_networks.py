@@ -355,7 +355,7 @@ def test_batch_norm_keeps_activations_in_range(convnet):
 @pytest.mark.parametrize(
     ("name", "gflop"),
     [("deit_tiny_distilled", 2.522), ("deit_small_distilled", 9.248),
-     ("deit_base_distilled_384", 111.18), ("resnet50", 8.18)],
+     ("deit_base_distilled_384", 111.18), ("resnet50", 8.18), ("cait_xxs24_224", 5.047)],
 )  # fmt: skip
 def test_flops_are_the_published_ones(name, gflop):
     timm_name, size = check_network(name, None)

@@ -27,6 +27,7 @@ NAMES = {
     ],
     "attention": [
         "_attention_kernel", "_attention_resident_kernel", "_window_attention_scores_kernel",
+        "_talking_heads_dq_kernel",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
         "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -132,7 +132,7 @@ def test_kernels_are_raced_against_the_playbook(out):
 
 
 ALL_WITH_GRADIENTS = ("layer_norm", "linear", "attention", "layer_norm_linear", "layer_norm_mlp",
-                      "layer_norm_attention", "patch_embed")  # fmt: skip
+                      "layer_norm_attention", "patch_embed", "talking_heads")  # fmt: skip
 
 
 def test_kernels_are_raced_both_ways(out):

@@ -165,6 +165,7 @@ OPERATIONS = {
     "attention": partial(cases.attention_inputs, 1, 2, 5, 5, 32),
     "layer_norm_attention": partial(cases.layer_norm_attention_inputs, 2, 2, 5, 64, 32),
     "layer_norm_mlp": partial(cases.layer_norm_mlp_inputs, 6, 2, 64, 32),
+    "talking_heads_attention": partial(cases.talking_heads_inputs, 2, 4, 5, 32),
 }
 
 

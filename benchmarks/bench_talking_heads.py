@@ -1,0 +1,13 @@
+"""talking_heads of the CaiT that is as wide as each DeiT."""
+
+from deit_fast.kernels import talking_heads_attention, talking_heads_attention_reference
+from deit_fast.kernels.cases import talking_heads_inputs
+
+
+def make_inputs(**case):
+    """Without proj_l's bias: its gradient is 0, of which no relative error means anything."""
+    return talking_heads_inputs(**case) | {"proj_l_bias": None}
+
+
+def test_talking_heads(race):
+    race(talking_heads_attention, talking_heads_attention_reference, make_inputs)

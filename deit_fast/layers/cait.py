@@ -1,0 +1,213 @@
+"""CaiT: talking-heads attention in the trunk, then a class token that reads the patches (Touvron et
+al. 2021, Going deeper with Image Transformers)."""
+
+import timm.layers
+import timm.models.cait as timm_cait
+import torch
+from timm.models import checkpoint_seq
+
+from deit_fast import kernels
+from deit_fast.kernels import talking_heads
+from deit_fast.kernels.attention import HEAD_DIMS
+from deit_fast.kernels.patch_embed import normalize_reference
+
+from ._base import Fast, is_identity, is_linear, is_watched, weights
+from .block import row_scale, wants_moments
+from .layer_norm import LayerNorm
+from .mlp import Mlp
+from .patch_embed import PatchEmbed
+from .vision_transformer import FastTransformer, run_blocks
+
+
+class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
+    """timm's TalkingHeadAttn without dropout: (B, N, D) -> (B, N, D)."""
+
+    timm_class = timm_cait.TalkingHeadAttn
+
+    @classmethod
+    def why_not(cls, module):
+        if module.attn_drop.p > 0 or module.proj_drop.p > 0:
+            return "has dropout"
+        if not all(map(is_linear, (module.qkv, module.proj, module.proj_l, module.proj_w))):
+            return "qkv, proj, proj_l or proj_w is not an nn.Linear"
+        H = module.num_heads
+        return talking_heads.why_not(H, module.proj.in_features // H)
+
+    def forward(self, x):
+        qkv = kernels.linear(x, *weights(self.qkv), implementation=self.backend)
+        return kernels.linear(self._attend(qkv), *weights(self.proj), implementation=self.backend)
+
+    def branch(self, x, norm, moments=None, **epilogue):
+        """The attention half of a LayerScaleBlock: `norm`, a LayerNorm module, comes first and the
+        rest is the projection's epilogue. `moments` are those of x's rows, if they are known."""
+        norm_weight, norm_bias, eps = norm.operands
+        qkv = kernels.layer_norm_linear(
+            x, norm_weight, norm_bias, *weights(self.qkv), eps, moments=moments,
+            implementation=self.backend,
+        )  # fmt: skip
+        return kernels.linear(
+            self._attend(qkv), *weights(self.proj), **epilogue, implementation=self.backend
+        )
+
+    def _attend(self, qkv):
+        return kernels.talking_heads_attention(
+            qkv.unflatten(2, (3, self.num_heads, -1)), *weights(self.proj_l), *weights(self.proj_w),
+            self.scale, self.backend,
+        ).flatten(2)  # fmt: skip
+
+
+class ClassAttn(Fast, timm_cait.ClassAttn):
+    """timm's ClassAttn without dropout: the first token of (B, N, D) asks, (B, 1, D) answers.
+
+    Attention itself is PyTorch's where `deit_fast.kernels.attention` has no kernel for the head
+    dimension.
+    """
+
+    timm_class = timm_cait.ClassAttn
+
+    @classmethod
+    def why_not(cls, module):
+        if module.attn_drop.p > 0 or module.proj_drop.p > 0:
+            return "has dropout"
+        if not all(map(is_linear, (module.q, module.k, module.v, module.proj))):
+            return "q, k, v or proj is not an nn.Linear"
+        return None
+
+    def forward(self, x, **epilogue):
+        """`epilogue`: of the projection, as `deit_fast.kernels.linear` takes it."""
+        use = {"implementation": self.backend}
+        q, k, v = (
+            kernels.linear(rows, *weights(linear), **use).unflatten(2, (self.num_heads, -1))
+            for rows, linear in ((x[:, :1], self.q), (x, self.k), (x, self.v))
+        )
+        by = self.backend if q.shape[3] in HEAD_DIMS else "torch"
+        o = kernels.attention(q, k, v, self.scale, implementation=by).flatten(2)
+        return kernels.linear(o, *weights(self.proj), **epilogue, **use)
+
+
+class _LayerScaleBlock(Fast):
+    """What the two kinds of block share: LayerNorm, attention, LayerNorm, MLP, one DropPath."""
+
+    recompute = True
+    attention: type  # of attn
+
+    @classmethod
+    def why_not(cls, module):
+        """Its parts are swapped first, so they say most of it."""
+        kinds = {"norm1": LayerNorm, "attn": cls.attention, "norm2": LayerNorm, "mlp": Mlp}
+        for name, kind in kinds.items():
+            if type(getattr(module, name)) is not kind:
+                return f"{name} stays with timm"
+        drop = module.drop_path
+        if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
+            return f"drop_path is a {type(drop).__name__}"
+        return None
+
+    def _mlp_half(self, x, **moments):
+        return self.mlp.branch(
+            x, self.norm2, residual=x, layer_scale=self.gamma_2,
+            row_scale=row_scale(self.drop_path, x), recompute=self.recompute, **moments,
+        )  # fmt: skip
+
+
+class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
+    """timm's LayerScaleBlock: (B, N, D) -> (B, N, D), LayerScale and stochastic depth fused.
+
+    Hooks on the block fire, those on the layers inside it don't: see `deit_fast.layers.Block`.
+    """
+
+    timm_class = timm_cait.LayerScaleBlock
+    attention = TalkingHeadAttn
+
+    def forward(self, x):
+        return self.forward_with_moments(x, None, False)[0]
+
+    def forward_with_moments(self, x, moments, return_moments=True):
+        """`forward(x)`, given the moments of x's rows, and those of its own: as `Block`'s."""
+        wanted = wants_moments(x, self.mlp.fc1)
+        x = self.attn.branch(
+            x, self.norm1, moments, residual=x, layer_scale=self.gamma_1,
+            row_scale=row_scale(self.drop_path, x), return_moments=wanted,
+        )  # fmt: skip
+        x, moments = x if wanted else (x, None)
+        wanted = return_moments and wants_moments(x, self.attn.qkv)  # the next one's is alike
+        x = self._mlp_half(x, moments=moments, return_moments=wanted)
+        return x if wanted else (x, None)
+
+
+class LayerScaleBlockClassAttn(_LayerScaleBlock, timm_cait.LayerScaleBlockClassAttn):
+    """timm's LayerScaleBlockClassAttn: patches (B, N, D) and class token (B, 1, D) -> (B, 1, D).
+
+    Hooks as of `LayerScaleBlock`.
+    """
+
+    timm_class = timm_cait.LayerScaleBlockClassAttn
+    attention = ClassAttn
+
+    def forward(self, x, x_cls):
+        u = kernels.layer_norm(
+            torch.cat((x_cls, x), dim=1), *self.norm1.operands, implementation=self.backend
+        )
+        x_cls = self.attn(
+            u, residual=x_cls, layer_scale=self.gamma_1, row_scale=row_scale(self.drop_path, x_cls)
+        )
+        return self._mlp_half(x_cls)
+
+
+class Cait(FastTransformer, timm_cait.Cait):
+    """timm's Cait. Patches and positions are one kernel, class token and head another."""
+
+    timm_class = timm_cait.Cait
+
+    def embed(self, image):
+        """Image -> (B, n, D): patches and positions."""
+        mean, std = self._pixels_of(image)
+        if type(self.patch_embed) is PatchEmbed and not is_watched(self.patch_embed):
+            x = self.patch_embed.embed(image, self.pos_embed[0], mean=mean, std=std)
+        else:
+            if image.dtype == torch.uint8:
+                image = normalize_reference(image, mean, std, self.pos_embed.dtype)
+            x = self.patch_embed(image) + self.pos_embed
+        return self.pos_drop(x)
+
+    def forward_features(self, x):
+        """Tokens after the final norm, (B, 1 + n, D), all of them."""
+        x = self._run_trunk(self.embed(x))
+        return self.norm(x if self.blocks_token_only is None else self.forward_cls(x))
+
+    def forward(self, x):
+        """Logits (B, classes). The final norm runs for the class token alone where nothing else is
+        read."""
+        if not self._reads_prefix_only():
+            return self.forward_head(self.forward_features(x))
+        classify = self._classifier_operands()
+        cls_token = self._run_prefix(x)
+        if classify is None:
+            return self.forward_head(self.norm(cls_token))
+        return kernels.classifier(cls_token, **classify, implementation=self.backend)
+
+    def _run_trunk(self, x):
+        if self.grad_checkpointing:
+            return checkpoint_seq(self.blocks, x)
+        if torch.is_grad_enabled() or is_watched(self.blocks):
+            return self.blocks(x)
+        return run_blocks(self.blocks, x, return_moments=False, kind=LayerScaleBlock)[0]
+
+    def _run_prefix(self, x):
+        """The class token (B, 1, D) after the last block."""
+        x = self._run_trunk(self.embed(x))
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+        for block in self.blocks_token_only:
+            cls_token = block(x, cls_token)
+        return cls_token
+
+    def _final_norms(self):
+        return [self.norm]
+
+    def _reads_prefix_only(self):
+        return (
+            self.blocks_token_only is not None
+            and self.global_pool == "token"
+            and (is_identity(self.norm) or type(self.norm) is LayerNorm)
+            and not is_watched(self.norm)
+        )

@@ -1,0 +1,323 @@
+"""CaiT against timm on the same weights: all named models in PyTorch, all head counts in Triton."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from checking import FP16, assert_as_accurate
+from modelling import assert_same_logits, images, pair, randomize
+from torch.nn.parallel import DistributedDataParallel
+
+import deit_fast
+from deit_fast import layers
+from deit_fast.bench import launches
+from deit_fast.kernels._runtime import Chip
+
+NAMES = timm.list_models("cait_*")
+H200 = Chip("NVIDIA H200", (9, 0), 132)
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def tiny_cait(backend="torch", heads=4, **kwargs):
+    """Of CaiT's width for that many heads, 9 patches."""
+    options = {"embed_dim": 48 * heads, "num_heads": heads, "depth": 2, "depth_token_only": 2}
+    options |= {"img_size": 48, "num_classes": 11}
+    return pair("cait_xxs24_224", backend, **options | kwargs)
+
+
+def test_ten_models_have_the_head_counts_that_are_tested():
+    assert len(NAMES) == 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_models_equal_timms(name):
+    options = {"depth": 1, "depth_token_only": 1}
+    torch.manual_seed(0)
+    reference = randomize(timm.create_model(name, **options)).eval()
+    fast = deit_fast.create_model(name, backend="torch", **options).eval()
+    assert type(fast) is layers.Cait and fast.state_dict().keys() == reference.state_dict().keys()
+    fast.load_state_dict(reference.state_dict())
+    assert_same_logits(reference, fast, images(reference, batch=1))
+
+
+def test_report():
+    model = timm.create_model("cait_xxs24_224", depth=3)
+    report = deit_fast.accelerate(model)
+    assert {kind: len(names) for kind, names in report.swapped.items()} == {
+        "Cait": 1, "PatchEmbed": 1, "LayerScaleBlock": 3, "TalkingHeadAttn": 3, "Mlp": 5,
+        "LayerScaleBlockClassAttn": 2, "ClassAttn": 2, "LayerNorm": 11,
+    }  # fmt: skip
+    assert report.left == []
+
+
+@pytest.mark.parametrize(
+    "options, name, reason",
+    [
+        ({"attn_drop_rate": 0.1}, "blocks.0.attn", "has dropout"),
+        ({"proj_drop_rate": 0.1}, "blocks.0.mlp", "has dropout"),
+        ({"attn_drop_rate": 0.1}, "blocks.1", "attn stays with timm"),
+        ({"num_heads": 32, "embed_dim": 96}, "blocks.0.attn", "32 heads"),
+        ({"num_heads": 4, "embed_dim": 160}, "blocks.0.attn", "head dimension 40"),
+        ({"act_layer": torch.nn.ReLU}, "blocks_token_only.0", "mlp stays with timm"),
+    ],
+)
+def test_what_is_left_says_why(options, name, reason):
+    reference, fast = tiny_cait(**options)
+    reasons = {left.name: left.reason for left in deit_fast.accelerate(fast, "torch").left}
+    assert reason in reasons[name]
+    assert_same_logits(reference, fast, images(reference))
+
+
+def test_restore_is_exact():
+    reference, fast = tiny_cait()
+    before = {name: type(m) for name, m in reference.named_modules()}
+    parameters = dict(fast.named_parameters())
+    deit_fast.restore(fast)
+    assert {name: type(m) for name, m in fast.named_modules()} == before
+    for name, module in fast.named_modules():
+        assert module.__dict__.keys() == reference.get_submodule(name).__dict__.keys(), name
+    assert all(p is parameters[name] for name, p in fast.named_parameters())
+
+
+VARIANTS = {
+    "plain": {},
+    "mean of the patches": {"global_pool": "avg"},
+    "all tokens": {"global_pool": ""},
+    "no classes": {"num_classes": 0},
+    "no qkv bias": {"qkv_bias": False},
+    "odd sizes": {"img_size": (80, 48), "in_chans": 1},
+    "dropout": {"drop_rate": 0.2, "pos_drop_rate": 0.2, "drop_path_rate": 0.3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    reference, fast = tiny_cait(**VARIANTS[variant])
+    assert_same_logits(reference, fast, images(reference))
+
+
+@pytest.mark.parametrize("heads", [4, 6, 8])
+def test_every_triton_kernel(heads, device):
+    reference, fast = tiny_cait("triton", heads)
+    reference, fast = reference.to(device), fast.to(device)
+    assert_same_logits(reference, fast, images(reference).to(device))
+
+
+@pytest.mark.parametrize("heads", [4, 16])
+def test_half_precision_weights(heads, device):
+    """Only in half precision the kernels take 16 heads."""
+    reference, fast = tiny_cait("triton", heads, depth=1)
+    x = images(reference).to(device)
+    reference, fast = reference.half().to(device), fast.half().to(device)
+    exact = copy.deepcopy(reference).double()
+    with torch.no_grad():
+        want, true = reference(x.half()), exact(x.half().double())
+        assert_as_accurate(fast(x.half()), want, true, "inference")
+    assert_as_accurate(fast(x.half()), want, true, "with gradients on")
+
+
+def gradients(model, x, upstream):
+    torch.manual_seed(3)  # for the samples that are dropped
+    y, parameters = model(x), dict(model.named_parameters())
+    grads = torch.autograd.grad(y, list(parameters.values()), upstream)
+    return {"logits": y} | dict(zip(parameters, grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients(backend, device):
+    """Of every parameter, no less accurate than timm's; of proj_l's bias it is 0."""
+    reference, fast = (m.to(device) for m in tiny_cait(backend))
+    x, upstream = images(reference).to(device), torch.randn(2, 11, device=device)
+    got, want = (gradients(m, x, upstream) for m in (fast, reference))
+    exact = gradients(copy.deepcopy(reference).double(), x.double(), upstream.double())
+    for name, true in exact.items():
+        if name.endswith("proj_l.bias"):
+            torch.testing.assert_close(got[name], torch.zeros_like(got[name]), **CLOSE)
+        else:
+            assert_as_accurate(got[name], want[name], true, name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_stochastic_depth_drops_the_samples_that_timm_drops(checkpointing):
+    reference, fast = tiny_cait(drop_path_rate=0.5)
+    x, upstream = images(reference, batch=4), torch.randn(4, 11)
+    for model in (reference, fast):
+        model.train().set_grad_checkpointing(checkpointing)
+    runs = []
+    fast.blocks[0].register_forward_pre_hook(lambda *args: runs.append(1))
+    got, want = (gradients(m, x, upstream) for m in (fast, reference))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert len(runs) == 1 + checkpointing
+    assert not torch.allclose(got["logits"], fast.eval()(x))
+
+
+def test_evaluation_drops_nothing():
+    reference, fast = tiny_cait(drop_path_rate=0.5, drop_rate=0.5, pos_drop_rate=0.5)
+    x = images(reference)
+    torch.testing.assert_close(fast.eval()(x), reference.eval()(x), **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast(backend, device):
+    reference, fast = tiny_cait(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    x = images(reference).to(device)
+    with torch.no_grad():
+        true = copy.deepcopy(reference).double()(x.double())
+        with torch.autocast(device, FP16):
+            want, got = reference(x), fast(x)
+    assert got.dtype == want.dtype
+    assert_as_accurate(got, want, true)
+    with torch.autocast(device, FP16):
+        fast(x).float().square().mean().backward()
+    grad = fast.blocks[0].attn.proj_w.weight.grad
+    assert grad.dtype == torch.float32 and grad.any()
+
+
+def test_compiles_into_one_graph(device):
+    reference, fast = tiny_cait("triton", depth=1, depth_token_only=1)
+    reference, fast = reference.to(device), fast.to(device)
+    x = images(reference).to(device)
+    compiled = torch.compile(fast, fullgraph=True)
+    with torch.no_grad():
+        for batch in (x, torch.cat((x, x[:1]))):  # the second with a dynamic batch size
+            torch.testing.assert_close(compiled(batch), reference(batch), **CLOSE)
+    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    got = torch.autograd.grad(compiled(x).sum(), list(fast.parameters()))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_copies_and_state_dict(backend, device):
+    fast = tiny_cait(backend)[1].to(device)
+    x = images(fast).to(device)
+    with torch.no_grad():
+        want = fast(x)
+        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert type(copied) is layers.Cait and copied.blocks[0].backend == backend
+            torch.testing.assert_close(copied(x), want, rtol=0, atol=0)
+        other = randomize(tiny_cait(backend)[1], seed=5).to(device)
+        assert not torch.allclose(other(x), want)
+        other.load_state_dict(fast.state_dict())
+        torch.testing.assert_close(other(x), want, rtol=0, atol=0)
+
+
+def test_distributed_data_parallel_finds_every_gradient(tmp_path, device):
+    """Also that of proj_l's bias, which the result does not depend on."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(tiny_cait("triton", depth=1)[1].to(device).train())
+        for _ in range(2):  # the second step fails where the first left a parameter out
+            model(images(model.module).to(device)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_uint8_images(backend, device):
+    reference, fast = tiny_cait(backend)
+    reference, fast = reference.to(device), fast.to(device)
+    image = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8, device=device)
+    mean, std = (torch.tensor(reference.pretrained_cfg[k], device=device) for k in ("mean", "std"))
+    floats = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), reference(floats), **CLOSE)
+        fast.patch_embed.register_forward_hook(lambda *args: None)  # then it is called
+        torch.testing.assert_close(fast(image), reference(floats), **CLOSE)
+
+
+HOOKED = (
+    "patch_embed", "pos_drop", "blocks", "blocks.0", "blocks.1", "blocks_token_only.0", "norm",
+    "head_drop", "head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_on_the_models_own_modules_fire(name):
+    reference, fast = tiny_cait()
+    seen = {}
+    for model in (reference, fast):
+
+        def hook(module, args, out, model=model):
+            seen.setdefault(id(model), out)
+
+        model.get_submodule(name).register_forward_hook(hook)
+    x = images(reference)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), reference(x), **CLOSE)
+    torch.testing.assert_close(seen[id(fast)], seen[id(reference)], **CLOSE)
+
+
+def test_features_intermediates_and_surgery():
+    reference, fast = tiny_cait()
+    x = images(reference)
+    models = (fast, reference)
+    torch.testing.assert_close(*(m.forward_features(x) for m in models), **CLOSE)
+    for options in ({}, {"norm": True, "output_fmt": "NLC"}, {"indices": 1}):
+        torch.testing.assert_close(
+            *(m.forward_intermediates(x, **options) for m in models), **CLOSE
+        )
+    want = reference.forward_head(reference.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(fast.forward_pre_logits(x), want, **CLOSE)
+    for model in models:
+        torch.manual_seed(2)
+        model.reset_classifier(5, "avg")
+    torch.testing.assert_close(*(m(x) for m in models), **CLOSE)
+    for model in models:
+        model.prune_intermediate_layers(1)
+    torch.testing.assert_close(*(m(x) for m in models), **CLOSE)
+
+
+def test_modules_by_themselves(device):
+    reference, fast = (m.to(device) for m in tiny_cait("triton"))
+    exact = copy.deepcopy(reference).double()
+    x = torch.randn(2, 7, 192, device=device)
+    for name in ("blocks.0.attn", "blocks.0", "blocks_token_only.0.attn", "blocks_token_only.0"):
+        args = (x, x[:, :1] + 1) if name == "blocks_token_only.0" else (x,)
+        got, want = (m.get_submodule(name)(*args) for m in (fast, reference))
+        true = exact.get_submodule(name)(*(t.double() for t in args))
+        assert_as_accurate(got, want, true, name)
+
+
+def test_half_precision_launches():
+    """The trunk is five launches a block in inference, all of them ours; but for the first, the
+    moments of a LayerNorm come with the product before it."""
+    ours, others = [], []
+    for depth in (1, 3):
+        with torch.device("meta"):
+            model = deit_fast.create_model("cait_s24_224", depth=depth)
+        recorder = launches.record(model, 64, torch.bfloat16, H200, uint8=True, tables=False)
+        ours.append([op for op, _, _ in recorder.calls])
+        others.append(recorder.others)
+        moments = [args[5] for op, args, _ in recorder.calls[1:] if op == "layer_norm_linear"]
+        assert moments[0] is None and all(m is not None for m in moments[1 : 2 * depth])
+    block = ["layer_norm_linear", "talking_heads", "linear", "layer_norm_linear", "linear"]
+    assert ours[1][:16] == ["patch_embed", *block * 3] and ours[1][-1] == "classifier"
+    assert len(ours[1]) == len(ours[0]) + 10 and others[0] == others[1]
+
+
+def test_export_with_a_dynamic_batch_and_the_meta_device():
+    reference, fast = tiny_cait(depth=1, depth_token_only=1)
+    x = images(reference)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(fast, (x,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x[:1]), reference(x[:1]), **CLOSE)
+    with torch.no_grad():
+        assert fast.to("meta")(x.to("meta")).shape == (2, 11)
+
+
+def test_awkward_batches(device):
+    reference, fast = (m.to(device) for m in tiny_cait("triton", depth=1))
+    x = images(reference, batch=3).to(device)
+    with torch.no_grad():
+        want = reference(x)
+        assert fast(x[:0]).shape == (0, 11)
+        torch.testing.assert_close(fast(x[:1]), want[:1], **CLOSE)
+        torch.testing.assert_close(fast(x.to(memory_format=torch.channels_last)), want, **CLOSE)
+        x[1, 0, 0, 0] = torch.nan
+        got = fast(x)
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[[0, 2]], want[[0, 2]], **CLOSE)
