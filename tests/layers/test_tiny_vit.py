@@ -258,3 +258,21 @@ def test_a_window_alone():
     a, b = (m.stages[1].blocks[0].attn for m in (reference, fast))
     with torch.no_grad():
         torch.testing.assert_close(b(x), a(x), atol=1e-5, rtol=1e-4)
+
+
+def test_engine_folder_and_export(tmp_path):
+    """Bytes through an engine; a folder of weights; a program for any batch."""
+    _, fast = small()
+    fast.pretrained_cfg = dict(fast.pretrained_cfg) | {"input_size": (3, SIZE, SIZE)}
+    pixels = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(fast.pretrained_cfg[k]) for k in ("mean", "std"))
+    x = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        want = fast(x)
+        torch.testing.assert_close(deit_fast.InferenceEngine(fast, 2)(pixels), want)
+        options = {k: v for k, v in SMALL.items() if "drop" not in k}
+        deit_fast.save_pretrained(fast, tmp_path, **options)
+        again = deit_fast.from_pretrained(tmp_path, backend="torch").eval()
+        torch.testing.assert_close(again(x), want)
+        program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
+        torch.testing.assert_close(program.module()(x[:2]), want[:2])
