@@ -535,7 +535,9 @@ def _window_attention(arch):
                 continue
             L, tokens, d = window**2, BATCH * side**2, module.HEAD_DIM
             saved = dict.fromkeys(("qkv_ptr", "o_ptr", "do_ptr", "dqkv_ptr"), dtype)
-            saved |= {"bias_ptr": dtype, "lse_ptr": FP32, "scale": "fp32"}
+            # autocast leaves the biases in fp32
+            biases = FP32 if window == 24 else dtype
+            saved |= {"bias_ptr": biases, "lse_ptr": FP32, "scale": "fp32"}
             saved |= dict.fromkeys(("Y", "X", "H", "windows", "chunks"), "i32") | {"ds_ptr": FP32}
             constexprs = {"WINDOW": window, "HEAD_DIM": d}
             flops, row = 4 * tokens * L * H * d, tokens * H * d * dtype.itemsize

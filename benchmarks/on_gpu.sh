@@ -57,10 +57,10 @@ deits="DeiT-Ti distilled,DeiT-S distilled,DeiT-B distilled"
 forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
 fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
-vits=transformer convnets=convnet one=() half_modes=eager_bf16,deit_fast_bf16,deit_fast_engine_bf16
+vits=transformer convnets=convnet one=()
 if [ "$gpu" = 0 ]; then
     deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
-    one=(--rows TinyViT-5M) half_modes=eager_fp32,deit_fast_fp32
+    one=(--rows TinyViT-5M)
     forward=eager_fp32 fast=deit_fast_fp32 compiled=compile_bf16
 fi
 
@@ -122,7 +122,7 @@ run_stage() {
         done
         ;;
     relatives)
-        bench benchmarks/bench_relatives.py --modes "$half_modes" "${one[@]}"
+        bench benchmarks/bench_relatives.py --modes "$first" "${one[@]}"
         bench benchmarks/bench_relatives.py --modes "$compiled" "${one[@]}"
         ;;
     latency)
@@ -146,7 +146,8 @@ marked=deit_fast_reduce_overhead_amp_bf16_train,compile_max_autotune_amp_bf16_tr
 marked=$marked,deit_fast_amp_bf16_train,eager_amp_bf16_train,compile_amp_bf16_train
 train=eager_fp32_train,eager_amp_fp16_train,eager_bf16_train,deit_fast_bf16_train
 train=$train,compile_bf16_train,compile_max_autotune_bf16_train
-[ "$gpu" = 1 ] || { half=fp32 engine= host=deit_fast_fp32 marked=; train=eager_fp32_train,deit_fast_fp32_train; }
+first=eager_bf16,deit_fast_bf16,$engine${compiled%%,*},eager_fp32
+[ "$gpu" = 1 ] || { first=eager_fp32,deit_fast_fp32; half=fp32 engine= host=deit_fast_fp32 marked=; train=eager_fp32_train,deit_fast_fp32_train; }
 
 failed=0
 for stage; do

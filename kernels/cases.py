@@ -188,7 +188,8 @@ def conv_norm_inputs(
     }  # fmt: skip
     if residual:
         Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
-        made["residual"] = torch.randn(B, D, Y, X, device=device)
+        residual = torch.randn(B, D, Y, X, device=device)
+        made["residual"] = residual.contiguous(memory_format=torch.channels_last)
     return made
 
 

@@ -18,8 +18,9 @@ over the queries for dk and dv. dWl and dWw are partial sums of each program, no
 
 Mixing is a product too, on tensor cores: of the weights and the tile as a matrix with a row a head.
 They want 16 rows at least. With 8 heads, the halves of a head's tile are rows of their own, and the
-weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN passes these zeros:
-one in q may reach other queries of its sample, which a NaN in k or v does in any attention.
+weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN, or in fp16 a score
+that overflows, passes these zeros: one in q may reach other queries of its sample, which a NaN in k
+or v does in any attention.
 
 B samples, H heads (to 16), N tokens, d features a head (32, or 48 as in CaiT). qkv (B, N, 3, H, d),
 contiguous, is the layout of the product before; o (B, N, H, d) that of the projection behind. Sums
@@ -460,9 +461,10 @@ def talking_heads_attention(
     qkv (B, N, 3, H, d), the product's own layout; proj_l_weight, proj_w_weight (H, H), a row for
     each head of the result; proj_l_bias, proj_w_bias (H,). One of fp32, fp16, bf16 (under autocast
     qkv is cast to its dtype). `scale` of q k^T defaults to 1 / sqrt(d). Returns (B, N, H, d). The
-    Triton kernel takes up to 16 heads, 8 in fp32, of d = 32 or 48. `implementation`: "auto" |
-    "triton" | "torch". Raises ValueError for shapes, devices, head counts and dimensions, TypeError
-    for dtypes that do not fit.
+    Triton kernel takes up to 16 heads, 8 in fp32, of d = 32 or 48; with gradients more than 8 where
+    a program may have 109 KB of shared memory, elsewhere "auto" is PyTorch. `implementation`:
+    "auto" | "triton" | "torch". Raises ValueError for shapes, devices, head counts and dimensions,
+    TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("talking_heads", qkv, implementation)
     dtype = _runtime.autocast_dtype(qkv)
@@ -478,8 +480,15 @@ def talking_heads_attention(
     )  # fmt: skip
     weights = (proj_l_weight, proj_l_bias, proj_w_weight, proj_w_bias)
     scale = d**-0.5 if scale is None else float(scale)
-    if chosen == "torch":
+    trains = _runtime.wants_grad(qkv, *weights)
+    small = chosen == "triton" and trains and H > 8 and _lacks_memory(qkv.device)
+    if chosen == "torch" or small and implementation == "auto":
         return talking_heads_attention_reference(qkv, *weights, scale)
+    if small:
+        raise ValueError(
+            f"talking_heads_attention: gradients of {H} heads want 109 KB of shared memory, which "
+            "this chip does not have; want implementation 'auto' or 'torch'"
+        )
     (qkv,) = _runtime.cast(dtype, qkv)
     problem = why_not(H, d, qkv.dtype)
     if problem:
@@ -489,7 +498,13 @@ def talking_heads_attention(
             f"talking_heads_attention: one sample of qkv has 2**31 elements ({N} rows)"
         )
     qkv, *weights = (t if t is None else t.contiguous() for t in (qkv, *weights))
-    return _fwd(qkv, *weights, scale, _runtime.wants_grad(qkv, *weights))[0]
+    return _fwd(qkv, *weights, scale, trains)[0]
+
+
+def _lacks_memory(device: torch.device) -> bool:
+    """Whether the chip's limit is 99 KB: consumer and inference chips."""
+    capability = _runtime.capability(device.type, device.index)
+    return capability in ((8, 6), (8, 9)) or capability is not None and capability >= (12, 0)
 
 
 def why_not(H: int, d: int, dtype: torch.dtype = torch.bfloat16) -> str | None:

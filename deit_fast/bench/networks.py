@@ -46,10 +46,10 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter random: no zero bias and no unit LayerNorm that would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.dim() < 2 and name.endswith(("weight", "gamma")):
+        noise, leaf = torch.randn(p.shape, generator=generator), name.rpartition(".")[2]
+        if p.dim() < 2 and (leaf == "weight" or leaf.startswith("gamma")):
             p.data.copy_(1 + 0.2 * noise)
-        elif p.dim() > 1 and "token" not in name and "pos" not in name:
+        elif p.dim() > 1 and "token" not in leaf and "pos" not in leaf:
             p.data.copy_(noise / p[0].numel() ** 0.5)
         else:
             p.data.copy_(0.3 * noise)

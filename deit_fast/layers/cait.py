@@ -113,7 +113,8 @@ class _LayerScaleBlock(Fast):
 class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
     """timm's LayerScaleBlock: (B, N, D) -> (B, N, D), LayerScale and stochastic depth fused.
 
-    Hooks on the block fire, those on the layers inside it don't: see `deit_fast.layers.Block`.
+    Hooks on the block fire, those on the layers inside it don't: see `deit_fast.layers.Block`. In
+    training `recompute` is about the MLP half; the attention half keeps its LayerNorm's result.
     """
 
     timm_class = timm_cait.LayerScaleBlock
@@ -173,7 +174,9 @@ class Cait(FastTransformer, timm_cait.Cait):
     def forward_features(self, x):
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
         x = self._run_trunk(self.embed(x))
-        return self.norm(x if self.blocks_token_only is None else self.forward_cls(x))
+        if self.blocks_token_only is not None:  # a pruned model has none
+            x = torch.cat((self._class_token(x), x), dim=1)
+        return self.norm(x)
 
     def forward(self, x):
         """Logits (B, classes). The final norm runs for the class token alone where nothing else is
@@ -195,7 +198,9 @@ class Cait(FastTransformer, timm_cait.Cait):
 
     def _run_prefix(self, x):
         """The class token (B, 1, D) after the last block."""
-        x = self._run_trunk(self.embed(x))
+        return self._class_token(self._run_trunk(self.embed(x)))
+
+    def _class_token(self, x):
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks_token_only:
             cls_token = block(x, cls_token)
@@ -206,7 +211,8 @@ class Cait(FastTransformer, timm_cait.Cait):
 
     def _reads_prefix_only(self):
         return (
-            self.blocks_token_only is not None
+            len(self.blocks) > 0
+            and self.blocks_token_only is not None
             and self.global_pool == "token"
             and (is_identity(self.norm) or type(self.norm) is LayerNorm)
             and not is_watched(self.norm)

@@ -25,7 +25,8 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
     in TinyViT may be asked of it: y = activation(norm(conv(x)) + residual).
 
     In inference it is one operation; while batch norm takes its statistics from the batch, where
-    gradients are wanted, or with hooks on them, the convolution and the norm run as they are.
+    gradients are wanted, with hooks on them or after they were changed, the convolution and the
+    norm run as they are.
     """
 
     timm_class = timm_tiny.ConvNorm
@@ -33,23 +34,25 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
     @classmethod
     def why_not(cls, module):
         conv, bn = module.conv, module.bn
-        if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != "zeros":
-            return "conv is not a plain nn.Conv2d without bias"
+        if type(conv) is not nn.Conv2d or "weight" not in conv._parameters:
+            return "conv is not a plain nn.Conv2d"
+        if conv.bias is not None or conv.padding_mode != "zeros":
+            return "conv has a bias, or pads with other than zeros"
         for name in ("kernel_size", "stride", "padding"):
             if len(set(getattr(conv, name))) != 1:
                 return f"conv has {name} {getattr(conv, name)}"
         if conv.dilation != (1, 1):
             return "conv is dilated"
-        if type(bn) is not nn.BatchNorm2d or not bn.affine or not bn.track_running_stats:
+        if type(bn) is not nn.BatchNorm2d or bn.weight is None or bn.running_mean is None:
             return "bn is not a nn.BatchNorm2d with weights and statistics"
         return None
 
     def forward(self, x, activation="none", residual=None):
         conv, bn = self.conv, self.bn
-        plain = type(conv) is nn.Conv2d and "weight" in conv._parameters
-        if bn.training or torch.is_grad_enabled() or not plain or is_watched(conv, bn):
+        fused = not bn.training and not torch.is_grad_enabled() and not is_watched(conv, bn)
+        if not fused or self.why_not(self) is not None:
             y = super().forward(x)
-            y = y if residual is None else y + residual
+            y = y if residual is None else y + residual.to(y.dtype)
             return F.gelu(y) if activation == "gelu" else y
         return kernels.conv_norm(
             x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps,
@@ -59,7 +62,8 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
 
 
 class _Convolutions(Fast):
-    """Mixin of what is made of ConvNorms with GELU behind them."""
+    """Mixin of what is made of ConvNorms with GELU behind them. With hooks on these, which are to
+    see what timm's would, nothing is fused across them."""
 
     @classmethod
     def why_not(cls, module):
@@ -68,7 +72,20 @@ class _Convolutions(Fast):
                 return f"{name} stays with timm"
             if name.startswith("act") and not is_exact_gelu(part):
                 return f"activation {part} is not the exact GELU"
-        return None
+        return _why_not_drop(module, "drop_path")
+
+    def forward(self, x):
+        if is_watched(*self.children()) or self.why_not(self) is not None:
+            return super().forward(x)
+        return self._fused(x)
+
+
+def _why_not_drop(module, *names):
+    for name in names:
+        drop = getattr(module, name, None)
+        if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
+            return f"{name} is a {type(drop).__name__}"
+    return None
 
 
 class PatchEmbed(_Convolutions, timm_tiny.PatchEmbed):
@@ -76,7 +93,7 @@ class PatchEmbed(_Convolutions, timm_tiny.PatchEmbed):
 
     timm_class = timm_tiny.PatchEmbed
 
-    def forward(self, x):
+    def _fused(self, x):
         return self.conv2(self.conv1(x, "gelu"))
 
 
@@ -85,7 +102,7 @@ class PatchMerging(_Convolutions, timm_tiny.PatchMerging):
 
     timm_class = timm_tiny.PatchMerging
 
-    def forward(self, x):
+    def _fused(self, x):
         return self.conv3(self.conv2(self.conv1(x, "gelu"), "gelu"))
 
 
@@ -94,11 +111,12 @@ class MBConv(_Convolutions, timm_tiny.MBConv):
 
     timm_class = timm_tiny.MBConv
 
-    def forward(self, x):
+    def _fused(self, x):
         hidden = self.conv2(self.conv1(x, "gelu"), "gelu")
         if is_identity(self.drop_path) or not self.drop_path.training:
             return self.conv3(hidden, "gelu", x)
-        return F.gelu(self.drop_path(self.conv3(hidden)) + x)
+        y = self.drop_path(self.conv3(hidden))
+        return F.gelu(y + x.to(y.dtype))
 
 
 class Attention(Fast, timm_tiny.Attention):
@@ -135,9 +153,11 @@ class Attention(Fast, timm_tiny.Attention):
 
 
 class NormMlp(Fast, timm_tiny.NormMlp):
-    """timm's NormMlp without dropout: LayerNorm, fc1, GELU, fc2, (..., C) -> (..., C_out)."""
+    """timm's NormMlp without dropout: LayerNorm, fc1, GELU, fc2, (..., C) -> (..., C_out).
+    `recompute` as `deit_fast.layers.Block`'s; attention keeps its LayerNorm's result."""
 
     timm_class = timm_tiny.NormMlp
+    recompute = True
 
     @classmethod
     def why_not(cls, module):
@@ -156,7 +176,7 @@ class NormMlp(Fast, timm_tiny.NormMlp):
         norm_weight, norm_bias, eps = self.norm.operands
         return kernels.layer_norm_mlp(
             x, norm_weight, norm_bias, *weights(self.fc1), *weights(self.fc2), eps, **epilogue,
-            implementation=self.backend,
+            recompute=self.recompute, implementation=self.backend,
         )  # fmt: skip
 
 
@@ -172,11 +192,7 @@ class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
         for name, kind in (("attn", Attention), ("mlp", NormMlp)):
             if type(getattr(module, name)) is not kind:
                 return f"{name} stays with timm"
-        for name in ("drop_path1", "drop_path2"):
-            drop = getattr(module, name)
-            if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
-                return f"{name} is a {type(drop).__name__}"
-        return None
+        return _why_not_drop(module, "drop_path1", "drop_path2")
 
     def forward(self, x):
         Y, X = x.shape[1:3]

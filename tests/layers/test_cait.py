@@ -28,7 +28,10 @@ def tiny_cait(backend="torch", heads=4, **kwargs):
 
 
 def test_ten_models_have_the_head_counts_that_are_tested():
-    assert len(NAMES) == 10
+    with torch.device("meta"):
+        attention = [timm.create_model(name, depth=1).blocks[0].attn for name in NAMES]
+    assert len(attention) == 10 and {a.num_heads for a in attention} == {4, 6, 8, 16}
+    assert {a.proj.in_features // a.num_heads for a in attention} == {48}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -108,7 +108,8 @@ def step(model, x, seed=3):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradients(backend, training, device):
     """Batch norm's statistics too, and stochastic depth drawn as timm draws it."""
-    reference, fast = small(backend, device, drop_path_rate=0.5)
+    reference, fast = small(backend, device, depths=(2, 1), drop_path_rate=0.6)
+    assert reference.stages[0].blocks[1].drop_path.drop_prob > 0
     x = images(4, device=device)
     truth = step(copy.deepcopy(reference).double().train(training), x.double())
     want = step(reference.train(training), x)
@@ -145,7 +146,7 @@ def test_statistics_without_gradients(device):
 
 def test_drop_path_in_double():
     """The draws themselves: exact arithmetic leaves no room for another sample's being dropped."""
-    reference, fast = (m.double().train() for m in small(drop_path_rate=0.5))
+    reference, fast = (m.double().train() for m in small(depths=(3, 1), drop_path_rate=0.6))
     x = images(8).double()
     want, got = step(reference, x), step(fast, x)
     for name, true in want.items():
@@ -211,14 +212,56 @@ def test_weights_may_change():
         torch.testing.assert_close(fast(x), reference(x), atol=1e-4, rtol=1e-4)
 
 
-def test_hooks_on_a_convolution_fire():
-    reference, fast = small()
+@pytest.mark.parametrize("part", ["conv2.conv", "conv2.bn", "conv2", "conv3", "act1"])
+def test_hooks_see_what_timms_see(part):
     seen = []
-    fast.stages[0].blocks[0].conv2.conv.register_forward_hook(lambda m, i, o: seen.append(o.shape))
     x = images()
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), reference(x))
-    assert seen == [(2, 64, 16, 16)]
+    for model in small():
+        of = model.stages[0].blocks[0].get_submodule(part)
+        of.register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+        with torch.no_grad():
+            seen.append(model(x))
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[2:], seen[:2])
+
+
+@pytest.mark.parametrize("change", ["bias", "padding", "fused", "no statistics"])
+def test_convolutions_that_change_afterwards(change):
+    """After the swap: what no longer is the operation runs as it is."""
+    x, found = images(), []
+    for model in small("triton"):
+        part = model.stages[0].blocks[0].conv2
+        if change == "bias":
+            part.conv.bias = nn.Parameter(torch.arange(64.0))
+        if change == "padding":
+            part.conv.padding_mode = "reflect"
+        if change == "fused":
+            part.conv, part.bn = part.fuse(), nn.Identity()
+        if change == "no statistics":
+            part.bn.running_mean = part.bn.running_var = None
+        with torch.no_grad():
+            found.append(model.eval()(x))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_in_training(device):
+    """Gradients of every parameter under fp16, biases of attention in fp32 beside it."""
+    reference, fast = small("triton", device)
+    x = images(4, device=device)
+    truth = step(copy.deepcopy(reference).double().train(), x.double())
+    with torch.autocast(device, torch.float16):
+        want, got = (step(m.train(), x) for m in (reference, fast))
+    for name, true in truth.items():
+        if true is not None and true.norm() > 1e-6:
+            assert got[name].dtype == want[name].dtype, name
+            allowed = 3 * relative_error(want[name], true) + 1e-3
+            assert relative_error(got[name], true) <= allowed, name
+
+
+def test_recompute():
+    _, fast = small()
+    deit_fast.accelerate(fast, "torch", recompute=False)
+    assert not fast.stages[1].blocks[0].mlp.recompute
 
 
 def test_batch_norm_that_is_frozen():
