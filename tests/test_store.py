@@ -139,7 +139,7 @@ def test_what_is_stored_is_what_the_teacher_says(data, net, whole):
             batch[i] = batch[i + 1] = None
     assert mixed  # CutMix is left to the test of bits
     made = Pictures(images, DEIT, config)
-    stacked, _ = made.collate([made[int(r["index"]), int(r["seed"])] for r in records[:6]])
+    stacked, *_ = made.collate([made[int(r["index"]), int(r["seed"])] for r in records[:6]])
     for x, y in zip(batch, stacked, strict=True):
         assert x is None or torch.equal(x, y)
     with torch.no_grad():
@@ -346,11 +346,11 @@ def test_another_order_is_not_gone_on_with(data, net, whole, copy, monkeypatch):
 
         def other(*args, at=at):
             drawn = list(order_of(*args))
-            drawn[at][[7, 20]] = drawn[at][[20, 7]]
+            drawn[at] = drawn[at][::-1].copy()
             return drawn
 
         monkeypatch.setattr(module, "order_of", other)
-        with pytest.raises(ValueError, match=rf"\.part: {named} of records 6 to 11 is not what is"):
+        with pytest.raises(ValueError, match=rf"\.part: {named} of records 0 to 5 is not what is"):
             put(data, copy, net)
     assert path.with_suffix(".part").read_bytes() == content
 
@@ -649,18 +649,59 @@ def test_an_answer_that_is_no_number(data, net, tmp_path, monkeypatch):
         put(data, tmp_path, net)
 
 
-def test_unreadable_pictures_give_way_as_in_training(net, tmp_path):
+def test_unreadable_pictures_give_way_and_records_say_to_which(net, tmp_path):
     data = pictures(tmp_path / "data")
     broken = data / "train" / "class1" / "3.png"
     broken.write_bytes(b"no picture")
     found = put(data, tmp_path / "s", net)
     assert list(found["unreadable"]) == [str(broken)]
-    learn(data, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1})
-    assert str(broken) in (tmp_path / "o" / "unreadable.csv").read_text()
+    drawn = Store(tmp_path / "s").epoch(0).all()["index"].tolist()
+    assert sorted(drawn) == sorted([*range(11), *range(12, 24), 12])
+    events = []
+    learn(data, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1}, report=events.append)
+    assert not [event for event in events if event["event"] == "note"]  # it is not looked at
     for path in (data / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="^data: 10 images in a row are unreadable"):
         put(data, tmp_path / "t", net)
+
+
+def test_an_image_that_broke_after_the_teacher_saw_it(data, net, whole, tmp_path, monkeypatch):
+    changed = Path(shutil.copytree(data, tmp_path / "data"))
+    broken = changed / "train" / "class1" / "3.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"an image is unreadable: .*1/3.png: .*the teacher saw"):
+        learn(changed, tmp_path / "o", whole)
+    # and where it is not one of the sample
+    monkeypatch.setattr(pictures_module, "SAMPLED", 2)
+    put(data, tmp_path / "s", net)
+    place = Store(tmp_path / "s").epoch(0).all()["index"].tolist().index(11)
+    named = rf"^data: an image is unreadable: .*1/3.png: .* record {place} of .*h-0000-.*records"
+    with pytest.raises(ValueError, match=named):
+        learn(changed, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1})
+    with pytest.raises(ValueError, match=r"1/3.png: .* record \d+ of .*records"):
+        check(changed, tmp_path / "s", net)
+
+
+def test_an_image_that_was_repaired_after_the_teacher_missed_it(data, net, tmp_path):
+    """It stays out of what is written, and the writer goes on with what it began."""
+    changed, out = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "s"
+    broken = changed / "train" / "class1" / "3.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    put(changed, out, net, epochs=2)
+    path = out / "epoch-0001-rank-0-of-1.records"
+    first = Store(out).epoch(0).all()["index"].tolist()
+    was = path.read_bytes()
+    path.unlink()
+    path.with_suffix(".part").write_bytes(was[: 64 + 3 * BLOCK])
+    broken.write_bytes(content)
+    assert check(changed, out, net)["mean_difference"] == 0
+    put(changed, out, net, epochs=2)
+    assert path.read_bytes()[: 64 + 3 * BLOCK] == was[: 64 + 3 * BLOCK]
+    assert Store(out).epoch(0).all()["index"].tolist() == first and 11 not in first
+    assert check(changed, out, net)["mean_difference"] == 0
+    learn(changed, tmp_path / "o", out, recipe_of={"epochs": 2})
 
 
 # Learning from it

@@ -88,9 +88,10 @@ def write(
         if count is not None:
             chosen = fraction(images, count, seed).indices
         pictures = Pictures(images, recipe, config)
+        known = identify(images)
         manifest = Manifest(
-            teacher=teacher_of(model), images=identify(images),
-            transform=describe(recipe, config), sample=pictures.sample(seed),
+            teacher=teacher_of(model), images=known,
+            transform=describe(recipe, config), sample=_sample(out, pictures, known, seed),
             classes=classes, k=k, records=len(chosen), batch=batch, seed=seed, world=group.world,
             amp=amp, epochs=epochs, notes={"teacher": str(teacher), "versions": versions()},
         )  # fmt: skip
@@ -128,6 +129,14 @@ def config_of(model, img_size: int | None) -> dict:
             raise ValueError(f"teacher: {name} {config[name]} in its pretrained_cfg, want one a "
                              f"channel: {channels}")  # fmt: skip
     return config | {"input_size": (channels, *size)}
+
+
+def _sample(out, pictures, known, seed):
+    """Of the images that a store in `out` has its sample of: others may be readable by now."""
+    of = None
+    if (out / MANIFEST).exists() and (there := Manifest.read(out)).images == known:
+        of = there.sample["images"]
+    return pictures.sample(seed, of)
 
 
 def _begin(out, manifest):
@@ -277,11 +286,11 @@ class _Writing:
             writer.require(order, seeds)
             rest = zip(order[writer.done :].tolist(), seeds[writer.done :].tolist(), strict=True)
             self.blocks.begin(list(rest))
-            for images, unreadable in self.loader:
+            for images, used, unreadable in self.loader:
                 require_readable(images, unreadable)
                 records = np.empty(len(images), manifest.record)
                 part = slice(writer.done, writer.done + len(images))
-                records["index"], records["seed"] = order[part], seeds[part]
+                records["index"], records["seed"] = used, seeds[part]  # not what gave way
                 records["classes"], records["probs"] = answer(
                     self.model, images, manifest.amp, manifest.k
                 )
