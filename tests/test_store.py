@@ -482,7 +482,7 @@ def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
     assert state["identity"]["settings"]["store"]["epochs"] == [0, 2]
     (note,) = (event["text"] for event in events if event["event"] == "note")
     assert str(path) in note and "byte 64" in note and "left out" in note
-    with pytest.raises(ValueError, match="epochs: 3, but .* has 2 that can be used .1 are damaged"):
+    with pytest.raises(ValueError, match="epochs: 3, but .* has 2 that can be used .1 is damaged"):
         learn(data, tmp_path / "b", copy)
     path.rename(path.with_suffix(".part"))
     with pytest.raises(ValueError, match="is not complete, write it to its end"):
@@ -495,6 +495,50 @@ def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
         (copy / f"epoch-000{epoch}-rank-0-of-1.records").unlink()
     with pytest.raises(ValueError, match="has no whole epoch"):
         check(data, copy, net)
+
+
+def test_a_run_goes_on_whatever_happens_to_epochs_it_needs_no_more(whole, data, copy, tmp_path):
+    """Repaired or newly damaged: the run keeps the epochs it began with."""
+    want = learn(data, tmp_path / "want", whole, recipe_of={"epochs": 2})
+    files_of = [copy / f"epoch-000{epoch}-rank-0-of-1.records" for epoch in (0, 1, 2)]
+    contents_of = [path.read_bytes() for path in files_of]
+
+    def stop(event):
+        if event["event"] == "update" and (event["epoch"], event["update"]) == (1, 1):
+            raise KeyboardInterrupt
+
+    def begin(out):
+        with pytest.raises(KeyboardInterrupt):
+            learn(data, out, copy, recipe_of={"epochs": 2}, report=stop, save_every=1)
+
+    begin(tmp_path / "a")
+    files_of[0].write_bytes(flip(contents_of[0], 100))  # is behind it
+    files_of[2].unlink()  # was never asked for
+    state = learn(data, tmp_path / "a", copy, recipe_of={"epochs": 2})
+    assert same(state, want)
+    files_of[2].write_bytes(contents_of[2])
+    begin(tmp_path / "b")
+    files_of[0].write_bytes(contents_of[0])
+    files_of[2].write_bytes(flip(contents_of[2], 100))
+    with pytest.raises(Damaged, match="epoch-0002.*, byte 64"):  # is still to come
+        learn(data, tmp_path / "b", copy, recipe_of={"epochs": 2})
+    files_of[2].write_bytes(contents_of[2])
+    state = learn(data, tmp_path / "b", copy, recipe_of={"epochs": 2})
+    assert state["identity"]["settings"]["store"]["epochs"] == [1, 2]
+
+
+def test_no_more_epochs_are_read_than_are_needed(data, copy, tmp_path, monkeypatch):
+    """And what is not written is not called damaged."""
+    first = copy / "epoch-0000-rank-0-of-1.records"
+    first.rename(first.with_suffix(".part"))
+    looked, damage, events = [], Store.damage, []
+    monkeypatch.setattr(Store, "damage", lambda s, e: looked.append(e) or damage(s, e))
+    learn(data, tmp_path / "a", copy, recipe_of={"epochs": 1}, report=events.append)
+    assert looked == [0, 1]
+    (note,) = (event["text"] for event in events if event["event"] == "note")
+    assert note == "store: 1 epoch is not written, and left out: 0"
+    with pytest.raises(ValueError, match="has 2 that can be used .1 is not written: .*complete"):
+        learn(data, tmp_path / "b", copy)
 
 
 def test_a_damaged_manifest_is_refused(data, net, copy):

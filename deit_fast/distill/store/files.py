@@ -47,7 +47,11 @@ class Damaged(ValueError):
         self.path, self.offset, self.reason = path, offset, reason
 
     def __reduce__(self):  # exceptions are pickled with their message alone
-        return Damaged, (self.path, self.offset, self.reason)
+        return type(self), (self.path, self.offset, self.reason)
+
+
+class Unwritten(Damaged):
+    """A file that is not there or not complete: a writer may be on its way to it."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +376,7 @@ class Store:
                 part = path.with_suffix(".part")
                 half = part.exists()
                 reason = "is not complete, write it to its end" if half else "there is no such file"
-                raise Damaged(part if half else path, 0, reason)
+                raise Unwritten(part if half else path, 0, reason)
             check_size(path, manifest, manifest.header(epoch, rank), count)
             parts.append((first, count, path))
         return Records(manifest, parts)
