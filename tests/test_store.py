@@ -2,12 +2,14 @@
 refused."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 
 import deit_fast
 from deit_fast.cli import main
-from deit_fast.distill import augment, checkpoints, recipe, teacher
+from deit_fast.distill import augment, checkpoints, folder, recipe, teacher
 from deit_fast.distill.datasets import open_images
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.store import Damaged, Store, check, files, read, write
@@ -368,12 +370,60 @@ def test_a_signal_stops_it_between_blocks(data, net, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_two_writers_do_not_share_a_folder(data, net, tmp_path):
+def test_two_writers_do_not_share_a_folder(data, net, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+
     def report(event):
         put(data, tmp_path, net)
 
     with pytest.raises(ValueError, match="another run writes into"):
         put(data, tmp_path, net, report=report)
+
+
+def test_two_writers_do_not_share_a_file(data, net, whole, copy, monkeypatch):
+    """Whatever their ranks are; one that is left by a killed writer's workers is waited for."""
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    part = path.with_suffix(".part")
+    content = path.read_bytes()[: 64 + BLOCK + 5]
+    path.unlink()
+    part.write_bytes(content)
+    with open(part, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(folder, "PATIENCE", 0.2)
+        with pytest.raises(
+            ValueError, match=r"another process writes into .*0001-rank-0-of-1.part"
+        ):
+            put(data, copy, net)
+        assert part.read_bytes() == content
+        monkeypatch.setattr(folder, "PATIENCE", 60)
+        threading.Timer(1, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        put(data, copy, net)
+    assert contents(copy) == contents(whole)
+
+
+def test_a_file_that_changed_is_not_sealed(whole, copy):
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    part = path.with_suffix(".part")
+    path.rename(part)
+    writer = files.Writer(copy, Store(copy).manifest, 1, 0)
+    assert writer.done == 24
+    with open(part, "ab") as other:
+        other.write(b"x")
+    with pytest.raises(Damaged, match=r"\.part, byte 464: 465 bytes, want 464 for 24 records"):
+        writer.seal()
+    writer.close()
+    assert part.exists() and not path.exists()
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_a_header_that_a_power_failure_left_empty(size, data, net, whole, copy):
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    path.unlink()
+    path.with_suffix(".part").write_bytes(bytes(size))
+    notes = []
+    put(data, copy, net, report=lambda e: notes.append(e.get("text")))
+    assert contents(copy) == contents(whole)
+    assert any(text and "header is all zeros: goes on behind its first 0" in text for text in notes)
 
 
 def test_torchrun(data, net, whole, tmp_path):

@@ -16,6 +16,7 @@ followed by its checksum. Everything is little-endian and nothing is aligned:
                 block passes neither for another one nor in another file
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoints
+from .. import checkpoints, folder
 from ..augment import TRIES
 
 MANIFEST = "manifest.json"
@@ -205,12 +206,13 @@ class Writer:
     """One process's share of one epoch, block after block; goes on with what is there.
 
     done: records that are there, whole; the torn rest of a process that died is cut off, and `cut`
-    is None or what was wrong with it. Raises Damaged for a file that is not this one's.
+    is None or what was wrong with it. Raises Damaged for a file that is not this one's, ValueError
+    where another process writes into it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, epoch: int, rank: int):
+    def __init__(self, out: Path, manifest: Manifest, epoch: int, rank: int):
         self.manifest, self.header, self.cut = manifest, manifest.header(epoch, rank), None
-        self.path = manifest.path(folder, epoch, rank)
+        self.path = manifest.path(out, epoch, rank)
         self.part = self.path.with_suffix(".part")
         self.count = manifest.share(rank)[1]
         self.done, self.file = 0, None
@@ -219,17 +221,31 @@ class Writer:
             self.done = self.count
             return
         self.file = open(self.part, "a+b", buffering=0)  # appends, wherever it has been read
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self):
+        manifest = self.manifest
+        if not folder.lock(self.file):
+            raise ValueError(f"out: another process writes into {self.part}")
+        if self.path.exists():  # that process has just completed it
+            self.part.unlink(missing_ok=True)
+            self.close()
+            self.done = self.count
+            return
         self.file.seek(0)
         found = self.file.read(HEADER.itemsize)
-        if len(found) < HEADER.itemsize:
+        if len(found) < HEADER.itemsize or not any(found):
+            if found and not any(found):  # a power failure may keep the length and lose the content
+                self.cut = Damaged(self.part, 0, "the header is all zeros")
             self.file.truncate(0)
             self._append(self.header)
+            os.fsync(self.file.fileno())
             return
-        try:
-            check_header(self.part, found, self.header)
-        except Damaged:
-            self.file.close()
-            raise
+        check_header(self.part, found, self.header)
         self.done, damage = scan(self.file, self.part, manifest, self.header, self.count)
         if os.fstat(self.file.fileno()).st_size > manifest.length(self.done):
             self.cut = damage
@@ -274,17 +290,22 @@ class Writer:
         """Give the complete file its name."""
         if self.done != self.count:
             raise ValueError(f"{self.part}: {self.done} records, want {self.count} to seal it")
+        size, want = os.fstat(self.file.fileno()).st_size, self.manifest.length(self.count)
+        if size != want:
+            reason = f"{size} bytes, want {want} for {self.count} records"
+            raise Damaged(self.part, min(size, want), reason)
         os.fsync(self.file.fileno())
-        self.close()
         os.replace(self.part, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
+        self.close()  # not before: its lock is on what is renamed
+        parent = os.open(self.path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a power failure could undo the renaming
+            os.fsync(parent)  # or a power failure could undo the renaming
         finally:
-            os.close(folder)
+            os.close(parent)
 
     def close(self) -> None:
         if self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # workers have inherited the file
             self.file.close()
             self.file = None
 
