@@ -597,7 +597,10 @@ def test_a_damaged_manifest_is_refused(data, net, copy):
     for changed in (
         content[:-20], "", "[]", content.replace('"k": 2', '"k": 1'),
         content.replace('"format": 1', '"format": 2'), content.replace("amp", "pma"),
+        content.replace('"epochs": 3', '"epochs": 2'), content.replace('"torch": "', '"torch": "9'),
+        content.replace('"notes": {', '"notes": {"x": 1, '), content.replace("checksum", "x"),
     ):  # fmt: skip
+        assert changed != content
         path.write_text(changed)
         with pytest.raises(Damaged, match="manifest.json, byte 0: "):
             Store(copy)
@@ -609,6 +612,28 @@ def test_a_damaged_manifest_is_refused(data, net, copy):
         Store(copy)
     with pytest.raises(ValueError, match="has epoch-0000.* and no manifest.json"):
         put(data, copy, net)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"epochs": "3"}, "epochs is '3', want int"),
+        ({"epochs": True}, "epochs is True, want int"),
+        ({"epochs": 0}, "epochs is 0, want 1 or more"),
+        ({"batch": 0}, "batch is 0, want 1 or more"),
+        ({"notes": []}, r"notes is \[\], want dict"),
+        ({"notes": {"teacher": "x"}}, "notes has no versions"),
+        ({"notes": {"teacher": "x", "versions": 1}}, "notes has versions 1, want dict"),
+        ({"sample": "x"}, "sample is 'x', want dict"),
+        ({"teacher": {}}, "teacher has no architecture"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(change, reason, data, net, copy):
+    """Though its key and checksum are right."""
+    dataclasses.replace(Store(copy).manifest, **change).write(copy)
+    for call in (lambda: Store(copy), lambda: put(data, copy, net), lambda: check(data, copy, net)):
+        with pytest.raises(Damaged, match=f"manifest.json, byte 0: {reason}"):
+            call()
 
 
 # What does not fit

@@ -29,6 +29,7 @@ import numpy as np
 
 from .. import checkpoints, folder
 from ..augment import TRIES
+from .pictures import SETTINGS
 
 MANIFEST = "manifest.json"
 MAGIC = b"DFSTORE1"
@@ -38,6 +39,14 @@ HEADER = np.dtype([
     ("zeros", "V8"), ("checksum", "<u4"),
 ])  # fmt: skip
 CHECKSUM = 4  # bytes
+
+PARTS = {  # of a manifest's dicts
+    "teacher": {"architecture": str, "weights": str},
+    "images": {"count": int, "classes": int, "labels": str, "names": str},
+    "transform": dict.fromkeys(SETTINGS, object) | {"input_size": list, "mean": list, "std": list},
+    "sample": {"images": list, "pictures": str},
+    "notes": {"teacher": str, "versions": dict},
+}
 
 
 class Damaged(ValueError):
@@ -84,12 +93,11 @@ class Manifest:
     def key(self) -> str:
         """32 hexadecimal digits."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("key", True)}
-        return hashlib.blake2b(
-            json.dumps(known, sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
+        return _digest(known)
 
     def write(self, folder: Path) -> None:
         content = {"format": 1, "key": self.key} | asdict(self)
+        content["checksum"] = _digest(content)  # of what is not part of the key too
         text = json.dumps(content, indent=1) + "\n"
         checkpoints.write(folder / MANIFEST, lambda file: file.write(text.encode()))
 
@@ -103,14 +111,35 @@ class Manifest:
             raise FileNotFoundError(f"store: {folder} has no {MANIFEST}") from None
         try:
             found = json.loads(content)
+            came = found.pop("checksum")
+            known = _digest(found)
             form, key = found.pop("format"), found.pop("key")
             manifest = cls(**found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(path, 0, f"is no manifest ({error!r})") from error
         if (form, key) != (1, manifest.key):
             reason = f"format {form}, key {key}; want 1 and {manifest.key} for what it says"
             raise Damaged(path, 0, reason)
+        if came != known:
+            raise Damaged(path, 0, f"checksum {came}, want {known} for what it says")
+        if (reason := manifest._wrong()) is not None:
+            raise Damaged(path, 0, reason)
         return manifest
+
+    def _wrong(self):
+        """What is not of its type, or too small, in words; or None."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is not f.type:
+                return f"{f.name} is {value!r}, want {f.type.__name__}"
+            if f.type is int and value < (least := 0 if f.name == "seed" else 1):
+                return f"{f.name} is {value}, want {least} or more"
+            for name, kind in PARTS.get(f.name, {}).items():
+                if name not in value:
+                    return f"{f.name} has no {name}"
+                if not isinstance(value[name], kind):
+                    return f"{f.name} has {name} {value[name]!r}, want {kind.__name__}"
+        return None
 
     # Where what is
 
@@ -151,6 +180,11 @@ class Manifest:
     def epoch_bytes(self) -> int:
         """Of an epoch's files, all processes' together."""
         return sum(self.length(self.share(rank)[1]) for rank in range(self.world))
+
+
+def _digest(content):
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def checksum(header: bytes, block: int, content: bytes) -> int:
