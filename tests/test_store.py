@@ -436,11 +436,21 @@ def test_torchrun(data, net, whole, tmp_path):
     train += options_of(**{"drop-path": 0, "seed": 3})
     train[train.index("--img-size") : train.index("--img-size") + 2] = []
     train[train.index("--repeated-aug") : train.index("--repeated-aug") + 2] = []
-    for command in (write_two, [*train, "--out", str(tmp_path / "ranks")]):
+
+    def started(command):
         ended = subprocess.run(
             [*ranks, "-m", "deit_fast", *command], capture_output=True, text=True, timeout=300
         )
         assert ended.returncode == 0, ended.stderr
+        return ended.stderr
+
+    started(write_two)
+    torn = two / "epoch-0001-rank-1-of-2.records"
+    torn.with_suffix(".part").write_bytes(torn.read_bytes()[: 64 + BLOCK + 5])
+    torn.unlink()
+    said = started(write_two)  # of the process that does not talk
+    assert said.count("goes on behind its first 6 records") == 1 and "rank-1-of-2.part" in said
+    started([*train, "--out", str(tmp_path / "ranks")])
     assert sorted(contents(two)) == [
         f"epoch-000{epoch}-rank-{rank}-of-2.records" for epoch in (0, 1) for rank in (0, 1)
     ]
@@ -699,6 +709,9 @@ def test_other_pixels_and_other_versions(data, net, copy, tmp_path, monkeypatch)
     notes = []
     assert check(data, copy, net, report=notes.append)["mean_difference"] == 0
     assert [event["text"] for event in notes] == [note]
+    notes = []
+    put(data, copy, net, epochs=4, report=notes.append)
+    assert [event["text"] for event in notes if event["event"] == "note"] == [note]
     changed = Path(shutil.copytree(data, tmp_path / "changed"))
     first = changed / "train/class0/0.png"
     pixels = np.asarray(Image.open(first)).copy()

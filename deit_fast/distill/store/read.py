@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..student import Settings
 from .files import Store
 from .pictures import SETTINGS, Pictures, describe, identify
-from .write import moved, other_pixels
+from .write import notes_on, other_pixels
 
 
 def settings_of(store: Store) -> dict:
@@ -58,10 +58,7 @@ def pictures_of(
             )
     if pictures.sample(there.seed, there.sample["images"]) != there.sample:
         raise other_pixels(store.folder, there)
-    return pictures, [
-        f"store: written with {name} {was}, now {now}; sample pictures are the same"
-        for name, was, now in moved(there)
-    ]
+    return pictures, notes_on(there)
 
 
 class Taught(Dataset):
