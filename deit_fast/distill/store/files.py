@@ -66,7 +66,8 @@ class Unwritten(Damaged):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds. Two stores of one `key` hold the same records.
+    """What a store holds. Two stores of one `key` that the same kind of device wrote hold the same
+    records: how a teacher's sums are rounded depends on it, and is not part of the key.
 
     teacher: "architecture" and "weights", a digest. images: see `pictures.identify`. transform: see
     `pictures.describe`. sample: see `pictures.Pictures.sample`. classes: C.
