@@ -1034,6 +1034,13 @@ def test_the_command(data, net, tmp_path, capsys):
     capsys.readouterr()
     assert main(["analyse", "table", out]) == 0
     assert "from a store" in capsys.readouterr().out
+    mine = tmp_path / "mine.json"  # gives way to the store
+    mine.write_text(json.dumps({"base": "deit", "hflip": 0.1, "mixup": 0.3, "clip_grad": 3.0}))
+    own = [*small, "--recipe", str(mine)]
+    assert main(["train", str(data), "--store", store, "--out", out + "4", *own]) == 0
+    own = checkpoints.load(Path(out + "4", "checkpoint.pt"))["identity"]["recipe"]
+    assert (own["hflip"], own["mixup"], own["clip_grad"]) == (0.25, 0.0, 3.0)
+    capsys.readouterr()
     other = [*small, "--hflip", "0.5"]
     assert main(["train", str(data), "--store", store, "--out", out + "3", *other]) == 2
     assert "another transform: hflip 0.25, now 0.5" in capsys.readouterr().err

@@ -40,8 +40,8 @@ def check(
     Returns "records", how many were compared; "mean_difference", the mean absolute difference of
     the probabilities, largest with largest; "different_indices", the rate of classes that are not
     the same in their place. On the same kind of machine, of the same device and versions, as wrote
-    the store both are 0. Raises ValueError for another
-    teacher or data set, an image that cannot be read, and where no epoch is whole.
+    the store both are 0. Raises ValueError for another teacher or data set, an image that cannot
+    be read, and where no epoch is whole.
     """
     if samples < 1:
         raise ValueError(f"samples: {samples}, want 1 or more")
