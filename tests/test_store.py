@@ -2,12 +2,14 @@
 refused."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 
 import deit_fast
 from deit_fast.cli import main
-from deit_fast.distill import augment, checkpoints, recipe, teacher
+from deit_fast.distill import augment, checkpoints, folder, recipe, teacher
 from deit_fast.distill.datasets import open_images
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.store import Damaged, Store, check, files, read, write
@@ -139,7 +141,7 @@ def test_what_is_stored_is_what_the_teacher_says(data, net, whole):
             batch[i] = batch[i + 1] = None
     assert mixed  # CutMix is left to the test of bits
     made = Pictures(images, DEIT, config)
-    stacked, _ = made.collate([made[int(r["index"]), int(r["seed"])] for r in records[:6]])
+    stacked, *_ = made.collate([made[int(r["index"]), int(r["seed"])] for r in records[:6]])
     for x, y in zip(batch, stacked, strict=True):
         assert x is None or torch.equal(x, y)
     with torch.no_grad():
@@ -346,11 +348,11 @@ def test_another_order_is_not_gone_on_with(data, net, whole, copy, monkeypatch):
 
         def other(*args, at=at):
             drawn = list(order_of(*args))
-            drawn[at][[7, 20]] = drawn[at][[20, 7]]
+            drawn[at] = drawn[at][::-1].copy()
             return drawn
 
         monkeypatch.setattr(module, "order_of", other)
-        with pytest.raises(ValueError, match=rf"\.part: {named} of records 6 to 11 is not what is"):
+        with pytest.raises(ValueError, match=rf"\.part: {named} of records 0 to 5 is not what is"):
             put(data, copy, net)
     assert path.with_suffix(".part").read_bytes() == content
 
@@ -368,12 +370,60 @@ def test_a_signal_stops_it_between_blocks(data, net, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_two_writers_do_not_share_a_folder(data, net, tmp_path):
+def test_two_writers_do_not_share_a_folder(data, net, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+
     def report(event):
         put(data, tmp_path, net)
 
     with pytest.raises(ValueError, match="another run writes into"):
         put(data, tmp_path, net, report=report)
+
+
+def test_two_writers_do_not_share_a_file(data, net, whole, copy, monkeypatch):
+    """Whatever their ranks are; one that is left by a killed writer's workers is waited for."""
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    part = path.with_suffix(".part")
+    content = path.read_bytes()[: 64 + BLOCK + 5]
+    path.unlink()
+    part.write_bytes(content)
+    with open(part, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(folder, "PATIENCE", 0.2)
+        with pytest.raises(
+            ValueError, match=r"another process writes into .*0001-rank-0-of-1.part"
+        ):
+            put(data, copy, net)
+        assert part.read_bytes() == content
+        monkeypatch.setattr(folder, "PATIENCE", 60)
+        threading.Timer(1, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        put(data, copy, net)
+    assert contents(copy) == contents(whole)
+
+
+def test_a_file_that_changed_is_not_sealed(whole, copy):
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    part = path.with_suffix(".part")
+    path.rename(part)
+    writer = files.Writer(copy, Store(copy).manifest, 1, 0)
+    assert writer.done == 24
+    with open(part, "ab") as other:
+        other.write(b"x")
+    with pytest.raises(Damaged, match=r"\.part, byte 464: 465 bytes, want 464 for 24 records"):
+        writer.seal()
+    writer.close()
+    assert part.exists() and not path.exists()
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_a_header_that_a_power_failure_left_empty(size, data, net, whole, copy):
+    path = copy / "epoch-0001-rank-0-of-1.records"
+    path.unlink()
+    path.with_suffix(".part").write_bytes(bytes(size))
+    notes = []
+    put(data, copy, net, report=lambda e: notes.append(e.get("text")))
+    assert contents(copy) == contents(whole)
+    assert any(text and "header is all zeros: goes on behind its first 0" in text for text in notes)
 
 
 def test_torchrun(data, net, whole, tmp_path):
@@ -386,11 +436,21 @@ def test_torchrun(data, net, whole, tmp_path):
     train += options_of(**{"drop-path": 0, "seed": 3})
     train[train.index("--img-size") : train.index("--img-size") + 2] = []
     train[train.index("--repeated-aug") : train.index("--repeated-aug") + 2] = []
-    for command in (write_two, [*train, "--out", str(tmp_path / "ranks")]):
+
+    def started(command):
         ended = subprocess.run(
             [*ranks, "-m", "deit_fast", *command], capture_output=True, text=True, timeout=300
         )
         assert ended.returncode == 0, ended.stderr
+        return ended.stderr
+
+    started(write_two)
+    torn = two / "epoch-0001-rank-1-of-2.records"
+    torn.with_suffix(".part").write_bytes(torn.read_bytes()[: 64 + BLOCK + 5])
+    torn.unlink()
+    said = started(write_two)  # of the process that does not talk
+    assert said.count("goes on behind its first 6 records") == 1 and "rank-1-of-2.part" in said
+    started([*train, "--out", str(tmp_path / "ranks")])
     assert sorted(contents(two)) == [
         f"epoch-000{epoch}-rank-{rank}-of-2.records" for epoch in (0, 1) for rank in (0, 1)
     ]
@@ -482,7 +542,7 @@ def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
     assert state["identity"]["settings"]["store"]["epochs"] == [0, 2]
     (note,) = (event["text"] for event in events if event["event"] == "note")
     assert str(path) in note and "byte 64" in note and "left out" in note
-    with pytest.raises(ValueError, match="epochs: 3, but .* has 2 that can be used .1 are damaged"):
+    with pytest.raises(ValueError, match="epochs: 3, but .* has 2 that can be used .1 is damaged"):
         learn(data, tmp_path / "b", copy)
     path.rename(path.with_suffix(".part"))
     with pytest.raises(ValueError, match="is not complete, write it to its end"):
@@ -497,13 +557,60 @@ def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
         check(data, copy, net)
 
 
+def test_a_run_goes_on_whatever_happens_to_epochs_it_needs_no_more(whole, data, copy, tmp_path):
+    """Repaired or newly damaged: the run keeps the epochs it began with."""
+    want = learn(data, tmp_path / "want", whole, recipe_of={"epochs": 2})
+    files_of = [copy / f"epoch-000{epoch}-rank-0-of-1.records" for epoch in (0, 1, 2)]
+    contents_of = [path.read_bytes() for path in files_of]
+
+    def stop(event):
+        if event["event"] == "update" and (event["epoch"], event["update"]) == (1, 1):
+            raise KeyboardInterrupt
+
+    def begin(out):
+        with pytest.raises(KeyboardInterrupt):
+            learn(data, out, copy, recipe_of={"epochs": 2}, report=stop, save_every=1)
+
+    begin(tmp_path / "a")
+    files_of[0].write_bytes(flip(contents_of[0], 100))  # is behind it
+    files_of[2].unlink()  # was never asked for
+    state = learn(data, tmp_path / "a", copy, recipe_of={"epochs": 2})
+    assert same(state, want)
+    files_of[2].write_bytes(contents_of[2])
+    begin(tmp_path / "b")
+    files_of[0].write_bytes(contents_of[0])
+    files_of[2].write_bytes(flip(contents_of[2], 100))
+    with pytest.raises(Damaged, match="epoch-0002.*, byte 64"):  # is still to come
+        learn(data, tmp_path / "b", copy, recipe_of={"epochs": 2})
+    files_of[2].write_bytes(contents_of[2])
+    state = learn(data, tmp_path / "b", copy, recipe_of={"epochs": 2})
+    assert state["identity"]["settings"]["store"]["epochs"] == [1, 2]
+
+
+def test_no_more_epochs_are_read_than_are_needed(data, copy, tmp_path, monkeypatch):
+    """And what is not written is not called damaged."""
+    first = copy / "epoch-0000-rank-0-of-1.records"
+    first.rename(first.with_suffix(".part"))
+    looked, damage, events = [], Store.damage, []
+    monkeypatch.setattr(Store, "damage", lambda s, e: looked.append(e) or damage(s, e))
+    learn(data, tmp_path / "a", copy, recipe_of={"epochs": 1}, report=events.append)
+    assert looked == [0, 1]
+    (note,) = (event["text"] for event in events if event["event"] == "note")
+    assert note == "store: 1 epoch is not written, and left out: 0"
+    with pytest.raises(ValueError, match="has 2 that can be used .1 is not written: .*complete"):
+        learn(data, tmp_path / "b", copy)
+
+
 def test_a_damaged_manifest_is_refused(data, net, copy):
     path = copy / "manifest.json"
     content = path.read_text()
     for changed in (
         content[:-20], "", "[]", content.replace('"k": 2', '"k": 1'),
         content.replace('"format": 1', '"format": 2'), content.replace("amp", "pma"),
+        content.replace('"epochs": 3', '"epochs": 2'), content.replace('"torch": "', '"torch": "9'),
+        content.replace('"notes": {', '"notes": {"x": 1, '), content.replace("checksum", "x"),
     ):  # fmt: skip
+        assert changed != content
         path.write_text(changed)
         with pytest.raises(Damaged, match="manifest.json, byte 0: "):
             Store(copy)
@@ -515,6 +622,28 @@ def test_a_damaged_manifest_is_refused(data, net, copy):
         Store(copy)
     with pytest.raises(ValueError, match="has epoch-0000.* and no manifest.json"):
         put(data, copy, net)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"epochs": "3"}, "epochs is '3', want int"),
+        ({"epochs": True}, "epochs is True, want int"),
+        ({"epochs": 0}, "epochs is 0, want 1 or more"),
+        ({"batch": 0}, "batch is 0, want 1 or more"),
+        ({"notes": []}, r"notes is \[\], want dict"),
+        ({"notes": {"teacher": "x"}}, "notes has no versions"),
+        ({"notes": {"teacher": "x", "versions": 1}}, "notes has versions 1, want dict"),
+        ({"sample": "x"}, "sample is 'x', want dict"),
+        ({"teacher": {}}, "teacher has no architecture"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(change, reason, data, net, copy):
+    """Though its key and checksum are right."""
+    dataclasses.replace(Store(copy).manifest, **change).write(copy)
+    for call in (lambda: Store(copy), lambda: put(data, copy, net), lambda: check(data, copy, net)):
+        with pytest.raises(Damaged, match=f"manifest.json, byte 0: {reason}"):
+            call()
 
 
 # What does not fit
@@ -580,6 +709,9 @@ def test_other_pixels_and_other_versions(data, net, copy, tmp_path, monkeypatch)
     notes = []
     assert check(data, copy, net, report=notes.append)["mean_difference"] == 0
     assert [event["text"] for event in notes] == [note]
+    notes = []
+    put(data, copy, net, epochs=4, report=notes.append)
+    assert [event["text"] for event in notes if event["event"] == "note"] == [note]
     changed = Path(shutil.copytree(data, tmp_path / "changed"))
     first = changed / "train/class0/0.png"
     pixels = np.asarray(Image.open(first)).copy()
@@ -649,18 +781,59 @@ def test_an_answer_that_is_no_number(data, net, tmp_path, monkeypatch):
         put(data, tmp_path, net)
 
 
-def test_unreadable_pictures_give_way_as_in_training(net, tmp_path):
+def test_unreadable_pictures_give_way_and_records_say_to_which(net, tmp_path):
     data = pictures(tmp_path / "data")
     broken = data / "train" / "class1" / "3.png"
     broken.write_bytes(b"no picture")
     found = put(data, tmp_path / "s", net)
     assert list(found["unreadable"]) == [str(broken)]
-    learn(data, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1})
-    assert str(broken) in (tmp_path / "o" / "unreadable.csv").read_text()
+    drawn = Store(tmp_path / "s").epoch(0).all()["index"].tolist()
+    assert sorted(drawn) == sorted([*range(11), *range(12, 24), 12])
+    events = []
+    learn(data, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1}, report=events.append)
+    assert not [event for event in events if event["event"] == "note"]  # it is not looked at
     for path in (data / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="^data: 10 images in a row are unreadable"):
         put(data, tmp_path / "t", net)
+
+
+def test_an_image_that_broke_after_the_teacher_saw_it(data, net, whole, tmp_path, monkeypatch):
+    changed = Path(shutil.copytree(data, tmp_path / "data"))
+    broken = changed / "train" / "class1" / "3.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"an image is unreadable: .*1/3.png: .*the teacher saw"):
+        learn(changed, tmp_path / "o", whole)
+    # and where it is not one of the sample
+    monkeypatch.setattr(pictures_module, "SAMPLED", 2)
+    put(data, tmp_path / "s", net)
+    place = Store(tmp_path / "s").epoch(0).all()["index"].tolist().index(11)
+    named = rf"^data: an image is unreadable: .*1/3.png: .* record {place} of .*h-0000-.*records"
+    with pytest.raises(ValueError, match=named):
+        learn(changed, tmp_path / "o", tmp_path / "s", recipe_of={"epochs": 1})
+    with pytest.raises(ValueError, match=r"1/3.png: .* record \d+ of .*records"):
+        check(changed, tmp_path / "s", net)
+
+
+def test_an_image_that_was_repaired_after_the_teacher_missed_it(data, net, tmp_path):
+    """It stays out of what is written, and the writer goes on with what it began."""
+    changed, out = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "s"
+    broken = changed / "train" / "class1" / "3.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    put(changed, out, net, epochs=2)
+    path = out / "epoch-0001-rank-0-of-1.records"
+    first = Store(out).epoch(0).all()["index"].tolist()
+    was = path.read_bytes()
+    path.unlink()
+    path.with_suffix(".part").write_bytes(was[: 64 + 3 * BLOCK])
+    broken.write_bytes(content)
+    assert check(changed, out, net)["mean_difference"] == 0
+    put(changed, out, net, epochs=2)
+    assert path.read_bytes()[: 64 + 3 * BLOCK] == was[: 64 + 3 * BLOCK]
+    assert Store(out).epoch(0).all()["index"].tolist() == first and 11 not in first
+    assert check(changed, out, net)["mean_difference"] == 0
+    learn(changed, tmp_path / "o", out, recipe_of={"epochs": 2})
 
 
 # Learning from it
@@ -861,6 +1034,13 @@ def test_the_command(data, net, tmp_path, capsys):
     capsys.readouterr()
     assert main(["analyse", "table", out]) == 0
     assert "from a store" in capsys.readouterr().out
+    mine = tmp_path / "mine.json"  # gives way to the store
+    mine.write_text(json.dumps({"base": "deit", "hflip": 0.1, "mixup": 0.3, "clip_grad": 3.0}))
+    own = [*small, "--recipe", str(mine)]
+    assert main(["train", str(data), "--store", store, "--out", out + "4", *own]) == 0
+    own = checkpoints.load(Path(out + "4", "checkpoint.pt"))["identity"]["recipe"]
+    assert (own["hflip"], own["mixup"], own["clip_grad"]) == (0.25, 0.0, 3.0)
+    capsys.readouterr()
     other = [*small, "--hflip", "0.5"]
     assert main(["train", str(data), "--store", store, "--out", out + "3", *other]) == 2
     assert "another transform: hflip 0.25, now 0.5" in capsys.readouterr().err

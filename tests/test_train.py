@@ -18,7 +18,7 @@ from small_runs import options_of, pictures, run, same
 
 import deit_fast
 from deit_fast.cli import main
-from deit_fast.distill import checkpoints, recipe
+from deit_fast.distill import checkpoints, folder, recipe
 from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.student import parameter_groups, student
 from deit_fast.distill.train import Run
@@ -301,7 +301,9 @@ def test_restart_throws_it_away(data, tmp_path):
     assert events[0]["epoch"] == 0 and (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_two_runs_do_not_share_a_folder(data, tmp_path):
+def test_two_runs_do_not_share_a_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+
     def report(event):
         if event["event"] == "begin":
             run(data, tmp_path)

@@ -77,9 +77,13 @@ class Augmented(Dataset):
         return len(self.images)
 
     def __getitem__(self, item):
-        index, seed = item
+        image, index, unreadable = self.make(*item)
+        return image, -1 if image is None else int(self.images.labels[index]), unreadable
+
+    def make(self, index: int, seed: int, tries: int = TRIES):
+        """(image or None, index of the one it was made of, unreadable) in at most `tries`."""
         unreadable = []
-        for _ in range(min(TRIES, len(self.images))):
+        for _ in range(min(tries, len(self.images))):
             try:
                 image = self.images.image(index)
                 break
@@ -89,7 +93,7 @@ class Augmented(Dataset):
         else:
             return None, -1, unreadable
         reseed(seed)
-        return self.transform(image), int(self.images.labels[index]), unreadable
+        return self.transform(image), index, unreadable
 
 
 def _collate(items):

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 from . import checkpoints
@@ -13,6 +14,7 @@ from . import checkpoints
 CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
 RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
 MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
+PATIENCE = 10  # seconds
 
 
 @contextlib.contextmanager
@@ -20,11 +22,23 @@ def locked(out: Path):
     """One run at a time writes into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as file:
+        if not lock(file):
+            raise ValueError(f"out: another run writes into {out}")
+        yield
+
+
+def lock(file) -> bool:
+    """Lock an open file, until it is closed, against other processes. False where another holds it
+    for longer than the workers of a killed run do, which have inherited its lock."""
+    end = time.monotonic() + PATIENCE
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            raise ValueError(f"out: another run writes into {out}") from None
-        yield
+            if time.monotonic() >= end:
+                return False
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from . import augment, checkpoints, evaluate, folder
 from .processes import Group, Interrupted, signals
 from .recipe import Recipe
 from .store import read
-from .store.files import Store
+from .store.files import Store, Unwritten
 from .store.pictures import require_readable
 from .student import AMP, Settings, arguments, parameter_groups, student
 from .teacher import Objective, load_teacher
@@ -181,29 +181,65 @@ class Run:
         """What a teacher said of pictures that are made again; Mixup is in them."""
         group, records = self.group, self.store.manifest.records
         pictures, self.notes = read.pictures_of(self.store, self.images, self.recipe, config)
-        self.stored = self._intact()
         self.objective = read.objective
         self.batches = read.Batches(
-            records, self.stored, self.per_step, self.settings.seed, group.rank, group.world
-        )
+            records, [], self.per_step, self.settings.seed, group.rank, group.world
+        )  # of epochs that `begin` chooses
         self._require_updates(2 * (records // 2 // group.world))
         self.loader = read.loader(read.Taught(self.store, pictures), self.batches, self.workers)
 
-    def _intact(self):
-        """The first epochs of the store that are as they were written, as many as are needed."""
-        group, epochs = self.group, self.store.manifest.epochs
-        mine = [(e, self.store.damage(e)) for e in range(group.rank, epochs, group.world)]
-        checked = sorted((e, damage) for some in group.gather(mine) for e, damage in some)
-        damaged = [str(damage) for _, damage in checked if damage is not None]
-        intact = [e for e, damage in checked if damage is None][: self.recipe.epochs]
-        if len(intact) < self.recipe.epochs:
-            why = f" ({len(damaged)} are damaged: {damaged[0]})" if damaged else ""
-            raise ValueError(
-                f"epochs: {self.recipe.epochs}, but {self.store.folder} has {len(intact)} that can "
-                f"be used{why}"
+    def _choose(self, state):
+        """Which epochs of the store are learnt from, one for each of this run: a checkpoint's,
+        whatever happened since to those that are behind it, or the first that are as they were
+        written. None is read that is not needed."""
+        need = self.recipe.epochs
+        if state is None:
+            epochs, damages = self._verify(range(self.store.manifest.epochs), need)
+            self._require_epochs(epochs, damages)
+            self._learn_from(epochs)
+            return
+        _, damages = self._verify(self.stored[state["epoch"] :], need)
+        if damages:
+            raise next(iter(damages.values()))
+
+    def _learn_from(self, epochs):
+        self.stored = self.batches.epochs = epochs
+        self._identity["settings"]["store"]["epochs"] = epochs
+
+    def _verify(self, epochs, need):
+        """(those that are whole, {epoch: Damaged} of others) until there are so many; all processes
+        read."""
+        whole, damages, group = [], {}, self.group
+        for i in range(0, len(epochs), group.world):
+            if len(whole) >= need:
+                break
+            mine = epochs[i + group.rank : i + group.rank + 1]
+            for some in group.gather([(epoch, self.store.damage(epoch)) for epoch in mine]):
+                whole += [epoch for epoch, damage in some if damage is None]
+                damages |= {epoch: damage for epoch, damage in some if damage is not None}
+        return whole[:need], damages
+
+    def _require_epochs(self, epochs, damages):
+        kinds = {"damaged": {}, "not written": {}}
+        for epoch, damage in damages.items():
+            kinds["not written" if isinstance(damage, Unwritten) else "damaged"][epoch] = damage
+        if len(epochs) < self.recipe.epochs:
+            why = "; ".join(
+                f"{len(found)} {_are(found)} {kind}: {next(iter(found.values()))}"
+                for kind, found in kinds.items()
+                if found
             )
-        self.notes += [f"{text}: this epoch is left out" for text in damaged]
-        return intact
+            raise ValueError(
+                f"epochs: {self.recipe.epochs}, but {self.store.folder} has {len(epochs)} "
+                f"that can be used{why and f' ({why})'}"
+            )
+        self.notes += [f"{damage}: this epoch is left out" for damage in kinds["damaged"].values()]
+        if found := kinds["not written"]:
+            named = ", ".join(map(str, found))
+            self.notes.append(
+                f"store: {len(found)} epoch{'s' * (len(found) > 1)} {_are(found)} not written, and "
+                f"left out: {named}"
+            )
 
     def _require_updates(self, mine):
         if not len(self.batches):
@@ -217,15 +253,20 @@ class Run:
     def begin(self, restart: bool) -> None:
         """From the checkpoint in `out`, or at the start."""
         path = self.out / folder.CHECKPOINT
-        if restart and self.group.leads:
-            folder.empty(self.out)
-        self.group.gather(None)  # nobody looks before it is empty
-        there = self.group.gather(path.exists())
+        there = self.group.gather(path.exists() and not restart)
         if any(there) != all(there):
             raise ValueError(f"out: {path} is not there for each process, want a shared folder")
-        if there[0]:
-            state = checkpoints.load(path)
+        state = checkpoints.load(path) if there[0] else None
+        if state is not None:
+            was = state["identity"].get("settings", {}).get("store")
+            if was and self.store is not None:
+                self._learn_from(was["epochs"])
             folder.compare(path, state["identity"], self._identity)
+        if self.store is not None:
+            self._choose(state)
+        if restart and self.group.leads:  # what this run needs is there
+            folder.empty(self.out)
+        if state is not None:
             self._restore(state)
         elif self.teacher is not None:
             self.teacher_top1 = self._judge(self.teacher)["top1"]["class"]
@@ -488,6 +529,10 @@ class Run:
                 save_pretrained(self.ema.module, self.out / folder.EMA_MODEL, **self.model_args)
             folder.write_json(self.out / folder.RESULT, result)
         return result
+
+
+def _are(some):
+    return "is" if len(some) == 1 else "are"
 
 
 def _split(batch, world, accum, mixing):

@@ -13,7 +13,7 @@ from ..student import AMP
 from ..teacher import load_teacher
 from .files import Store
 from .pictures import require_readable
-from .read import pictures_of, settings_of
+from .read import Taught, pictures_of, settings_of
 from .write import answer, config_of, teacher_of
 
 
@@ -39,8 +39,9 @@ def check(
 
     Returns "records", how many were compared; "mean_difference", the mean absolute difference of
     the probabilities, largest with largest; "different_indices", the rate of classes that are not
-    the same in their place. On the machine that wrote it both are 0. Raises ValueError for another
-    teacher or data set, and where no epoch is whole.
+    the same in their place. On the same kind of machine, of the same device and versions, as wrote
+    the store both are 0. Raises ValueError for another teacher or data set, an image that cannot
+    be read, and where no epoch is whole.
     """
     if samples < 1:
         raise ValueError(f"samples: {samples}, want 1 or more")
@@ -74,11 +75,13 @@ def check(
     draw = np.random.default_rng(seed)
     count = min(math.ceil(samples / manifest.batch), len(blocks))
     total = differences = others = 0
+    taught = Taught(found, pictures)
     for i in sorted(draw.choice(len(blocks), count, replace=False).tolist()):
-        epoch, *block = blocks[i]
-        records = epochs[epoch].block(*block)
-        pairs = zip(records["index"].tolist(), records["seed"].tolist(), strict=True)
-        batch, unreadable = pictures.collate([pictures[pair] for pair in pairs])
+        epoch, number, block = blocks[i]
+        records = epochs[epoch].block(number, block)
+        first = epochs[epoch].firsts[number] + block * manifest.batch
+        places = range(first, first + len(records))
+        batch, _, unreadable = taught.collate([taught[epoch, place] for place in places])
         require_readable(batch, unreadable)
         classes, probs = answer(model, batch, amp or manifest.amp, manifest.k)
         differences += np.abs(probs.astype(np.float64) - records["probs"]).sum()

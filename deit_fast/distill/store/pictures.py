@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 import deit_fast
 
-from ..augment import Augmented, reseed, transform_of
+from ..augment import TRIES, Augmented, reseed, transform_of
 from ..datasets import ImageSet
 from ..recipe import Recipe
 
@@ -62,10 +62,12 @@ def _digest(content):
 
 
 class Pictures(Dataset):
-    """`[index, seed]` -> (image (C, H, W) fp32, seed, unreadable) as `augment.Augmented` has it, to
-    be put together by `collate`."""
+    """`[index, seed]` -> (image (C, H, W) fp32 or None, seed, index of the image used, unreadable),
+    to be put together by `collate`. tries: how many images may be tried for one: for the writer as
+    `augment.Augmented`; for what reads a store 1, or a student would see what no teacher saw."""
 
-    def __init__(self, images: ImageSet, recipe: Recipe, config: dict):
+    def __init__(self, images: ImageSet, recipe: Recipe, config: dict, tries: int = TRIES):
+        self.tries = tries
         self.augmented = Augmented(images, transform_of(recipe, config))
         self.mixup = None
         if recipe.mixes:  # of one class: the labels are nobody's
@@ -75,37 +77,50 @@ class Pictures(Dataset):
             )  # fmt: skip
 
     def __getitem__(self, item):
-        image, _, unreadable = self.augmented[item]
-        return image, item[1], unreadable
+        index, seed = item
+        image, used, unreadable = self.augmented.make(index, seed, self.tries)
+        return image, seed, used, unreadable
 
-    def collate(self, items) -> tuple[Tensor | None, list[tuple[str, str]]]:
-        """Pictures (B, C, H, W) fp32, mixed in pairs, and the (name, reason) of unreadable images;
-        None instead of pictures where too many in a row were."""
-        images, seeds, unreadable = zip(*items, strict=True)
-        if any(image is None for image in images):
-            return None, unreadable[images.index(None)]
+    def collate(self, items) -> tuple[Tensor | None, list[int], list[tuple[str, str]]]:
+        """Pictures (B, C, H, W) fp32, mixed in pairs; indices of the images they are of; and the
+        (name, reason) of unreadable images. None instead of pictures where one could not be had,
+        with the reasons of that one."""
+        images, seeds, used, unreadable = zip(*items, strict=True)
+        for image, reasons in zip(images, unreadable, strict=True):
+            if image is None:
+                return None, list(used), reasons
         batch = torch.stack(images)
         if self.mixup is not None:
             for i in range(0, len(batch) - 1, 2):
                 reseed(seeds[i] ^ seeds[i + 1])
                 self.mixup(batch[i : i + 2], torch.zeros(2, dtype=torch.int64))  # in place
-        return batch, [one for some in unreadable for one in some]
+        return batch, list(used), [one for some in unreadable for one in some]
 
-    def sample(self, seed: int) -> str:
-        """A digest of pictures that some of the images and `seed` make: another one is what other
-        pixels, another version of a package or another processor can cause."""
+    def sample(self, seed: int, of: list[int] | None = None) -> dict:
+        """ "pictures", a digest of those that some of the images and `seed` make: another one is
+        what other pixels, another version of a package or another processor can cause; "images",
+        the indices of these images, as of another sample if `of` are its own: all must be readable.
+        """
         # Not default_rng: numpy keeps only RandomState's stream the same from version to version.
         draw = np.random.RandomState(seed)
         count = len(self.augmented)
-        indices = np.linspace(0, count - 1, min(SAMPLED, count)).astype(int).tolist()
+        tries = self.tries if of is None else 1
+        indices = of or np.linspace(0, count - 1, min(SAMPLED, count)).astype(int).tolist()
         seeds = draw.randint(2**31 - 1, size=len(indices)).tolist()
-        batch, unreadable = self.collate([self[i] for i in zip(indices, seeds, strict=True)])
+        items = []
+        for index, one in zip(indices, seeds, strict=True):
+            image, used, unreadable = self.augmented.make(index, one, tries)
+            items.append((image, one, used, unreadable))
+        batch, used, unreadable = self.collate(items)
+        if of is not None:
+            unreadable = [(name, f"{why} (the teacher saw it)") for name, why in unreadable]
         require_readable(batch, unreadable)
-        return _digest(batch.numpy().tobytes())
+        return {"images": used, "pictures": _digest(batch.numpy().tobytes())}
 
 
 def require_readable(batch, unreadable) -> None:
     """Raise ValueError where there is no batch."""
     if batch is None:
         names = "; ".join(f"{name}: {reason}" for name, reason in unreadable)
-        raise ValueError(f"data: {len(unreadable)} images in a row are unreadable: {names}")
+        which = "an image is" if len(unreadable) == 1 else f"{len(unreadable)} images in a row are"
+        raise ValueError(f"data: {which} unreadable: {names}")

@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..student import Settings
 from .files import Store
 from .pictures import SETTINGS, Pictures, describe, identify
-from .write import moved, other_pixels
+from .write import notes_on, other_pixels
 
 
 def settings_of(store: Store) -> dict:
@@ -44,8 +44,8 @@ def pictures_of(
 ) -> tuple[Pictures, list[str]]:
     """The very pictures that the teacher saw, and notes on versions that are not those they were
     made with. Raises ValueError for another recipe or size, another data set, or where the same
-    comes out with other pixels."""
-    there, pictures = store.manifest, Pictures(images, recipe, config)
+    comes out with other pixels or not at all."""
+    there, pictures = store.manifest, Pictures(images, recipe, config, tries=1)
     if recipe.repeated_aug != 1:
         raise ValueError(f"repeated_aug: {recipe.repeated_aug}, want 1: an epoch of "
                          f"{store.folder} has each image once")  # fmt: skip
@@ -56,12 +56,9 @@ def pictures_of(
             raise ValueError(
                 f"store: {store.folder} is of another {what}: {'; '.join(differences)}"
             )
-    if pictures.sample(there.seed) != there.sample:
+    if pictures.sample(there.seed, there.sample["images"]) != there.sample:
         raise other_pixels(store.folder, there)
-    return pictures, [
-        f"store: written with {name} {was}, now {now}; sample pictures are the same"
-        for name, was, now in moved(there)
-    ]
+    return pictures, notes_on(there)
 
 
 class Taught(Dataset):
@@ -76,11 +73,15 @@ class Taught(Dataset):
         if epoch != self.number:  # the maps of one epoch at a time, in each worker
             self.number, self.records = epoch, self.store.epoch(epoch)
         record = self.records[place]
-        return self.pictures[int(record["index"]), int(record["seed"])], record
+        image, *known, unreadable = self.pictures[int(record["index"]), int(record["seed"])]
+        if image is None:
+            why = f" (the teacher saw it: {self.records.where(place)})"
+            unreadable = [(name, reason + why) for name, reason in unreadable]
+        return (image, *known, unreadable), record
 
     def collate(self, items):
         pictures, records = zip(*items, strict=True)
-        images, unreadable = self.pictures.collate(pictures)
+        images, _, unreadable = self.pictures.collate(pictures)
         classes = np.stack([record["classes"] for record in records]).astype(np.int64)
         probs = np.stack([record["probs"] for record in records])
         return images, (torch.from_numpy(classes), torch.from_numpy(probs)), unreadable
@@ -121,7 +122,7 @@ class Batches:
 
 def loader(taught: Taught, batches: Batches, workers: int) -> DataLoader:
     """Yields (images (B, C, H, W) fp32, (classes (B, K) int64, probabilities (B, K) fp16),
-    unreadable), the same whatever `workers` is; images None where too many were unreadable."""
+    unreadable), the same whatever `workers` is; images None where one is unreadable."""
     return augment.loader(taught, batches, workers, taught.collate)
 
 

@@ -88,9 +88,10 @@ def write(
         if count is not None:
             chosen = fraction(images, count, seed).indices
         pictures = Pictures(images, recipe, config)
+        known = identify(images)
         manifest = Manifest(
-            teacher=teacher_of(model), images=identify(images),
-            transform=describe(recipe, config), sample=pictures.sample(seed),
+            teacher=teacher_of(model), images=known,
+            transform=describe(recipe, config), sample=_sample(out, pictures, known, seed),
             classes=classes, k=k, records=len(chosen), batch=batch, seed=seed, world=group.world,
             amp=amp, epochs=epochs, notes={"teacher": str(teacher), "versions": versions()},
         )  # fmt: skip
@@ -98,10 +99,13 @@ def write(
             stack.enter_context(folder.locked(out))
             _begin(out, manifest)
         group.gather(None)  # nobody looks before it is there
-        require(out, Manifest.read(out), manifest)  # each process makes the same pictures
+        there = Manifest.read(out)
+        require(out, there, manifest)  # each process makes the same pictures
         came = stack.enter_context(signals())
         model.to(group.device)
         writing = _Writing(out, manifest, model, pictures, chosen, group, workers, came, report)
+        for text in notes_on(there):
+            writing.report({"event": "note", "text": text})
         try:
             return writing.go()
         except RuntimeError as error:  # of another process, or a worker, that the signal ended
@@ -128,6 +132,14 @@ def config_of(model, img_size: int | None) -> dict:
             raise ValueError(f"teacher: {name} {config[name]} in its pretrained_cfg, want one a "
                              f"channel: {channels}")  # fmt: skip
     return config | {"input_size": (channels, *size)}
+
+
+def _sample(out, pictures, known, seed):
+    """Of the images that a store in `out` has its sample of: others may be readable by now."""
+    of = None
+    if (out / MANIFEST).exists() and (there := Manifest.read(out)).images == known:
+        of = there.sample["images"]
+    return pictures.sample(seed, of)
 
 
 def _begin(out, manifest):
@@ -184,6 +196,14 @@ def moved(manifest: Manifest) -> list[tuple[str, str, str]]:
     return [(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
 
 
+def notes_on(manifest: Manifest) -> list[str]:
+    """What to say of versions that are not those of a store, where the pictures are its own."""
+    return [
+        f"store: written with {name} {was}, now {now}; sample pictures are the same"
+        for name, was, now in moved(manifest)
+    ]
+
+
 def order_of(manifest: Manifest, chosen: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(indices of images, seeds) of an epoch's records, both int32."""
     draw = np.random.default_rng((manifest.seed, epoch))
@@ -233,7 +253,7 @@ class _Writing:
         self.report = report if group.leads else lambda event: None
         self.blocks = _Blocks(manifest.batch)
         self.loader = augment.loader(pictures, self.blocks, workers, pictures.collate)
-        self.unreadable, self.written, self.seconds = {}, 0, 0.0
+        self.unreadable, self.cuts, self.written, self.seconds = {}, [], 0, 0.0
         self.share = manifest.share(group.rank)
 
     def go(self):
@@ -246,8 +266,9 @@ class _Writing:
         for epoch in range(manifest.epochs):
             self._epoch(epoch)
             # in step: a process that is far ahead would wait longer at the end than it may
-            for unreadable in self.group.gather(self.unreadable):
+            for unreadable, cuts in self.group.gather((self.unreadable, self.cuts)):
                 self._note(unreadable.items())
+                self._tell(cuts)
         written, seconds = self.group.sum(self.written, self.seconds)
         store = Store(self.out)
         size = sum(path.stat().st_size for path in self.out.glob("epoch-*.records"))
@@ -265,10 +286,7 @@ class _Writing:
         writer = Writer(self.out, manifest, epoch, self.group.rank)
         with contextlib.closing(writer):
             if writer.cut is not None:
-                self.report({
-                    "event": "note",
-                    "text": f"{writer.cut}: goes on behind its first {writer.done} records",
-                })  # fmt: skip
+                self._tell([f"{writer.cut}: goes on behind its first {writer.done} records"])
             if writer.complete:
                 return
             order, seeds = order_of(manifest, self.chosen, epoch)
@@ -277,11 +295,11 @@ class _Writing:
             writer.require(order, seeds)
             rest = zip(order[writer.done :].tolist(), seeds[writer.done :].tolist(), strict=True)
             self.blocks.begin(list(rest))
-            for images, unreadable in self.loader:
+            for images, used, unreadable in self.loader:
                 require_readable(images, unreadable)
                 records = np.empty(len(images), manifest.record)
                 part = slice(writer.done, writer.done + len(images))
-                records["index"], records["seed"] = order[part], seeds[part]
+                records["index"], records["seed"] = used, seeds[part]  # not what gave way
                 records["classes"], records["probs"] = answer(
                     self.model, images, manifest.amp, manifest.k
                 )
@@ -296,6 +314,12 @@ class _Writing:
                     )  # fmt: skip
             writer.seal()
         self.seconds += time.perf_counter() - began
+
+    def _tell(self, cuts):
+        for text in cuts:
+            if text not in self.cuts:
+                self.cuts.append(text)
+                self.report({"event": "note", "text": text})
 
     def _note(self, unreadable):
         for name, reason in unreadable:
