@@ -73,7 +73,7 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-KILLED = {"recipe_of": {"epochs": 10}, "save_every": 1}
+KILLED = {"recipe_of": {"epochs": 40}, "save_every": 1}  # longer than the kills leave time for
 
 
 def kill_again_and_again(data, out, kills, seed):
