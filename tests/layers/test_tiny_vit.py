@@ -319,3 +319,24 @@ def test_engine_folder_and_export(tmp_path):
         torch.testing.assert_close(again(x), want)
         program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
         torch.testing.assert_close(program.module()(x[:2]), want[:2])
+
+
+def test_weights_for_other_windows(tmp_path):
+    """As TinyViT's code resizes them: each head's biases as a picture, bicubic. Another number of
+    heads is refused, and nothing is loaded."""
+    small_windows, _ = small()
+    path = tmp_path / "224.pth"
+    torch.save({"model": small_windows.state_dict()}, path)
+    other = {**SMALL, "window_sizes": (7, 6)}
+    large = deit_fast.create_model("tiny_vit_5m_224", checkpoint=path, backend="torch", **other)
+    name = "stages.1.blocks.0.attn.attention_biases"
+    for head, got in enumerate(large.get_parameter(name)):
+        picture = small_windows.get_parameter(name)[head].view(1, 1, 4, 4)
+        want = nn.functional.interpolate(picture, (6, 6), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(got, want.flatten())
+    rest = large.state_dict()
+    assert all(torch.equal(rest[k], v) for k, v in small_windows.state_dict().items() if k != name)
+    with pytest.raises(ValueError, match=rf"misshaped: .*{name} \(2, 16\), want \(4, 36\)"):
+        deit_fast.create_model(
+            "tiny_vit_5m_224", checkpoint=path, backend="torch", **other | {"num_heads": (1, 4)}
+        )
