@@ -43,6 +43,20 @@ def assert_same_logits(reference, fast, x):
     assert_as_accurate(fast(x), want, true, "with gradients on")
 
 
+def hooked(reference, fast, name):
+    """What a forward hook on that module of each sees first, or None; logits are compared."""
+    seen, x = {}, images(reference)
+    for model in (reference, fast):
+
+        def hook(module, args, out, model=model):
+            seen.setdefault(id(model), out)
+
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
+    return seen.get(id(reference)), seen.get(id(fast))
+
+
 def picture(path, random, patches, size):
     """A file of random colours, (rows, columns) of them, that is (width, height) pixels wide."""
     path.parent.mkdir(exist_ok=True)

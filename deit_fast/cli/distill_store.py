@@ -22,7 +22,7 @@ import os
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from deit_fast.distill import store
 from deit_fast.distill.processes import Interrupted
@@ -103,7 +103,7 @@ def run(args) -> int:
 def _write(args):
     leads = int(os.environ.get("RANK", 0)) == 0
     console = Console(stderr=True, quiet=not leads)
-    with _Display(console) as display:
+    with _Writing(console) as display:
         try:
             written = store.write(
                 args.data, args.store, args.teacher, train.recipe_of(args), epochs=args.epochs,
@@ -126,29 +126,17 @@ def _write(args):
     return 0
 
 
-class _Display:
-    """Progress of writing: the size first, then a bar on a terminal."""
+class _Writing(train.Display):
+    """Progress of writing: the size first."""
 
     def __init__(self, console):
-        self.console = console
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=console, transient=True,
-            disable=console.quiet or not console.is_terminal,
-        )  # fmt: skip
-        self.mine = self.epochs = self.task = None
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error):
-        self.progress.stop()
+        super().__init__(console, TextColumn("left"), TimeRemainingColumn())
+        self.mine = None
 
     def __call__(self, event):
         if event["event"] == "begin":
             self.mine, self.epochs = event["mine"], event["epochs"]
-            self._say(
+            self.say(
                 f"{event['epochs']} epochs of {event['records']:,} records: the store will take "
                 f"{_size(event['bytes'])}"
             )
@@ -160,10 +148,7 @@ class _Display:
                 epoch=f"{event['epoch'] + 1}/{self.epochs}",
             )  # fmt: skip
         else:
-            self._say(event["text"])
-
-    def _say(self, text):
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self.say(event["text"])
 
 
 def _check(args):

@@ -136,7 +136,7 @@ def run(args) -> int:
     })  # fmt: skip
     leads = int(os.environ.get("RANK", 0)) == 0
     notes = Console(stderr=True, quiet=not leads)
-    with _Display(notes) as display:
+    with _Training(notes) as display:
         try:
             result = train(
                 settings, recipe, args.out, workers=workers_of(args), save_every=args.save_every,
@@ -179,17 +179,16 @@ def precision() -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-class _Display:
-    """Progress of a run: a bar on a terminal, a line an epoch."""
+class Display:
+    """Lines, and on a terminal a bar of these columns behind the epoch."""
 
-    def __init__(self, console):
+    def __init__(self, console, *columns):
         self.console = console
         self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
+            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), *columns,
             console=console, transient=True, disable=console.quiet or not console.is_terminal,
         )  # fmt: skip
-        self.task = self.updates = self.epochs = None
+        self.task = self.epochs = None
 
     def __enter__(self):
         self.progress.start()
@@ -198,19 +197,33 @@ class _Display:
     def __exit__(self, *error):
         self.progress.stop()
 
+    def say(self, text):
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+class _Training(Display):
+    """Progress of a run: a line an epoch."""
+
+    def __init__(self, console):
+        super().__init__(
+            console, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
+        )  # fmt: skip
+        self.updates = None
+
     def __call__(self, event):
         kind = event["event"]
         if kind == "begin":
             self.updates, self.epochs = event["updates"], event["epochs"]
             done = event["epoch"] * self.updates + event["update"]
-            self._say(
+            self.say(
                 f"{event['images']} images to train on, {event['validation']} to evaluate on, "
                 f"{self.updates} updates of {event['batch']} an epoch"
             )
             if event["teacher_top1"] is not None:
-                self._say(f"teacher: top-1 {event['teacher_top1']:.2f}%")
+                self.say(f"teacher: top-1 {event['teacher_top1']:.2f}%")
             if done:
-                self._say(f"goes on at epoch {event['epoch'] + 1}, update {event['update']}")
+                self.say(f"goes on at epoch {event['epoch'] + 1}, update {event['update']}")
             self.task = self.progress.add_task(
                 "", total=self.epochs * self.updates, completed=done, said="",
                 epoch=f"{event['epoch'] + 1}/{self.epochs}",
@@ -225,15 +238,12 @@ class _Display:
         elif kind == "epoch":
             scores = f", {_scores(event['scores'])}" if "scores" in event else ""
             ema = f", averaged weights {_scores(event['ema'])}" if "ema" in event else ""
-            self._say(
+            self.say(
                 f"epoch {event['epoch']}/{self.epochs}: loss {event['loss']:.4f}{scores}{ema}, "
                 f"{event['images_per_s']:,.0f} images/s"
             )
         else:
-            self._say(event["text"])
-
-    def _say(self, text):
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self.say(event["text"])
 
 
 def _scores(scores):

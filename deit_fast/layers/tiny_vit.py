@@ -18,6 +18,7 @@ from deit_fast.kernels.window_attention import HEAD_DIM
 from ._base import Fast, is_exact_gelu, is_identity, is_linear, is_watched, weights
 from .block import _branch_scales
 from .layer_norm import LayerNorm
+from .mlp import why_not_parts
 
 
 class ConvNorm(Fast, timm_tiny.ConvNorm):
@@ -163,13 +164,7 @@ class NormMlp(Fast, timm_tiny.NormMlp):
     def why_not(cls, module):
         if type(module.norm) is not LayerNorm:
             return "norm stays with timm"
-        if not is_linear(module.fc1) or not is_linear(module.fc2):
-            return "fc1 or fc2 is not an nn.Linear"
-        if not is_exact_gelu(module.act):
-            return f"activation {module.act} is not the exact GELU"
-        if module.drop1.p > 0 or module.drop2.p > 0:
-            return "has dropout"
-        return None
+        return why_not_parts(module)
 
     def forward(self, x, **epilogue):
         """`epilogue` as `deit_fast.kernels.layer_norm_mlp` takes it."""

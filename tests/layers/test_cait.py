@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from checking import FP16, assert_as_accurate
-from modelling import assert_same_logits, images, pair, randomize
+from modelling import assert_same_logits, hooked, images, pair, randomize
 from torch.nn.parallel import DistributedDataParallel
 
 import deit_fast
@@ -240,18 +240,9 @@ HOOKED = (
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_on_the_models_own_modules_fire(name):
-    reference, fast = tiny_cait()
-    seen = {}
-    for model in (reference, fast):
-
-        def hook(module, args, out, model=model):
-            seen.setdefault(id(model), out)
-
-        model.get_submodule(name).register_forward_hook(hook)
-    x = images(reference)
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), reference(x), **CLOSE)
-    torch.testing.assert_close(seen[id(fast)], seen[id(reference)], **CLOSE)
+    want, got = hooked(*tiny_cait(), name)
+    assert want is not None
+    torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_features_intermediates_and_surgery():

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from checking import assert_as_accurate, relative_error
-from modelling import assert_same_logits, images, pair, randomize, tiny_pair
+from modelling import assert_same_logits, hooked, images, pair, randomize, tiny_pair
 
 import deit_fast
 from deit_fast import layers
@@ -204,20 +204,10 @@ MODULES = ("patch_embed", "blocks.0", "blocks.1", "norm", "head_drop", "head", "
 
 @pytest.mark.parametrize("name", MODULES)
 def test_hooks_on_the_models_own_modules_fire(name):
-    reference, fast = tiny_pair()
-    seen = {}
-    for model in (reference, fast):
-
-        def hook(module, args, out, model=model):
-            seen.setdefault(id(model), out)
-
-        model.get_submodule(name).register_forward_hook(hook)
-    x = images(reference)
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
-    if name == "head_drop" and id(reference) not in seen:
+    want, got = hooked(*tiny_pair(), name)
+    if name == "head_drop" and want is None:
         pytest.skip("this timm's distilled head has no dropout")
-    torch.testing.assert_close(seen[id(fast)], seen[id(reference)], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_left_on_in_eval_stays_on():
