@@ -4,7 +4,12 @@
 # (transformers asks for one). It gets an empty module: a second registration of the operators would
 # leave those in use with freed schemas, and their calls would fail at random.
 if __name__ == "deit_fast.kernels":
-    from .attention import attention, attention_reference
+    from .attention import (
+        attention,
+        attention_quantized,
+        attention_quantized_reference,
+        attention_reference,
+    )
     from .classifier import classifier, classifier_reference
     from .conv_norm import conv_norm, conv_norm_reference
     from .distillation_loss import distillation_loss, distillation_loss_reference
@@ -12,6 +17,8 @@ if __name__ == "deit_fast.kernels":
         add_layer_norm,
         add_layer_norm_reference,
         layer_norm,
+        layer_norm_quantized,
+        layer_norm_quantized_reference,
         layer_norm_reference,
     )
     from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
@@ -19,19 +26,25 @@ if __name__ == "deit_fast.kernels":
     from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
+    from .quantize import Quantized, dequantize, quantize, quantize_reference
+    from .quantized_linear import quantized_linear, quantized_linear_reference
     from .sparse_cross_entropy import sparse_cross_entropy, sparse_cross_entropy_reference
     from .talking_heads import talking_heads_attention, talking_heads_attention_reference
     from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
+    "Quantized",
     "add_layer_norm",
     "add_layer_norm_reference",
     "attention",
+    "attention_quantized",
+    "attention_quantized_reference",
     "attention_reference",
     "classifier",
     "classifier_reference",
     "conv_norm",
     "conv_norm_reference",
+    "dequantize",
     "distillation_loss",
     "distillation_loss_reference",
     "layer_norm",
@@ -41,11 +54,17 @@ __all__ = [
     "layer_norm_linear_reference",
     "layer_norm_mlp",
     "layer_norm_mlp_reference",
+    "layer_norm_quantized",
+    "layer_norm_quantized_reference",
     "layer_norm_reference",
     "linear",
     "linear_reference",
     "patch_embed",
     "patch_embed_reference",
+    "quantize",
+    "quantize_reference",
+    "quantized_linear",
+    "quantized_linear_reference",
     "sparse_cross_entropy",
     "sparse_cross_entropy_reference",
     "talking_heads_attention",

@@ -33,6 +33,7 @@ ROW_KERNELS = (
     "distillation_loss",
     "sparse_cross_entropy",
     "conv_norm",
+    "quantize",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,11 +95,23 @@ _WITHOUT_TENSOR_CORES = {
 }
 
 
+# Storage in eight bits -> the first chip that multiplies it, and what to do on the others.
+EIGHT_BITS = {
+    torch.float8_e4m3fn: ((8, 9), "fp8 (e4m3) needs compute capability 8.9; int8 needs 8.0"),
+    torch.int8: ((8, 0), "Triton multiplies int8 on tensor cores from compute capability 8.0"),
+}
+_EIGHT_BITS = Choice("triton", "operands in eight bits, everything around the product fused")
+
+
 def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Choice:
     """The implementation that serves `op` on a chip (None: a CPU) and why; pure, so printable.
+    `dtype`: of the operands; where one of eight bits has no kernel the name is "none".
 
     Above compute capability 9.0 the rules are those of 9.0 until something else is measured.
     """
+    if dtype in EIGHT_BITS and capability is not None:
+        least, reason = EIGHT_BITS[dtype]
+        return _EIGHT_BITS if capability >= least else Choice("none", reason)
     if capability is None:
         return _CPU
     if capability < (7, 0):
@@ -164,14 +177,22 @@ def capability(kind: str, index: int | None) -> tuple[int, int] | None:
     return chip(torch.device(kind, index)).capability
 
 
-def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "torch")) -> str:
-    """The implementation that will run `op` on `x`. Raises ValueError for an unknown name and
-    RuntimeError for a Triton kernel where it cannot run."""
+def resolve(
+    op: str, x: torch.Tensor, implementation: str, allowed=("triton", "torch"),
+    dtype: torch.dtype | None = None,
+) -> str:  # fmt: skip
+    """The implementation that will run `op` on `x`; `dtype`, where it reads or writes eight bits:
+    which. Raises ValueError for an unknown name and RuntimeError for a Triton kernel where it
+    cannot run: nothing takes the place of eight bits."""
     if implementation == "torch":
         return "torch"
+    on = capability(x.device.type, x.device.index)
+    if dtype is not None and on is not None:
+        choice = choose(op, on, dtype)
+        if choice.implementation == "none":
+            raise RuntimeError(f"{op}: {choice.reason}, x is on a chip of {on[0]}.{on[1]}")
     if implementation == "auto":
-        dtype = autocast_dtype(x) if op in PRODUCTS else None
-        on = capability(x.device.type, x.device.index)
+        dtype = dtype or (autocast_dtype(x) if op in PRODUCTS else None)
         return choose(op, on, dtype or x.dtype).implementation
     if implementation not in allowed:
         names = ", ".join(repr(name) for name in ("auto", *allowed))
@@ -181,7 +202,7 @@ def resolve(op: str, x: torch.Tensor, implementation: str, allowed=("triton", "t
             f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on {x.device}; "
             "use 'torch' or 'auto' there"
         )
-    if x.dtype not in DTYPES and x.dtype != torch.uint8:
+    if x.dtype not in DTYPES and x.dtype not in (torch.uint8, dtype):
         raise TypeError(f"{op}: dtype {x.dtype}, want float32, float16 or bfloat16")
     return implementation
 

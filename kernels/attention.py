@@ -26,6 +26,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _runtime, _tuned
+from .quantize import (
+    Quantized,
+    _limit,
+    _round,
+    _scales,
+    expect_scale,
+    quantize_reference,
+    quantize_statically_reference,
+    storage,
+)
 
 HEAD_DIMS = (32, 48, 64, 80)
 TRAINED_HEAD_DIMS = (32, 48, 64)  # of the fused backward; 80 would spill
@@ -36,6 +46,13 @@ def attention_reference(q, k, v, scale=None, bias=None):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def attention_quantized_reference(q, k, v, scale=None, format="fp8", out_scale=None):
+    o = attention_reference(q, k, v, scale)
+    if out_scale is not None:
+        return quantize_statically_reference(o.flatten(2), out_scale)
+    return quantize_reference(o.flatten(2), format, parts=o.shape[2])
 
 
 @triton.jit
@@ -53,6 +70,23 @@ def _inside(in_rows, HEAD_DIM: tl.constexpr):
     if HEAD_DIM < dims.shape[0]:
         mask = mask & (dims < HEAD_DIM)[None, :]
     return mask
+
+
+@triton.jit
+def _store_rows(
+    o_ptrs, scales_ptr, o, mask, in_rows, row, BY_HEAD: tl.constexpr
+):
+    """Rows of one head's result; in eight bits by a scale of their own, which is stored as well, or
+    by the one scale that is there."""
+    if scales_ptr is not None:
+        INT8: tl.constexpr = o_ptrs.dtype.element_ty == tl.int8
+        if BY_HEAD:
+            scales, inverse = _scales(o, _limit(INT8))
+            tl.store(scales_ptr + row, scales, mask=in_rows)
+            o = _round(o, inverse[:, None], INT8)
+        else:
+            o = _round(o, 1.0 / tl.load(scales_ptr), INT8)
+    tl.store(o_ptrs, o, mask=mask)
 
 
 @triton.jit
@@ -98,10 +132,11 @@ def _attend(
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d) (H, N, L) or None
     o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None, never with a bias
+    scales_ptr,  # where o is in eight bits; out: (H, B, N), or BY_HEAD is False, in: one
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
-    N, H, scale,
+    B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)  # one dimension: the others stop at 65535, and windows are many
@@ -144,7 +179,10 @@ def _attention_kernel(
     if lse_ptr is not None:
         lse_ptrs = lse_ptr + (sample * H + head) * N + rows
         tl.store(lse_ptrs, peak * scale + tl.log2(total), mask=in_rows)
-    tl.store(o_ptr + o_offs, acc / total[:, None], mask=mask)
+    scale_row = (head * B + sample) * N + rows
+    _store_rows(
+        o_ptr + o_offs, scales_ptr, acc / total[:, None], mask, in_rows, scale_row, BY_HEAD
+    )
 
 
 @triton.jit
@@ -168,11 +206,11 @@ def _scores(q, k, first, L: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _attention_resident_kernel(
     q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
-    o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None
+    o_ptr, lse_ptr, scales_ptr,  # as _attention_kernel's
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
-    N, H, scale,
+    B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
-    KEYS_2: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEYS_2: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """One program a head: its keys and values are read once, in two or three pieces that stay on
     the chip, and each block of queries gets one softmax over all of them."""
@@ -211,7 +249,11 @@ def _attention_resident_kernel(
             total += tl.sum(p2, axis=1)
             acc = tl.dot(p2.to(v0.dtype), v2, acc, input_precision="ieee")
         o_ptrs = o_ptr + rows[:, None] * (H * HEAD_DIM) + dims[None, :]
-        tl.store(o_ptrs, acc / total[:, None], mask=_inside(in_rows, HEAD_DIM))
+        scale_row = (head * B + sample) * N + rows
+        _store_rows(
+            o_ptrs, scales_ptr, acc / total[:, None], _inside(in_rows, HEAD_DIM), in_rows,
+            scale_row, BY_HEAD,
+        )  # fmt: skip
         if lse_ptr is not None:
             lse_ptrs = lse_ptr + (sample * H + head) * N + rows
             tl.store(lse_ptrs, peak + tl.log2(total), mask=in_rows)
@@ -467,9 +509,9 @@ def _fwd(
     return o, lse
 
 
-def run(o, q, k, v, scale, bias=None, lse=None):
+def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False):
     """Launch what computes o (B, N, H, d), configured by table or rule; lse (B, H, N) without a
-    bias only."""
+    bias only. Of an o in eight bits `scales` are written by head, (H, B N), or read, (1, 1)."""
     B, N, H, d = q.shape
     L = k.shape[1]
     _check_spans(q, k, v)
@@ -480,13 +522,37 @@ def run(o, q, k, v, scale, bias=None, lse=None):
         if config["RESIDENT"]:
             keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L), strict=True))
             _attention_resident_kernel[(B * H,)](
-                q, k, v, o, lse, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d, **keys, **options
-            )
+                q, k, v, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                BY_HEAD=by_head, **keys, **options,
+            )  # fmt: skip
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
-                q, k, v, bias, o, lse, *strides, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
-                BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
+                q, k, v, bias, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
             )  # fmt: skip
+
+
+@_runtime.custom_op("deit_fast::attention_quantized")
+def _fwd_quantized(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, out_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    o, scales = _alloc_quantized(q, dtype, out_scale)
+    if o.numel():
+        by_head = out_scale is None
+        run(o, q, k, v, scale, scales=scales if by_head else out_scale, by_head=by_head)
+    return o, scales
+
+
+def _alloc_quantized(q, dtype, out_scale):
+    """What forward returns: o, and its scales unless they were given. Also its fake."""
+    B, N, H, _ = q.shape
+    scales = (H, B * N) if out_scale is None else 0
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty(scales, dtype=torch.float32)
+
+
+@_fwd_quantized.register_fake
+def _(q, k, v, scale, dtype, out_scale):
+    return _alloc_quantized(q, dtype, out_scale)
 
 
 def _check_spans(q, k, v):
@@ -596,6 +662,43 @@ def attention(
     ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
     """
     chosen = _runtime.resolve("attention", q, implementation)
+    q, k, v, scale = _checked(q, k, v, scale, bias)
+    if chosen == "torch":
+        return attention_reference(q, k, v, scale, bias)
+    q, k, v, scale = _operands(q, k, v, scale)
+    bias = None if bias is None else bias.contiguous()
+    keep = bias is None and q.shape[3] in TRAINED_HEAD_DIMS and _runtime.wants_grad(q, k, v)
+    return _fwd(q, k, v, bias, scale, keep, implementation)[0]
+
+
+def attention_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    format: str = "fp8",
+    out_scale: Tensor | None = None,
+    implementation: str = "auto",
+) -> Quantized:
+    """`attention(q, k, v, scale)` with its result, (B, N, H * d), in eight bits: what
+    `quantized_linear` reads. Scores, softmax and sums are attention's own.
+
+    Arguments and errors as `attention`. `out_scale` (1, 1) in fp32: one scale for all, of fp8;
+    without it each row of each head gets its own. Returns values (B, N, H * d) and scales (H, B N)
+    or `out_scale`. No gradient: backward raises. RuntimeError where the chip has no such numbers.
+    """
+    dtype = storage("attention_quantized", format)
+    chosen = _runtime.resolve("attention", q, implementation, dtype=dtype)
+    q, k, v, scale = _checked(q, k, v, scale)
+    expect_scale("attention_quantized", q, format, out_scale)
+    if chosen == "torch":
+        return attention_quantized_reference(q, k, v, scale, format, out_scale)
+    o, scales = _fwd_quantized(*_operands(q, k, v, scale), dtype, out_scale)
+    return Quantized(o.flatten(2), scales if out_scale is None else out_scale)
+
+
+def _checked(q, k, v, scale, bias=None):
+    """q, k and v in autocast's dtype, and the scale; or the error they deserve."""
     q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
@@ -608,14 +711,15 @@ def attention(
     _runtime.expect("attention", q, bias=(bias, (H, N, L)))
     if L == 0:
         raise ValueError(f"attention: k has shape {tuple(k.shape)}, want at least one key")
-    scale = d**-0.5 if scale is None else float(scale)
-    if chosen == "torch":
-        return attention_reference(q, k, v, scale, bias)
+    return q, k, v, d**-0.5 if scale is None else float(scale)
+
+
+def _operands(q, k, v, scale):
+    """As the kernels take them."""
+    d = q.shape[3]
     if d not in HEAD_DIMS:
         raise ValueError(f"attention: head dimension {d}, the Triton kernel takes {HEAD_DIMS}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if scale <= 0:  # the kernels take the largest score before they scale it
         q, scale = q * scale, 1.0
-    bias = None if bias is None else bias.contiguous()
-    keep = bias is None and d in TRAINED_HEAD_DIMS and _runtime.wants_grad(q, k, v)
-    return _fwd(q, k, v, bias, scale, keep, implementation)[0]
+    return q, k, v, scale

@@ -11,6 +11,9 @@ M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, r
 output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
 there is no residual), weight and bias; mean and rstd are recomputed from the row, which backward
 reads anyway. dw and db are summed over the rows of a program in fp32, then over the programs.
+
+In inference y may be written in eight bits, each row with a scale: see quantize. It is made of the
+fp32 y, so it is rounded once.
 """
 
 from functools import cache
@@ -22,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _runtime
+from .quantize import Quantized, _limit, _round, _scales, quantize_reference, storage
+from .quantize import _alloc as _alloc_rows
 
 MAX_N = 8192  # one row is held in registers
 
@@ -35,6 +40,12 @@ def layer_norm_reference(x, weight, bias, eps=1e-6):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def layer_norm_quantized_reference(x, weight, bias, eps=1e-6, format="fp8"):
+    return quantize_reference(
+        layer_norm_reference(x.float(), weight.float(), bias.float(), eps), format
+    )
+
+
 def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
     h = x + residual
     return layer_norm_reference(h, weight, bias, eps), h
@@ -44,6 +55,7 @@ def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
 def _layer_norm_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr,  # in:  (M, N) (M, N) or None (N,) (N,)
     y_ptr, h_ptr,  # out: (M, N) (M, N) or None
+    scales_ptr,  # out: (M,) where y is in eight bits, else None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # int64: M * N may pass 2**31
@@ -64,7 +76,13 @@ def _layer_norm_kernel(
     w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
 
-    tl.store(y_ptr + offs, diff * rstd[:, None] * w[None, :] + b[None, :], mask=mask)
+    y = diff * rstd[:, None] * w[None, :] + b[None, :]
+    if scales_ptr is not None:
+        INT8: tl.constexpr = y_ptr.dtype.element_ty == tl.int8
+        scales, inverse = _scales(y, _limit(INT8))
+        tl.store(scales_ptr + rows, scales, mask=rows < M)
+        y = _round(y, inverse[:, None], INT8)
+    tl.store(y_ptr + offs, y, mask=mask)
 
 
 @triton.jit
@@ -136,19 +154,34 @@ def _fwd(
     return y, h
 
 
-def run(y, x, weight, bias, eps, residual=None, h=None):
-    """Launch what computes y (M, N) of contiguous operands; h (M, N) with a residual only."""
+def run(y, x, weight, bias, eps, residual=None, h=None, scales=None):
+    """Launch what computes y (M, N) of contiguous operands; h (M, N) with a residual only, scales
+    (1, M) with a y in eight bits."""
     M, N = x.shape
     config = meta(N)
     if M > 0:
         grid = (_runtime.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _layer_norm_kernel[grid](x, residual, weight, bias, y, h, M, N, eps, **config)
+            _layer_norm_kernel[grid](x, residual, weight, bias, y, h, scales, M, N, eps, **config)
 
 
 @_fwd.register_fake
 def _(x, residual, weight, bias, eps, out_dtype):
     return _alloc(x, residual, out_dtype)
+
+
+@_runtime.custom_op("deit_fast::layer_norm_quantized")
+def _fwd_quantized(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, scales = _alloc_rows(x, dtype, 1)
+    run(y, x, weight, bias, eps, scales=scales)
+    return y, scales
+
+
+@_fwd_quantized.register_fake
+def _(x, weight, bias, eps, dtype):
+    return _alloc_rows(x, dtype, 1)
 
 
 @_runtime.custom_op("deit_fast::layer_norm_backward")
@@ -245,6 +278,30 @@ def layer_norm(
     if out_dtype is None:
         out_dtype = x.dtype if _runtime.autocast_dtype(x) is None else torch.float32
     return _fwd(*_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
+
+
+def layer_norm_quantized(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    format: str = "fp8",
+    implementation: str = "auto",
+) -> Quantized:
+    """`quantize(layer_norm(x), format)` in one pass: what `quantized_linear` reads.
+
+    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns values
+    (..., N) and scales (1, rows) in fp32. No gradient: backward raises. Errors as `layer_norm`;
+    RuntimeError where the chip has no such numbers.
+    """
+    dtype = storage("layer_norm_quantized", format)
+    chosen = _runtime.resolve("layer_norm", x, implementation, dtype=dtype)
+    _check("layer_norm_quantized", x, None, weight, bias)
+    if chosen == "torch":
+        return layer_norm_quantized_reference(x, weight, bias, eps, format)
+    x2, _, *vectors = _operands(x, None, weight, bias)
+    values, scales = _fwd_quantized(x2, *vectors, eps, dtype)
+    return Quantized(values.view(x.shape), scales)
 
 
 def add_layer_norm(
