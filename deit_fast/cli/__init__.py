@@ -5,12 +5,24 @@ import sys
 
 from deit_fast import tune
 
-from . import analyse, bench, classify, demo, distill_store, eval, export, finetune, info, train
+from . import (
+    analyse,
+    bench,
+    classify,
+    demo,
+    distill_store,
+    eval,
+    export,
+    finetune,
+    info,
+    quantize,
+    train,
+)
 
 COMMANDS = {
     "demo": demo, "classify": classify, "export": export, "bench": bench, "tune": tune,
     "train": train, "finetune": finetune, "distill-store": distill_store, "eval": eval,
-    "analyse": analyse, "info": info,
+    "analyse": analyse, "quantize": quantize, "info": info,
 }  # fmt: skip
 
 

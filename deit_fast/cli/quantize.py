@@ -1,0 +1,200 @@
+"""A model in eight bits, and how far it is from what it was: decisions, logits, each layer.
+
+examples:
+  deit-fast quantize deit_base --out base-fp8
+  deit-fast quantize deit_base --calibration imagenet --data imagenet --out base-fp8
+  deit-fast quantize deit_small --format int8 --exclude 'blocks.0.*' 'blocks.*.fc2' --json s.json
+  deit-fast quantize runs/tiny/model --calibration photos/ --images 64 --worst
+
+--data takes labelled images, all of which are judged by, --calibration those or any folder, list or
+pattern of images. Without --data the photographs that come with deit_fast are run. fp8 without
+--calibration bounds its scales by the weights. --worst puts each layer alone in eight bits, then
+all but it, and ranks them: --exclude the first. Layers are called as in the tables.
+
+Layers are compared on the images, on random inputs, and on such with some channels 50 times the
+others, both with the rms that the images cause.
+
+Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
+"""
+
+import copy
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import deit_fast
+from deit_fast import quantization_report
+from deit_fast.distill import evaluate
+from deit_fast.distill.datasets import ImageSet, has_split, open_images
+from deit_fast.engine import data_config
+from deit_fast.images import Decoder, find
+from deit_fast.kernels.quantize import FORMATS
+
+from . import _data, _models
+
+SAMPLE = 16  # images that layers are compared on
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help="one of ours, any timm ViT or DeiT, or a folder from save_pretrained",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=FORMATS, default="fp8", help="(default: fp8)")
+    parser.add_argument(
+        "--calibration", metavar="DATA", help="images to measure fp8's scales on: their train split"
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="so many of them, spread evenly (default: 256)"
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN",
+        help="layers that stay as they are: blocks.0.attn.qkv, 'blocks.11.*'",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="DATA", help="labelled images, as eval takes them")
+    parser.add_argument(
+        "--split", choices=("train", "validation"),
+        help="the part of --data (default: validation if it has that, else all of it)",
+    )  # fmt: skip
+    _data.add_keys(parser)
+    parser.add_argument("--worst", action="store_true", help="rank the layers by what they cost")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="save the model there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    _models.add_arguments(parser)
+    _data.add_running(parser)
+
+
+def run(args) -> int:
+    setting = _data.setting(args)
+    _check(args)
+    model = _models.load(args).to(setting.device)
+    reference = copy.deepcopy(model)
+    if args.data is None:
+        images = _Files(_photographs(), model)
+    else:
+        images = _data.images_for(model, args)
+        evaluate.check(model, images)
+    for folder in (args.out, args.json and args.json.parent):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    skipped = []
+
+    def read(images, count=None):
+        count = len(images) if count is None else min(count, len(images))
+        numbers = [i * len(images) // count for i in range(count)]
+        return evaluate.batches(reference, images, setting.batch, setting.workers, skipped, numbers)
+
+    calibration = None
+    if args.calibration is not None:
+        count = 256 if args.images is None else args.images
+        calibration = [x for _, x in read(_calibration_images(model, args), count)]
+    # in fp32, whatever it is to compute in: what is saved has every bit that there was
+    report = deit_fast.quantize(model, args.format, calibration, args.exclude)
+    print(report)
+    if args.out is not None:
+        deit_fast.save_pretrained(model, args.out)
+    model.to(dtype=_models.DTYPES[setting.dtype])
+
+    def batches(progress):
+        done = 0
+        for numbers, x in read(images):
+            labels = torch.from_numpy(images.labels[numbers])
+            yield x if args.data is None else (x, labels)
+            done += len(x)
+            progress(done)
+
+    with _data.progress(len(images), args.format) as progress:
+        comparison = quantization_report.compare(reference, model, batches(progress))
+    sample = torch.cat([x for _, x in read(images, SAMPLE)])
+    layers = quantization_report.layer_errors(reference, model, sample)
+    result = {
+        "model": args.model, "data": args.data, **asdict(report), "dtype": setting.dtype,
+        "device": setting.device, "comparison": asdict(comparison),
+        "layers": [asdict(layer) for layer in layers],
+    }  # fmt: skip
+    _show(args, comparison, layers, len(sample))
+    if args.worst:
+        with _data.progress(1 + 2 * len(layers), "worst layers") as progress:
+            shares = quantization_report.worst_layers(
+                reference, args.format, sample, calibration, args.exclude, setting.batch,
+                progress=lambda done, _: progress(done),
+            )  # fmt: skip
+        result["worst"] = asdict(shares)
+        title = (
+            f"relative error of the logits in fp32, {len(sample)} images: {shares.together:.5f} "
+            "with all layers"
+        )
+        rows = [(s.name, f"{s.alone:.5f}", f"{s.without:.5f}") for s in shares.layers]
+        _data.show(title, ("layer",), ("it alone", "all but it"), rows)
+    if args.out is not None:
+        print(f"{args.out}: from_pretrained and the other commands take it")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return _data.report_skipped(list(dict(skipped).items()))
+
+
+def _check(args):
+    """All that can be wrong before a model is loaded."""
+    if args.calibration is not None and args.format != "fp8":
+        raise ValueError(f"--calibration: {args.format} has a scale for each row, want none")
+    if args.images is not None and args.calibration is None:
+        raise ValueError("--images: of what, want --calibration DATA too")
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"--images: {args.images}, want 1 or more")
+    if args.split is not None and args.data is None:
+        raise ValueError("--split: of what, want --data DATA too")
+    if args.out is not None and args.out.resolve() == Path(args.model).resolve():
+        raise ValueError(f"--out: {args.out} is MODEL, whose weights would be lost")
+
+
+class _Files(ImageSet):
+    """Images without labels."""
+
+    def __init__(self, paths, model):
+        mode = Decoder(data_config(model)).mode
+        super().__init__([], np.zeros(len(paths), np.int64), mode)
+        self.paths = paths
+
+    def name(self, i):
+        return self.paths[i]
+
+    def _file(self, i):
+        return self.paths[i]
+
+
+def _photographs() -> list[str]:
+    data = files("deit_fast").joinpath("data")
+    return sorted(str(path) for path in data.iterdir() if path.suffix == ".jpg")
+
+
+def _calibration_images(model, args) -> ImageSet:
+    """The training images of a data set; else whatever images there are, labelled or not."""
+    path, split = args.calibration, None
+    if has_split(path, "train"):
+        split = "train"
+    elif paths := list(find([path])):
+        return _Files(paths, model)
+    return open_images(
+        path, split, mode=Decoder(data_config(model)).mode, image_key=args.image_key,
+        label_key=args.label_key,
+    )  # fmt: skip
+
+
+def _show(args, comparison, layers, sample):
+    what = args.data or "the photographs of deit_fast"
+    title = f"{args.model} in {args.format} against fp32, {comparison.images:,} images of {what}"
+    cells = {
+        "error of the logits": f"{comparison.logits_error:.5f}",
+        "the same class, %": f"{comparison.agreement:.2f}",
+    }
+    if comparison.top1 is not None:
+        cells["top-1 in fp32, %"] = f"{comparison.top1:.2f}"
+        cells[f"in {args.format}, %"] = f"{comparison.top1_quantized:.2f}"
+    _data.show(title, (), tuple(cells), [tuple(cells.values())])
+    rows = [(e.name, *(f"{v:.4f}" for v in (e.images, e.random, e.outliers))) for e in layers]
+    title = f"relative error of each layer by itself, inputs of {sample} images and random ones"
+    _data.show(title, ("layer",), ("images", "random", "outliers"), rows)
