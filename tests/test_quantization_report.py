@@ -1,0 +1,378 @@
+"""Each figure against one made by hand, or by the model itself; and the accuracy of the model whose
+weights come with the package."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from modelling import images as random_images
+from modelling import picture, tiny_pair
+from torch import nn
+
+import deit_fast
+from deit_fast import kernels, quantization_report
+from deit_fast.cli import main
+from deit_fast.distill import evaluate
+from deit_fast.distill.datasets import open_images
+from deit_fast.kernels.quantize import dequantize
+from deit_fast.quantization import quantized_layers
+from deit_fast.quantization_report import compare, layer_errors, worst_layers
+
+FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+SIZE = {"img_size": 32, "num_classes": 7}
+LAYERS = [
+    f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_pair(**SIZE)[1]
+
+
+def in_eight_bits(model, format, only=LAYERS, **options):
+    quantized = copy.deepcopy(model)
+    exclude = [name for name in LAYERS if name not in only]
+    deit_fast.quantize(quantized, format, exclude=exclude, **options)
+    return quantized
+
+
+class Says(nn.Module):
+    """Logits that were written down: row i for an image of i."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.Parameter(torch.tensor(rows))
+
+    def forward(self, x):
+        return self.rows[x.flatten().long()]
+
+
+WANT = Says([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 12.0], [0.0, 0.0, 0.0]]).eval()
+GOT = Says([[3.0, 0.0, 0.0], [5.0, 4.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 12.0]]).eval()
+FOUR = torch.arange(4.0).view(4, 1, 1, 1)
+
+
+def test_compare_by_hand():
+    labels = torch.tensor([0, 1, 0, 2])
+    batches = [(FOUR[:3], labels[:3]), [FOUR[3:], labels[3:]]]
+    found = compare(WANT, GOT, batches)
+    assert found.logits_error == pytest.approx(((25 + 144 + 144) / (9 + 16 + 144)) ** 0.5)
+    assert (found.images, found.agreement) == (4, 25.0)  # the first alone
+    assert (found.top1, found.top1_quantized) == (50.0, 75.0)
+    found = compare(WANT, GOT, iter([FOUR[:1], FOUR[1:]]))
+    assert found.top1 is found.top1_quantized is None and found.agreement == 25.0
+
+
+def test_compare_refuses():
+    with pytest.raises(ValueError, match="no images came"):
+        compare(WANT, GOT, [])
+    with pytest.raises(ValueError, match="labels for 2 of 4 images, want all or none"):
+        compare(WANT, GOT, [(FOUR[:2], torch.zeros(2)), FOUR[2:]])
+    with pytest.raises(ValueError, match="quantized: in train mode"):
+        compare(WANT, Says([[0.0]]), [FOUR])
+    with pytest.raises(FloatingPointError, match="quantized: logits that are not finite"):
+        compare(WANT, Says([[0.0, torch.inf, 0.0]] * 4).eval(), [FOUR])
+
+
+def recorded(monkeypatch):
+    """The operands of every product in eight bits from here on, and their results."""
+    real, seen = kernels.quantized_linear, []
+
+    def record(x, weight, *args, **options):
+        y = real(x, weight, *args, **options)
+        seen.append((x, weight, y))
+        return y
+
+    monkeypatch.setattr(kernels, "quantized_linear", record)
+    return seen
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("name", LAYERS[:4])
+def test_a_layer_gets_what_it_gets_in_the_model(model, format, name, monkeypatch):
+    """The first block's, with that layer alone in eight bits: its input is the original's then, and
+    the operand is the one that the model itself multiplies."""
+    quantized = in_eight_bits(model, format, [name])
+    x, inputs = random_images(model, 2), []
+    timms = deit_fast.restore(copy.deepcopy(model))
+    timms.get_submodule(name).register_forward_hook(lambda module, args, y: inputs.append(y))
+    seen = recorded(monkeypatch)
+    with torch.inference_mode():
+        timms(x)
+        quantized(x)
+    (operand, weight, _), (want,) = seen[0], inputs
+    layer = quantized.get_submodule(name)
+    got = dequantize(operand) @ dequantize(weight).T + layer.bias
+    want_error = ((got - want).norm() / want.norm()).item()
+    (found,) = layer_errors(model, quantized, x)
+    assert found.name == name
+    assert found.images == pytest.approx(want_error, rel=0.02) and want_error > 1e-3
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_operands_have_the_models_scales(model, format, monkeypatch):
+    quantized = in_eight_bits(model, format)
+    x = random_images(model, 2)
+    seen = recorded(monkeypatch)
+    with torch.inference_mode():
+        quantized(x)
+    in_model = [operand for operand, *_ in seen[:4]]
+    seen.clear()
+    errors = layer_errors(model, quantized, x)
+    assert [e.name for e in errors] == LAYERS and len(seen) == 3 * len(LAYERS)
+    for place, wanted in enumerate(in_model):
+        for i in range(3):
+            operand = seen[3 * place + i][0]
+            assert operand.values.shape == wanted.values.shape
+            assert operand.scales.shape == wanted.scales.shape
+            if wanted.scales.numel() == 1:
+                assert torch.equal(operand.scales, wanted.scales)
+    for e in errors:
+        most = 0.06 if format == "fp8" else 0.03
+        assert 1e-3 < e.images < most and 1e-3 < e.random < most and e.outliers > 1e-3
+
+
+def test_random_inputs():
+    torch.manual_seed(3)
+    x = 7 * torch.randn(500, 80) + 2
+    found = quantization_report._random_like(x, 0)
+    for drawn in found.values():
+        torch.testing.assert_close(drawn.square().mean(), x.square().mean())
+    rms = found["outliers"].square().mean(0).sqrt()
+    large, small = rms[[0, 37, 74]], rms[[i for i in range(80) if i % 37]]
+    torch.testing.assert_close(large.mean() / small.mean(), torch.tensor(50.0), rtol=0.05, atol=0)
+    rms = found["random"].square().mean(0).sqrt()
+    assert rms.max() / rms.min() < 1.3 and abs(found["random"].mean()) < 0.2
+    again, other = (quantization_report._random_like(x, seed)["random"] for seed in (0, 1))
+    assert torch.equal(again, found["random"]) and not torch.equal(other, again)
+
+
+def test_a_scale_that_is_too_small_shows(model):
+    quantized = in_eight_bits(model, "fp8")
+    before = layer_errors(model, quantized, random_images(model, 2))
+    quantized.blocks[1].attn.proj.input_scale.div_(1000)
+    after = layer_errors(model, quantized, random_images(model, 2))
+    place = LAYERS.index("blocks.1.attn.proj")
+    assert min(after[place].images, after[place].random, after[place].outliers) > 0.3
+    before.pop(place), after.pop(place)
+    assert after == before
+
+
+def test_layer_errors_refuse(model):
+    x, quantized = random_images(model, 1), in_eight_bits(model, "int8")
+    with pytest.raises(ValueError, match="quantized: no layer is in eight bits"):
+        layer_errors(model, model, x)
+    with pytest.raises(ValueError, match="model: is in eight bits"):
+        layer_errors(quantized, quantized, x)
+    with pytest.raises(ValueError, match=r"model: has no layer blocks.1.attn.qkv"):
+        layer_errors(tiny_pair(**SIZE, depth=1)[1], quantized, x)
+    with pytest.raises(ValueError, match="model: in train mode"):
+        layer_errors(copy.deepcopy(model).train(), quantized, x)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_the_worst_layer_is_found(format):
+    """One whose weights have a feature that leaves eight bits for nothing else."""
+    model = tiny_pair(**SIZE)[1]
+    x = random_images(model, 5)
+    with torch.no_grad():
+        fc1 = model.blocks[1].mlp.fc1
+        fc1.weight[:, 3] *= 1e5
+        model.blocks[1].norm2.weight[3] = model.blocks[1].norm2.bias[3] = 1e-5
+    kinds = [type(m) for m in model.modules()]
+    before = {k: (v, v.clone()) for k, v in model.state_dict(keep_vars=True).items()}
+    calibration = [x] if format == "fp8" else None
+    told = []
+    found = worst_layers(
+        model, format, x, calibration, ["blocks.0.mlp.fc2"], 2, lambda *done: told.append(done)
+    )
+    assert [type(m) for m in model.modules()] == kinds
+    for key, value in model.state_dict(keep_vars=True).items():
+        assert value is before[key][0] and torch.equal(value, before[key][1])
+    assert told == [(i, 15) for i in range(1, 16)]
+    names = [share.name for share in found.layers]
+    assert names[0] == "blocks.1.mlp.fc1" and sorted(names) == sorted(set(LAYERS) - {LAYERS[3]})
+    assert [s.alone for s in found.layers] == sorted([s.alone for s in found.layers], reverse=True)
+    assert min(found.layers, key=lambda share: share.without).name == names[0]
+    options = {"calibration": calibration}
+    chosen = set(names)
+    for only, error in [
+        (chosen, found.together),
+        *(({s.name}, s.alone) for s in found.layers),
+        *((chosen - {s.name}, s.without) for s in found.layers),
+    ]:
+        by_hand = compare(model, in_eight_bits(model, format, only, **options), [x])
+        assert error == pytest.approx(by_hand.logits_error, rel=1e-3)
+
+
+def test_the_model_is_whole_after_an_interruption(model):
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    mine = copy.deepcopy(model)
+    x = random_images(model, 2)
+    with pytest.raises(KeyboardInterrupt):
+        worst_layers(mine, "fp8", x, progress=stop)
+    assert not quantized_layers(mine)
+    assert [type(m) for m in mine.modules()] == [type(m) for m in model.modules()]
+    with torch.inference_mode():
+        assert torch.equal(mine(x), model(x))
+
+
+class Once(nn.Module):
+    """A model that is run once on each batch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.said = model, {}
+
+    def forward(self, x):
+        if x.data_ptr() not in self.said:
+            self.said[x.data_ptr()] = self.model(x)
+        return self.said[x.data_ptr()]
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Fashion-MNIST (FASHION_MNIST names it)")
+def test_top1_on_the_whole_test_set_of_fashion_mnist():
+    """Within 0.1 point of fp32, however the scales were found."""
+    torch.use_deterministic_algorithms(False)  # memory full of NaN costs too much time here
+    model = deit_fast.deit_nano_fashion(pretrained=True).eval()
+    test, train = (open_images(FASHION, split, mode="L") for split in ("validation", "train"))
+    labels = torch.from_numpy(test.labels)
+    batches = [(x, labels[numbers]) for numbers, x in evaluate.batches(model, test, 50, 0, [])]
+    some = range(0, len(train), len(train) // 256)
+    calibration = [x for _, x in evaluate.batches(model, train, 64, 0, [], some)]
+    reference = Once(model).eval()
+    for format, images in (("fp8", None), ("fp8", calibration), ("int8", None)):
+        quantized = copy.deepcopy(model)
+        deit_fast.quantize(quantized, format, images)
+        found = compare(reference, quantized, batches)
+        assert found.images == 10_000 and found.top1 > 86
+        assert abs(found.top1_quantized - found.top1) <= 0.1, (format, images is None)
+        assert found.agreement > 99 and 1e-3 < found.logits_error < 0.03
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    """A model, seven classes of three images each, and others without labels; one is broken."""
+    root = tmp_path_factory.mktemp("quantize")
+    (root / "data").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(21):
+        picture(root / "data" / f"c{i // 3}" / f"{i:02}.png", random, (3, 4), (50, 41))
+    (root / "data/c2/08.png").write_bytes(b"none")
+    for i in range(5):
+        picture(root / "more" / f"{i}.png", random, (5, 4), (60, 48))
+    deit_fast.save_pretrained(model, root / "model")
+    (root / "empty").mkdir()
+    return root
+
+
+def pixels(model, images):
+    return torch.cat([x for _, x in evaluate.batches(model, images, 8, 0, [])])
+
+
+def near(read, wanted):
+    """Whether what was read from JSON is that name and those figures."""
+    wanted = dict(vars(wanted))
+    return read.pop("name") == wanted.pop("name") and read == pytest.approx(wanted, rel=1e-3)
+
+
+def test_quantize_reports_and_saves(model, folders, tmp_path, capsys):
+    out, report = tmp_path / "new" / "out", tmp_path / "figures" / "report.json"
+    args = ["--data", folders / "data", "--calibration", folders / "more", "--images", 3, "--worst"]
+    args += ["--exclude", "blocks.0.*", "*.fc2", "--workers", 0, "--out", out, "--json", report]
+    assert main(["quantize", *map(str, [folders / "model", *args])]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("c2/08.png") == 1 and "skipped: 1 unreadable" in printed.err
+    found = json.loads(report.read_text())
+
+    images = open_images(folders / "data", None)
+    kept = [i for i in range(21) if i != 8]
+    x, labels = pixels(model, images), torch.from_numpy(images.labels[kept])
+    some = open_images(folders / "data", None)
+    some.image = lambda i: deit_fast.images.Image.open(folders / f"more/{i}.png").convert("RGB")
+    calibration = [x for _, x in evaluate.batches(model, some, 8, 0, [], [0, 1, 3])]
+    quantized = copy.deepcopy(model)
+    exclude = ["blocks.0.*", "*.fc2"]
+    want = deit_fast.quantize(quantized, "fp8", calibration, exclude)
+    assert str(want) in printed.out and "3 images" in str(want)
+    assert found["quantized"] == want.quantized == [LAYERS[i] for i in (4, 5, 6)]
+    comparison = compare(model, quantized, [(x, labels)])
+    for name, value in found["comparison"].items():
+        assert value == pytest.approx(getattr(comparison, name), rel=1e-4), name
+    assert comparison.images == 20
+    # the layers' sample: 16 of 21, one of which is the broken one
+    sample = [i * 21 // 16 for i in range(16)]
+    sample = x[[kept.index(i) for i in sample if i != 8]]
+    for one, other in zip(found["layers"], layer_errors(model, quantized, sample), strict=True):
+        assert near(one, other)
+        assert f"{other.outliers:.4f}" in printed.out
+    shares = worst_layers(model, "fp8", sample, calibration, exclude)
+    assert found["worst"]["together"] == pytest.approx(shares.together, rel=1e-4)
+    assert near(found["worst"]["layers"][0], shares.layers[0])
+    loaded = deit_fast.from_pretrained(out).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), quantized(x))
+        assert not torch.allclose(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_quantize_runs_the_shipped_photographs(folders, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    args = ["--format", "int8", "--workers", "0", "--dtype", "bf16", "--json", str(report)]
+    assert main(["quantize", str(folders / "model"), *args]) == 0
+    out = capsys.readouterr().out
+    assert "in int8 against fp32, 4 images of the photographs of deit_fast" in out
+    found = json.loads(report.read_text())
+    assert found["comparison"]["top1"] is None and found["dtype"] == "bf16"
+    assert 1e-3 < found["comparison"]["logits_error"] < 0.05
+    assert [layer["name"] for layer in found["layers"]] == LAYERS and "worst" not in found
+    assert "top-1" not in out and "blocks.1.mlp.fc2" in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--format", "int8", "--calibration", "more"], "int8 has a scale for each row"),
+        (["--calibration", "empty"], "empty: nothing recognised"),
+        (["--calibration", "nowhere"], "no image, folder, pattern or list"),
+        (["--calibration", "broken"], "calibration: no images came"),
+        (["--calibration", "more", "--images", "0"], "--images: 0, want 1 or more"),
+        (["--images", "3"], "--images: of what"),
+        (["--split", "train"], "--split: of what"),
+        (["--data", "empty"], "empty: nothing recognised"),
+        (["--exclude", "blocks.9.*"], "exclude: 'blocks.9.*' is none of the layers"),
+        (["--exclude", "*"], "no layer is left to quantise"),
+        (["--out", "model"], "is MODEL, whose weights would be lost"),
+        (["--batch", "0"], "--batch: 0, want 1 or more"),
+    ],
+)
+def test_quantize_says_what_is_wrong(args, message, folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    (folders / "broken").mkdir(exist_ok=True)
+    (folders / "broken/1.png").write_bytes(b"none")
+    assert main(["quantize", "model", "--workers", "0", *args]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("deit-fast quantize: ") or "left:" in said
+    assert message in said or "no layer is left" in message
+
+
+def test_quantize_wants_blocks_and_classes(folders, tmp_path, capsys):
+    deit_fast.save_pretrained(tiny_pair(img_size=32, num_classes=3)[1], tmp_path / "three")
+    data = ["--data", str(folders / "data")]
+    for model, options, message in (
+        ("tiny_vit_5m_224", ["--no-pretrained"], "TinyVit has no Block of a ViT or DeiT"),
+        ("resnet18", ["--no-pretrained"], "nothing to swap in ResNet"),
+        (str(tmp_path / "three"), data, "3 classes, images: 7"),
+    ):
+        assert main(["quantize", model, "--workers", "0", *options]) == 2
+        assert message in capsys.readouterr().err
