@@ -296,31 +296,30 @@ def page(study) -> str:
         "```",
         "",
         "```bash",
-        "deit-fast quantize deit_base --calibration imagenet --data imagenet --worst --out base-fp8",
+        "deit-fast quantize deit_base --calibration imagenet --data imagenet --worst --out base",
         "```",
         "",
         "## What is quantised, and how",
         "",
-        "The four products of a Block: qkv, proj, fc1 and fc2. A weight has a scale for each output "
-        "feature. An operand is written in eight bits by what produces it, so the scale has to be "
-        "known there:",
+        "The four products of a Block: qkv, proj, fc1 and fc2. A weight has a scale for each "
+        "output feature. An operand is written in eight bits by what produces it, so its scale has "
+        "to be known there:",
         "",
         "| operand of | written by | fp8 (e4m3) | int8 |",
         "|---|---|---|---|",
-        "| qkv, fc1 | LayerNorm, which has the whole row | a scale for each row | a scale for each "
-        "row |",
-        "| proj | attention, of which a program has one head | one scale for all | a scale for each "
-        "row and head |",
-        "| fc2 | the epilogue of fc1, GELU, of which a tile has some columns | one scale for all | "
+        "| qkv, fc1 | LayerNorm, which has the whole row | a scale for each row | the same |",
+        "| proj | attention, of which a program has one head | one scale for all | a scale for "
+        "each row and head |",
+        "| fc2 | GELU in fc1's epilogue, of which a tile has some columns | one scale for all | "
         f"a scale for each row and {PART} features |",
         "",
-        "The one scale of fp8 is twice the largest value that `calibration` showed; or without "
-        "images a bound that nothing passes: LayerNorm's rows have a length of at most sqrt(D), and "
-        "with the weights behind it Cauchy and Schwarz bound what follows. e4m3 keeps its relative "
-        "precision over 2^15, so a wide bound costs it little; int8 has steps of one size and would "
-        "pay for it (below). Patch embedding, LayerNorm's arithmetic, attention between its "
-        "operands, the residual stream and the heads stay as they were. Layers are excluded by name "
-        'or pattern, `exclude=["blocks.0.*"]`.',
+        "The one scale of fp8 is made for twice the largest value that `calibration` showed; or, "
+        "without images, for a bound that nothing passes: LayerNorm's rows have a length of at "
+        "most sqrt(D), so with the weights behind it Cauchy and Schwarz bound what follows. e4m3 "
+        "is as fine, relatively, at 448 as at 0.016, so a wide bound costs it little. int8 has "
+        "steps of one size and would pay for it: see below. Patch embedding, LayerNorm's "
+        "arithmetic, attention between its operands, the residual stream and the heads stay as "
+        'they were. Layers are excluded by name or pattern, `exclude=["blocks.0.*"]`.',
         "",
         "All figures below are of a CPU, fp32 around the eight bits, and of accuracy alone: no GPU "
         "has been asked. Relative errors are |got - want| / |want| of all elements together, "
@@ -353,10 +352,10 @@ def page(study) -> str:
         "",
         "A layer gets what the original gets, and reads it as it does in the model. Its input is "
         "what 8 images cause; or normal numbers, alike in all channels; or such with every 37th "
-        "channel 50 times the others. The random ones have the rms of what the images cause, since "
-        "a scale for all is made for operands of one size. Outliers at that rms can still pass what "
-        "calibration saw, or what the bound allows LayerNorm to cause, and saturate: an input that "
-        "the layer does not get in its model. Mean over the blocks (largest).",
+        "channel 50 times the others. The random ones have the rms of what the images cause: one "
+        "scale for all is made for operands of one size. Even so outliers can pass the largest "
+        "value that it was made for, and saturate, most where it was calibrated on a model without "
+        "any: an input which that model does not produce. Mean over the blocks (largest).",
         "",
         "| model | | layer | images | random | outliers |",
         "|---|---|---|--:|--:|--:|",
@@ -368,8 +367,9 @@ def page(study) -> str:
                 lines.append(_row(title, row["name"], kind.partition(".")[2], *cells))
     lines += [
         "",
-        "The layers of Fashion-MNIST's model that cost the logits most, each alone in eight bits and "
-        "all but it (`--worst`, 64 images):",
+        "The layers of Fashion-MNIST's model that cost the logits most, each alone in eight bits "
+        "and all but it (`--worst`, 64 images). fc2 alone has a scale for each row, as wherever "
+        "fc1 is excluded:",
         "",
         "| | with all | layer | it alone | all but it |",
         "|---|--:|---|--:|--:|",
@@ -380,14 +380,15 @@ def page(study) -> str:
             together = f"{row['worst']['together']:.5f}"
             cells = (f"{value:.5f}" for value in figures)
             lines.append(_row(row["name"], together, share["name"], *cells))
+    of_fp32 = fashion["scales"][0]["comparison"]["top1"]
     lines += [
         "",
         "## Which scales",
         "",
-        "Attention's and GELU's results by other schemes, simulated in plain PyTorch: eight bits are "
-        "turned back to fp32 and multiplied there. Weights and LayerNorm's results are as above. In "
-        f"bold what is served. The first {fashion['compared']:,} images of Fashion-MNIST's test "
-        "set, and the photographs.",
+        "Attention's and GELU's results by other schemes, simulated in plain PyTorch: eight bits "
+        "are turned back to fp32 and multiplied there. Weights and LayerNorm's results are as "
+        f"above. In bold what is served. The first {fashion['compared']:,} of those images of "
+        f"Fashion-MNIST, of which fp32 gets {of_fp32:.2f}% right, and the photographs.",
         "",
         "| | attention's and GELU's results | top-1, % | the same class, % | error of the logits | "
         "photographs: the same class, % | error of the logits |",

@@ -1,12 +1,18 @@
 """The studies' pages say what their data says. That they run, in little, are steps of .ci/run."""
 
 import argparse
+import copy
 import json
 import shlex
 from pathlib import Path
 
+import pytest
+import torch
+from modelling import images, tiny_pair
+
+import deit_fast
 from deit_fast.cli import distill_store, train
-from studies import fashion_mnist, store
+from studies import fashion_mnist, quantization, store
 
 DOCS = Path(__file__).parents[1] / "docs" / "studies"
 
@@ -108,3 +114,96 @@ def test_the_commands_shown_on_stores_are_commands():
     alike = ("model", "model_args", "recipe", "recipe_lr", "recipe_epochs", "recipe_batch")
     for name in alike:
         assert getattr(labels, name) == getattr(live, name) == getattr(stored, name)
+
+
+def study_of_eight_bits():
+    return json.loads((DOCS.parent / "quantization.json").read_text())
+
+
+def test_the_page_of_eight_bits_is_what_the_data_says():
+    assert (DOCS.parent / "quantization.md").read_text() == quantization.page(study_of_eight_bits())
+
+
+def test_the_study_of_eight_bits_is_complete():
+    found = study_of_eight_bits()
+    assert found["plan"] == quantization.FULL
+    for subject in found["subjects"].values():
+        assert [row["name"] for row in subject["served"]] == list(quantization.SERVED)
+        assert len(subject["scales"]) == 2 * len(quantization.SCHEMES)
+        for row in (*subject["served"], *subject["scales"], *subject["attention"]):
+            assert row["comparison"]["images"] in (subject["images"], subject["compared"])
+    fashion = found["subjects"]["fashion"]
+    assert fashion["images"] == 10_000
+    for row in fashion["served"]:
+        top1 = row["comparison"]["top1"], row["comparison"]["top1_quantized"]
+        assert abs(top1[0] - top1[1]) <= 0.1
+
+
+def test_findings_on_eight_bits_follow_from_the_figures():
+    schemes = zip(quantization.SCHEMES, (0.02, 0.01, 0.03, 0.08), strict=True)
+    rows = [
+        {"format": format, "scheme": scheme, "comparison": {"logits_error": times * error}}
+        for scheme, error in schemes
+        for format, times in (("fp8", 1), ("int8", 1 + (scheme == "bound")))
+    ]
+    products = [
+        {"name": "the four products of the block", "comparison": {"logits_error": 0.02}},
+        {"name": "the four products, and both", "comparison": {"logits_error": 0.025}},
+    ]
+    subject = {"scales": rows, "attention": products}
+    found = {"subjects": {"fashion": subject, "photographs": subject}}
+    said = quantization.findings(found)
+    assert len(said) == 4 and said[0].startswith("- Fashion-MNIST, fp8")
+    assert (
+        "64 features 0.50, one for all, calibrated 1.50, one for all, from a bound 4.00" in said[0]
+    )
+    assert said[3].startswith("- photographs, int8") and "from a bound 8.00." in said[3]
+    assert "is 1.25 times" in quantization.attention_findings(found)[0]
+
+
+@pytest.fixture
+def subject():
+    model = tiny_pair(img_size=32)[1]
+    x = images(model, 6)
+    return quantization.Subject(model, x, None, 6, x[:2])
+
+
+@pytest.mark.parametrize(
+    "format, scheme", [("fp8", "bound"), ("fp8", "calibrated"), ("int8", "parts")]
+)
+def test_what_is_simulated_is_what_is_served(subject, format, scheme):
+    model, x = subject.model, subject.images
+    simulated = quantization._simulated(subject, format, scheme)
+    served = copy.deepcopy(model)
+    deit_fast.quantize(served, format, subject.calibration if scheme == "calibrated" else None)
+    with torch.inference_mode():
+        want, got, exact = served(x), simulated(x), model(x)
+    cost = (want - exact).norm()
+    # a number between two of eight bits may go either way
+    assert (got - want).norm() < 0.4 * cost and cost > 1e-3 * exact.norm()
+
+
+def test_attention_in_fp8_by_hand():
+    """One head of one image at a time."""
+    torch.manual_seed(0)
+    for how in ("row", "head"):
+        attn = deit_fast.restore(tiny_pair(img_size=32)[1]).blocks[0].attn
+        x = torch.randn(2, 9, 64)
+        with torch.no_grad():
+            qkv = attn.qkv(x)
+            quantization._round_attention(attn, "qkpv", how)
+            found = attn(x)
+            out = torch.empty(2, 9, 64)
+            for i in range(2):
+                for h in range(2):
+                    q, k, v = (qkv[i, :, 64 * j + 32 * h :][:, :32] for j in range(3))
+                    axis = 1 if how == "row" else (0, 1)
+                    q, k = e4m3(q, axis), e4m3(k, axis)
+                    p = e4m3((q @ k.T / 32**0.5).softmax(1), 1)
+                    out[i, :, 32 * h :][:, :32] = p @ e4m3(v, (0, 1))
+            torch.testing.assert_close(found, attn.proj(out), rtol=1e-3, atol=1e-3)
+
+
+def e4m3(x, axis):
+    scale = x.abs().amax(axis, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
