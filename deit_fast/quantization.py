@@ -3,10 +3,10 @@
 Weights get a scale for each output feature. Their operands are quantised where they are made, with
 a scale for each row from LayerNorm. Of attention's and GELU's results no program sees a whole row:
 
-    fp8    one scale for all, measured on images (`calibration`), or without any, from a bound: a row
-           that LayerNorm normalised has a length of sqrt(D), so what a feature behind it can become
-           is known from the weights (Cauchy and Schwarz). e4m3 is as fine far below its largest
-           number as near it, so a wide bound costs little, and nothing saturates.
+    fp8    one scale for all, from images (`calibration`), or without any from a bound: a row that
+           LayerNorm normalised has a length of sqrt(D), so what a feature behind it can become is
+           known from the weights (Cauchy and Schwarz). e4m3 is as fine far below its largest number
+           as near it: a wide bound costs little, and nothing saturates.
     int8   a scale for each row and head, or each row and 64 features of GELU's.
 
 Patch embedding, LayerNorm's arithmetic, attention itself, residual stream and heads stay as they
@@ -182,9 +182,11 @@ def _check_weights(model, names):
 
 @torch.no_grad()
 def _bound(block, part) -> Tensor:
-    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w . x
-    + b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
-    norm, linear = (block.norm1, block.attn.qkv) if part == "proj" else (block.norm2, block.mlp.fc1)
+    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w x +
+    b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
+    norm, linear = block.norm2, block.mlp.fc1
+    if part == "proj":
+        norm, linear = block.norm1, block.attn.qkv
     weight = linear.weight.float()
     bias = 0.0 if linear.bias is None else linear.bias.float()
     if part == "proj":  # a mean of values
