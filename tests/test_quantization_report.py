@@ -132,6 +132,11 @@ def test_operands_have_the_models_scales(model, format, monkeypatch):
             assert operand.scales.shape == wanted.scales.shape
             if wanted.scales.numel() == 1:
                 assert torch.equal(operand.scales, wanted.scales)
+    for place in (1, 3):  # no LayerNorm between the input and the operand
+        of_images, random, outliers = (dequantize(seen[3 * place + i][0]) for i in range(3))
+        assert not torch.allclose(of_images, random, atol=0.1)
+        apart = [(x[..., 37].norm() / x[..., 36].norm()).item() for x in (random, outliers)]
+        assert 0.5 < apart[0] < 2 and apart[1] > 10
     for e in errors:
         most = 0.06 if format == "fp8" else 0.03
         assert 1e-3 < e.images < most and 1e-3 < e.random < most and e.outliers > 1e-3
