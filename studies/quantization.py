@@ -403,9 +403,9 @@ def page(study) -> str:
     lines += ["", *findings(study), "", "## Attention's own products", ""]
     shares = " and ".join(f"{100 * v:.1f}% ({k})" for k, v in study["arithmetic"].items())
     lines += [
-        f"q k^T and p v are {shares} of a block's multiplications. They stay in bf16 or fp16. What "
-        "e4m3 would cost there, simulated, everything else in fp32 unless it says so; p, the "
-        "softmax, with the scale of its row:",
+        f"q k^T and p v are {shares} of a block's multiplications. So small a part is left in bf16 "
+        "or fp16. What e4m3 would cost there, simulated, everything else in fp32 unless it says "
+        "so; p, the softmax, with the scale of its row:",
         "",
         "| in fp8 | the same class, % | error of the logits | photographs: the same class, % | "
         "error of the logits |",
