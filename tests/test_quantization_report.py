@@ -339,6 +339,7 @@ def test_quantize_runs_the_shipped_photographs(model, folders, tmp_path, capsys)
     assert main(["quantize", str(folders / "model"), *args]) == 0
     out = capsys.readouterr().out
     assert "in int8 against fp32, 4 images of the photographs of deit_fast" in out
+    assert "inputs of 4 images" in out
     found = json.loads(report.read_text())
     assert found["comparison"]["top1"] is None and found["dtype"] == "bf16"
     photographs = sorted(Path(deit_fast.__file__).parent.glob("data/*.jpg"))
