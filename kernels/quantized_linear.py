@@ -49,7 +49,8 @@ def quantized_linear_reference(
     x, weight, bias=None, activation="none", residual=None, layer_scale=None, row_scale=None,
     dtype=None, format=None, out_scale=None,
 ):  # fmt: skip
-    y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
+    with torch.autocast(x.values.device.type, enabled=False):  # fp32, as the kernel
+        y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
     if bias is not None:
         y = y + bias.float()
     if activation == "gelu":
@@ -201,7 +202,8 @@ def _configuration(m, n, k, warps, stages, tma=False, split=False):
 
 # As linear's, with twice the features a step: as many bytes. In order the rule's three, of which
 # the first leaves room for two CTAs a multiprocessor, the second for three. Scales within the
-# product's loop (parts) take registers for a second sum: the second then serves for the first.
+# product's loop (parts) take registers for a second sum: of tiles wider than 64 columns it spills
+# (128x256 on sm_90, 64x128 on sm_80) or leaves room for one CTA.
 HOPPER_CONFIGS = [
     _configuration(128, 128, 128, 8, 3, tma=True, split=True),
     _configuration(128, 64, 128, 4, 3, tma=True),
@@ -236,6 +238,8 @@ def _why_not(shape, choice, capability):
     epilogue = str(shape.get("epilogue"))
     if "own_scales" in epilogue and choice.get("BLOCK_N", PART) < PART:
         return f"a tile narrower than the {PART} columns that share a scale"
+    if "parts" in epilogue and choice.get("BLOCK_N", PART) > PART:
+        return f"a tile of x's parts wider than {PART} columns, whose second sum spills"
     return _tuned.check_choice(choice, ("triton",), configs(capability))
 
 
@@ -246,7 +250,7 @@ def meta(
     """The configuration for a shape that no table lists: the first of the chip's three that leaves
     no tile half empty and every multiprocessor with one."""
     wide, narrow, small = configs(capability)[:3]
-    wide_fits = N % wide["BLOCK_N"] == 0 and not (parts and capability >= (9, 0))
+    wide_fits = N % wide["BLOCK_N"] == 0 and not parts
     for config in (wide, narrow) if wide_fits else (narrow,):
         if _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]) >= processors:
             return config
@@ -336,6 +340,7 @@ def _(x, xs, weight, ws, bias, residual, layer_scale, row_scale, out_scale, acti
     return _alloc(x, weight, dtype, dtype.itemsize == 1 and out_scale is None)
 
 
+@_runtime.inference_only
 def quantized_linear(
     x: Quantized,
     weight: Quantized,
