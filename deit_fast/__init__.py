@@ -17,6 +17,7 @@ from .models import (
     set_heads,
 )
 from .pretrained import from_pretrained, save_pretrained
+from .quantization import QuantizationReport, quantize
 from .swap import Left, Report, accelerate, restore
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "InferenceEngine",
     "NAMES",
     "Left",
+    "QuantizationReport",
     "Report",
     "accelerate",
     "create_model",
@@ -39,6 +41,7 @@ __all__ = [
     "deit_tiny_distilled",
     "export",
     "from_pretrained",
+    "quantize",
     "restore",
     "save_pretrained",
     "set_heads",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .checkpoint import load_state, read_checkpoint
 from .layers import VisionTransformerDistilled
 from .models import set_heads
+from .quantization import prepare, quantized_layers
 from .swap import accelerate
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -47,6 +48,7 @@ class Stored(NamedTuple):
     state: dict[str, Tensor]
     heads: str = "joint"
     eps: float | dict[str, float] | None = None  # of every LayerNorm, or by name; None: timm's
+    quantized: dict | None = None  # {"format": ..., "layers": [name, ...]}
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
@@ -73,6 +75,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
     eps = _eps(model)
     if eps != _eps(skeleton):
         ours["eps"] = eps if len(set(eps.values())) > 1 else next(iter(eps.values()))
+    if in_eight_bits := quantized_layers(model):
+        (quantized_format,) = set(in_eight_bits.values())
+        ours["quantized"] = {"format": quantized_format, "layers": list(in_eight_bits)}
     # safetensors wants contiguous tensors that share no memory
     state = {
         k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -181,6 +186,14 @@ def build(
         ) from error
     if like is not None:
         model.to(like.device, like.dtype)
+    if stored.quantized is not None:  # as accelerate, before there are weights: now and here
+        accelerate(model, backend)
+        try:
+            prepare(model, stored.quantized["format"], stored.quantized["layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{source}: {CONFIG} has a wrong 'quantized' ({_line(error)})"
+            ) from error
     try:
         load_state(model, stored.state, source, grid, new_head="num_classes" in kwargs)
     except RuntimeError as error:  # positions that are no such grid cannot be resized
@@ -318,7 +331,11 @@ def _facts(model: nn.Module) -> dict:
     without weights (activations, pooling), but for dropout."""
     facts = {"the class": getattr(model, "timm_class", type(model)).__name__}
     facts |= _arguments(model)
-    facts |= {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    facts |= {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith((".weight_scale", ".input_scale"))  # of layers in eight bits
+    }
     for name, module in model.named_modules():
         kind = type(module).__name__
         bare = next(module.children(), None) is None and not module.state_dict()
@@ -413,14 +430,14 @@ def _read_timm(path: Path, config: dict, weights: Path) -> Stored:
         known = {field.name for field in dataclasses.fields(PretrainedCfg)}
         cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known}
         ours = config.get(_OURS) or {}
-        heads, eps = ours.get("heads", "joint"), ours.get("eps")
+        heads, eps, quantized = (ours.get(name) for name in ("heads", "eps", "quantized"))
         cfg["architecture"] = architecture
         args = dict(args)
         if not_the_models := args.keys() & inspect.signature(timm.create_model).parameters.keys():
             raise ValueError(f"model_args has {', '.join(not_the_models)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is not as timm writes it ({_line(error)})") from error
-    return Stored(cfg, args, read_checkpoint(weights), heads, eps)
+    return Stored(cfg, args, read_checkpoint(weights), heads or "joint", eps, quantized)
 
 
 def _is_json(value) -> bool:

@@ -17,6 +17,7 @@ from deit_fast import layers
 from deit_fast.kernels import _runtime
 
 from .layers._base import BACKENDS, Fast
+from .layers.quantized import undo
 
 # timm class -> the class that replaces it. Parts come before what is made of them.
 SWAPS = {
@@ -127,7 +128,10 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`: every drop-in module becomes timm's again, parameters untouched."""
+    """Undo `accelerate` and `quantize`: every drop-in module becomes timm's again, parameters
+    untouched; layers in eight bits get the weights back that they were made of, or, where eight
+    bits were loaded since, those as numbers of the model's dtype."""
+    undo(model)
     for module in model.modules():
         if isinstance(module, Fast):
             timm_class = module.timm_class

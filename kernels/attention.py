@@ -74,9 +74,7 @@ def _inside(in_rows, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(
-    o_ptrs, scales_ptr, o, mask, in_rows, row, BY_HEAD: tl.constexpr
-):
+def _store_rows(o_ptrs, scales_ptr, o, mask, in_rows, row, BY_HEAD: tl.constexpr):
     """Rows of one head's result; in eight bits by a scale of their own, which is stored as well, or
     by the one scale that is there."""
     if scales_ptr is not None:
@@ -181,9 +179,7 @@ def _attention_kernel(
         lse_ptrs = lse_ptr + (sample * H + head) * N + rows
         tl.store(lse_ptrs, peak * scale + tl.log2(total), mask=in_rows)
     scale_row = (head * B + sample) * N + rows
-    _store_rows(
-        o_ptr + o_offs, scales_ptr, acc / total[:, None], mask, in_rows, scale_row, BY_HEAD
-    )
+    _store_rows(o_ptr + o_offs, scales_ptr, acc / total[:, None], mask, in_rows, scale_row, BY_HEAD)
 
 
 @triton.jit
@@ -529,7 +525,8 @@ def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False):
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
                 q, k, v, bias, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
-                BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
+                BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"],
+                BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
             )  # fmt: skip
 
 

@@ -1,0 +1,283 @@
+"""quantize(model) puts the four products of every Block in eight bits, fp8 or int8.
+
+Weights get a scale for each output feature. Their operands are quantised where they are made, with
+a scale for each row from LayerNorm. Of attention's and GELU's results no program sees a whole row:
+
+    fp8    one scale for all, from images (`calibration`), or without any from a bound: a row that
+           LayerNorm normalised has a length of sqrt(D), so what a feature behind it can become is
+           known from the weights (Cauchy and Schwarz). e4m3 is as fine far below its largest number
+           as near it: a wide bound costs little, and nothing saturates.
+    int8   a scale for each row and head, or each row and 64 features of GELU's.
+
+Patch embedding, LayerNorm's arithmetic, attention itself, residual stream and heads stay as they
+are.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .engine import data_config
+from .kernels import _runtime
+from .kernels.quantize import FORMATS, LIMITS, TINY
+from .layers import Attention, Block, Mlp
+from .layers.quantized import (
+    QuantizedAttention,
+    QuantizedMlp,
+    is_quantized,
+    quantize_,
+    why_not,
+)
+from .swap import Left
+
+PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+# How far a scale reaches above the largest value seen: images that were not. And above the bound,
+# which knows nothing of the rounding of weights and rows, at most 1/16 each.
+MARGIN_SEEN, MARGIN_BOUND = 2.0, 1.25
+
+
+@dataclass
+class QuantizationReport:
+    """What `quantize` did. Names are those of `named_modules()`."""
+
+    format: str
+    scales: str  # where those of attention's and GELU's results come from
+    quantized: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+    def __str__(self):
+        lines = [f"{self.format}: {len(self.quantized)} layers, scales {self.scales}"]
+        lines += [f"left: {m.name} ({m.kind}): {m.reason}" for m in self.left]
+        return "\n".join(lines)
+
+
+def quantize(
+    model: nn.Module,
+    format: str = "fp8",
+    calibration: Tensor | Iterable | None = None,
+    exclude: Iterable[str] = (),
+) -> QuantizationReport:
+    """Put qkv, proj, fc1 and fc2 of every Block of an accelerated model in eight bits, in place,
+    for inference. `deit_fast.restore(model)` undoes this and the swap.
+
+    model: one that `deit_fast.accelerate` has swapped, with Blocks (ViT, DeiT, DeiT-III), in fp32,
+    fp16 or bf16, on any device. `format`: "fp8" (e4m3, from
+    compute capability 8.9) or "int8" (from 8.0); on a CPU PyTorch computes both, slowly.
+    calibration, for fp8: images (B, C, H, W), normalised, or uint8 (B, H, W, C), or an iterable of
+    such batches, alone or first in a tuple with labels; int8 takes none, each row brings its
+    scales. exclude: names of layers that stay as they are, "blocks.0.attn.qkv", or patterns,
+    "blocks.11.*".
+
+    The weights are buffers from then on, `weight` in eight bits and `weight_scale`, with
+    `input_scale` where calibrated; all are in the `state_dict`. What they were stays in the host's
+    memory for `restore`.
+
+    Raises ValueError for names, images and models that do not fit, TypeError for other dtypes,
+    RuntimeError where the model's chip has no such numbers. Nothing is changed if it raises.
+    """
+    layers = _layers(model, format)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    for pattern in exclude:
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(f"exclude: {pattern!r} is none of the layers {', '.join(layers)}")
+    if format == "int8" and calibration is not None:
+        raise ValueError("calibration: int8 has a scale for each row, want None")
+    report, chosen = QuantizationReport(format, "by row"), {}
+    for name, (block, part) in layers.items():
+        reason = why_not(block, part, format)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            reason = "excluded"
+        if reason is None:
+            chosen[name] = block, part
+            report.quantized.append(name)
+        else:
+            report.left.append(Left(name, type(model.get_submodule(name)).__name__, reason))
+    if not chosen:
+        raise ValueError(f"model: no layer is left to quantise\n{report}")
+    _check_weights(model, chosen)
+    scales = {}
+    if format == "fp8":
+        static = {name: chosen[name] for name in _static(chosen)}
+        if calibration is None:
+            largest, margin = {name: _bound(*place) for name, place in static.items()}, MARGIN_BOUND
+            report.scales = "from a bound"
+        else:
+            largest, images = _observe(model, static, calibration)
+            margin, report.scales = MARGIN_SEEN, f"from {images} images"
+        scales = {
+            name: (value.float() * margin / LIMITS[FORMATS[format]]).clamp_min(TINY).view(1, 1)
+            for name, value in largest.items()
+        }
+    for name, (block, _) in chosen.items():
+        quantize_(model.get_submodule(name), format, scales.get(name))
+        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+    return report
+
+
+def prepare(model: nn.Module, format: str, names: Iterable[str]) -> None:
+    """Make these layers of an accelerated model ready for a `state_dict` in eight bits. Raises
+    ValueError for names and formats that do not fit."""
+    layers, names = _layers(model, format), list(names)
+    for name in names:
+        if name not in layers:
+            raise ValueError(f"quantized: no layer {name!r} in {type(model).__name__}")
+    static = _static(names) if format == "fp8" else []
+    for name in names:
+        block, _ = layers[name]
+        scale = block.norm1.weight.new_ones(1, 1, dtype=torch.float32)
+        quantize_(model.get_submodule(name), format, scale if name in static else None)
+        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+        model.get_submodule(name).forget()
+
+
+def quantized_layers(model: nn.Module) -> dict[str, str]:
+    """Names of the layers in eight bits, and their format."""
+    return {name: m.format for name, m in model.named_modules() if is_quantized(m)}
+
+
+def _layers(model, format) -> dict[str, tuple[Block, str]]:
+    """Name -> (its Block, "qkv", "proj", "fc1" or "fc2") of a model that can be quantised."""
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r}, want one of {tuple(FORMATS)}")
+    kind = type(model).__name__
+    modules = dict(model.named_modules())
+    if any(is_quantized(m) for m in modules.values()):
+        raise ValueError(
+            f"model: {kind} is in eight bits already, call deit_fast.restore and accelerate first"
+        )
+    blocks = {name: m for name, m in modules.items() if type(m) is Block}
+    if not blocks:
+        timms = any(type(m) is Block.timm_class for m in modules.values())
+        if timms:
+            raise ValueError(f"model: {kind} has timm's blocks, call deit_fast.accelerate first")
+        raise ValueError(f"model: {kind} has no Block of a ViT or DeiT")
+    layers = {
+        ".".join(filter(None, (name, part, layer))): (block, layer)
+        for name, block in blocks.items()
+        for part, names in PARTS.items()
+        for layer in names
+    }
+    norm = next(iter(blocks.values())).norm1.weight
+    if norm.dtype not in _runtime.DTYPES:
+        raise TypeError(f"model: {kind} is in {norm.dtype}, want float32, float16 or bfloat16")
+    capability = _runtime.capability(norm.device.type, norm.device.index)
+    choice = _runtime.choose("quantized_linear", capability, FORMATS[format])
+    if choice.implementation == "none":
+        raise RuntimeError(
+            f"model: {kind} is on a chip of {capability[0]}.{capability[1]}: {choice.reason}"
+        )
+    return layers
+
+
+def _static(names) -> list[str]:
+    """Of layers in fp8 those whose operand gets one scale: it comes from where no program has a
+    whole row. Behind an fc1 that stays as it is a pass of its own has."""
+    names = set(names)
+    hidden = [n for n in names if n.endswith("fc2") and f"{n[:-1]}1" in names]
+    return hidden + [n for n in names if n.endswith("proj")]
+
+
+def _check_weights(model, names):
+    for name in names:
+        for which, t in model.get_submodule(name).named_parameters():
+            if not t.isfinite().all():
+                raise ValueError(f"model: {name}.{which} has values that are not finite")
+
+
+@torch.no_grad()
+def _bound(block, part) -> Tensor:
+    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w x +
+    b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
+    norm, linear = block.norm2, block.mlp.fc1
+    if part == "proj":
+        norm, linear = block.norm1, block.attn.qkv
+    weight = linear.weight.float()
+    bias = 0.0 if linear.bias is None else linear.bias.float()
+    if part == "proj":  # a mean of values
+        values = weight.shape[0] // 3
+        weight, bias = weight[-values:], bias if linear.bias is None else bias[-values:]
+    centre = weight @ norm.bias.float() + bias
+    weight = weight * norm.weight.float()
+    weight = weight - weight.mean(1, keepdim=True)
+    reach = weight.norm(dim=1) * weight.shape[1] ** 0.5
+    if part == "proj":
+        return (centre.abs() + reach).max()
+    return (centre + reach).max().clamp_min(0.17)  # GELU's results go down to -0.17
+
+
+@torch.inference_mode()
+def _observe(model, static, calibration) -> tuple[dict[str, Tensor], int]:
+    """The largest element of each operand over all images, and how many there were."""
+    largest, images = {}, 0
+
+    def hook(name):
+        def look(module, args):
+            seen = args[0].abs().amax().float()
+            largest[name] = torch.maximum(largest.get(name, seen), seen)
+
+        return look
+
+    with _eager(model):
+        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in static]
+        try:
+            for batch in _batches(model, calibration):
+                model(batch)
+                images += len(batch)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    if not images:
+        raise ValueError("calibration: no images came, want at least one")
+    for name, value in largest.items():
+        if not value.isfinite():
+            raise ValueError(f"calibration: the operand of {name} became {value.item()}")
+    return {name: value.clone() for name, value in largest.items()}, images
+
+
+@contextmanager
+def _eager(model):
+    """Blocks as timm computes them, so that the layers inside are called; in eval mode."""
+    training = {m: m.training for m in model.modules()}
+    swapped = {m: type(m) for m in model.modules() if type(m) in (Block, Attention, Mlp)}
+    try:
+        model.eval()
+        for module in swapped:
+            module.__class__ = module.timm_class
+        yield
+    finally:
+        for module, kind in swapped.items():
+            module.__class__ = kind
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _batches(model, calibration):
+    """Images in the model's dtype and on its device, a few at a time."""
+    if isinstance(calibration, Tensor):
+        calibration = calibration.split(64) if calibration.dim() == 4 else [calibration]
+    elif not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration: {type(calibration).__name__}, want images or an iterable of batches"
+        )
+    like = next(model.parameters())
+    C, *size = data_config(model)["input_size"]
+    for batch in calibration:
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(images, Tensor):
+            raise TypeError(f"calibration: a batch is a {type(images).__name__}, want a tensor")
+        bytewise = images.dtype == torch.uint8
+        wanted = (*size, C) if bytewise else (C, *size)
+        sizes = tuple(images.shape[1:])
+        if getattr(model, "dynamic_img_size", False) and len(sizes) == 3:
+            wanted = (*sizes[:2], C) if bytewise else (C, *sizes[1:])
+        if images.dim() != 4 or sizes != wanted:
+            raise ValueError(
+                f"calibration: images of shape {tuple(images.shape)} in {images.dtype}, want "
+                f"(B, {', '.join(map(str, wanted))})"
+            )
+        if len(images):
+            yield images.to(like.device, images.dtype if bytewise else like.dtype)
