@@ -9,7 +9,7 @@
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from typing import NamedTuple
 
@@ -214,6 +214,13 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if kind == "meta":
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(x: torch.Tensor):
+    """A context in which products on x's device keep their dtype."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -49,7 +49,7 @@ def quantized_linear_reference(
     x, weight, bias=None, activation="none", residual=None, layer_scale=None, row_scale=None,
     dtype=None, format=None, out_scale=None,
 ):  # fmt: skip
-    with torch.autocast(x.values.device.type, enabled=False):  # fp32, as the kernel
+    with _runtime.without_autocast(x.values):  # fp32, as the kernel
         y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
     if bias is not None:
         y = y + bias.float()

