@@ -170,9 +170,7 @@ def test_rule():
 
 
 def test_a_table_may_not_name_what_spills_or_cannot_be():
-    wide, narrow, small = (
-        {"implementation": "triton", **c} for c in HOPPER_CONFIGS[:3]
-    )
+    wide, narrow, small = ({"implementation": "triton", **c} for c in HOPPER_CONFIGS[:3])
     shape = {"M": 8, "K": 64, "N": 64, "dtype": "fp8"}
     parts = epilogue_name(True, "none", True, True, False, False, False)
     own = epilogue_name(False, "gelu", True, False, False, True, True)
@@ -230,7 +228,9 @@ def test_nan_in_values_with_one_scale(device):
     """e4m3 says NaN itself; what is too large saturates."""
     torch.manual_seed(0)
     weight = quantize_reference(torch.randn(64, 64, device=device), "fp8")
-    x = Quantized(torch.randn(5, 64, device=device).to(FORMATS["fp8"]), torch.ones(1, 1, device=device))
+    x = Quantized(
+        torch.randn(5, 64, device=device).to(FORMATS["fp8"]), torch.ones(1, 1, device=device)
+    )
     x.values[3, 1] = torch.nan
     tiny = torch.full((1, 1), 1e-3, device=device)
     q = triton_linear(x, weight, format="fp8", out_scale=tiny)
