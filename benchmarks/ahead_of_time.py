@@ -173,11 +173,11 @@ QUANTIZED_EPILOGUES = {
     "bias+gelu+quantized+own_scales": ("row", "gelu", ("b_ptr",), True),
     "one scale, bias+residual": ("all", "none", ("b_ptr", "res_ptr"), False),  # fp8 only
     "parts+bias+residual": ("part", "none", ("b_ptr", "res_ptr"), False),
-    "parts+bias+scales+residual": (
-        "part", "none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), False,
+    "parts+bias+gelu+scales+residual, fp32": (
+        "part", "gelu", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), False,
     ),
 }  # fmt: skip
-HEAVIEST_QUANTIZED = ("bias+gelu+quantized+own_scales", "parts+bias+scales+residual")
+HEAVIEST_QUANTIZED = ("bias+gelu+quantized+own_scales", "parts+bias+gelu+scales+residual, fp32")
 
 
 def _quantized_linear(arch, dtype):
@@ -197,29 +197,30 @@ def _quantized_linear(arch, dtype):
             if dtype == INT8 and (static or shared == "all"):
                 continue  # never asked of it
             shape = {"epilogue": name, "N": D}
-            if module._why_not(shape, {"implementation": "triton", **config}, chip):
+            if module.why_not(shape, {"implementation": "triton", **config}, chip):
                 continue
-            K, N = {"bias": (D, 3 * D), "parts+bias+scales+residual": (4 * D, D)}.get(name, (D, D))
-            N = 4 * D if activation == "gelu" else N
+            around = FP32 if "fp32" in name else BF16
+            K, N = {"bias": (D, 3 * D), "parts+bias+residual": (4 * D, D)}.get(name, (D, D))
+            N = 4 * D if quantized else N
             meta = dict(config)
             parts = K // 64 if shared == "part" else 1
             if parts > 1:
                 meta["BLOCK_K"] = module.block_k(config, 64)
-            pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype if quantized else BF16}
+            pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype if quantized else around}
             if meta["TMA"]:
                 pointers |= {
                     "x_ptr": (dtype, meta["BLOCK_M"], meta["BLOCK_K"]),
                     "w_ptr": (dtype, meta["BLOCK_N"], meta["BLOCK_K"]),
                 }
             scales = ("xs_ptr", "ws_ptr", "ys_ptr") if quantized else ("xs_ptr", "ws_ptr")
-            pointers |= dict.fromkeys(scales, FP32) | dict.fromkeys(present, BF16)
+            pointers |= dict.fromkeys(scales, FP32) | dict.fromkeys(present, around)
             sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
             constexprs = {
-                "ACTIVATION": activation, "EXACT": False, "PARTS": parts,
+                "ACTIVATION": activation, "EXACT": around == FP32, "PARTS": parts,
                 "BY_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
                 "INT8": dtype == INT8,
             }  # fmt: skip
-            width = 1 if quantized else 2 * (1 + ("res_ptr" in present))
+            width = 1 if quantized else around.itemsize * (1 + ("res_ptr" in present))
             yield Case(
                 "quantized_linear", f"{name}, {_tile(config)}, {FORMAT[dtype]}",
                 "_quantized_linear_kernel", arch, pointers | sizes, constexprs, meta,

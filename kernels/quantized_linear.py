@@ -234,7 +234,7 @@ def epilogue_name(parts, activation, bias, residual, scaled, own_scale, quantize
 
 
 @_tuned.validates("quantized_linear")
-def _why_not(shape, choice, capability):
+def why_not(shape, choice, capability):
     epilogue = str(shape.get("epilogue"))
     if "own_scales" in epilogue and choice.get("BLOCK_N", PART) < PART:
         return f"a tile narrower than the {PART} columns that share a scale"
@@ -262,15 +262,28 @@ def block_k(config: dict, width: int) -> int:
     return min(config["BLOCK_K"], width & -width)
 
 
-def _choose(x, weight, epilogue, parts, own_scales):
+def lookup_shape(
+    x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+    activation, dtype,
+):  # fmt: skip
+    """What a tuned table goes by, of the operator's arguments."""
+    quantized = dtype.itemsize == 1
+    epilogue = epilogue_name(
+        x_scales.shape[0] > 1, activation, bias is not None, residual is not None,
+        layer_scale is not None or row_scale is not None, quantized and out_scale is None,
+        quantized,
+    )  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    chip = _runtime.chip(x.device)
     format = "int8" if x.dtype == torch.int8 else "fp8"
-    shape = {"M": M, "K": K, "N": N, "dtype": format, "epilogue": epilogue}
+    return {"M": M, "K": K, "N": N, "dtype": format, "epilogue": epilogue}
+
+
+def _choose(shape, device, parts, own_scales):
+    chip = _runtime.chip(device)
     found = _tuned.lookup("quantized_linear", shape, chip)
     if found is not None:
         return {k: v for k, v in found.items() if k != "implementation"}
-    return meta(M, N, chip.capability, chip.processors, parts, own_scales)
+    return meta(shape["M"], shape["N"], chip.capability, chip.processors, parts, own_scales)
 
 
 def _alloc(x, weight, dtype, own_scales):
@@ -302,11 +315,11 @@ def _fwd(
     (M, K), N = x.shape, weight.shape[0]
     by_row = x_scales.numel() > 1 or M == 1
     parts = x_scales.shape[0]
-    scaled = layer_scale is not None or row_scale is not None
-    epilogue = epilogue_name(
-        parts > 1, activation, bias is not None, residual is not None, scaled, own_scales, quantized
-    )
-    config = _choose(x, weight, epilogue, parts > 1, own_scales)
+    shape = lookup_shape(
+        x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+        activation, dtype,
+    )  # fmt: skip
+    config = _choose(shape, x.device, parts > 1, own_scales)
     if K % 16 or not _aligned(x, weight):
         config = _without_tma(config)
     config = config | {"BLOCK_K": block_k(config, K // parts) if parts > 1 else config["BLOCK_K"]}

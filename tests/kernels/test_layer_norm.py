@@ -171,7 +171,7 @@ def test_quantized_bad_input_is_named():
         (
             (x[:, :0], weight, bias),
             ValueError,
-            r"quantized: x has shape \(6, 0\), want .* N <= 8192",
+            r"quantized: x has shape \(6, 0\), want",
         ),
     ):
         with pytest.raises(error, match=message):

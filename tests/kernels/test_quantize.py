@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import FP16, FP32, ROW_DTYPES
+from checking import FP32, ROW_DTYPES
 
 from deit_fast.kernels import Quantized, _runtime, cases, dequantize, quantize, quantize_reference
 from deit_fast.kernels._runtime import Chip, pretend

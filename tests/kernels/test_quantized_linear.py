@@ -26,11 +26,11 @@ from deit_fast.kernels.quantized_linear import (
     PART,
     _fwd,
     _without_tma,
-    _why_not,
     block_k,
     configs,
     epilogue_name,
     meta,
+    why_not,
 )
 
 triton_linear = partial(quantized_linear, implementation="triton")
@@ -132,7 +132,7 @@ def test_every_configuration_a_table_may_name(kind, of, config, device):
     choice = {"implementation": "triton", **config}
     shape = {"epilogue": "own_scales" if kind == "own scales" else kind}
     capability = (9, 0) if config in HOPPER_CONFIGS else (8, 0)
-    if _why_not(shape, choice, capability):
+    if why_not(shape, choice, capability):
         pytest.skip("no table may name it for this")
     M = config["BLOCK_M"] + 6
     inputs = make_inputs(M=M, S=2, K=192, N=192, of=of, device=device, **options)
@@ -181,7 +181,7 @@ def test_a_table_may_not_name_what_spills_or_cannot_be():
         ({"implementation": "cublas"}, own, "implementation 'cublas', want one of"),
         (narrow | {"num_warps": 2}, own, "does not offer"),
     ):  # fmt: skip
-        said = _why_not(shape | {"epilogue": epilogue}, choice, (9, 0))
+        said = why_not(shape | {"epilogue": epilogue}, choice, (9, 0))
         assert said is None if problem is None else problem in said
 
 
@@ -293,7 +293,7 @@ def arguments(of, device, **options):
 
 
 def opcheck(arguments):
-    """Its check that arguments are left as they are multiplies them, which PyTorch can't in e4m3."""
+    """Its check that arguments stay as they are multiplies them, which PyTorch can't in e4m3."""
     left_out = arguments[0].dtype == torch.float8_e4m3fn
     checks = ("test_schema", "test_autograd_registration", "test_faketensor",
               "test_aot_dispatch_dynamic")  # fmt: skip
