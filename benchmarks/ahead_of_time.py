@@ -228,13 +228,12 @@ def _quantized_linear(arch, dtype):
                 True,
             )  # fmt: skip
             if config == rule[1] and name == HEAVIEST_QUANTIZED[0]:
-                pointers |= {"x_ptr": dtype, "w_ptr": dtype}
-                constexprs |= {"M": 1, "EVEN_K": False, "PARTS": 3}
-                meta |= {"TMA": False, "BLOCK_K": 32}
+                pointers = pointers | {"x_ptr": dtype, "w_ptr": dtype, "N": "i32", "K": "i32"}
+                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "PARTS": 3}
                 yield Case(
                     "quantized_linear", f"one row, parts, {name}, {FORMAT[dtype]}",
-                    "_quantized_linear_kernel", arch, pointers | {"N": "i32", "K": "i32"},
-                    constexprs | {"rows_per_sample": 1}, meta, N * 96, 2 * N * 96, False,
+                    "_quantized_linear_kernel", arch, pointers, constexprs | one_row,
+                    meta | {"TMA": False, "BLOCK_K": 32}, N * 96, 2 * N * 96, False,
                 )  # fmt: skip
 
 
