@@ -4,14 +4,16 @@
 
 Relative errors against fp64, of LayerNorm followed by a product: separate (the normalised x rounded
 before the product), folded as the kernel does it, and folded wrongly, to see what the details are
-for; then of GELU's forms. Operands are rounded as the kernels round them, sums are fp32, and the
-result is not rounded, so that nothing hides behind its rounding.
+for; then of GELU's forms; then of fp8 products whose sums keep 14 bits, as those of sm_90's
+instruction are said to (DeepSeek-V3, section 3.3.2). Operands are rounded as the kernels round
+them, other sums are fp32, and the result is not rounded, so that nothing hides behind its rounding.
 """
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from deit_fast.kernels import dequantize, quantize_reference
 from deit_fast.kernels.cases import layer_norm_linear_inputs
 
 STREAMS = ("normal", "outliers", "offset")
@@ -94,6 +96,29 @@ def gelu_forms() -> dict[str, tuple[float, float, float]]:
     return {name: errors(y) for name, y in forms.items()}
 
 
+def short_sums(K: int, rows: int = 128) -> dict[str, float]:
+    """Relative errors of x @ W^T in fp8, (rows, K) and (rows, K), by cause: rounding the operands;
+    sums of 14 bits. Emulated: 32 features at a time, each product cut off 13 bits below the largest
+    of them and of the sum."""
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, K), torch.randn(rows, K) / K**0.5
+    exact = x.double() @ w.double().t()
+    x, w = quantize_reference(x), quantize_reference(w)
+    scales = (x.scales.t() * w.scales).double()
+    rounded = dequantize(x).double() @ dequantize(w).double().t()
+    total = torch.zeros(rows, rows)
+    for k in range(0, K, 32):
+        products = x.values[:, None, k : k + 32].float() * w.values[None, :, k : k + 32].float()
+        largest = torch.maximum(products.abs().amax(2), total.abs()).clamp_min(1e-30)
+        unit = torch.exp2(largest.log2().floor() - 13)
+        total = ((products / unit[:, :, None]).trunc().sum(2) + (total / unit).trunc()) * unit
+    return {
+        "operands": relative(rounded, exact),
+        "sums": relative(total.double() * scales, rounded),
+        "both": relative(total.double() * scales, exact),
+    }
+
+
 def main():
     console = Console(width=120)
     names = ("separate", "folded", "sums not rounded", "fp32 stream, cast")
@@ -109,6 +134,10 @@ def main():
     table = Table("form", *columns, title="GELU")
     for name, (largest, norm, units) in gelu_forms().items():
         table.add_row(name, f"{largest:.1e}", f"{norm:.1e}", f"{units:.2f}")
+    console.print(table)
+    table = Table("K", "operands", "sums", "both", title="fp8 products, sums of 14 bits")
+    for K in (192, 384, 768, 3072):
+        table.add_row(str(K), *(f"{error:.1e}" for error in short_sums(K).values()))
     console.print(table)
 
 

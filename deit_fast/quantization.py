@@ -3,10 +3,10 @@
 Weights get a scale for each output feature. Their operands are quantised where they are made, with
 a scale for each row from LayerNorm. Of attention's and GELU's results no program sees a whole row:
 
-    fp8    one scale for all, measured on images (`calibration`), or without any, from a bound: a row
-           that LayerNorm normalised has a length of sqrt(D), so what a feature behind it can become
-           is known from the weights (Cauchy and Schwarz). e4m3 is as fine far below its largest
-           number as near it, so a wide bound costs little, and nothing saturates.
+    fp8    one scale for all, from images (`calibration`), or without any from a bound: a row that
+           LayerNorm normalised has a length of sqrt(D), so what a feature behind it can become is
+           known from the weights (Cauchy and Schwarz). e4m3 is as fine far below its largest number
+           as near it: a wide bound costs little, and nothing saturates.
     int8   a scale for each row and head, or each row and 64 features of GELU's.
 
 Patch embedding, LayerNorm's arithmetic, attention itself, residual stream and heads stay as they
@@ -35,7 +35,6 @@ from .layers.quantized import (
 from .swap import Left
 
 PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
-STATIC = ("proj", "fc2")  # whose operands have no row in one program
 # How far a scale reaches above the largest value seen: images that were not. And above the bound,
 # which knows nothing of the rounding of weights and rows, at most 1/16 each.
 MARGIN_SEEN, MARGIN_BOUND = 2.0, 1.25
@@ -102,7 +101,7 @@ def quantize(
     _check_weights(model, chosen)
     scales = {}
     if format == "fp8":
-        static = {name: place for name, place in chosen.items() if place[1] in STATIC}
+        static = {name: chosen[name] for name in _static(chosen)}
         if calibration is None:
             largest, margin = {name: _bound(*place) for name, place in static.items()}, MARGIN_BOUND
             report.scales = "from a bound"
@@ -122,14 +121,15 @@ def quantize(
 def prepare(model: nn.Module, format: str, names: Iterable[str]) -> None:
     """Make these layers of an accelerated model ready for a `state_dict` in eight bits. Raises
     ValueError for names and formats that do not fit."""
-    layers = _layers(model, format)
+    layers, names = _layers(model, format), list(names)
     for name in names:
         if name not in layers:
             raise ValueError(f"quantized: no layer {name!r} in {type(model).__name__}")
-        block, part = layers[name]
+    static = _static(names) if format == "fp8" else []
+    for name in names:
+        block, _ = layers[name]
         scale = block.norm1.weight.new_ones(1, 1, dtype=torch.float32)
-        static = format == "fp8" and part in STATIC
-        quantize_(model.get_submodule(name), format, scale if static else None)
+        quantize_(model.get_submodule(name), format, scale if name in static else None)
         block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
         model.get_submodule(name).forget()
 
@@ -173,6 +173,14 @@ def _layers(model, format) -> dict[str, tuple[Block, str]]:
     return layers
 
 
+def _static(names) -> list[str]:
+    """Of layers in fp8 those whose operand gets one scale: it comes from where no program has a
+    whole row. Behind an fc1 that stays as it is a pass of its own has."""
+    names = set(names)
+    hidden = [n for n in names if n.endswith("fc2") and f"{n[:-1]}1" in names]
+    return hidden + [n for n in names if n.endswith("proj")]
+
+
 def _check_weights(model, names):
     for name in names:
         for which, t in model.get_submodule(name).named_parameters():
@@ -182,9 +190,11 @@ def _check_weights(model, names):
 
 @torch.no_grad()
 def _bound(block, part) -> Tensor:
-    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w . x
-    + b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
-    norm, linear = (block.norm1, block.attn.qkv) if part == "proj" else (block.norm2, block.mlp.fc1)
+    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w x +
+    b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
+    norm, linear = block.norm2, block.mlp.fc1
+    if part == "proj":
+        norm, linear = block.norm1, block.attn.qkv
     weight = linear.weight.float()
     bias = 0.0 if linear.bias is None else linear.bias.float()
     if part == "proj":  # a mean of values

@@ -524,7 +524,8 @@ def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False):
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
                 q, k, v, bias, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
-                BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"], BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
+                BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"],
+                BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
             )  # fmt: skip
 
 

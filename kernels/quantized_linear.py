@@ -1,8 +1,8 @@
 """Linear layer with both operands in eight bits, and its result too if the next one reads that.
 
     z = (xq @ wq^T) * xs * ws + b            xq, xs and wq, ws: values and scales, see quantize
-    y = residual + row_scale * layer_scale * a,      a = z or gelu(z)         in half or full precision
-    or y = quantize(a), with the scales of its rows, or by one that is given
+    y = residual + row_scale * layer_scale * a,      a = z or gelu(z)
+    or y = quantize(a), with the scales of its rows or by one that is given
 
 The scale of a weight (N, K) belongs to a row of it, so to a column of the product: ws (1, N). That
 of x (M, K) belongs to a row, xs (1, M), or to all, (1, 1), and is then left to the epilogue as ws

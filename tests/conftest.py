@@ -7,8 +7,6 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +19,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait f
     os.environ["OMP_NUM_THREADS"] = str(threads)  # and so do the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
+
+# not before the interpreter is chosen
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 
 _convert = interpreter._convert_float
 

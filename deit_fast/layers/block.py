@@ -7,7 +7,7 @@ from torch import nn
 
 from deit_fast.kernels.layer_norm_linear import uses_moments
 
-from ._base import Fast, is_identity, is_linear, weights
+from ._base import Fast, is_identity, is_linear
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp

@@ -52,6 +52,9 @@ class QuantizedLinear(nn.Linear):
             options["dtype"] = _runtime.autocast_dtype(like) or like.dtype
         return kernels.quantized_linear(operand, weight, bias, **options, implementation=backend)
 
+    def extra_repr(self):
+        return f"{super().extra_repr()}, format={self.format}"
+
     def restore(self) -> None:
         """Become an nn.Linear again, with the weight it was made of; where eight bits were loaded
         since, with those as numbers of the bias's dtype."""
@@ -103,7 +106,7 @@ class QuantizedLinear(nn.Linear):
             state["_buffers"]["weight"] = weight.view(torch.float8_e4m3fn)
         super().__setstate__(state)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # fmt: skip
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists):
         names = {prefix + name: self._buffers[name] for name in self._KEPT}
         wrong = [
             f"{name} has {state_dict[name].dtype}, want {own.dtype}: deit_fast.restore(model) takes"
@@ -112,11 +115,9 @@ class QuantizedLinear(nn.Linear):
             if own is not None and name in state_dict and state_dict[name].dtype != own.dtype
         ]
         if wrong:
-            errors += wrong
+            lists[-1].extend(wrong)  # the messages of errors
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if prefix + "weight" in state_dict:
             self.forget()
 

@@ -29,3 +29,9 @@ def test_gelu_forms():
     assert found["the kernels'"][0] < 3.1e-5 and found["the kernels'"][2] < 0.55
     assert found["erf, rounded to bf16"][2] == pytest.approx(1.0, abs=0.01)
     assert all(units > 10 for name, (_, _, units) in found.items() if "of a quintic" in name)
+
+
+def test_short_sums_of_fp8_err_far_less_than_its_operands():
+    found = accuracy.short_sums(384, rows=32)
+    assert 1e-5 < found["sums"] < found["operands"] / 20
+    assert found["both"] < 1.01 * found["operands"] < 0.05

@@ -1,0 +1,441 @@
+"""quantize(model): eight bits where they are meant, by the definition, and back again."""
+
+import copy
+import fnmatch
+import io
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from checking import relative_error
+from modelling import TINY, images, randomize, tiny_pair
+
+import deit_fast
+from deit_fast.kernels import _runtime
+from deit_fast.kernels.quantize import LIMITS, Quantized, dequantize, quantize_reference
+from deit_fast.layers import Attention
+from deit_fast.layers.quantized import QuantizedLinear, undo
+from deit_fast.quantization import quantized_layers
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+LAYERS = [
+    f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+]
+
+
+def quantized_pair(format, backend="torch", calibration=None, exclude=(), **kwargs):
+    """timm's model and the accelerated one in eight bits."""
+    reference, fast = tiny_pair(backend, **kwargs)
+    deit_fast.quantize(fast, format, calibration, exclude)
+    return reference, fast
+
+
+def simulated(reference, fast):
+    """timm's model with weights and operands of the same layers rounded to eight bits and back, by
+    the definition alone; scales that are given are those of `fast`."""
+    model = copy.deepcopy(reference)
+    for name, format in quantized_layers(fast).items():
+        linear, scale = model.get_submodule(name), fast.get_submodule(name).input_scale
+        linear.weight.data = dequantize(quantize_reference(linear.weight.data, format))
+        width = {"proj": fast.blocks[0].attn.head_dim, "fc2": 64}.get(name.rsplit(".")[-1])
+        if name.endswith("fc2") and name.replace("fc2", "fc1") not in quantized_layers(fast):
+            width = None  # GELU's result then comes in full precision, and a pass has whole rows
+
+        def hook(module, args, format=format, scale=scale, width=width):
+            x = args[0]
+            if scale is not None:
+                values = (x / scale.view(())).clamp(-448, 448).to(FP8)
+                return dequantize(Quantized(values, scale))
+            return dequantize(quantize_reference(x, format, x.shape[-1] // width if width else 1))
+
+        linear.register_forward_pre_hook(hook)
+    return model
+
+
+def logits(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+VARIANTS = {
+    "distilled": {},
+    "plain": {"distilled": False},
+    "LayerScale": {"distilled": False, "init_values": 0.1},
+    "no biases of qkv": {"qkv_bias": False},
+    "some excluded": {"exclude": ["blocks.0.attn.qkv", "blocks.1.attn.proj", "blocks.*.mlp.fc1"]},
+    "others excluded": {"exclude": ["blocks.1.attn.qkv", "*.fc2"]},
+}
+
+
+@pytest.mark.parametrize("format", ["fp8", "calibrated fp8", "int8"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_definition(variant, format):
+    """Closer by far to a model rounded layer by layer than either is to the unrounded one. What is
+    left comes of sums in another order, which now and then round to the neighbour."""
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    options = dict(VARIANTS[variant])
+    exclude = options.pop("exclude", ())
+    calibration = x if format == "calibrated fp8" else None
+    reference, fast = quantized_pair(format[-4:].strip(), "torch", calibration, exclude, **options)
+    left = {n for n in LAYERS for p in exclude if fnmatch.fnmatchcase(n, p)}
+    assert quantized_layers(fast).keys() == set(LAYERS) - left
+    want = logits(simulated(reference, fast), x)
+    rounding = relative_error(want, logits(reference, x))
+    error = relative_error(logits(fast, x), want)
+    assert 1e-3 < rounding < 0.2
+    assert error < rounding / 4
+    with torch.no_grad():  # all tokens, through the same blocks
+        got = fast.forward_features(x)
+        assert relative_error(got, simulated(reference, fast).forward_features(x)) < rounding / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_kernels_serve_the_model(format, dtype, device):
+    """Triton and PyTorch agree as far as rounding to the neighbour lets them; fp16 is rounded more
+    often."""
+    _, fast = quantized_pair(format, "triton", img_size=32)
+    x = images(fast).to(device, dtype)
+    fast.to(device, dtype)
+    got = logits(fast, x)
+    deit_fast.accelerate(fast, "torch")
+    want = logits(fast, x)
+    undo(fast)
+    exact = logits(fast, x)
+    assert got.dtype == dtype
+    rounding = relative_error(want, exact)
+    assert relative_error(got, want) < rounding / (2 if dtype == torch.float32 else 1) < 0.2
+    assert relative_error(got, exact) < 1.25 * rounding
+
+
+def test_what_was_done_is_reported():
+    _, fast = tiny_pair()
+    report = deit_fast.quantize(fast, "int8", exclude=["blocks.0.*", "*.fc2"])
+    assert report.quantized == [n for n in LAYERS[4:] if "fc2" not in n]
+    assert {left.name for left in report.left} == {n for n in LAYERS if n not in report.quantized}
+    assert "int8: 3 layers, scales by row" in str(report) and "excluded" in str(report)
+    assert quantized_layers(fast) == dict.fromkeys(report.quantized, "int8")
+    assert "format=int8" in repr(fast)
+
+
+@pytest.mark.parametrize("format, left", [("int8", ["attn.proj", "mlp.fc2"]), ("fp8", [])])
+def test_widths_without_whole_parts_are_left(format, left):
+    """Heads of 48 features, and 160 = 2.5 x 64 hidden ones: int8 has nothing to scale them by."""
+    reference, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
+    report = deit_fast.quantize(fast, format)
+    assert [m.name for m in report.left] == [f"blocks.{i}.{n}" for i in (0, 1) for n in left]
+    assert all("multiple of" in m.reason for m in report.left)
+    x = images(reference)
+    assert relative_error(logits(fast, x), logits(reference, x)) < 0.2
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_restore_is_exact(format):
+    reference, fast = quantized_pair(format)
+    weight = reference.blocks[0].attn.qkv.weight
+    assert not torch.equal(dequantize(fast.blocks[0].attn.qkv.operand), weight)
+    accelerated = undo(copy.deepcopy(fast))
+    assert type(accelerated.blocks[0].attn) is Attention and not quantized_layers(accelerated)
+    deit_fast.quantize(accelerated, "int8")
+    deit_fast.restore(fast)
+    assert type(fast) is type(reference)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in reference.modules()]
+    for model in (fast, deit_fast.restore(accelerated)):
+        state = model.state_dict()
+        assert list(state) == list(reference.state_dict())  # in order
+        assert all(torch.equal(t, state[name]) for name, t in reference.state_dict().items())
+        names = [name for name, _ in model.named_parameters()]
+        assert names == [name for name, _ in reference.named_parameters()]
+        assert vars(model.blocks[0].mlp.fc2).keys() == vars(reference.blocks[0].mlp.fc2).keys()
+
+
+def test_the_weight_on_the_cpu_stays_the_same_parameter():
+    _, fast = tiny_pair()
+    weight = fast.blocks[1].mlp.fc2.weight
+    deit_fast.quantize(fast)
+    assert weight not in set(fast.parameters())
+    deit_fast.restore(fast)
+    assert fast.blocks[1].mlp.fc2.weight is weight
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_dtypes_survive_a_change_of_the_models(format, device):
+    reference, fast = quantized_pair(format)
+    x = images(reference)
+    kept = {n: t.clone() for n, t in fast.state_dict().items() if "_scale" in n}
+    values = fast.blocks[0].attn.qkv.weight.clone()
+    for change in ("half", "bfloat16", "double", "float"):
+        getattr(fast, change)()
+        assert fast.blocks[0].attn.qkv.weight.dtype == values.dtype
+    fast.to(device, torch.float16)
+    assert fast.head.weight.dtype == fast.blocks[0].attn.qkv.bias.dtype == torch.float16
+    state = fast.state_dict()
+    assert all(torch.equal(state[name].cpu(), t) for name, t in kept.items())
+    assert torch.equal(state["blocks.0.attn.qkv.weight"].cpu().float(), values.float())
+    got = logits(fast, x.to(device, torch.float16)).cpu()
+    assert relative_error(got, logits(reference, x)) < 0.2
+    meta = copy.deepcopy(fast).to("meta")
+    assert meta.blocks[0].attn.qkv.weight.is_meta and meta.blocks[0].attn.qkv.weight_scale.is_meta
+    deit_fast.restore(fast)
+    assert fast.blocks[0].attn.qkv.weight.dtype == torch.float16
+    wanted = reference.blocks[0].attn.qkv.weight.half()
+    assert torch.equal(fast.blocks[0].attn.qkv.weight.cpu(), wanted)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_state_dict_through_safetensors(format, tmp_path):
+    x = torch.randn(2, 3, 64, 64)
+    _, fast = quantized_pair(format, calibration=x if format == "fp8" else None)
+    file = tmp_path / "model.safetensors"
+    state = fast.state_dict()
+    static = ["blocks.0.attn.proj.input_scale", "blocks.0.mlp.fc2.input_scale"]
+    assert [n for n in state if n.startswith("blocks.0.") and n.endswith("input_scale")] == (
+        static if format == "fp8" else []
+    )
+    assert state["blocks.0.mlp.fc1.weight_scale"].shape == (256,)
+    safetensors.torch.save_file(state, file)
+    other = deit_fast.create_model("deit_tiny_distilled_patch16_224", **TINY).eval()
+    deit_fast.quantize(other, format)
+    assert not torch.equal(logits(other, x), logits(fast, x))
+    other.load_state_dict(safetensors.torch.load_file(file))
+    assert torch.equal(logits(other, x), logits(fast, x))
+    # what it was made of is no longer what it holds
+    deit_fast.restore(other)
+    own = dequantize(fast.blocks[1].attn.proj.operand)
+    assert torch.equal(other.blocks[1].attn.proj.weight, own)
+    assert isinstance(other.blocks[1].attn.proj.weight, torch.nn.Parameter)
+
+
+def test_weights_of_another_format_are_refused():
+    reference, fast = quantized_pair("fp8")
+    before = copy.deepcopy(fast.state_dict())
+    with pytest.raises(RuntimeError, match=r"qkv.weight has torch.float32, want torch.float8_e4m3"):
+        fast.load_state_dict(reference.state_dict(), strict=False)
+    _, other = quantized_pair("int8")
+    with pytest.raises(RuntimeError, match=r"want torch.float8_e4m3fn: deit_fast.restore"):
+        fast.load_state_dict(other.state_dict(), strict=False)
+    for name in LAYERS:
+        for part in ("weight", "weight_scale"):
+            now = fast.state_dict()[f"{name}.{part}"].float()
+            assert torch.equal(now, before[f"{name}.{part}"].float())
+    with pytest.raises(RuntimeError, match="weight_scale"):
+        deit_fast.create_model("deit_tiny_distilled_patch16_224", **TINY).load_state_dict(before)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_folders(format, tmp_path):
+    torch.manual_seed(0)
+    model = deit_fast.create_model("deit_tiny_distilled_patch16_224", backend="torch", **TINY)
+    deit_fast.quantize(randomize(model).eval().half(), format, exclude="blocks.0.attn.*")
+    deit_fast.save_pretrained(model, tmp_path)
+    again = deit_fast.from_pretrained(tmp_path, backend="torch").eval()
+    assert quantized_layers(again) == quantized_layers(model)
+    assert again.blocks[1].mlp.fc1.weight.dtype == model.blocks[1].mlp.fc1.weight.dtype
+    x = images(model)
+    assert torch.equal(logits(again, x), logits(copy.deepcopy(model).float(), x))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["deit_fast"]["quantized"]["format"] == format
+    good = config["deit_fast"]["quantized"]
+    for wrong in ({"format": "fp4"}, {"layers": ["blocks.7.attn.qkv"]}, {"layers": None}):
+        config["deit_fast"]["quantized"] = good | wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="config.json has a wrong 'quantized'"):
+            deit_fast.from_pretrained(tmp_path)
+    config["deit_fast"]["quantized"] = good | {"layers": good["layers"][1:]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="weight_scale"):
+        deit_fast.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_copies_pickles_and_compilation(format):
+    _, fast = quantized_pair(format)
+    x = images(fast)
+    want = logits(fast, x)
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(logits(again, x), want)
+        assert not quantized_layers(deit_fast.restore(again))
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert relative_error(logits(compiled, x), want) < 1e-2
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert relative_error(fast(x), want) < 0.1
+
+
+def test_a_sample_that_is_not_a_number_stays_alone():
+    for format in ("fp8", "int8"):
+        _, fast = quantized_pair(format)
+        x = images(fast, 3)
+        want = logits(fast, x)
+        for bad in (torch.nan, torch.inf):
+            x[1, 0, 5, 5] = bad
+            got = logits(fast, x)
+            assert got[1].isnan().all(), (format, bad)
+            torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=1e-3, atol=1e-3)
+
+
+def test_the_bound_is_never_reached(monkeypatch):
+    """Rows made to reach as far as a feature can: along its weights."""
+    _, fast = tiny_pair(distilled=False)
+    block = fast.blocks[0]
+    undone = copy.deepcopy(block)
+    deit_fast.quantize(fast, "fp8")
+    for part, norm, linear in (
+        ("proj", undone.norm1, undone.attn.qkv),
+        ("fc2", undone.norm2, undone.mlp.fc1),
+    ):
+        D = linear.in_features
+        weight, bias = linear.weight, linear.bias
+        if part == "proj":
+            weight, bias = weight[2 * D :], bias[2 * D :]
+        # of which LayerNorm makes sqrt(D) times the direction
+        rows = (weight * norm.weight).double()
+        rows = torch.cat((rows, -rows))
+        normed = torch.nn.functional.layer_norm(
+            1e3 * rows, (D,), norm.weight.double(), norm.bias.double(), norm.eps
+        )
+        reached = normed @ weight.t().double() + bias.double()
+        reached = (reached.abs() if part == "proj" else reached).max()
+        scale = (block.attn.proj if part == "proj" else block.mlp.fc2).input_scale.item()
+        assert 1.2 < LIMITS[FP8] * scale / reached < 1.3, part
+
+
+def test_calibration_reads_images_in_every_way(monkeypatch):
+    """The largest value of all images, twice; the model's modes and hooks are as they were."""
+    x = torch.randn(5, 3, 64, 64)
+    _, fast = tiny_pair()
+    fast.train()
+    fast.blocks[1].eval()
+    before = [m.training for m in fast.modules()]
+    seen = []
+
+    def hook(module, args):
+        seen.append(args[0].abs().max().item())
+
+    reference = timm.create_model("deit_tiny_distilled_patch16_224", **TINY).eval()
+    reference.load_state_dict(fast.state_dict())
+    reference.blocks[1].mlp.fc2.register_forward_pre_hook(hook)
+    logits(reference, x)
+    scales = []
+    for calibration in (
+        x,
+        [x[:2], x[2:]],
+        ((x[i : i + 1], torch.tensor([i])) for i in range(5)),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(5)), 2),
+    ):
+        model = copy.deepcopy(fast)
+        report = deit_fast.quantize(model, "fp8", calibration)
+        assert report.scales == "from 5 images"
+        assert [m.training for m in model.modules()] == before
+        assert not any(m._forward_pre_hooks for m in model.modules())
+        scales.append(model.blocks[1].mlp.fc2.input_scale.item())
+    assert scales == pytest.approx([2 * seen[0] / 448] * 4, rel=1e-4)
+    as_bytes = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    assert "from 2 images" in str(deit_fast.quantize(copy.deepcopy(fast), "fp8", as_bytes))
+
+
+@pytest.mark.parametrize(
+    "calibration, error, message",
+    [
+        (torch.zeros(2, 3, 32, 32), ValueError, r"\(2, 3, 32, 32\).*want \(B, 3, 64, 64\)"),
+        (torch.zeros(3, 64, 64), ValueError, r"\(3, 64, 64\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ValueError, r"want \(B, 64, 64, 3\)"),
+        (torch.zeros(0, 3, 64, 64), ValueError, "no images came"),
+        ([], ValueError, "no images came"),
+        (iter(()), ValueError, "no images came"),
+        (["a.jpg"], TypeError, "a batch is a str"),
+        (3, TypeError, "calibration: int, want"),
+        (torch.full((1, 3, 64, 64), torch.nan), ValueError, "operand of blocks.0.attn.proj became"),
+    ],
+    ids=str,
+)
+def test_calibration_that_does_not_fit(calibration, error, message):
+    _, fast = tiny_pair()
+    types = [type(m) for m in fast.modules()]
+    with pytest.raises(error, match=message):
+        deit_fast.quantize(fast, "fp8", calibration)
+    assert [type(m) for m in fast.modules()] == types
+    assert not quantized_layers(fast) and not fast.blocks[0].attn.proj._forward_pre_hooks
+
+
+def test_models_and_names_that_do_not_fit():
+    reference, fast = tiny_pair()
+    types = [type(m) for m in fast.modules()]
+    for model, options, error, message in (
+        (reference, {}, ValueError, "has timm's blocks, call deit_fast.accelerate first"),
+        (torch.nn.Linear(3, 4), {}, ValueError, "Linear has no Block"),
+        (fast, {"format": "fp4"}, ValueError, "format: 'fp4', want one of"),
+        (fast, {"exclude": "blocks.2.*"}, ValueError, r"'blocks.2.\*' is none of the layers"),
+        (fast, {"exclude": "*"}, ValueError, "no layer is left"),
+        (fast, {"format": "int8", "calibration": [1]}, ValueError, "int8 has a scale for each row"),
+        (copy.deepcopy(fast).double(), {}, TypeError, "torch.float64, want float32"),
+    ):
+        with pytest.raises(error, match=message):
+            deit_fast.quantize(model, **options)
+    broken = copy.deepcopy(fast)
+    broken.blocks[1].mlp.fc1.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight has values that are not finite"):
+        deit_fast.quantize(broken)
+    assert [type(m) for m in fast.modules()] == types
+    deit_fast.quantize(fast)
+    with pytest.raises(ValueError, match="in eight bits already"):
+        deit_fast.quantize(fast)
+
+
+@pytest.mark.parametrize(
+    "capability, format, reason",
+    [((8, 0), "fp8", "needs compute capability 8.9; int8"), ((7, 5), "int8", "from compute")],
+)
+def test_a_chip_without_the_type(capability, format, reason):
+    """Said by quantize, and at the call where the model got there later."""
+    _, fast = tiny_pair("auto")
+    with _runtime.pretend(_runtime.Chip("a chip", capability, 108)):
+        with pytest.raises(RuntimeError, match=f"on a chip of .*{reason}"):
+            deit_fast.quantize(fast, format)
+    assert not quantized_layers(fast)
+    deit_fast.quantize(fast, format)
+    with _runtime.pretend(_runtime.Chip("a chip", capability, 108)), torch.no_grad():
+        with pytest.raises(RuntimeError, match=reason):
+            fast.blocks[0](torch.randn(1, 5, 64))
+
+
+def test_a_layer_alone():
+    """What holds a QuantizedLinear may call it: masks go through timm's own attention."""
+    for format in ("fp8", "int8"):
+        reference, fast = quantized_pair(format)
+        x, mask = torch.randn(2, 18, 64), torch.rand(18, 18) > 0.2
+        got = fast.blocks[0](x, attn_mask=mask)
+        assert relative_error(got, reference.blocks[0](x, attn_mask=mask)) < 0.1
+        for name in ("attn", "mlp"):
+            got, want = (getattr(m.blocks[0], name)(x) for m in (fast, reference))
+            assert 1e-3 < relative_error(got, want) < 0.1
+        assert type(fast.blocks[0].attn.qkv) is QuantizedLinear
+        layer = fast.blocks[0].attn.qkv
+        want = (
+            dequantize(quantize_reference(x, format)) @ dequantize(layer.operand).t() + layer.bias
+        )
+        assert relative_error(layer(x), want) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_cuda_graph(format):
+    _, fast = quantized_pair(format, "auto")
+    fast.cuda().bfloat16()
+    x = images(fast, 8).cuda().bfloat16()
+    want = logits(fast, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        got = fast(x)
+    graph.replay()
+    assert torch.equal(got, want)
