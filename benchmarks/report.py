@@ -73,12 +73,11 @@ def _eight_bits_table(chip):
     lines, runs = [], set()
     for entry in distinct([*ENTRIES, *RELATIVES]):
         found = EightBits.of(chip, entry)
-        ours = found and next(
-            (r for name in ("fp8", "int8") if (r := found.rows[name]) and r.status == "measured"),
-            None,
-        )
-        if ours is None or chip.is_old(ours):
+        rows = [found.rows[name] for name in ("fp8", "int8")] if found else []
+        rows = [r for r in rows if r and r.status == "measured" and not chip.is_old(r)]
+        if not rows:
             continue
+        ours = rows[0]
         runs.add(ours.runs)
         speeds = [
             f"{r.images_per_s:,.0f}" if ratio(r, ours) else "–" for r in found.rows.values()

@@ -107,7 +107,9 @@ _FORWARD = (
 _BACKWARD = tuple(
     replace(mode, name=mode.name + TRAIN, train=True)
     for mode in _FORWARD
-    if mode.dtype != FP16 and not mode.engine and not mode.eight_bits
+    if mode.dtype != FP16
+    and not mode.engine
+    and not mode.eight_bits
     and mode.compile != "reduce-overhead"
 )
 # As people train: fp32 weights, products in bf16. In training alone: at inference the weights are
