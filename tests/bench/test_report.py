@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest

@@ -44,7 +44,8 @@ def test_the_schema_knows_exactly_the_rows_fields():
 
 @pytest.mark.parametrize("change", [
     {"rows.0.ms_median": None}, {"rows.0.images_per_s": "fast"}, {"rows.0.build": "b"},
-    {"rows.0.status": "skipped"}, {"rows.1.status": "unavailable", "rows.1.note": None}, {"rows.0.protocol": "mine"}, {"rows.0.extra": 1},
+    {"rows.0.status": "skipped"}, {"rows.0.protocol": "mine"}, {"rows.0.extra": 1},
+    {"rows.1.status": "unavailable", "rows.1.note": None},
     {"rows.1.note": None}, {"rows.2.dtype": "fp8"}, {"commit": "main"}, {"date": "today"},
     {"hardware.gpu": 5}, {"protocol.runs": 0}, {"ceilings.bf16_tflops": 0}, {"ceilings": {}},
 ], ids=str)  # fmt: skip
