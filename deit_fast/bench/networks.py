@@ -41,7 +41,7 @@ DISTINCT = 8  # at most so many different images make a batch, each as often as 
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
 # Of eight bits PyTorch has no eager mode to go by. Twice the most that was seen, on a CPU: DeiT-Ti,
-# S, B and B-384, ViT-B and DeiT-III-S with weights and stream in bf16 gave 0.053 to 0.065 in fp8, by
+# S, B and B-384, ViT-B and DeiT-III-S, weights and stream in bf16, gave 0.053 to 0.065 in fp8, by
 # deit_fast as by torchao, and 0.016 to 0.020 in int8. Both are held to the same.
 TOLERANCE |= {"fp8": 0.13, "int8": 0.04}
 TRANSFORMERS = (VisionTransformer, Cait)
