@@ -15,7 +15,8 @@ from .timing import release, synchronize
 
 FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that are not ours
 _OURS = re.compile(
-    r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
+    r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm"
+    r"|layer_norm_mlp|patch_embed|classifier"
     r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|moments"
     r"|layer_norm_backward|linear_backward|attention_backward|talking_heads(_dq|_dkv)?"
     r"|window_attention(_backward|_scores|_biases)?|depthwise_conv|fold_batch_norm)_kernel)"
