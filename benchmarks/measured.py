@@ -15,6 +15,14 @@ MARKS = {"DeiT-Ti distilled": 1.5, "DeiT-S distilled": 1.3, "DeiT-B distilled": 
 OURS = "deit_fast_reduce_overhead_amp_bf16_train"
 RIVAL = "compile_max_autotune_amp_bf16_train"
 WORK = {"batch": "forward + backward", "step": "full step"}
+# Inference in eight bits: images/s over those of our own bf16 that are wanted of fp8 on an H200 at
+# this batch; and more than torchao's, whose mode and our engine's are CUDA graphs both
+FP8_MARKS = {"DeiT-S": 1.3, "DeiT-B": 1.5, "DeiT-B-384": 1.5}
+FP8_BATCH = 256
+EIGHT_BITS = {
+    "deit_fast bf16": "deit_fast_bf16", "fp8": "deit_fast_fp8", "int8": "deit_fast_int8",
+    "fp8, engine": "deit_fast_engine_fp8", "torchao fp8, max-autotune": "torchao_fp8_compile",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,46 @@ def mark(entry: Entry, ours: ModelRow | None, rival: ModelRow | None) -> str:
     missed = ["speed"] * (found < wanted)
     missed += ["memory"] * (None not in memory and memory[0] > memory[1])
     return f"{wanted:.2f} {'met' if not missed else 'missed: ' + ', '.join(missed)}"
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """One network in eight bits: its rows by `EIGHT_BITS`, and what they say of each other."""
+
+    entry: Entry
+    rows: dict[str, ModelRow | None]
+
+    @classmethod
+    def of(cls, chip: Chip, entry: Entry) -> "EightBits | None":
+        """At the protocol "batch"; None where no mode of ours in eight bits has a row."""
+        rows = {name: chip.row(entry, mode, "batch") for name, mode in EIGHT_BITS.items()}
+        return cls(entry, rows) if rows["fp8"] or rows["int8"] else None
+
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """How many times faster, None where nothing is to be said."""
+        bf16, fp8, int8, engine, torchao = self.rows.values()
+        return {
+            "fp8 / bf16": ratio(fp8, bf16), "int8 / bf16": ratio(int8, bf16),
+            "fp8 / torchao": ratio(fp8, torchao), "engine fp8 / torchao": ratio(engine, torchao),
+        }  # fmt: skip
+
+    @property
+    def mark(self) -> str:
+        """What is wanted of fp8 over bf16, and whether it is met; "" where nothing is."""
+        wanted = FP8_MARKS.get(self.entry.network.removesuffix(" distilled"))
+        found = self.ratios["fp8 / bf16"]
+        if wanted is None or found is None or self.rows["fp8"].batch != FP8_BATCH:
+            return ""
+        return f"{wanted:.2f} {'met' if found >= wanted else 'missed'}"
+
+    @property
+    def race(self) -> str:
+        """Whether our engine is faster than torchao's mode, or why that is not known."""
+        torchao, found = self.rows["torchao fp8, max-autotune"], self.ratios["engine fp8 / torchao"]
+        if found is not None:
+            return "met" if found > 1 else "missed"
+        return f"{torchao.status}: {torchao.note}" if torchao and torchao.note else ""
 
 
 def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:

@@ -10,13 +10,15 @@
 # table5-convnets   the convolutional networks, eager first, then compiled
 # relatives         ViT, DeiT-III, CaiT and TinyViT in the modes that matter most
 # latency           batch 1, 8, 32; and 256 from pinned host memory
+# eight-bits        DeiT-S, B and B-384 at batch 256 in fp8 and int8, beside our bf16 and torchao's fp8 where it is
+#                   installed (where not, its rows say so)
 # train             forward + backward, and the full step with AdamW, batch 64 and 256
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
 # that this build has measured on this chip are kept. Without a GPU every stage runs in little.
 # Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets relatives latency train)
+stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets relatives latency eight-bits train)
 [ $# -gt 0 ] || { echo "on_gpu.sh: want stages, of: ${stages[*]}" >&2; exit 2; }
 for stage; do
     [[ " ${stages[*]} " == *" $stage "* ]] ||
@@ -58,8 +60,11 @@ forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
 fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
 vits=transformer convnets=convnet one=()
+quantized="DeiT-B distilled,DeiT-B-384 distilled,DeiT-S distilled"
+eight="deit_fast_bf16,deit_fast_fp8,deit_fast_engine_fp8,torchao_fp8_compile deit_fast_int8,eager_bf16"
 if [ "$gpu" = 0 ]; then
     deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
+    quantized=$deits eight=deit_fast_fp8,torchao_fp8_compile,deit_fast_int8
     one=(--rows TinyViT-5M)
     forward=eager_fp32 fast=deit_fast_fp32 compiled=compile_bf16
 fi
@@ -68,7 +73,8 @@ run_stage() {
     case $1 in
     correctness)
         "$python" -m pytest -q -n 8 tests/kernels tests/layers \
-            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export,training,training_loops}.py 2>&1 | tee "$out/correctness.log" || failed=1
+            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export,training,training_loops}.py \
+            tests/test_quantization*.py 2>&1 | tee "$out/correctness.log" || failed=1
         "$python" -m pytest -q tests/bench/test_{networks,timing,profiling}.py 2>&1 |
             tee -a "$out/correctness.log" || failed=1
         ;;
@@ -105,7 +111,7 @@ run_stage() {
         for ways in "not backward" backward; do # forward first
             bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
                 benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss,sparse_cross_entropy}.py \
-                benchmarks/bench_{talking_heads,window_attention,conv_norm}.py \
+                benchmarks/bench_{talking_heads,window_attention,conv_norm,quantize,quantized_linear}.py \
                 --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
         done
         ;;
@@ -130,6 +136,11 @@ run_stage() {
             --modes "eager_${half},deit_fast_${half},$engine$compiled"
         bench benchmarks/bench_table5.py --rows "$deits" --protocols host \
             --modes "$host"
+        ;;
+    eight-bits)
+        for modes in $eight; do # those that the marks are about first
+            bench benchmarks/bench_table5.py --rows "$quantized" --protocols batch --modes "$modes"
+        done
         ;;
     train)
         for modes in $marked $train; do # those that the marks are about first

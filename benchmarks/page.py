@@ -4,7 +4,17 @@ import base64
 from html import escape
 from string import Template
 
-from benchmarks.measured import OURS, RIVAL, WORK, Chip, mark, rank_correlation, ratio
+from benchmarks.measured import (
+    EIGHT_BITS,
+    OURS,
+    RIVAL,
+    WORK,
+    Chip,
+    EightBits,
+    mark,
+    rank_correlation,
+    ratio,
+)
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
 
@@ -80,6 +90,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
         _section("Table 5, by the paper's protocol", _correlation(chip), _paper_table(chip)),
         _section("A given batch", _batch_table(chip)),
         _section("Faster than eager PyTorch by", _plot("ratios", svgs)),
+        _section("Eight bits", _eight_bits_table(chip)),
         _section("Latency", _latency_table(chip)),
         _section("From pinned host memory", _host_table(chip)),
         *[
@@ -144,8 +155,8 @@ def _speed(row):
     """images/s of a row; the reason on hover where there is none."""
     if row is None:
         return '<td class="none" data-value="" title="not measured">–</td>'
-    if row.status == "failed":
-        return f'<td class="failed" data-value="" title="{escape(row.note)}">failed</td>'
+    if row.status != "measured":
+        return f'<td class="failed" data-value="" title="{escape(row.note)}">{row.status}</td>'
     title = f"batch {row.batch}, commit {row.commit[:7]}, build {row.build}"
     title += f"; {row.note}" if row.note else ""
     kind = "fast" if MODES[row.mode].fast else ""
@@ -199,6 +210,27 @@ def _batch_table(chip):
         ])  # fmt: skip
     headings = ["network", *modes, f"{fast} / eager", f"{fast} / max-autotune"]
     return _table("images/s: median; hover for the batch", headings, rows)
+
+
+def _eight_bits_table(chip):
+    rows = []
+    for e in ENTRIES:
+        found = EightBits.of(chip, e)
+        if found is None:
+            continue
+        batch = next(r.batch for r in found.rows.values() if r)
+        times = [_number(x, "{:.2f}") for x in found.ratios.values()]
+        times.insert(1, _text(found.mark))
+        rows.append([
+            _text(e.network), _number(batch, "{}"), *map(_speed, found.rows.values()), *times,
+            _text(found.race),
+        ])  # fmt: skip
+    headings = [
+        "network", "batch", *EIGHT_BITS.values(), "fp8 / bf16", "wanted of an H200", "int8 / bf16",
+        "fp8 / torchao", "engine fp8 / torchao", "wanted: over 1",
+    ]  # fmt: skip
+    caption = "images/s: median; the products of every Block in eight bits, the rest in bf16"
+    return _table(caption, headings, rows) if rows else ""
 
 
 def _train_table(chip, protocol):
@@ -266,9 +298,10 @@ def _kernel_table(chip):
 
 
 def _failed(chip):
-    failed = [r for r in (*chip.models, *chip.kernels) if r.status == "failed"]
+    failed = [r for r in (*chip.models, *chip.kernels) if r.status != "measured"]
     items = [
-        f"<li>{escape(r.network)}, {escape(r.mode)}, batch {r.batch}: {escape(r.note)}</li>"
+        f"<li>{escape(r.network)}, {escape(r.mode)}, batch {r.batch}: "
+        f"{'unavailable: ' * (r.status == 'unavailable')}{escape(r.note)}</li>"
         for r in failed
     ]
     return f"<ul>{''.join(items)}</ul>" if items else ""

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.measured import OURS, RIVAL, WORK, Chip, mark, ratio
+from benchmarks.measured import EIGHT_BITS, OURS, RIVAL, WORK, Chip, EightBits, mark, ratio
 from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 from deit_fast.bench.results import CorruptResults
 
@@ -37,9 +37,10 @@ def read_chips(folder: Path) -> list[Chip]:
 
 
 def readme_tables(chips: list[Chip]) -> str:
-    """Markdown: a table of inference and one of training for each GPU; a CPU's figures claim
-    nothing and are left out."""
-    tables = [t(chip) for chip in chips if not chip.is_cpu for t in (_readme_table, _train_table)]
+    """Markdown: a table of inference, one of eight bits and one of training for each GPU; a CPU's
+    figures claim nothing and are left out."""
+    kinds = (_readme_table, _eight_bits_table, _train_table)
+    tables = [table(chip) for chip in chips if not chip.is_cpu for table in kinds]
     return "\n\n".join(filter(None, tables)) or NOTHING
 
 
@@ -66,6 +67,34 @@ def _readme_table(chip):
         lines.append("| " + " | ".join([entry.network, str(ours.batch), *speeds, *times]) + " |")
     headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "engine / compile"]
     return _markdown(chip, "images/s", runs, headings, lines)
+
+
+def _eight_bits_table(chip):
+    lines, runs = [], set()
+    for entry in distinct([*ENTRIES, *RELATIVES]):
+        found = EightBits.of(chip, entry)
+        rows = [found.rows[name] for name in ("fp8", "int8")] if found else []
+        rows = [r for r in rows if r and r.status == "measured" and not chip.is_old(r)]
+        if not rows:
+            continue
+        ours = rows[0]
+        runs.add(ours.runs)
+        speeds = [
+            f"{r.images_per_s:,.0f}" if ratio(r, ours) else "–" for r in found.rows.values()
+        ]  # fmt: skip
+        times = ["–" if x is None else f"{x:.2f}" for x in found.ratios.values()]
+        times.insert(1, found.mark or "–")
+        cells = [entry.network, str(ours.batch), *speeds, *times, found.race or "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    headings = [
+        "network", "batch", *EIGHT_BITS, "fp8 / bf16", "wanted of an H200", "int8 / bf16",
+        "fp8 / torchao", "engine fp8 / torchao", "wanted: over 1",
+    ]  # fmt: skip
+    what = (
+        "images/s with the products of every Block in eight bits, the rest in bf16; torchao's "
+        "float8 dynamic quantisation by row under torch.compile"
+    )
+    return _markdown(chip, what, runs, headings, lines)
 
 
 def _train_table(chip):

@@ -210,6 +210,8 @@ class Suite:
         kept = self.open(name).fresh(key, self.stamp["build"], self.options.runs)
         if kept is not None and not self.options.again:
             self.measured.append(kept)
+            if kept.status == "unavailable":
+                pytest.skip(f"unavailable: {kept.note}")
             if kept.status == "failed":  # or a stage would stumble over it each time
                 pytest.fail(f"not timed: {kept.note} (kept; --again tries anew)", pytrace=False)
             pytest.skip("kept: measured by this build on this chip")
@@ -226,6 +228,8 @@ class Suite:
         file.put(row)
         file.save(self.folder / f"{name}.json")
         self.measured.append(row)
+        if row.status == "unavailable":
+            pytest.skip(f"unavailable: {row.note}")
         if row.status != "measured":
             if "AcceleratorError" in row.note:
                 pytest.exit(f"the device is lost ({row.note}); run again to go on", returncode=5)
@@ -238,9 +242,6 @@ class Suite:
         key = (*entry.measured_as, mode.name, plan.protocol, plan.batch)
         self.keep_or_stop(name, key)
         network = self.network(entry)
-        missing = network.why_not(mode)
-        if missing:
-            pytest.skip(missing)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
             row, times = network.measure(mode, plan, self.ceilings(), self.stamp)

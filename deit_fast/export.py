@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers._base import Fast
+from .quantization import quantized_layers
 
 FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # and how their files end
 BACKENDS = ("auto", "torch")
@@ -158,6 +159,13 @@ def _image_shape(model):
 
 
 def _check_onnx(model, dtype):
+    formats = quantized_layers(model)
+    if "fp8" in formats.values():
+        raise ValueError(
+            f"onnx: {list(formats.values()).count('fp8')} layers of the model are in fp8, whose "
+            "products onnxruntime does not compute on a CPU: call deit_fast.restore(model) and "
+            "accelerate first, or quantise to int8, or write torch-export or aoti"
+        )
     if dtype not in ONNX_DTYPES:
         names = " or ".join(str(d)[6:] for d in ONNX_DTYPES)
         raise ValueError(

@@ -304,6 +304,19 @@ def test_info(capsys):
     assert main(["info", "--chip", "nine"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("chip", "fp8", "int8"),
+    [("8.0", "none fp8 (e4m3) needs compute capability 8.9", "triton operands in eight bits"),
+     ("9.0", "triton operands in eight bits", "triton operands in eight bits"),
+     ("7.5", "none fp8 (e4m3) needs", "none Triton multiplies int8 on tensor cores from")],
+)  # fmt: skip
+def test_info_of_eight_bits(chip, fp8, int8, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info", "--chip", chip]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"quantized_linear fp8 {fp8}" in out and f" int8 {int8}" in out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_examples(name, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -382,11 +395,17 @@ def test_bench_says_what_does_not_agree(monkeypatch, capsys):
 
 
 def test_bench_profile(tmp_path, capsys):
-    args = ["--batches", "1", "--modes", "eager_fp32", "--profile", str(tmp_path / "traces")]
+    """In eight bits too."""
+    modes = ("eager_fp32", "deit_fast_fp8")
+    args = ["--batches", "1", "--modes", ",".join(modes), "--profile", str(tmp_path / "traces")]
     assert main([*BENCH, *args]) == 0
     out = capsys.readouterr().out
-    assert "deit_tiny_distilled, eager_fp32, batch 1" in out and "attention" in out
-    assert (tmp_path / "traces" / "deit_tiny_distilled_patch16_224-eager_fp32-1.json.gz").exists()
+    assert "attention" in out
+    for mode in modes:
+        assert f"deit_tiny_distilled, {mode}, batch 1" in out
+        assert re.search(rf"{mode} +batch +1 +\d", out)
+        trace = f"deit_tiny_distilled_patch16_224-{mode}-1.json.gz"
+        assert (tmp_path / "traces" / trace).exists()
 
 
 def test_bench_names_what_is_wrong(tmp_path, capsys):
@@ -405,6 +424,7 @@ def test_bench_names_what_is_wrong(tmp_path, capsys):
         ),
         (["bench", "deit_tiny", "--json", str(broken)], f"{broken}: not JSON"),
         (["bench", "resnet18", "--modes", "deit_fast_fp32"], "deit_fast has no modules for it"),
+        (["bench", "resnet18", "--modes", "torchao_fp8_compile"], "resnet18: it has no Block"),
     ):
         assert main(args) == 2, args
         assert message in capsys.readouterr().err

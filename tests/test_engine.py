@@ -77,6 +77,29 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
         assert not got.is_inference()
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_model_in_eight_bits(request, graphs, format):
+    """Floats and bytes, its own answers; and its memory is what eight bits take."""
+    if graphs:
+        request.getfixturevalue("fake")
+    m = model()
+    before = InferenceEngine(m, 4, prepare=()).memory.weights
+    deit_fast.quantize(m, format)
+    run = InferenceEngine(m, batch_sizes=(1, 4))
+    for make in (floats, bytes_of):
+        assert torch.equal(run(make(3)), answers(m, make(3)))
+    products = 2 * 12 * 64 * 64
+    scales = 2 * 4 * (3 + 1 + 4 + 1) * 64 + 2 * 2 * 4 * (format == "fp8")
+    assert before - run.memory.weights == 3 * products - scales
+    deit_fast.restore(m)
+    if graphs:
+        with pytest.raises(RuntimeError, match=r"call engine.refresh\(\)"):
+            run(floats(1))
+    else:
+        assert_answers(run(floats(1)), m, floats(1))
+
+
 def test_callers_on_streams_of_their_own(fake):
     m = model()
     run = InferenceEngine(m, batch_size=2, prepare=("float",))

@@ -23,6 +23,7 @@ from benchmarks.predict import H200
 from deit_fast.cli import main
 from deit_fast.export import export
 from deit_fast.kernels import _runtime, _tuned
+from deit_fast.quantization import quantized_layers
 
 exporting = importlib.import_module("deit_fast.export")  # the name may be the function's, too
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -113,6 +114,19 @@ def test_what_a_gpu_would_run_exports_for_any_batch(h200, dtype, uint8):
     assert all(found == plain for found in operators.values())
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_eight_bits_export_as_a_gpu_would_run_them(format):
+    """For any batch; the graph has no pass that quantises."""
+    fast = tiny_pair("auto")[1].half()
+    deit_fast.quantize(fast, format)
+    fast.to("meta")
+    with _runtime.pretend(H200), _tuned.disabled(), torch.no_grad():
+        x = some_images(2, FP16, device="meta", size=64)
+        program = torch.export.export(fast, (x,), dynamic_shapes=ANY)
+    eight_bits = {"layer_norm_quantized", "quantized_linear", "attention_quantized"}
+    assert our_operators(program) == {"patch_embed", *eight_bits, "classifier"}
+
+
 def test_a_compiled_model_keeps_asking_for_the_number_of_rows(h200):
     """A graph each where nothing is folded, where all is, and between the two."""
     fast = tiny_pair("auto")[1].to("meta", FP16)
@@ -180,6 +194,27 @@ def test_files_compute_what_timm_computes(format, heads, tmp_path):
     assert report.backend == "torch" and list(report.errors) == [1, 3]
     assert "batch dynamic" in str(report) and all(e < 1e-5 for e in report.errors.values())
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("format, bits", [("torch-export", "fp8"), ("onnx", "int8")])
+def test_files_in_eight_bits(format, bits, tmp_path):
+    """They compute what the model does, which stays in eight bits, and hold it in eight bits."""
+    _, fast = tiny_pair("auto", **SMALL)
+    deit_fast.quantize(fast, bits)
+    path = target(tmp_path, format)
+    report = export(fast, path, format, batch=2)
+    x = images(fast)
+    with torch.no_grad():
+        torch.testing.assert_close(read(path, format)(x), fast(x), **CLOSE)
+    assert report.errors[2] < 1e-5 and len(quantized_layers(fast)) == 4
+
+
+def test_fp8_has_no_onnx(tmp_path):
+    _, fast = tiny_pair("auto", **SMALL)
+    deit_fast.quantize(fast, "fp8", exclude="*.qkv")
+    with pytest.raises(ValueError, match=r"onnx: 3 layers .* fp8.*call deit_fast.restore\(model\)"):
+        export(fast, target(tmp_path, "onnx"), "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["torch-export", "onnx"])

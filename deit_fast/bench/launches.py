@@ -13,7 +13,7 @@ from deit_fast.kernels import _runtime, _tuned
 _FREE = frozenset(
     "view _unsafe_view reshape slice select unbind split split_with_sizes transpose t expand "
     "permute detach alias as_strided as_strided_ unsqueeze squeeze empty new_empty "
-    "unflatten".split()
+    "unflatten promote_types".split()
 )
 
 

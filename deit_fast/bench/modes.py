@@ -1,4 +1,5 @@
-"""What is compared: one network in eager PyTorch, compiled, and in deit_fast, by precision.
+"""What is compared: one network in eager PyTorch, compiled, and in deit_fast, by precision; and
+with its products in eight bits, ours beside torchao's.
 
 Every mode is what a competent user would write: weights in the dtype of the arithmetic (autocast
 excepted), inference_mode, SDPA free to choose its backend, cudnn.benchmark, channels_last for
@@ -7,7 +8,7 @@ convolutional networks wherever tensor cores take part (NCHW in plain fp32, as t
 
 import difflib
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,20 +30,34 @@ class Mode:
     fast: bool = False  # through deit_fast.accelerate
     engine: bool = False  # through InferenceEngine: a CUDA graph, as max-autotune has its own
     train: bool = False  # forward + backward; an optimiser where the protocol has one
+    eight_bits: str | None = None  # "fp8" or "int8": the products of every Block
+    torchao: bool = False  # which quantises, instead of deit_fast
 
     @property
     def precision(self) -> str:
-        """Of the matrix products: "fp32", "tf32", "fp16" or "bf16"; a ceiling has the same name."""
+        """Of the matrix products: "fp32", "tf32", "fp16", "bf16", "fp8" or "int8"; a ceiling has
+        the same name."""
+        return self.eight_bits or self._precision
+
+    @property
+    def _precision(self):
         return "tf32" if self.tf32 else PRECISIONS[self.autocast or self.dtype]
 
     @property
     def eager(self) -> "Mode":
-        """The eager mode of the same precision: what this one is compared with."""
-        return MODES[f"eager_{'amp_' * bool(self.autocast)}{self.precision}{TRAIN * self.train}"]
+        """The eager mode of the same precision, of eight bits that of what is left of the model:
+        what this one is compared with."""
+        return MODES[f"eager_{'amp_' * bool(self.autocast)}{self._precision}{TRAIN * self.train}"]
 
     @contextmanager
     def settings(self):
-        """PyTorch's global switches as this mode wants them, and as they were afterwards."""
+        """PyTorch's global switches as this mode wants them, and as they were afterwards; torchao
+        sets some of the compiler's when it quantises."""
+        with _compiler_settings() if self.torchao else nullcontext(), self._switches():
+            yield
+
+    @contextmanager
+    def _switches(self):
         cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
         before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
@@ -52,6 +67,20 @@ class Mode:
         finally:
             cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
             torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _compiler_settings():
+    """torch.compile's as they were, afterwards."""
+    from torch._inductor import config  # takes a second
+
+    before = config.get_config_copy()
+    try:
+        yield
+    finally:
+        for name, value in config.get_config_copy().items():
+            if value != before[name]:
+                setattr(config, name, before[name])
 
 
 _FORWARD = (
@@ -67,13 +96,21 @@ _FORWARD = (
     Mode("deit_fast_fp16", FP16, fast=True),
     Mode("deit_fast_bf16", BF16, fast=True),
     Mode("deit_fast_engine_bf16", BF16, fast=True, engine=True),
+    Mode("deit_fast_fp8", BF16, fast=True, eight_bits="fp8"),
+    Mode("deit_fast_int8", BF16, fast=True, eight_bits="int8"),
+    Mode("deit_fast_engine_fp8", BF16, fast=True, engine=True, eight_bits="fp8"),
+    # CUDA graphs and tuned products: the most that torch.compile makes of it
+    Mode("torchao_fp8_compile", BF16, compile="max-autotune", eight_bits="fp8", torchao=True),
 )
 # Pure fp16 is missing: gradients and updates underflow without a scaler, nobody trains so. Graphs
 # of a step are the optimiser's affair too.
 _BACKWARD = tuple(
     replace(mode, name=mode.name + TRAIN, train=True)
     for mode in _FORWARD
-    if mode.dtype != FP16 and not mode.engine and mode.compile != "reduce-overhead"
+    if mode.dtype != FP16
+    and not mode.engine
+    and not mode.eight_bits
+    and mode.compile != "reduce-overhead"
 )
 # As people train: fp32 weights, products in bf16. In training alone: at inference the weights are
 # cast once instead of at each call, which is what the modes in bf16 do. Ours also as CUDA graphs,

@@ -7,7 +7,9 @@ drawn so that every part matters for the output, which is what agreement is chec
 import contextlib
 import copy
 import functools
+import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,13 +24,26 @@ from deit_fast.models import NAMES
 
 from .modes import MODES, REFERENCE, TRAIN, Mode, pick
 from .results import ModelRow
-from .timing import capability, has_bf16, latency_ms, release, rotation, summary, throughput_ms
+from .timing import (
+    capability,
+    has_bf16,
+    latency_ms,
+    release,
+    rotation,
+    summary,
+    throughput_ms,
+    why_no_products,
+)
 
 DISTINCT = 8  # at most so many different images make a batch, each as often as any other
 # Relative errors that PyTorch's own lower precisions may have against fp32, on these weights (seen
 # over Table 5: fp16 6e-3, bf16 5e-2); more for gradients through batch norm, where rounding flips
 # many a ReLU (seen: fp16 0.1, bf16 0.3)
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
+# Of eight bits PyTorch has no eager mode to go by. Twice the most that was seen, on a CPU: DeiT-Ti,
+# S, B and B-384, ViT-B and DeiT-III-S, weights and stream in bf16, gave 0.053 to 0.065 in fp8, by
+# deit_fast as by torchao, and 0.016 to 0.020 in int8. Both are held to the same.
+TOLERANCE |= {"fp8": 0.13, "int8": 0.04}
 TRANSFORMERS = (VisionTransformer, Cait)
 PROTOCOLS = ("batch", "paper", "latency", "host", "step")
 LEARNING_RATE = 1e-5  # timed steps are real: weights drift, so little that nothing overflows
@@ -95,6 +110,7 @@ class Network:
         blank = copy.deepcopy(self.model).to("meta")
         self.flops = _count(blank, self.image_size)
         self.why_not_fast = _why_not_fast(blank)
+        self.blocks = sum(type(m) is deit_fast.layers.Block for m in blank.modules())
 
     def _create(self):
         size = {"img_size": self.image_size} if _patch(self.timm_name) else {}
@@ -126,12 +142,27 @@ class Network:
         """Why the network has no such mode, or None."""
         if mode.fast and self.why_not_fast:
             return self.why_not_fast
+        if mode.eight_bits and (missing := self._why_not_eight_bits(mode)):
+            return missing
         if mode.tf32 and (self.device.type == "cpu" or capability(self.device) < (8, 0)):
             return "TF32 needs a GPU of compute capability 8.0"
         if mode.engine and self.device.type == "cpu":
             return "an engine has its graphs on a CUDA device"
-        if mode.precision == "bf16" and not has_bf16(self.device):
+        if torch.bfloat16 in (mode.dtype, mode.autocast) and not has_bf16(self.device):
             return "the GPU has no bf16 arithmetic"
+        return None
+
+    def _why_not_eight_bits(self, mode):
+        if not self.blocks:
+            return "it has no Block of a ViT or DeiT"
+        if not mode.torchao:
+            return why_no_products(
+                mode.eight_bits, None if self.device.type == "cpu" else capability(self.device)
+            )
+        if not importlib.util.find_spec("torchao"):
+            return "torchao is not installed"
+        if self.device.type == "cpu" or capability(self.device) < (8, 9):
+            return "torchao's float8 needs a GPU of compute capability 8.9"
         return None
 
     def channels_last(self, mode: Mode) -> bool:
@@ -161,11 +192,12 @@ class Network:
 
     def check(self, step: "Step", batch: int) -> float:
         """The relative error; raises Disagreement where it is not at most twice that of the eager
-        mode of the same precision, or, for that mode itself, above what its precision explains."""
+        mode of the same precision, or, for that mode itself and for eight bits, above what the
+        precision explains."""
         mode = step.mode
         error = self.error(step, batch)
         allowed = TOLERANCE[mode.precision] * (8 if mode.train and self.batch_norms else 1)
-        if mode.eager != mode:
+        if mode.eager != mode and not mode.eight_bits:
             allowed = min(allowed, 2 * self._eager_error(mode.eager) + 1e-4)
         if not error <= allowed:  # NaN too
             raise Disagreement(
@@ -223,8 +255,8 @@ class Network:
     def measure(
         self, mode: Mode, plan: Plan, ceilings: dict, stamp: dict
     ) -> tuple[ModelRow, list[float]]:
-        """One row and its single times, ms. A mode that disagrees or does not run gives a row that
-        says so, and no times.
+        """One row and its single times, ms. A mode that disagrees, does not run or is not to be
+        had here gives a row that says so, and no times.
 
         stamp: the row's `commit` and `build`. A batch too large for memory is halved. Raises
         ValueError where the protocol has an optimiser and the mode does not train."""
@@ -235,6 +267,9 @@ class Network:
             "mode": mode.name, "protocol": plan.protocol, "asked_batch": plan.batch,
             "runs": plan.runs, "channels_last": self.channels_last(mode), **stamp,
         }  # fmt: skip
+        missing = self.why_not(mode)
+        if missing:
+            return ModelRow(**row, batch=plan.batch, status="unavailable", note=missing), []
         with mode.settings():
             batch, note = plan.batch, None
             while True:
@@ -254,6 +289,7 @@ class Network:
                 if batch == 1:
                     return ModelRow(**row, batch=1, status="failed", note=note), []
                 batch //= 2
+        note = "; ".join(filter(None, (note, figures.pop("left")))) or None
         figures |= summary(times)
         images_per_s = 1e3 * batch / figures["ms_mean" if plan.protocol == "paper" else "ms_median"]
         tflops = images_per_s * self.flops * (3 if mode.train else 1) / 1e12
@@ -293,7 +329,7 @@ class Network:
         inputs = rotation(make, nbytes, self.device)
         clock = latency_ms if plan.protocol == "latency" else throughput_ms
         times = clock(step, inputs, plan.runs, plan.warmup, self.device)
-        return times, {"relative_error": error, "peak_memory_gb": peak}
+        return times, {"relative_error": error, "peak_memory_gb": peak, "left": step.left}
 
     def _tidy(self):
         torch.compiler.reset()
@@ -325,7 +361,9 @@ class Network:
 
 class Step:
     """One call of a network in one mode: forward; forward and backward; or, with `optimize`, a full
-    step: AdamW, fused, after them, through a GradScaler under fp16 autocast."""
+    step: AdamW, fused, after them, through a GradScaler under fp16 autocast.
+
+    left: of a mode in eight bits, which layers of the Blocks are not, and why; or None."""
 
     def __init__(self, network: Network, mode: Mode, compiled: bool = True, optimize: bool = False):
         self.mode, self.device = mode, network.device
@@ -335,6 +373,11 @@ class Step:
         layout = torch.channels_last if network.channels_last(mode) else torch.contiguous_format
         self.layout = layout
         self.model.to(mode.dtype).to(memory_format=layout).train(mode.train)
+        self.left = None
+        if mode.torchao:
+            self.left = _quantize_by_torchao(self.model)
+        elif mode.eight_bits:  # scales from the bound: measured ones take the same time
+            self.left = _left(deit_fast.quantize(self.model, mode.eight_bits))
         self.forward: Callable = self.model
         self.captured = bool(mode.compile) and compiled
         if self.captured:
@@ -409,6 +452,28 @@ class Step:
         if self.mode.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.mode.autocast)
+
+
+def _left(report):
+    """The layers that stayed in bf16, in one line; None where none did."""
+    reasons = Counter(f"{m.name.rpartition('.')[2]}: {m.reason}" for m in report.left)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    return f"not in {report.format}: {listed}" if reasons else None
+
+
+def _quantize_by_torchao(model):
+    """float8 (e4m3) of weights and activations, dynamic, a scale a row, in every Linear that
+    torchao takes, as its documentation has it. Those of the Blocks that it left, as `_left`."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    left = Counter(
+        name.rpartition(".")[2]
+        for name, m in model.blocks.named_modules()
+        if isinstance(m, nn.Linear) and type(m.weight.data) is Tensor
+    )
+    listed = ", ".join(f"{count} x {name}" for name, count in left.items())
+    return f"not in fp8: {listed}" if left else None
 
 
 def _upstream(logits):

@@ -15,7 +15,8 @@ from .timing import release, synchronize
 
 FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that are not ours
 _OURS = re.compile(
-    r"^_((linear|attention|attention_resident|layer_norm|layer_norm_mlp|patch_embed|classifier"
+    r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm"
+    r"|layer_norm_mlp|patch_embed|classifier"
     r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|moments"
     r"|layer_norm_backward|linear_backward|attention_backward|talking_heads(_dq|_dkv)?"
     r"|window_attention(_backward|_scores|_biases)?|depthwise_conv|fold_batch_norm)_kernel)"
@@ -30,7 +31,7 @@ _NAMES = (
      r"|::_to_copy|transpose"),
     ("attention", r"attention|talking_heads|flash|fmha|softmax|sdpa|bmm"),
     ("norm", r"(layer|batch|group)_?norm|^_moments|bn_fw|bn_bw"),
-    ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|linear_kernel"
+    ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|_(scaled|int)_mm|linear_kernel"
      r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),
 )  # fmt: skip
 

@@ -4,9 +4,9 @@
      "protocol": {...}, "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
 
 A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of deit_fast's sources, the versions
-of torch, triton and timm, and the chip: rows are comparable where it is the same. The file's own
-`hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The JSON schema
-is benchmarks/results.schema.json.
+of torch, triton, timm and torchao, and the chip: rows are comparable where it is the same. The
+file's own `hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The
+JSON schema is benchmarks/results.schema.json.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Timing:
     """What every row carries. Times in ms, of one call; None where the status is not "measured"."""
 
     mode: str
-    status: str = "measured"  # or "failed": `note` says why
+    status: str = "measured"  # or "failed", or "unavailable": `note` says why
     note: str | None = None
     ms_median: float | None = None
     ms_mean: float | None = None

@@ -33,7 +33,7 @@ def models(rows: Iterable[ModelRow]) -> Table:
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
         if r.status != "measured":
-            table.add_row(*name, f"failed: {r.note}")
+            table.add_row(*name, f"{r.status}: {r.note}")
             continue
         table.add_row(
             *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",

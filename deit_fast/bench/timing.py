@@ -17,7 +17,8 @@ from statistics import fmean, median, quantiles
 
 import torch
 
-from deit_fast.kernels import _tuned
+from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels.quantize import FORMATS
 
 from .modes import MODES
 
@@ -47,7 +48,7 @@ def hardware(device: torch.device) -> dict:
         found |= {"gpu": device_name(device), "driver": _driver()}
     found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
-    for package in ("torch", "triton", "timm"):
+    for package in ("torch", "triton", "timm", "torchao"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -157,7 +158,8 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 def ceilings(device: torch.device, runs: int = CEILING_RUNS) -> dict[str, float]:
     """The chip's best, measured on random data: a large copy, counting bytes read and written
-    (copy_tb_per_s), and the best of several large matrix products in each precision."""
+    (copy_tb_per_s), and the best of several large matrix products in each precision, those in
+    eight bits where the GPU has them."""
     cuda, runs = device.type == "cuda", min(runs, CEILING_RUNS)
     found = {"copy_tb_per_s": _copy_tb_per_s(2 << 30 if cuda else 64 << 20, runs, device)}
     shapes = [(1024, 1024, 1024)] if not cuda else [
@@ -168,8 +170,23 @@ def ceilings(device: torch.device, runs: int = CEILING_RUNS) -> dict[str, float]
         with mode.settings():
             best = max(_product_tflops(shape, mode.dtype, runs, device) for shape in shapes)
         found[f"{name}_tflops"] = best
+    for name in formats(device) if cuda else ():
+        best = max(_eight_bits_tflops(shape, name, runs, device) for shape in shapes)
+        found[f"{name}_tflops"] = best
     release(device)
     return found
+
+
+def formats(device: torch.device) -> list[str]:
+    """Those of eight bits in which products are computed there."""
+    of = None if device.type == "cpu" else capability(device)
+    return [name for name in FORMATS if why_no_products(name, of) is None]
+
+
+def why_no_products(format: str, of: tuple[int, int] | None) -> str | None:
+    """Why a chip (None: a CPU) multiplies nothing in "fp8" or "int8", or None."""
+    choice = _runtime.choose("quantized_linear", of, FORMATS[format])
+    return choice.reason if choice.implementation == "none" else None
 
 
 def _copy_tb_per_s(size, runs, device):
@@ -183,4 +200,25 @@ def _product_tflops(shape, dtype, runs, device):
     M, N, K = shape
     a, b = (torch.randn(n, K, device=device).to(dtype) for n in (M, N))
     times = throughput_ms(lambda _: a @ b.T, [None], runs, 3, device)
+    return 2 * M * N * K / median(times) / 1e9
+
+
+def _eight_bits_tflops(shape, format, runs, device):
+    """One scale for all, in fp8; the sums themselves, in int8: nothing of it costs time."""
+    M, N, K = shape
+    if format == "int8":
+        a, b = (torch.randint(-127, 128, (n, K), device=device).to(torch.int8) for n in (M, N))
+
+        def product(_):
+            return torch._int_mm(a, b.T)
+    else:
+        a, b = (torch.randn(n, K, device=device).to(FORMATS[format]) for n in (M, N))
+        one = torch.ones((), device=device)
+
+        def product(_):
+            return torch._scaled_mm(
+                a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda"
+            )
+
+    times = throughput_ms(product, [None], runs, 3, device)
     return 2 * M * N * K / median(times) / 1e9

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels.quantize import FORMATS
 
 
 def add_arguments(parser):
@@ -30,12 +31,17 @@ def run(args) -> int:
     console.print(what)
     table = Table("operation", "dtype", "implementation", "why", title="backend auto")
     for op in (*_runtime.ROW_KERNELS, *_runtime.PRODUCTS):
+        if op == "quantize":  # where quantized_linear's operands are of use
+            continue
         choices = {d: _runtime.choose(op, capability, d) for d in _runtime.DTYPES}
         if len(set(choices.values())) == 1:
             table.add_row(op, "any", *choices[torch.float32])
         else:
             table.add_row(op, "fp16, bf16", *choices[torch.float16])
             table.add_row("", "fp32", *choices[torch.float32])
+    for i, (name, dtype) in enumerate(FORMATS.items()):  # deit_fast.quantize's
+        choice = _runtime.choose("quantized_linear", capability, dtype)
+        table.add_row("" if i else "quantized_linear", name, *choice)
     folded = capability is not None and _runtime.choose("linear", capability, torch.float16)
     if folded and folded.implementation == "triton":
         why = "inference: mean, rstd in the product's epilogue"

@@ -6,9 +6,11 @@ COMMIT, BUILD = "a" * 40, "b" * 12
 HARDWARE = {
     "gpu": "NVIDIA Imaginary", "driver": "1.2", "cuda": "13.0", "cpu": "none", "threads": 2,
     "python": "3.11", "torch": "2.11.0", "triton": "3.6.0", "timm": "1.0.26",
+    "torchao": None,
 }  # fmt: skip
 CEILINGS = {
     "copy_tb_per_s": 4.0, "fp32_tflops": 50.0, "fp16_tflops": 790.0, "bf16_tflops": 780.0,
+    "fp8_tflops": 1500.0, "int8_tflops": 1500.0,
 }  # fmt: skip
 
 
@@ -20,9 +22,9 @@ def model_row(entry, mode="eager_fp32", images_per_s=100.0, **changes) -> ModelR
         "network": entry.network, "timm_name": entry.timm_name, "image_size": entry.image_size,
         "mode": mode, "protocol": "batch", "asked_batch": 256, "batch": 256, "runs": 30,
         "channels_last": False, "commit": COMMIT, "build": BUILD,
-        "peak_memory_gb": None if changes.get("status") == "failed" else 2.0,
+        "peak_memory_gb": None if "status" in changes else 2.0,
     } | changes  # fmt: skip
-    if values.get("status") != "failed":
+    if "status" not in values:
         values |= dict.fromkeys(TIMES, 1e3 * values["batch"] / images_per_s)
         values |= {"images_per_s": images_per_s, "relative_error": 1e-3}
         values |= {"tflops": 1.0, "fraction_of_ceiling": 0.5}

@@ -1,5 +1,6 @@
 """What a forward pass launches, seen without a GPU; and what it is predicted to take."""
 
+import copy
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -69,6 +70,44 @@ def test_every_kernel_serves_its_relatives(name):
     assert recorder.others == {"clone": 1}
     scales = [args[4] is not None for op, args, _ in recorder.calls[:-8] if op == "linear"]
     assert all(scales) if name.startswith("deit3") else not any(scales)
+
+
+BLOCK_IN_EIGHT_BITS = [
+    "layer_norm_quantized", "quantized_linear", "attention_quantized", "quantized_linear",
+    "layer_norm_quantized", "quantized_linear", "quantized_linear",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled", {}),
+        ("deit3_small_patch16_224", {}),
+        ("deit3_huge_patch14_224", {"embed_dim": 160, "num_heads": 2}),  # heads of 80, as it has
+    ],
+)
+def test_no_pass_quantises_anything(name, options, format):
+    """One LayerNorm a half block, which writes eight bits; attention and GELU's epilogue write them
+    too. Of PyTorch's own: what the model in bf16 launches."""
+    model = deit_fast.create_model(name, depth=3, **options)
+    plain = record(copy.deepcopy(model), 256, BF16, H200)
+    deit_fast.quantize(model, format)
+    recorder = record(model, 256, BF16, H200)
+    block, last = list(BLOCK_IN_EIGHT_BITS), Counter(BLOCK_IN_EIGHT_BITS)
+    last |= {"quantized_linear": 5}  # queries apart from keys and values
+    last |= {"layer_norm_quantized": 3}
+    if format == "int8" and options:  # heads without whole parts of 32 features leave proj alone
+        block[2:4] = ["attention", "linear"]
+        last += {"attention": 1, "linear": 1, "attention_quantized": -1, "quantized_linear": -1}
+    ops = [op for op, _, _ in recorder.calls]
+    assert ops[:15] == ["patch_embed", *block, *block] and ops[-1] == "classifier"
+    assert Counter(ops[15:-1]) == +last
+    assert recorder.others == plain.others
+    eight = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    for op, args, _ in recorder.calls:
+        if op == "quantized_linear":
+            assert args[0].dtype == args[2].dtype == eight, "operand and weight"
 
 
 def test_tiny_vit_in_half_precision():

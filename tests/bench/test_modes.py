@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor import config
 
 from deit_fast.bench.modes import MODES, pick
 
@@ -10,9 +11,10 @@ def test_the_modes_are_those_of_the_results_format():
     forward = [
         "eager_fp32", "eager_tf32", "eager_amp_fp16", "eager_fp16", "eager_bf16", "compile_bf16",
         "compile_reduce_overhead_bf16", "compile_max_autotune_bf16", "deit_fast_fp32",
-        "deit_fast_fp16", "deit_fast_bf16", "deit_fast_engine_bf16",
+        "deit_fast_fp16", "deit_fast_bf16", "deit_fast_engine_bf16", "deit_fast_fp8",
+        "deit_fast_int8", "deit_fast_engine_fp8", "torchao_fp8_compile",
     ]  # fmt: skip
-    without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16")
+    without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16", "8", "8_compile")
     backward = [f"{name}_train" for name in forward if not name.endswith(without)]
     mixed = [
         f"{name}_amp_bf16_train"
@@ -27,7 +29,9 @@ def test_the_modes_are_those_of_the_results_format():
     for name, mode in MODES.items():
         assert mode.train == name.endswith("_train")
         assert mode.fast == name.startswith("deit_fast")
-        assert bool(mode.compile) == (name.startswith("compile") or "overhead" in name)
+        assert bool(mode.compile) == ("compile" in name or "overhead" in name)
+        assert mode.engine == ("_engine_" in name) and mode.torchao == name.startswith("torchao")
+        assert bool(mode.eight_bits) == ("8" in name)
         assert mode.precision in name
 
 
@@ -39,6 +43,9 @@ def test_each_mode_is_compared_with_eager_of_its_precision():
         "deit_fast_fp32": "eager_fp32",
         "eager_amp_fp16": "eager_amp_fp16",
         "eager_tf32": "eager_tf32",
+        "deit_fast_fp8": "eager_bf16",
+        "deit_fast_int8": "eager_bf16",
+        "torchao_fp8_compile": "eager_bf16",
         "eager_amp_fp16_train": "eager_amp_fp16_train",
         "eager_amp_bf16_train": "eager_amp_bf16_train",
         "compile_amp_bf16_train": "eager_amp_bf16_train",
@@ -65,6 +72,14 @@ def test_settings_come_and_go():
     with pytest.raises(KeyError), MODES["eager_tf32"].settings():
         raise KeyError
     assert switches() == before
+
+
+def test_what_torchao_sets_of_the_compiler_comes_and_goes():
+    before = config.coordinate_descent_tuning
+    with MODES["torchao_fp8_compile"].settings():
+        config.coordinate_descent_tuning = not before
+    found, config.coordinate_descent_tuning = config.coordinate_descent_tuning, before
+    assert found == before
 
 
 def test_pick_names_the_nearest():

@@ -1,19 +1,24 @@
 """Agreement before a timing, the search for the largest batch, and what a row says."""
 
 import copy
+import importlib.util
+import sys
+import types
 
 import pytest
 import torch
+from modelling import tiny_pair
 from torch import nn
 
 import deit_fast
 from deit_fast.bench import networks
 from deit_fast.bench.modes import MODES
-from deit_fast.bench.networks import Network, Plan, check_network, random_images
+from deit_fast.bench.networks import TOLERANCE, Network, Plan, check_network, random_images
+from deit_fast.quantization import quantized_layers
 
 CPU = torch.device("cpu")
 STAMP = {"commit": "unknown", "build": "0" * 12}
-CEILINGS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "copy_tb_per_s": 1.0}
+CEILINGS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "copy_tb_per_s": 1.0, "fp8_tflops": 4.0}
 ONE = Plan("batch", batch=3, runs=2, warmup=1)
 
 
@@ -90,6 +95,83 @@ def test_the_input_sets_are_different_memory(vit, monkeypatch):
     for mode in ("eager_fp32", "eager_bf16"):
         measure(vit, mode, Plan("batch", 4, 2, 1))
         assert len({x.data_ptr() for x in seen[-1]}) == len(seen[-1]) == 64
+
+
+@pytest.mark.parametrize("mode", ["deit_fast_fp8", "deit_fast_int8"])
+def test_a_row_in_eight_bits(vit, mode):
+    """Its ceiling is that of its products; its error what eight bits cost, and no more."""
+    row, times = measure(vit, mode)
+    assert row.status == "measured" and row.note is None and len(times) == 2
+    fp8 = mode.endswith("fp8")
+    assert (0.02 if fp8 else 0.005) < row.relative_error < TOLERANCE["fp8" if fp8 else "int8"]
+    assert row.fraction_of_ceiling == (pytest.approx(row.tflops / 4.0) if fp8 else None)
+    step = vit.step(MODES[mode])
+    assert len(quantized_layers(step.model)) == 48 and step.left is None
+    assert not quantized_layers(vit.model)
+
+
+def test_layers_that_stay_in_bf16_are_named():
+    """Heads of 80 features, of which int8 cannot make parts of 32."""
+    _, fast = tiny_pair(embed_dim=160, num_heads=2)
+    left = networks._left(deit_fast.quantize(fast, "int8"))
+    assert left.startswith("not in int8: 2 x proj: heads of 80 features")
+
+
+def test_modes_in_eight_bits_say_why_they_are_not_to_be_had(vit, convnet, monkeypatch):
+    """And a row says it."""
+    row, times = measure(vit, "torchao_fp8_compile")
+    if not importlib.util.find_spec("torchao"):
+        assert (row.status, row.note) == ("unavailable", "torchao is not installed")
+        assert not times and row.ms_median is None and row.batch == 3
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    wanted = "torchao's float8 needs a GPU of compute capability 8.9"
+    assert vit.why_not(MODES["torchao_fp8_compile"]) == wanted
+    for mode, reason in (("torchao_fp8_compile", "it has no Block"), ("deit_fast_fp8", "no mod")):
+        assert reason in convnet.why_not(MODES[mode])
+    cait = object.__new__(Network)
+    cait.why_not_fast, cait.blocks, cait.device = None, 0, CPU
+    assert "it has no Block of a ViT or DeiT" in cait.why_not(MODES["deit_fast_fp8"])
+    monkeypatch.setattr(vit, "device", torch.device("cuda"))
+    monkeypatch.setattr(networks, "capability", lambda device: (8, 6))
+    assert "fp8 (e4m3) needs compute capability 8.9" in vit.why_not(MODES["deit_fast_fp8"])
+    assert vit.why_not(MODES["torchao_fp8_compile"]) == wanted
+    monkeypatch.setattr(networks, "has_bf16", lambda device: False)
+    assert vit.why_not(MODES["deit_fast_int8"]) == "the GPU has no bf16 arithmetic"
+
+
+class Float8(torch.Tensor):
+    """What torchao puts in the place of a weight, as far as its kind goes."""
+
+
+def test_torchao_is_asked_for_float8_by_row(vit, monkeypatch):
+    """As its documentation has it, on the eager model in bf16; what it leaves is named."""
+    asked = []
+
+    def quantize_(model, config):
+        asked.append((type(model).__name__, config))
+        for name, m in model.named_modules():
+            if isinstance(m, nn.Linear) and not name.startswith(("head", "blocks.3.attn.proj")):
+                assert m.weight.dtype == torch.bfloat16
+                m.weight = nn.Parameter(m.weight.detach().as_subclass(Float8), False)
+
+    torchao = types.ModuleType("torchao.quantization")
+    torchao.Float8DynamicActivationFloat8WeightConfig = dict
+    torchao.PerRow, torchao.quantize_ = lambda: "row", quantize_
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
+    step = vit.step(MODES["torchao_fp8_compile"], compiled=False)
+    assert asked == [("VisionTransformerDistilled", {"granularity": "row"})]
+    assert step.left == "not in fp8: 1 x proj"
+
+
+@pytest.mark.gpu
+def test_torchao_agrees_and_is_timed():
+    pytest.importorskip("torchao")
+    network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
+    if reason := network.why_not(MODES["torchao_fp8_compile"]):
+        pytest.skip(reason)
+    row, _ = measure(network, "torchao_fp8_compile", Plan("batch", 8, 2, 1))
+    assert row.status == "measured" and row.note is None, row.note
 
 
 def test_a_row_without_time_is_not_begun(vit):
@@ -230,6 +312,8 @@ WRONG = {  # what a broken fast mode may do to its output -> the mode that must 
     "scaled beyond rounding": (lambda y: 1.03 * y, "deit_fast_bf16"),
     "NaN": (lambda y: y * float("nan"), "deit_fast_bf16"),
     "permuted": (lambda y: y.roll(1, 0), "deit_fast_bf16"),
+    "beyond eight bits": (lambda y: 1.15 * y, "deit_fast_fp8"),
+    "beyond int8": (lambda y: 1.05 * y, "deit_fast_int8"),
     "gradient": (lambda y: y + 0.01 * (y - y.detach()), "deit_fast_fp32_train"),
 }
 

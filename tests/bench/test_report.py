@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks import measured, report, table5
 from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
+from deit_fast.bench.results import ModelRow
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {e.network: e for e in ENTRIES}
@@ -152,6 +154,63 @@ def test_the_readme_compares_only_what_ran_together():
     ]  # fmt: skip
     table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 1,200 | 2.00 | – | – |" in table
+
+
+BASE = BY_NAME["DeiT-B distilled"]
+UNAVAILABLE = {"status": "unavailable", "note": "torchao is not <installed>"}
+
+
+def eight_bits(entry, fp8, torchao, **changes):
+    return [
+        model_row(entry, "deit_fast_bf16", 1000.0), model_row(entry, "deit_fast_int8", 1250.0),
+        model_row(entry, "deit_fast_fp8", fp8, **changes),
+        model_row(entry, "deit_fast_engine_fp8", fp8 + 100),
+        torchao if isinstance(torchao, ModelRow) else
+        model_row(entry, "torchao_fp8_compile", torchao),
+    ]  # fmt: skip
+
+
+def test_eight_bits_have_a_table_with_their_marks():
+    none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
+    rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
+    text = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    assert (
+        "| DeiT-S distilled | 256 | 1,000 | 1,300 | 1,250 | 1,400 | 1,350 | 1.30 | 1.30 met | 1.25 "
+        "| 0.96 | 1.04 | met |" in text
+    )
+    assert (
+        "| DeiT-B distilled | 256 | 1,000 | 1,400 | 1,250 | 1,500 | – | 1.40 | 1.50 missed | 1.25 "
+        "| – | – | unavailable: torchao is not <installed> |" in text
+    )
+    assert "wanted of an H200" in text and "eight bits" in text
+    slower = eight_bits(SMALL, 1300.0, 1500.0)
+    assert "| 0.87 | 0.93 | missed |" in report.readme_tables([made(*slower)])
+
+
+def test_nothing_is_said_of_eight_bits_that_did_not_run():
+    other = {"batch": 128, "asked_batch": 128}
+    halved = [replace(r, **other) for r in eight_bits(SMALL, 1300.0, 1000.0)]
+    text = report.readme_tables([made(*halved)])
+    assert "| DeiT-S distilled | 128 |" in text and "| 1.30 | – | 1.25 |" in text  # no mark there
+    apart = eight_bits(SMALL, 1300.0, 1000.0, build="c" * 12)
+    text = report.readme_tables([made(*apart[:3])])
+    assert "| 1,000 | – | 1,250 | – | – | – | – | 1.25 | – | – | – |" in text
+    failed = [model_row(SMALL, f"deit_fast_{f}", **FAILED) for f in ("fp8", "int8")]
+    assert report.readme_tables([made(*failed)]) == report.NOTHING
+
+
+def test_the_page_shows_eight_bits(tmp_path, readme):
+    none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
+    rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
+    results_of(*rows).save(tmp_path / "imaginary" / "table5.json")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = (tmp_path / "imaginary" / "report.html").read_text()
+    section = text.split("<h2>Eight bits</h2>")[1].split("</section>")[0]
+    cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", section)]
+    for wanted in ("1.30 met", "1.50 missed", "1.25", "1.04", "met", "unavailable", "1,350",
+                   f"unavailable: {UNAVAILABLE['note']}"):  # fmt: skip
+        assert wanted in cells, wanted
+    assert "torchao_fp8_compile, batch 256: unavailable: torchao is not &lt;installed&gt;" in text
 
 
 def training(compiled, ours, gb=(9.0, 8.0), entry=SMALL, **changes):

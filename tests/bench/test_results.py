@@ -34,6 +34,13 @@ def test_what_is_written_is_read_and_fits_the_schema(file):
     VALIDATOR.validate(json.loads(file.read_text()))
 
 
+def test_what_is_not_to_be_had_fits_the_schema(tmp_path):
+    row = model_row(DEIT, status="unavailable", note="torchao is not installed")
+    results_of(row).save(tmp_path / "a.json")
+    VALIDATOR.validate(json.loads((tmp_path / "a.json").read_text()))
+    assert results.load(tmp_path / "a.json").rows == [row]
+
+
 def test_the_schema_knows_exactly_the_rows_fields():
     for kind, row in (("model", ModelRow), ("kernel", KernelRow)):
         known = SCHEMA["$defs"]["timing"]["properties"] | SCHEMA["$defs"][kind]["properties"]
@@ -45,6 +52,7 @@ def test_the_schema_knows_exactly_the_rows_fields():
 @pytest.mark.parametrize("change", [
     {"rows.0.ms_median": None}, {"rows.0.images_per_s": "fast"}, {"rows.0.build": "b"},
     {"rows.0.status": "skipped"}, {"rows.0.protocol": "mine"}, {"rows.0.extra": 1},
+    {"rows.1.status": "unavailable", "rows.1.note": None},
     {"rows.1.note": None}, {"rows.2.dtype": "fp8"}, {"commit": "main"}, {"date": "today"},
     {"hardware.gpu": 5}, {"protocol.runs": 0}, {"ceilings.bf16_tflops": 0}, {"ceilings": {}},
 ], ids=str)  # fmt: skip

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import timm
 import torch
+from making import model_row, results_of
 
 from benchmarks import suite, table5
 from deit_fast import tune
@@ -279,12 +280,29 @@ def test_relatives_are_timms():
 def test_relatives_are_measured(out):
     done = bench(
         out, "benchmarks/bench_relatives.py", "--rows", "TinyViT-5M", *LITTLE[2:],
-        "--modes", "eager_fp32,deit_fast_fp32",
+        "--modes", "eager_fp32,deit_fast_fp32,deit_fast_fp8",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert [(r.timm_name, r.mode, r.status) for r in rows(out, "relatives")] == [
-        ("tiny_vit_5m_224", mode, "measured") for mode in ("eager_fp32", "deit_fast_fp32")
-    ]
+        ("tiny_vit_5m_224", *found)
+        for found in (
+            ("eager_fp32", "measured"), ("deit_fast_fp32", "measured"),
+            ("deit_fast_fp8", "unavailable"),
+        )
+    ]  # fmt: skip
+    assert "2 passed, 1 skipped" in done.stdout and "unavailable: it has no Block" in done.stdout
+    assert re.search(r"deit_fast_fp8 .* unavailable: it has no Block", done.stdout)
+
+
+def test_what_is_not_to_be_had_stays_so_for_its_build(tmp_path):
+    entry = table5.select(["DeiT-S distilled"])[0]
+    row = model_row(entry, "torchao_fp8_compile", status="unavailable", note="no torchao")
+    stamp = {"commit": row.commit, "build": row.build}
+    session = suite.Suite(parse(), torch.device("cpu"), {}, stamp, tmp_path)
+    session.files["table5"] = results_of(row)
+    with pytest.raises(pytest.skip.Exception, match="unavailable: no torchao"):
+        session.keep_or_stop("table5", row.key)
+    assert session.measured == [row]
 
 
 def test_served_by_is_what_a_table_says():

@@ -79,6 +79,17 @@ def test_ceilings_are_plausible(device):
         assert 0.2 < found["fp32_tflops"] / by_hand < 5
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_ceilings_of_eight_bits(format):
+    """The products themselves, where the chip has them."""
+    assert 1e-9 < timing._eight_bits_tflops((32, 48, 64), format, 2, CPU) < 1e3
+    assert timing.formats(CPU) == ["fp8", "int8"]
+    least = {"fp8": (8, 9), "int8": (8, 0)}[format]
+    assert timing.why_no_products(format, least) is None
+    assert "compute capability" in timing.why_no_products(format, (7, 5))
+    assert "needs compute capability 8.9" in timing.why_no_products("fp8", (8, 6))
+
+
 def test_hardware_says_what_this_is():
     found = timing.hardware(CPU)
     assert found["gpu"] is None and found["cpu"] and found["threads"] >= 1
