@@ -146,7 +146,8 @@ def _layer_norm_quantized(out, x, *_):
 
 
 def _attention_quantized(out, q, k, v, *_):
-    return replace(_attention(out, q, k, v), op="attention_quantized")
+    rate = 2 if q.element_size() == 1 else 1
+    return replace(_attention(out, q, k, v), op="attention_quantized", rate=rate)
 
 
 def _attention(out, q, k, v, *_):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .checkpoint import load_state, read_checkpoint
 from .layers import VisionTransformerDistilled
 from .models import set_heads
-from .quantization import prepare, quantized_layers
+from .quantization import attends_in_eight_bits, prepare, quantized_layers
 from .swap import accelerate
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -77,7 +77,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
         ours["eps"] = eps if len(set(eps.values())) > 1 else next(iter(eps.values()))
     if in_eight_bits := quantized_layers(model):
         (quantized_format,) = set(in_eight_bits.values())
-        ours["quantized"] = {"format": quantized_format, "layers": list(in_eight_bits)}
+        ours["quantized"] = {
+            "format": quantized_format, "layers": list(in_eight_bits),
+            "attention": attends_in_eight_bits(model),
+        }  # fmt: skip
     # safetensors wants contiguous tensors that share no memory
     state = {
         k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -189,7 +192,7 @@ def build(
     if stored.quantized is not None:  # as accelerate, before there are weights: now and here
         accelerate(model, backend)
         try:
-            prepare(model, stored.quantized["format"], stored.quantized["layers"])
+            prepare(model, *(stored.quantized[k] for k in ("format", "layers", "attention")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{source}: {CONFIG} has a wrong 'quantized' ({_line(error)})"
@@ -334,7 +337,9 @@ def _facts(model: nn.Module) -> dict:
     facts |= {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
-        if not name.endswith((".weight_scale", ".input_scale"))  # of layers in eight bits
+        if not name.endswith(
+            (".weight_scale", ".input_scale", ".output_scale")
+        )  # of layers in eight bits
     }
     for name, module in model.named_modules():
         kind = type(module).__name__

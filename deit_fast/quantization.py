@@ -60,6 +60,7 @@ def quantize(
     format: str = "fp8",
     calibration: Tensor | Iterable | None = None,
     exclude: Iterable[str] = (),
+    attention: bool = False,
 ) -> QuantizationReport:
     """Put qkv, proj, fc1 and fc2 of every Block of an accelerated model in eight bits, in place,
     for inference. `deit_fast.restore(model)` undoes this and the swap.
@@ -70,10 +71,11 @@ def quantize(
     calibration, for fp8: images (B, C, H, W), normalised, or uint8 (B, H, W, C), or an iterable of
     such batches, alone or first in a tuple with labels; int8 takes none, each row brings its
     scales. exclude: names of layers that stay as they are, "blocks.0.attn.qkv", or patterns,
-    "blocks.11.*".
+    "blocks.11.*". attention, for fp8: attention's own two products in fp8 as well, where qkv and
+    proj are; q, k and v have one scale.
 
     The weights are buffers from then on, `weight` in eight bits and `weight_scale`, with
-    `input_scale` where calibrated; all are in the `state_dict`. What they were stays in the host's
+    `input_scale` and `output_scale` where there is one scale for all; all are in the `state_dict`. What they were stays in the host's
     memory for `restore`.
 
     Raises ValueError for names, images and models that do not fit, TypeError for other dtypes,
@@ -86,6 +88,8 @@ def quantize(
             raise ValueError(f"exclude: {pattern!r} is none of the layers {', '.join(layers)}")
     if format == "int8" and calibration is not None:
         raise ValueError("calibration: int8 has a scale for each row, want None")
+    if format == "int8" and attention:
+        raise ValueError("attention: int8 has no such products, want False")
     report, chosen = QuantizationReport(format, "by row"), {}
     for name, (block, part) in layers.items():
         reason = why_not(block, part, format)
@@ -101,7 +105,7 @@ def quantize(
     _check_weights(model, chosen)
     scales = {}
     if format == "fp8":
-        static = {name: chosen[name] for name in _static(chosen)}
+        static = {name: chosen[name] for name in _static(chosen, attention)}
         if calibration is None:
             largest, margin = {name: _bound(*place) for name, place in static.items()}, MARGIN_BOUND
             report.scales = "from a bound"
@@ -112,26 +116,36 @@ def quantize(
             name: (value.float() * margin / LIMITS[FORMATS[format]]).clamp_min(TINY).view(1, 1)
             for name, value in largest.items()
         }
-    for name, (block, _) in chosen.items():
-        quantize_(model.get_submodule(name), format, scales.get(name))
-        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+    _swap(model, chosen, format, scales)
     return report
 
 
-def prepare(model: nn.Module, format: str, names: Iterable[str]) -> None:
+def _swap(model, chosen, format, scales):
+    """scales: of operands, and of qkv's result."""
+    for name, (block, part) in chosen.items():
+        kind = "output_scale" if part == "qkv" else "input_scale"
+        quantize_(model.get_submodule(name), format, **{kind: scales.get(name)})
+        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+
+
+def prepare(model: nn.Module, format: str, names: Iterable[str], attention: bool = False) -> None:
     """Make these layers of an accelerated model ready for a `state_dict` in eight bits. Raises
     ValueError for names and formats that do not fit."""
     layers, names = _layers(model, format), list(names)
     for name in names:
         if name not in layers:
             raise ValueError(f"quantized: no layer {name!r} in {type(model).__name__}")
-    static = _static(names) if format == "fp8" else []
+    like = next(iter(layers.values()))[0].norm1.weight
+    static = _static(names, attention) if format == "fp8" else []
+    scales = {name: like.new_ones(1, 1, dtype=torch.float32) for name in static}
+    _swap(model, {name: layers[name] for name in names}, format, scales)
     for name in names:
-        block, _ = layers[name]
-        scale = block.norm1.weight.new_ones(1, 1, dtype=torch.float32)
-        quantize_(model.get_submodule(name), format, scale if name in static else None)
-        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
         model.get_submodule(name).forget()
+
+
+def attends_in_eight_bits(model: nn.Module) -> bool:
+    """Whether `model` was quantised with attention=True."""
+    return any(is_quantized(m) and m.output_scale is not None for m in model.modules())
 
 
 def quantized_layers(model: nn.Module) -> dict[str, str]:
@@ -173,12 +187,15 @@ def _layers(model, format) -> dict[str, tuple[Block, str]]:
     return layers
 
 
-def _static(names) -> list[str]:
+def _static(names, attention) -> list[str]:
     """Of layers in fp8 those whose operand gets one scale: it comes from where no program has a
-    whole row. Behind an fc1 that stays as it is a pass of its own has."""
+    whole row. Behind an fc1 that stays as it is a pass of its own has. And the qkv whose result
+    gets one, for attention in fp8."""
     names = set(names)
     hidden = [n for n in names if n.endswith("fc2") and f"{n[:-1]}1" in names]
-    return hidden + [n for n in names if n.endswith("proj")]
+    proj = [n for n in names if n.endswith("proj")]
+    qkv = [n for n in names if attention and n.endswith("qkv") and f"{n[:-3]}proj" in names]
+    return hidden + proj + qkv
 
 
 def _check_weights(model, names):
@@ -190,10 +207,11 @@ def _check_weights(model, names):
 
 @torch.no_grad()
 def _bound(block, part) -> Tensor:
-    """The largest that an element of the operand of "proj" or "fc2" can become: a feature is w x +
-    b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a length of at most sqrt(D)."""
+    """The largest that an element of the operand of "proj" or "fc2", or of qkv's result, can
+    become: a feature is w x + b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a
+    length of at most sqrt(D)."""
     norm, linear = block.norm2, block.mlp.fc1
-    if part == "proj":
+    if part != "fc2":
         norm, linear = block.norm1, block.attn.qkv
     weight = linear.weight.float()
     bias = 0.0 if linear.bias is None else linear.bias.float()
@@ -204,25 +222,27 @@ def _bound(block, part) -> Tensor:
     weight = weight * norm.weight.float()
     weight = weight - weight.mean(1, keepdim=True)
     reach = weight.norm(dim=1) * weight.shape[1] ** 0.5
-    if part == "proj":
+    if part != "fc2":
         return (centre.abs() + reach).max()
     return (centre + reach).max().clamp_min(0.17)  # GELU's results go down to -0.17
 
 
 @torch.inference_mode()
 def _observe(model, static, calibration) -> tuple[dict[str, Tensor], int]:
-    """The largest element of each operand over all images, and how many there were."""
+    """The largest element of each operand, or of qkv's result, over all images; how many these
+    were."""
     largest, images = {}, 0
 
     def hook(name):
-        def look(module, args):
-            seen = args[0].abs().amax().float()
+        def look(module, args, result):
+            x = result if name.endswith("qkv") else args[0]
+            seen = x.abs().amax().float()
             largest[name] = torch.maximum(largest.get(name, seen), seen)
 
         return look
 
     with _eager(model):
-        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in static]
+        hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in static]
         try:
             for batch in _batches(model, calibration):
                 model(batch)
@@ -234,7 +254,8 @@ def _observe(model, static, calibration) -> tuple[dict[str, Tensor], int]:
         raise ValueError("calibration: no images came, want at least one")
     for name, value in largest.items():
         if not value.isfinite():
-            raise ValueError(f"calibration: the operand of {name} became {value.item()}")
+            what = "result" if name.endswith("qkv") else "operand"
+            raise ValueError(f"calibration: the {what} of {name} became {value.item()}")
     return {name: value.clone() for name, value in largest.items()}, images
 
 

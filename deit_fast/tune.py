@@ -238,6 +238,8 @@ def _attention_task(args, chip):
 def _quantized_attention_task(args, chip):
     """The table is attention's: the result's rounding changes little."""
     q, k, v, scale, *_ = args
+    if q.element_size() == 1:  # of which there is one configuration
+        return
     yield from _attention_task((q, k, v, None, scale), chip)
 
 

@@ -49,7 +49,9 @@ def attention_reference(q, k, v, scale=None, bias=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def attention_quantized_reference(q, k, v, scale=None, format="fp8", out_scale=None):
+def attention_quantized_reference(q, k, v, scale=None, format="fp8", out_scale=None, in_scale=None):
+    if in_scale is not None:
+        q, k, v = (t.float() * in_scale.view(()) for t in (q, k, v))
     o = attention_reference(q, k, v, scale)
     if out_scale is not None:
         return quantize_statically_reference(o.flatten(2), out_scale)
@@ -71,6 +73,23 @@ def _inside(in_rows, HEAD_DIM: tl.constexpr):
     if HEAD_DIM < dims.shape[0]:
         mask = mask & (dims < HEAD_DIM)[None, :]
     return mask
+
+
+@triton.jit
+def _weigh(p, v, acc):
+    """acc + p v, p rounded to v's dtype. p is between 0 and 1; e4m3 gets it 256 times as large, so
+    that less of it falls below its numbers: _unscaled puts that right."""
+    if v.dtype == tl.float8e4nv:
+        p = p * 256.0
+    return tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+
+@triton.jit
+def _unscaled(acc, v_ptr, in_scale_ptr):
+    """What _weigh summed of values in eight bits, with their scale."""
+    if in_scale_ptr is not None:
+        acc *= tl.load(in_scale_ptr) / (256.0 if v_ptr.dtype.element_ty == tl.float8e4nv else 1.0)
+    return acc
 
 
 @triton.jit
@@ -123,8 +142,7 @@ def _attend(
     p = tl.exp2(s * scale - (shift * scale)[:, None])  # one FMA: the scale is positive
     decay = tl.exp2((peak - shift) * scale)
     total = total * decay + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, new_peak, total
+    return _weigh(p, v, acc * decay[:, None]), new_peak, total
 
 
 @triton.jit
@@ -132,6 +150,7 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d) (H, N, L) or None
     o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None, never with a bias
     scales_ptr,  # where o is in eight bits; out: (H, B, N), or BY_HEAD is False, in: one
+    in_scale_ptr,  # where q, k and v are in eight bits; in: one
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
@@ -146,6 +165,8 @@ def _attention_kernel(
     in_rows = rows < N
     mask = _inside(in_rows, HEAD_DIM)
 
+    if in_scale_ptr is not None:
+        scale *= tl.load(in_scale_ptr) * tl.load(in_scale_ptr)
     q_offs = sample * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :]
     q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
     k_ptr += sample * k_batch + head * k_head
@@ -178,8 +199,9 @@ def _attention_kernel(
     if lse_ptr is not None:
         lse_ptrs = lse_ptr + (sample * H + head) * N + rows
         tl.store(lse_ptrs, peak * scale + tl.log2(total), mask=in_rows)
+    o = _unscaled(acc, v_ptr, in_scale_ptr) / total[:, None]
     scale_row = (head * B + sample) * N + rows
-    _store_rows(o_ptr + o_offs, scales_ptr, acc / total[:, None], mask, in_rows, scale_row, BY_HEAD)
+    _store_rows(o_ptr + o_offs, scales_ptr, o, mask, in_rows, scale_row, BY_HEAD)
 
 
 @triton.jit
@@ -203,7 +225,7 @@ def _scores(q, k, first, L: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _attention_resident_kernel(
     q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
-    o_ptr, lse_ptr, scales_ptr,  # as _attention_kernel's
+    o_ptr, lse_ptr, scales_ptr, in_scale_ptr,  # as _attention_kernel's
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
@@ -217,6 +239,8 @@ def _attention_resident_kernel(
     k_ptr += sample * k_batch + head * k_head
     v_ptr += sample * v_batch + head * v_head
     o_ptr += (sample * N * H + head) * HEAD_DIM
+    if in_scale_ptr is not None:
+        scale *= tl.load(in_scale_ptr) * tl.load(in_scale_ptr)
     SECOND: tl.constexpr = KEYS_0
     THIRD: tl.constexpr = KEYS_0 + KEYS_1
     k0 = _rows(k_ptr, 0, L, k_row, KEYS_0, HEAD_DIM, True)
@@ -239,17 +263,17 @@ def _attention_resident_kernel(
         peak *= scale  # positive
         p0, p1 = tl.exp2(s0 * scale - peak[:, None]), tl.exp2(s1 * scale - peak[:, None])
         total = tl.sum(p0, axis=1) + tl.sum(p1, axis=1)
-        acc = tl.dot(p0.to(v0.dtype), v0, input_precision="ieee")
-        acc = tl.dot(p1.to(v0.dtype), v1, acc, input_precision="ieee")
+        acc = _weigh(p0, v0, None)
+        acc = _weigh(p1, v1, acc)
         if KEYS_2:
             p2 = tl.exp2(s2 * scale - peak[:, None])
             total += tl.sum(p2, axis=1)
-            acc = tl.dot(p2.to(v0.dtype), v2, acc, input_precision="ieee")
+            acc = _weigh(p2, v2, acc)
         o_ptrs = o_ptr + rows[:, None] * (H * HEAD_DIM) + dims[None, :]
         scale_row = (head * B + sample) * N + rows
         _store_rows(
-            o_ptrs, scales_ptr, acc / total[:, None], _inside(in_rows, HEAD_DIM), in_rows,
-            scale_row, BY_HEAD,
+            o_ptrs, scales_ptr, _unscaled(acc, v_ptr, in_scale_ptr) / total[:, None],
+            _inside(in_rows, HEAD_DIM), in_rows, scale_row, BY_HEAD,
         )  # fmt: skip
         if lse_ptr is not None:
             lse_ptrs = lse_ptr + (sample * H + head) * N + rows
@@ -390,6 +414,8 @@ def _config(m, n, warps, stages, resident=False):
     }  # fmt: skip
 
 
+# by the size of an element: what a product sums over, of 16 and of 8 bits (fp32 as 16)
+LEAST_KEYS = {4: 16, 2: 16, 1: 32}
 FP32_CONFIG = _config(16, 16, 4, 2)  # FMA units: registers hold the operands too
 # Keys and values resident, 64 queries at a time: two or three CTAs a multiprocessor.
 RESIDENT_CONFIG = _config(64, 64, 4, 1, resident=True)
@@ -420,6 +446,8 @@ def configs(dtype: torch.dtype, N: int, L: int, d: int, bias: bool = False) -> l
     if N <= 16:
         return [FEW_QUERIES_CONFIG]
     fits = 64 < L <= 256 and not bias
+    if dtype.itemsize == 1:
+        return [RESIDENT_CONFIG if fits else ONLINE_CONFIG]
     return [c for c in CONFIGS if c["BLOCK_M"] >= 64 and (fits or not c["RESIDENT"])]
 
 
@@ -447,20 +475,20 @@ def meta_backward(N: int, L: int, dtype: torch.dtype, capability: tuple[int, int
 
 
 @cache
-def pieces(L: int) -> tuple[int, int, int]:
+def pieces(L: int, least: int = 16) -> tuple[int, int, int]:
     """64 < L <= 256 keys in two or three pieces, powers of two, with little to spare: 198 in 128,
-    64 and 16; the third may be 0."""
+    64 and 16; the third may be 0. `least`: of a piece, 32 in eight bits."""
     first = 128 if L >= 128 else 64
     rest = max(L - first, 1)
-    second = max(16, 1 << rest.bit_length() - 1)
+    second = max(least, 1 << rest.bit_length() - 1)
     rest = L - first - second
-    return first, second, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, second, max(least, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
 @cache
-def tail(L: int, block: int) -> int:
+def tail(L: int, block: int, least: int = 16) -> int:
     """The power of two that holds what whole blocks leave."""
-    return max(16, triton.next_power_of_2(L % block))
+    return max(least, triton.next_power_of_2(L % block))
 
 
 @_tuned.validates("attention")
@@ -506,38 +534,43 @@ def _fwd(
     return o, lse
 
 
-def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False):
+def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False, in_scale=None):
     """Launch what computes o (B, N, H, d), configured by table or rule; lse (B, H, N) without a
-    bias only. Of an o in eight bits `scales` are written by head, (H, B N), or read, (1, 1)."""
+    bias only. Of an o in eight bits `scales` are written by head, (H, B N), or read, (1, 1); of q,
+    k and v in eight bits in_scale (1, 1) is read."""
     B, N, H, d = q.shape
     L = k.shape[1]
     _check_spans(q, k, v)
     _, config = _choose(q, L, bias is not None, "triton")
     options = {name: config[name] for name in ("BLOCK_M", "num_warps", "num_stages")}
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
+    least = LEAST_KEYS[q.element_size()]
     with torch.cuda.device_of(q):
         if config["RESIDENT"]:
-            keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L), strict=True))
+            keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L, least), strict=True))
             _attention_resident_kernel[(B * H,)](
-                q, k, v, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                q, k, v, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
                 BY_HEAD=by_head, **keys, **options,
             )  # fmt: skip
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
-                q, k, v, bias, o, lse, scales, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
+                q, k, v, bias, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
+                HEAD_DIM=d,
                 BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"],
-                BLOCK_TAIL=tail(L, config["BLOCK_N"]), **options,
+                BLOCK_TAIL=tail(L, config["BLOCK_N"], least), **options,
             )  # fmt: skip
 
 
 @_runtime.custom_op("deit_fast::attention_quantized")
 def _fwd_quantized(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, out_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, out_scale: Tensor | None,
+    in_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     o, scales = _alloc_quantized(q, dtype, out_scale)
     if o.numel():
         by_head = out_scale is None
-        run(o, q, k, v, scale, scales=scales if by_head else out_scale, by_head=by_head)
+        scaled = {"scales": scales if by_head else out_scale, "by_head": by_head}
+        run(o, q, k, v, scale, **scaled, in_scale=in_scale)
     return o, scales
 
 
@@ -549,7 +582,7 @@ def _alloc_quantized(q, dtype, out_scale):
 
 
 @_fwd_quantized.register_fake
-def _(q, k, v, scale, dtype, out_scale):
+def _(q, k, v, scale, dtype, out_scale, in_scale):
     return _alloc_quantized(q, dtype, out_scale)
 
 
@@ -677,29 +710,44 @@ def attention_quantized(
     scale: float | None = None,
     format: str = "fp8",
     out_scale: Tensor | None = None,
+    in_scale: Tensor | None = None,
     implementation: str = "auto",
 ) -> Quantized:
     """`attention(q, k, v, scale)` with its result, (B, N, H * d), in eight bits: what
     `quantized_linear` reads. Scores, softmax and sums are attention's own.
 
     Arguments and errors as `attention`. `out_scale` (1, 1) in fp32: one scale for all, of fp8;
-    without it each row of each head gets its own. Returns values (B, N, H * d) and scales (H, B N)
-    or `out_scale`. No gradient: backward raises. RuntimeError where the chip has no such numbers.
+    without it each row of each head gets its own. `in_scale` (1, 1): q, k and v are values in
+    float8_e4m3fn, which it is the scale of; both products are then of fp8, the softmax's numbers
+    rounded to it too, and `scale` is positive. Returns values (B, N, H * d) and scales (H, B N) or
+    `out_scale`. No gradient: backward raises. RuntimeError where the chip has no such numbers.
     """
-    dtype = storage("attention_quantized", format)
-    expect_float("attention_quantized", "q", q)
-    chosen = _runtime.resolve("attention_quantized", q, implementation, dtype=dtype)
+    op = "attention_quantized"
+    dtype = storage(op, format)
+    if in_scale is None:
+        expect_float(op, "q", q)
+    else:
+        _runtime.expect(op, q, torch.float32, in_scale=(in_scale, (1, 1)))
+        if q.dtype != torch.float8_e4m3fn or dtype != q.dtype:
+            raise TypeError(
+                f"{op}: in_scale with a q of {q.dtype} and format {format!r}, want float8_e4m3fn "
+                "and 'fp8'"
+            )
+        if scale is not None and scale <= 0:
+            raise ValueError(f"{op}: scale {scale} with in_scale, want a positive one")
+    chosen = _runtime.resolve(op, q, implementation, dtype=dtype)
     q, k, v, scale = _checked(q, k, v, scale)
-    expect_scale("attention_quantized", q, format, out_scale)
+    expect_scale(op, q, format, out_scale)
     if chosen == "torch":
-        return attention_quantized_reference(q, k, v, scale, format, out_scale)
-    o, scales = _fwd_quantized(*_operands(q, k, v, scale), dtype, out_scale)
+        return attention_quantized_reference(q, k, v, scale, format, out_scale, in_scale)
+    o, scales = _fwd_quantized(*_operands(q, k, v, scale), dtype, out_scale, in_scale)
     return Quantized(o.flatten(2), scales if out_scale is None else out_scale)
 
 
 def _checked(q, k, v, scale, bias=None):
     """q, k and v in autocast's dtype, and the scale; or the error they deserve."""
-    q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
+    if q.element_size() > 1:
+        q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"attention: q has shape {tuple(q.shape)} and k {tuple(k.shape)}, "

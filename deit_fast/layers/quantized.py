@@ -20,13 +20,14 @@ from .mlp import Mlp
 class QuantizedLinear(nn.Linear):
     """A Linear whose weight (N, K) is a buffer in float8_e4m3fn or int8, beside `weight_scale`
     (N,) and, where its operand has one scale for all, `input_scale` (1, 1), in fp32: they keep
-    their dtypes when the model changes its own. Made of an nn.Linear by `quantize_`.
+    their dtypes when the model changes its own. A qkv whose result attention reads in fp8 has
+    `output_scale` (1, 1) too. Made of an nn.Linear by `quantize_`.
 
     By itself (..., K) -> (..., N), it quantises what it gets in a pass before the product; inside a
     Block nothing does. Inference only: backward raises.
     """
 
-    _KEPT = ("weight", "weight_scale", "input_scale")
+    _KEPT = ("weight", "weight_scale", "input_scale", "output_scale")
 
     @property
     def format(self) -> str:
@@ -122,7 +123,10 @@ class QuantizedLinear(nn.Linear):
             self.forget()
 
 
-def quantize_(linear: nn.Linear, format: str, input_scale: Tensor | None = None) -> None:
+def quantize_(
+    linear: nn.Linear, format: str, input_scale: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Turn an nn.Linear into a QuantizedLinear, in place. Its weight stays, in the memory of the
     host, for `restore`."""
     original = linear._parameters.pop("weight")
@@ -134,6 +138,7 @@ def quantize_(linear: nn.Linear, format: str, input_scale: Tensor | None = None)
     linear.register_buffer("weight", values)
     linear.register_buffer("weight_scale", scales[0])
     linear.register_buffer("input_scale", input_scale)
+    linear.register_buffer("output_scale", output_scale)
     linear.__class__ = QuantizedLinear
 
 
@@ -182,6 +187,10 @@ def _operand(x, linear, backend):
     return kernels.quantize(x, linear.format, implementation=backend)
 
 
+def _values(x):
+    return x.values if isinstance(x, Quantized) else x
+
+
 def _output(consumer) -> dict:
     """What the producer of a layer's operand is asked for."""
     if not is_quantized(consumer):
@@ -201,33 +210,44 @@ def _project(operand, linear, backend, x, return_moments=False, recompute=True, 
 
 
 class QuantizedAttention(Attention):
-    """Attention with qkv, proj or both in eight bits; what lies between is computed as ever."""
+    """Attention with qkv, proj or both in eight bits. What lies between is computed as ever, or of
+    q, k and v in fp8, where qkv has an `output_scale`."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        qkv = _project(_operand(x, self.qkv, self.backend), self.qkv, self.backend, x)
+        operand = _operand(x, self.qkv, self.backend)
+        qkv = _values(_project(operand, self.qkv, self.backend, x, **self._output()))
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return _project(self._attended(q, k, v), self.proj, self.backend, x)
 
     def branch(self, x, norm, first=None, moments=None, **epilogue):
+        def project(x, rows, moments=None):
+            made = _normalized_linear(
+                x, norm, self.qkv, self.backend, rows, moments, **self._output()
+            )
+            return _values(made).unflatten(2, (-1, self.num_heads, self.head_dim)).unbind(2)
+
+        rows = self.num_heads * self.head_dim
         if first is None:
-            qkv = _normalized_linear(x, norm, self.qkv, self.backend, moments=moments)
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+            q, k, v = project(x, slice(None), moments)
         else:
-            rows = self.num_heads * self.head_dim
-            q = _normalized_linear(first, norm, self.qkv, self.backend, slice(rows))
-            kv = _normalized_linear(x, norm, self.qkv, self.backend, slice(rows, None), moments)
-            q = q.unflatten(2, (self.num_heads, -1))
-            k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
+            (q,), (k, v) = project(first, slice(rows)), project(x, slice(rows, None), moments)
         return _project(self._attended(q, k, v), self.proj, self.backend, x, **epilogue)
+
+    def _output(self):
+        """What qkv is asked for."""
+        if not is_quantized(self.qkv) or self.qkv.output_scale is None:
+            return {}
+        return {"format": self.qkv.format, "out_scale": self.qkv.output_scale}
 
     def _attended(self, q, k, v):
         if not is_quantized(self.proj):
             return self._attend(q, k, v)
         return kernels.attention_quantized(
-            q, k, v, self.scale, **_output(self.proj), implementation=self.backend
-        )
+            q, k, v, self.scale, **_output(self.proj), in_scale=self._output().get("out_scale"),
+            implementation=self.backend,
+        )  # fmt: skip
 
 
 class QuantizedMlp(Mlp):
