@@ -123,12 +123,14 @@ class Options:
 
     def implementations(self, op: str, others: tuple[str, ...], backward: bool) -> tuple[str, ...]:
         """What races: ours, PyTorch and compiled PyTorch; forward, the operation's others too."""
+        quick = tuple(way for way in IMPLEMENTATIONS if way != "compiled")  # which takes seconds
         if not backward:
-            return (*IMPLEMENTATIONS, *others)
+            ways = quick if self.quick and op != "layer_norm" else IMPLEMENTATIONS
+            return (*ways, *others)
         if op in NO_BACKWARD:
             return ()
-        if self.quick:  # one operation, nothing to compile
-            return ("eager", "fused") if op == "layer_norm" else ()
+        if self.quick:  # one operation
+            return quick if op == "layer_norm" else ()
         return IMPLEMENTATIONS
 
     def kernel_networks(self) -> list[str]:
