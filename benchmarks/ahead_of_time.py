@@ -29,6 +29,8 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
     for name in (
         "layer_norm",
         "linear",
+        "quantize",
+        "quantized_linear",
         "layer_norm_linear",
         "layer_norm_mlp",
         "attention",
@@ -43,11 +45,14 @@ OPS = {  # the modules: the functions of the same names hide them as attributes 
 }
 BATCH, TOKENS = 256, 198
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 TRITON_TYPE = {FP32: "fp32", FP16: "fp16", BF16: "bf16", torch.uint8: "u8"}
-TRITON_TYPE |= {torch.int32: "i32", torch.int64: "i64"}
+TRITON_TYPE |= {torch.int32: "i32", torch.int64: "i64", FP8: "fp8e4nv", INT8: "i8"}
+FORMAT = {FP8: "fp8", INT8: "int8"}
 SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
-ROW_ARCHS, DOT_ARCHS = (70, 80, 90), (80, 90)
+ARCHS, DOT_ARCHS = (70, 80, 89, 90), (80, 90)
+EIGHT_BITS = {80: (INT8,), 89: (FP8, INT8), 90: (FP8, INT8)}
 PROCESSORS = {80: 108, 90: 132}
 ALIGNED = ("N", "K", "D", "C")  # multiples of 16 in every DeiT
 
@@ -81,6 +86,7 @@ class Row:
     shared_bytes: int
     ctas_per_sm: int
     wgmma: int  # asynchronous matrix instructions (sm_90)
+    operands: tuple[str, ...]  # types that matrix instructions multiply, as PTX names them
     waits_for_all: int  # dots that wait for every outstanding one
     serialized: tuple[str, ...]  # ptxas C75xx
     asynchronous: bool
@@ -90,6 +96,13 @@ class Row:
 
 def cases(archs):
     for arch in archs:
+        for dtype in EIGHT_BITS.get(arch, ()):
+            yield from _quantize(arch, dtype)
+            yield from _layer_norm_quantized(arch, dtype)
+            yield from _quantized_linear(arch, dtype)
+            yield from _attention_quantized(arch, dtype)
+        if arch == 89:
+            continue  # all else is as on sm_80
         yield from _layer_norm(arch)
         yield from _distillation_loss(arch)
         yield from _sparse_cross_entropy(arch)
@@ -125,6 +138,102 @@ def _layer_norm(arch):
                 yield Case(
                     "layer_norm", label, "_layer_norm_kernel", arch, half | extra | sizes, {}, meta,
                     moved, 0, False,
+                )  # fmt: skip
+
+
+def _quantize(arch, dtype):
+    """Parts as a head or a tile of GELU's results has them, and whole rows."""
+    for K, parts in ((768, 12), (OPS["quantize"].MAX_WIDTH, 1))[: 1 if arch == 89 else 2]:
+        M = BATCH * TOKENS
+        signature = {"x_ptr": BF16, "q_ptr": dtype, "scales_ptr": FP32, "M": "i32", "WIDTH": "i32"}
+        constexprs = {"INT8": dtype == INT8} | ({"P": 1} if parts == 1 else {})
+        yield Case(
+            "quantize", f"{parts} x {K // parts}, {FORMAT[dtype]}", "_quantize_kernel", arch,
+            signature | ({"P": "i32"} if parts > 1 else {}), constexprs,
+            OPS["quantize"].meta(K // parts), M * (3 * K + 4 * parts), 0, False,
+        )  # fmt: skip
+
+
+def _layer_norm_quantized(arch, dtype):
+    for D in (768,) if arch == 89 else (192, 768, OPS["layer_norm"].MAX_N):
+        M = BATCH * TOKENS
+        signature = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr"), BF16) | {"y_ptr": dtype}
+        signature |= {"scales_ptr": FP32, "M": "i32", "N": "i32", "eps": "fp32"}
+        yield Case(
+            "layer_norm", f"quantized, D = {D}, {FORMAT[dtype]}", "_layer_norm_kernel", arch,
+            signature, {}, OPS["layer_norm"].meta(D), M * (3 * D + 4), 0, False,
+        )  # fmt: skip
+
+
+# name -> (features of x that share a scale: all of a row's, a part's, or every row's; activation;
+# optional pointers; whether y is in eight bits)
+QUANTIZED_EPILOGUES = {
+    "bias": ("row", "none", ("b_ptr",), False),
+    "bias+gelu+quantized": ("row", "gelu", ("b_ptr",), True),  # by one scale: fp8 only
+    "bias+gelu+quantized+own_scales": ("row", "gelu", ("b_ptr",), True),
+    "one scale, bias+residual": ("all", "none", ("b_ptr", "res_ptr"), False),  # fp8 only
+    "parts+bias+residual": ("part", "none", ("b_ptr", "res_ptr"), False),
+    "parts+bias+gelu+scales+residual, fp32": (
+        "part", "gelu", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr"), False,
+    ),
+}  # fmt: skip
+HEAVIEST_QUANTIZED = ("bias+gelu+quantized+own_scales", "parts+bias+gelu+scales+residual, fp32")
+
+
+def _quantized_linear(arch, dtype):
+    """Every configuration that a tuned table may name, with every epilogue that it may get; on
+    sm_89, whose list is sm_80's, the heaviest. And one row of odd length: Triton makes a size of 1
+    a constant."""
+    module = OPS["quantized_linear"]
+    chip = (arch // 10, arch % 10)
+    M, D = BATCH * TOKENS, 384
+    rule = module.configs(chip)[:3]
+    for config in module.configs(chip) if arch != 89 else rule:
+        for name, (shared, activation, present, quantized) in QUANTIZED_EPILOGUES.items():
+            own_scales = "own_scales" in name
+            static = quantized and not own_scales
+            if (config not in rule or arch == 89) and name not in HEAVIEST_QUANTIZED:
+                continue  # what takes fewer registers
+            if dtype == INT8 and (static or shared == "all"):
+                continue  # never asked of it
+            shape = {"epilogue": name, "N": D}
+            if module.why_not(shape, {"implementation": "triton", **config}, chip):
+                continue
+            around = FP32 if "fp32" in name else BF16
+            K, N = {"bias": (D, 3 * D), "parts+bias+residual": (4 * D, D)}.get(name, (D, D))
+            N = 4 * D if quantized else N
+            meta = dict(config)
+            parts = K // 64 if shared == "part" else 1
+            if parts > 1:
+                meta["BLOCK_K"] = module.block_k(config, 64)
+            pointers = {"x_ptr": dtype, "w_ptr": dtype, "y_ptr": dtype if quantized else around}
+            if meta["TMA"]:
+                pointers |= {
+                    "x_ptr": (dtype, meta["BLOCK_M"], meta["BLOCK_K"]),
+                    "w_ptr": (dtype, meta["BLOCK_N"], meta["BLOCK_K"]),
+                }
+            scales = ("xs_ptr", "ws_ptr", "ys_ptr") if quantized else ("xs_ptr", "ws_ptr")
+            pointers |= dict.fromkeys(scales, FP32) | dict.fromkeys(present, around)
+            sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
+            constexprs = {
+                "ACTIVATION": activation, "EXACT": around == FP32, "PARTS": parts,
+                "BY_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
+                "INT8": dtype == INT8,
+            }  # fmt: skip
+            width = 1 if quantized else around.itemsize * (1 + ("res_ptr" in present))
+            yield Case(
+                "quantized_linear", f"{name}, {_tile(config)}, {FORMAT[dtype]}",
+                "_quantized_linear_kernel", arch, pointers | sizes, constexprs, meta,
+                M * K + N * K + M * N * width + 4 * M * parts * (shared != "all"), 2 * M * N * K,
+                True,
+            )  # fmt: skip
+            if config == rule[1] and name == HEAVIEST_QUANTIZED[0]:
+                pointers = pointers | {"x_ptr": dtype, "w_ptr": dtype, "N": "i32", "K": "i32"}
+                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "PARTS": 3}
+                yield Case(
+                    "quantized_linear", f"one row, parts, {name}, {FORMAT[dtype]}",
+                    "_quantized_linear_kernel", arch, pointers, constexprs | one_row,
+                    meta | {"TMA": False, "BLOCK_K": 32}, N * 96, 2 * N * 96, False,
                 )  # fmt: skip
 
 
@@ -323,7 +432,7 @@ def _one_row(arch):
 def _tile(config):
     """ "128x256x64 w8 s3 tma persistent"."""
     sizes = "x".join(str(config[f"BLOCK_{d}"]) for d in "MNK")
-    kinds = [kind.lower() for kind in ("TMA", "PERSISTENT", "SPLIT") if config[kind]]
+    kinds = [kind.lower() for kind in ("TMA", "PERSISTENT", "SPLIT") if config.get(kind)]
     return " ".join((sizes, f"w{config['num_warps']}", f"s{config['num_stages']}", *kinds))
 
 
@@ -367,7 +476,6 @@ def _layer_norm_mlp(arch):
 def _attention(arch):
     """Every configuration that a tuned table may name, for DeiT's shapes and a TinyViT window."""
     module, H = OPS["attention"], 6
-    strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
     for dtype in (FP16, BF16, FP32):
         for N, L, d, bias in (
             (198, 198, 64, False), (578, 578, 64, False), (2, 198, 64, False), (49, 49, 32, True),
@@ -384,24 +492,52 @@ def _attention(arch):
                     continue
                 signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
                 signature |= {"lse_ptr": FP32 if training else None}
-                signature |= {"bias_ptr": dtype if bias else None, "scale": "fp32"}
-                signature |= dict.fromkeys((*strides, "N", "H"), "i32")
-                kind, constexprs = "", {"L": L, "HEAD_DIM": d}
-                meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
-                if config["RESIDENT"]:
-                    kind = "resident_"
-                    meta |= zip(("KEYS_0", "KEYS_1", "KEYS_2"), module.pieces(L), strict=True)
-                else:
-                    block = config["BLOCK_N"]
-                    meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block)}
-                sizes = f"{config['BLOCK_M']} w{config['num_warps']} s{config['num_stages']}"
-                sizes += ", training" * training
-                yield Case(
-                    "attention",
-                    f"{kind[:-1]} N = {N}, L = {L}, {sizes}, {TRITON_TYPE[dtype]}".strip(),
-                    f"_attention_{kind}kernel", arch, signature, constexprs, meta,
-                    BATCH * H * d * 2 * (N + L) * dtype.itemsize, 4 * BATCH * H * N * L * d, False,
+                signature |= {"bias_ptr": dtype if bias else None}
+                of = f"{', training' * training}, {TRITON_TYPE[dtype]}"
+                yield _attention_case(
+                    arch, config, (N, L, H, d), signature, of,
+                    BATCH * H * d * 2 * (N + L) * dtype.itemsize,
                 )  # fmt: skip
+
+
+def _attention_case(arch, config, shape, signature, of, moved, by_head=False):
+    N, L, H, d = shape
+    module = OPS["attention"]
+    strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
+    signature = signature | {"scale": "fp32"} | dict.fromkeys((*strides, "B", "N", "H"), "i32")
+    kind, constexprs = "", {"L": L, "HEAD_DIM": d, "BY_HEAD": by_head}
+    meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
+    if config["RESIDENT"]:
+        kind = "resident_"
+        meta |= zip(("KEYS_0", "KEYS_1", "KEYS_2"), module.pieces(L), strict=True)
+    else:
+        block = config["BLOCK_N"]
+        meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block)}
+    sizes = f"{config['BLOCK_M']} w{config['num_warps']} s{config['num_stages']}"
+    return Case(
+        "attention", f"{kind[:-1]} N = {N}, L = {L}, {sizes}{of}".strip(),
+        f"_attention_{kind}kernel", arch, signature, constexprs, meta, moved,
+        4 * BATCH * H * N * L * d, False,
+    )  # fmt: skip
+
+
+def _attention_quantized(arch, dtype):
+    """With the result in eight bits: by one scale in fp8, by row and head in int8, which takes more
+    registers and so goes through all that a table may name for 198 tokens."""
+    module, H, d = OPS["attention"], 6, 64
+    for N, L in ((198, 198), (578, 578), (2, 198)):
+        for config in module.configs(BF16, N, L, d):
+            ruled = config == module.meta(N, L, d, BF16)
+            if not ruled and (dtype == FP8 or arch == 89 or L != 198):
+                continue
+            if arch == 89 and N == 2:
+                continue
+            signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), BF16)
+            signature |= {"o_ptr": dtype, "scales_ptr": FP32}
+            yield _attention_case(
+                arch, config, (N, L, H, d), signature, f", quantized, {FORMAT[dtype]}",
+                BATCH * H * (d * (4 * L + 3 * N) + 4 * N), dtype == INT8,
+            )  # fmt: skip
 
 
 def _attention_backward(arch):
@@ -605,6 +741,7 @@ def compile_case(case: Case) -> Row:
         case.op, case.label, case.arch, triton.__version__, registers,
         sum(map(int, re.findall(r"(\d+) bytes spill", log))), shared, ctas,
         compiled.asm["ptx"].count("wgmma.mma_async"),
+        tuple(sorted(set(re.findall(r"mma\S*\.sync\.\S*?\.(\w+)\.\1\b", compiled.asm["ptx"])))),
         len(re.findall(r"warp_group_dot_wait.*pendings = 0", ttgir)),
         tuple(sorted(set(re.findall(r"C75\d\d", log)))),
         case.asynchronous, case.bytes / 1e6, case.flops / 1e9,
@@ -620,7 +757,7 @@ def rows(archs, ops=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=ROW_ARCHS, choices=sorted(SHARED_MEMORY_LIMIT)
+        "--arch", type=int, nargs="+", default=ARCHS, choices=sorted(SHARED_MEMORY_LIMIT)
     )
     parser.add_argument(
         "--check",
@@ -631,7 +768,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     heading = "sm op configuration regs spill smem CTAs wgmma waits MB GFLOP".split()
-    line = "{:>3} {:<12} {:<42} {:>4} {:>5} {:>7} {:>4} {:>5} {:>5} {:>7} {:>7}"
+    line = "{:>3} {:<16} {:<66} {:>4} {:>5} {:>7} {:>4} {:>5} {:>5} {:>7} {:>7}"
     if not args.json:
         print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")
         print(line.format(*heading))

@@ -109,13 +109,13 @@ def race(request, session, benchmark):
     batch = min(session.options.batch, session.options.max_batch)
     case = deit_cases(op, network, batch)[label]
 
-    def run(fn, reference, make_inputs, name=op, reads=None):
+    def run(fn, reference, make_inputs, name=op, reads=None, exact=None):
         def inputs(device):
             return make_inputs(**case, device=device)
 
         session.race(
             benchmark, name, network, label, implementation, fn, reference, inputs, reads,
-            bool(backward),
+            bool(backward), exact,
         )  # fmt: skip
 
     return run

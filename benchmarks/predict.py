@@ -5,7 +5,8 @@
 
 The launches are those of the model itself, run on the meta device as if on the chip: what is not
 listed is not launched, and what is no kernel of deit_fast is named. A launch is predicted to take
-the longer of its arithmetic (at a share of the measured matrix ceiling that grows with K) and its
+the longer of its arithmetic (at a share of the measured matrix ceiling that grows with K; of
+operands in eight bits the ceiling is twice as high, and K counts half) and its
 traffic (at 90% of the measured copy), and half of its epilogue's instructions, the other half being
 hidden by the second program on a multiprocessor. Ceilings are those of benchmarks/results/h200
 where that is there, else another H200's: 788 TFLOP/s, 4.3 TB/s. Nothing here is a measurement but
@@ -15,7 +16,7 @@ what stands under "measured".
 import argparse
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,12 +57,14 @@ class Launch:
     gelu: int = 0  # elements
     k: int | None = None  # of a matrix product
     parts: int = 1  # kernels it consists of
+    rate: int = 1  # of the matrix ceiling, 2 with operands in eight bits
 
     def times(self, ceilings: dict) -> dict[str, float]:
         """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
-        efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k)
+        efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k / self.rate)
+        ceiling = self.rate * ceilings["bf16_tflops"]
         found = {
-            "arithmetic": self.flops / (efficiency * ceilings["bf16_tflops"]) / 1e6,
+            "arithmetic": self.flops / (efficiency * ceiling) / 1e6,
             "traffic": self.bytes / (COPY_EFFICIENCY * ceilings["copy_tb_per_s"]) / 1e6,
         }
         cycles = self.gelu * GELU_CYCLES * (1 - HIDDEN)
@@ -119,6 +122,33 @@ def _layer_norm_mlp(out, x, norm_weight, norm_bias, w1, b1, w2, b2, residual, ep
     )  # fmt: skip
 
 
+def _quantized_linear(
+    out, x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+    activation, dtype,
+):  # fmt: skip
+    (M, K), N = x.shape, weight.shape[0]
+    format = "int8" if x.dtype == torch.int8 else "fp8"
+    gelu = activation == "gelu"
+    shape = f"{M} x {K} -> {N}, {format}" + ", gelu" * gelu
+    others = (x_scales, weight_scales, bias, residual, layer_scale, row_scale)
+    return Launch(
+        "quantized_linear", shape, 2 * M * N * K, _nbytes(x, weight, *others, *out), M * N * gelu,
+        K, rate=2,
+    )  # fmt: skip
+
+
+def _quantize(out, x, *_):
+    return Launch("quantize", " x ".join(map(str, x.shape)), 0, _nbytes(x, *out))
+
+
+def _layer_norm_quantized(out, x, *_):
+    return Launch("layer_norm_quantized", " x ".join(map(str, x.shape)), 0, _nbytes(x, *out))
+
+
+def _attention_quantized(out, q, k, v, *_):
+    return replace(_attention(out, q, k, v), op="attention_quantized")
+
+
 def _attention(out, q, k, v, *_):
     B, N, H, d = q.shape
     L = k.shape[1]
@@ -159,6 +189,8 @@ _READ = {
     "linear": _linear, "layer_norm_linear": _layer_norm_linear, "layer_norm_mlp": _layer_norm_mlp,
     "attention": _attention, "layer_norm": _layer_norm, "patch_embed": _patch_embed,
     "classifier": _classifier, "talking_heads": _talking_heads,
+    "quantized_linear": _quantized_linear, "quantize": _quantize,
+    "layer_norm_quantized": _layer_norm_quantized, "attention_quantized": _attention_quantized,
 }  # fmt: skip
 
 
@@ -199,11 +231,12 @@ def measured_rows(batch: int) -> tuple[dict, dict]:
 def case_of(launch: Launch, network: str) -> str | None:
     """The case of benchmarks/bench_<op>.py that is this launch; None: it has none."""
     D = DEIT[network].D
-    if launch.op in ("linear", "layer_norm_linear"):
-        wide = launch.shape.split(" -> ")[1].removesuffix(", gelu")
+    if launch.op in ("linear", "layer_norm_linear", "quantized_linear"):
+        wide, *kind = launch.shape.split(" -> ")[1].removesuffix(", gelu").split(", ")
         names = {3 * D: "qkv", 4 * D: "fc1", D: "proj" if launch.k == D else "fc2"}
-        return names.get(int(wide))
-    if launch.op == "attention":
+        name = names.get(int(wide))
+        return name and " ".join((*kind, name))
+    if launch.op in ("attention", "attention_quantized"):
         return "" if ", 2 of" not in launch.shape else "last block"
     if launch.op == "patch_embed":
         return "uint8 NHWC" if "uint8" in launch.shape else "float NCHW"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import table5
@@ -13,15 +14,19 @@ from deit_fast import tune
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
 from deit_fast.bench.networks import PROTOCOLS, Disagreement, Network, Plan, TooSlow, reason
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import Quantized, _runtime, dequantize
 from deit_fast.kernels.cases import DEIT
+from deit_fast.kernels.quantize import FORMATS
 
 LATENCY_BATCHES = (1, 8, 32)
 TRAIN_BATCHES = (64, 256)
 TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
-NO_BACKWARD = ("classifier", "conv_norm")  # composed of others' or PyTorch's where it trains
+EIGHT_BITS = ("quantize", "quantized_linear")
+# composed of others' or PyTorch's where it trains; or never trained
+NO_BACKWARD = ("classifier", "conv_norm", *EIGHT_BITS)
+KEPT = ("out_scale",)  # in fp32, whatever the others' dtype
 UNLEARNT = ("image", "row_scale")  # nothing trains those, so nobody asks for their gradients
 FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
@@ -123,13 +128,14 @@ class Options:
 
     def implementations(self, op: str, others: tuple[str, ...], backward: bool) -> tuple[str, ...]:
         """What races: ours, PyTorch and compiled PyTorch; forward, the operation's others too."""
-        quick = tuple(way for way in IMPLEMENTATIONS if way != "compiled")  # which takes seconds
+        quick = ("eager", "fused")  # compiling takes seconds: that of one operation
         if not backward:
-            ways = quick if self.quick and op != "layer_norm" else IMPLEMENTATIONS
-            return (*ways, *others)
+            if not self.quick or op == "layer_norm":
+                return (*IMPLEMENTATIONS, *others)
+            return quick if op in EIGHT_BITS else (*quick, *others)  # ten cases
         if op in NO_BACKWARD:
             return ()
-        if self.quick:  # one operation
+        if self.quick:
             return quick if op == "layer_norm" else ()
         return IMPLEMENTATIONS
 
@@ -249,7 +255,7 @@ class Suite:
 
     def race(
         self, benchmark, op, network, case, implementation, fn, reference, inputs, reads=None,
-        backward=False,
+        backward=False, exact=None,
     ) -> None:  # fmt: skip
         """One implementation of one operation on one of DeiT's shapes, in bf16 (fp16 on a GPU
         without it).
@@ -259,6 +265,7 @@ class Suite:
         reads(arguments): the parts of them that are read; all by default.
         backward: the gradients of all that learns and of the activations too, from random upstream
         gradients; the case says so.
+        exact: the reference without the rounding of its result, which errors are counted from.
         """
         dtype = torch.bfloat16 if timing.has_bf16(self.device) else torch.float16
         batch = min(self.options.batch, self.options.max_batch)
@@ -284,7 +291,8 @@ class Suite:
             read = first if reads is None else first | reads(first)
             moved = _bytes(read.values()) + _bytes(plain)
             flops = _flops(reference, make(device="meta"))
-            predicted = self._predicted_ms(moved, flops, dtype)
+            rate = 2 if op in EIGHT_BITS else 1
+            predicted = self._predicted_ms(moved, flops / rate, dtype)
             figures = {
                 "mode": implementation, "op": op, "network": network, "case": case,
                 "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
@@ -292,7 +300,7 @@ class Suite:
                 "served_by": served_by or self._served_by(op, first),
             }  # fmt: skip
             try:
-                figures["relative_error"] = _agree(call(**first), plain, reference, first)
+                figures["relative_error"] = _agree(call(**first), plain, exact or reference, first)
                 sets = timing.rotation(make, moved, self.device)
                 times = timing.kernel_ms(
                     lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
@@ -317,6 +325,12 @@ class Suite:
         return max(copied, flops / ceilings[f"{PRECISIONS[dtype]}_tflops"]) / 1e9
 
     def _served_by(self, op, inputs):
+        if op in EIGHT_BITS:
+            kind, index = self.device.type, self.device.index
+            x = inputs["x"]
+            format = inputs.get("format") if op == "quantize" else None
+            dtype = x.values.dtype if format is None else FORMATS[format]
+            return _runtime.choose(op, _runtime.capability(kind, index), dtype).implementation
         x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
         of = "linear" if op.startswith("layer_norm_") else op
         by_rule = _runtime.resolve(of, x, "auto")
@@ -358,7 +372,7 @@ def _cast(inputs, dtype):
     """Views of one tensor stay views of one tensor."""
     cast, bases = {}, {}
     for name, t in inputs.items():
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point() or name in KEPT:
             cast[name] = t
             continue
         base = t if t._base is None else t._base
@@ -369,18 +383,18 @@ def _cast(inputs, dtype):
 
 
 def _tensors(values):
-    values = [values] if isinstance(values, torch.Tensor) else values
-    return [t for t in values if isinstance(t, torch.Tensor)]
+    values = values if isinstance(values, torch.Tensor) else list(values)
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
 def _bytes(values):
     return sum(t.numel() * t.element_size() for t in _tensors(values))
 
 
-def _agree(got, plain, reference, inputs):
-    """The relative error of `got` against the reference in fp32; raises Disagreement above twice
+def _agree(got, plain, exact, inputs):
+    """The relative error of `got` against `exact` in fp32; raises Disagreement above twice
     that of `plain`, the reference in the same dtype."""
-    truth = reference(**_cast(inputs, torch.float32))
+    truth = exact(**_cast(inputs, torch.float32))
     error, allowed = _error(got, truth), 2 * _error(plain, truth) + 1e-6
     if not error <= allowed:  # NaN too
         raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
@@ -389,6 +403,7 @@ def _agree(got, plain, reference, inputs):
 
 def _error(got, truth):
     """Relative, the root of the mean square over all outputs: a small one counts as a large one."""
+    got, truth = ([dequantize(y)] if isinstance(y, Quantized) else y for y in (got, truth))
     errors = [
         (g.double() - t.double()).norm() / t.double().norm()
         for g, t in zip(_tensors(got), _tensors(truth), strict=True)

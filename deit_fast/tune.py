@@ -25,30 +25,38 @@ import torch
 import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils._pytree import tree_leaves
 from triton.errors import TritonError
 
 from deit_fast.bench import timing
 from deit_fast.bench.launches import record
 from deit_fast.kernels import (
+    Quantized,
     _runtime,
     _tuned,
     attention_reference,
+    dequantize,
     layer_norm_linear_reference,
     layer_norm_mlp_reference,
     linear_reference,
+    quantize_reference,
+    quantized_linear_reference,
 )
 from deit_fast.kernels import attention as run_attention
 from deit_fast.kernels import layer_norm_linear as run_layer_norm_linear
 from deit_fast.kernels import layer_norm_mlp as run_layer_norm_mlp
 from deit_fast.kernels import linear as run_linear
+from deit_fast.kernels import quantized_linear as run_quantized_linear
+from deit_fast.kernels.quantize import quantize_statically_reference
 from deit_fast.models import create_model
 
-attention, linear, layer_norm_linear, layer_norm_mlp = (
+attention, linear, layer_norm_linear, layer_norm_mlp, quantized_linear = (
     sys.modules[f"deit_fast.kernels.{name}"]  # the modules, whose names their functions hide
-    for name in ("attention", "linear", "layer_norm_linear", "layer_norm_mlp")
+    for name in ("attention", "linear", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp")
+ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
+SCALE = 0.02  # of e4m3 where one serves for all: 9 at most
 RUNS, WARMUP = 20, 3
 
 
@@ -63,6 +71,8 @@ class Task:
     make: Callable[[torch.device], dict] = field(compare=False)
     call: Callable[..., object] = field(compare=False)
     reference: Callable[..., object] = field(compare=False)
+    # the reference without the rounding of its result, where inputs in fp32 do not do that
+    exact: Callable[..., object] | None = field(compare=False, default=None)
 
     def __str__(self):
         return f"{self.op} {', '.join(f'{k} {v}' for k, v in self.shape)}"
@@ -225,6 +235,45 @@ def _attention_task(args, chip):
     )  # fmt: skip
 
 
+def _quantized_attention_task(args, chip):
+    """The table is attention's: the result's rounding changes little."""
+    q, k, v, scale, *_ = args
+    yield from _attention_task((q, k, v, None, scale), chip)
+
+
+def _quantized_linear_task(args, chip):
+    (
+        x, x_scales, weight, _, bias, residual, layer_scale, row_scale, out_scale, activation, dtype
+    ) = args  # fmt: skip
+    shape = quantized_linear.lookup_shape(*args)
+    format, one_scale = shape["dtype"], x_scales.numel() == 1
+
+    def make(device):
+        rows = torch.randn(x.shape, device=device)
+        scale = torch.full((1, 1), SCALE, device=device)
+        columns = torch.randn(weight.shape, device=device) * weight.shape[1] ** -0.5
+        made = {
+            "x": quantize_statically_reference(rows, scale) if one_scale and format == "fp8"
+            else quantize_reference(rows, format, len(x_scales)),
+            "weight": quantize_reference(columns, format), "bias": _randn(bias, device),
+            "activation": activation, "residual": _randn(residual, device),
+            "layer_scale": _randn(layer_scale, device), "row_scale": _randn(row_scale, device),
+        }  # fmt: skip
+        if dtype.itemsize > 1:
+            return made | {"dtype": dtype}
+        return made | {"format": format, "out_scale": None if out_scale is None else scale}
+
+    def exact(dtype=None, format=None, out_scale=None, **inputs):
+        return quantized_linear_reference(**inputs, dtype=torch.float32)
+
+    choices = [{"implementation": "triton", **c} for c in quantized_linear.configs(chip.capability)]
+    choices = [c for c in choices if not quantized_linear.why_not(shape, c, chip.capability)]
+    yield Task(
+        "quantized_linear", tuple(shape.items()), _items(choices), make, run_quantized_linear,
+        quantized_linear_reference, exact,
+    )  # fmt: skip
+
+
 def served_by(op: str, inputs: dict) -> str:
     """The implementation that "auto" takes for `linear` or `attention`, by table or rule."""
     if op == "attention":
@@ -288,7 +337,8 @@ def _mlp_task(x, weights, residual, moments, eps, emit, chip):
 
 _TASKS = {
     "linear": _linear_task, "layer_norm_linear": _layer_norm_linear_tasks,
-    "attention": _attention_task,
+    "attention": _attention_task, "attention_quantized": _quantized_attention_task,
+    "quantized_linear": _quantized_linear_task,
 }  # fmt: skip
 
 
@@ -323,9 +373,9 @@ def _race(task, device, clock, known):
     with torch.no_grad(), _tuned.disabled(), _tuned.assumed(known, chip):
         try:
             inputs = task.make(device)
-            exact = task.reference(**{k: _wide(v) for k, v in inputs.items()})
+            exact = (task.exact or task.reference)(**{k: _wide(v) for k, v in inputs.items()})
             plain = _error(task.reference(**inputs), exact)
-            nbytes = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+            nbytes = sum(t.nbytes for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
             others = timing.rotation(lambda: task.make(device), nbytes, device)[1:]
         except torch.OutOfMemoryError:
             return {}
@@ -343,7 +393,7 @@ def _race(task, device, clock, known):
 
 def _agrees(got, exact, allowed):
     """Whether the result errs no more than allowed, and the moments, if any, are its own."""
-    y, moments = got if isinstance(got, tuple) else (got, None)
+    y, moments = got if type(got) is tuple else (got, None)
     if not _error(y, exact) <= allowed:  # NaN too
         return False
     return moments is None or _error(moments, _moments(y, len(moments))) < 1e-4
@@ -355,6 +405,7 @@ def _wide(value):
 
 
 def _error(got, exact):
+    got = dequantize(got) if isinstance(got, Quantized) else got
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 

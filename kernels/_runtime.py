@@ -9,12 +9,13 @@
 """
 
 import os
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
@@ -215,6 +216,13 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
+def without_autocast(x: torch.Tensor):
+    """A context in which products on x's device keep their dtype."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)  # triton.cdiv is made for kernels, and takes its time on the host
 
@@ -232,6 +240,45 @@ def _is_exporting() -> bool:
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def inference_only(function):
+    """Decorator: what the function returns carries no gradient, and says so. Where an argument
+    wants one the results require one too, and backward raises RuntimeError: rounding to eight bits
+    would stop it in silence, and of a float result only some arguments would get theirs."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        wanting = [t for t in _pytree.tree_leaves((args, kwargs)) if _requires_grad(t)]
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+        if not wanting:
+            return result
+        made, structure = _pytree.tree_flatten(result)
+        made = _NoBackward.apply(function.__name__, len(made), *made, *wanting)
+        return _pytree.tree_unflatten(list(made), structure)
+
+    return run
+
+
+def _requires_grad(value):
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError(
+            f"{ctx.op}: eight bits are for inference, no gradient passes through them; "
+            "call it under torch.no_grad(), or train the model before it is quantised"
+        )
 
 
 def differentiable(forward, tensors, upstream):

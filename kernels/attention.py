@@ -31,6 +31,7 @@ from .quantize import (
     _limit,
     _round,
     _scales,
+    expect_float,
     expect_scale,
     quantize_reference,
     quantize_statically_reference,
@@ -668,6 +669,7 @@ def attention(
     return _fwd(q, k, v, bias, scale, keep, implementation)[0]
 
 
+@_runtime.inference_only
 def attention_quantized(
     q: Tensor,
     k: Tensor,
@@ -685,7 +687,8 @@ def attention_quantized(
     or `out_scale`. No gradient: backward raises. RuntimeError where the chip has no such numbers.
     """
     dtype = storage("attention_quantized", format)
-    chosen = _runtime.resolve("attention", q, implementation, dtype=dtype)
+    expect_float("attention_quantized", "q", q)
+    chosen = _runtime.resolve("attention_quantized", q, implementation, dtype=dtype)
     q, k, v, scale = _checked(q, k, v, scale)
     expect_scale("attention_quantized", q, format, out_scale)
     if chosen == "torch":

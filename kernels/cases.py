@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .quantize import quantize_reference, quantize_statically_reference
+
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
 
 LAYER_NORM = [
@@ -32,6 +34,30 @@ LINEAR = [
     {"M": 1, "S": 1, "K": 33, "N": 7},
     {"M": 65, "S": 5, "K": 100, "N": 130},
     {"M": 0, "S": 1, "K": 64, "N": 32},
+]
+
+# (..., K) in equal parts
+QUANTIZE = [
+    {"shape": (2, 99, 192)},
+    {"shape": (7, 768), "parts": 12},  # as attention's heads and GELU's results have them
+    {"shape": (1, 100)},
+    {"shape": (13, 99), "parts": 3},
+    {"shape": (3, 1)},
+    {"shape": (40,)},
+    {"shape": (2, 6000), "parts": 2},
+    {"shape": (0, 64), "parts": 2},
+]
+
+# M rows in S samples, K -> N features; x's in `parts`
+QUANTIZED_LINEAR = [
+    {"M": 2 * 99, "S": 2, "K": 192, "N": 576},  # DeiT-Ti qkv
+    {"M": 130, "S": 2, "K": 192, "N": 192, "parts": 3},
+    {"M": 6, "S": 3, "K": 384, "N": 320, "parts": 6},
+    {"M": 65, "S": 5, "K": 96, "N": 130, "parts": 3},
+    {"M": 9, "S": 1, "K": 100, "N": 33},
+    {"M": 1, "S": 1, "K": 33, "N": 7},
+    {"M": 1, "S": 1, "K": 64, "N": 64, "parts": 2},
+    {"M": 0, "S": 1, "K": 64, "N": 64},
 ]
 
 # N queries, L keys
@@ -306,6 +332,31 @@ def linear_inputs(
     return inputs
 
 
+def quantize_inputs(shape, parts=1, format="fp8", device="cpu"):
+    torch.manual_seed(0)
+    return {"x": torch.randn(shape, device=device), "format": format, "parts": parts}
+
+
+def quantized_linear_inputs(
+    M, S, K, N, parts=1, of="fp8", scale=None, bias=True, activation="none", residual=False,
+    layer_scale=False, row_scale=False, dtype=None, format=None, out_scale=None, device="cpu",
+):  # fmt: skip
+    """of: the operands' format. scale: of all of x, instead of one a row and part; out_scale: of
+    all of the result."""
+    made = linear_inputs(M, S, K, N, bias, activation, residual, layer_scale, row_scale, device)
+
+    def one(scale):
+        return None if scale is None else torch.full((1, 1), scale, device=device)
+
+    made["weight"] = quantize_reference(made["weight"], of)
+    if scale is None:
+        made["x"] = quantize_reference(made["x"], of, parts)
+    else:
+        made["x"] = quantize_statically_reference(made["x"], one(scale))
+    made |= {"dtype": dtype} if format is None else {"format": format, "out_scale": one(out_scale)}
+    return made
+
+
 def talking_heads_inputs(B, H, N, d, device="cpu"):
     torch.manual_seed(0)
     return {
@@ -399,6 +450,26 @@ def _tiny_vit_cases(network, batch):
     }  # fmt: skip
 
 
+def _eight_bits(rows, D, H):
+    """A block's products. fp8: what attention and GELU leave has one scale, known beforehand. int8:
+    a scale for each row and head, or 64 features."""
+    bf16 = {"dtype": torch.bfloat16}
+    fp8 = {
+        "qkv": {**rows, **bf16, "K": D, "N": 3 * D},
+        "proj": {**rows, **bf16, "K": D, "N": D, "scale": 0.02, "residual": True},
+        "fc1": {**rows, "K": D, "N": 4 * D, "activation": "gelu", "format": "fp8",
+                "out_scale": 0.02},
+        "fc2": {**rows, **bf16, "K": 4 * D, "N": D, "scale": 0.02, "residual": True},
+    }  # fmt: skip
+    int8 = {
+        "qkv": fp8["qkv"],
+        "proj": {**rows, **bf16, "K": D, "N": D, "parts": H, "residual": True},
+        "fc1": {**rows, "K": D, "N": 4 * D, "activation": "gelu", "format": "int8"},
+        "fc2": {**rows, **bf16, "K": 4 * D, "N": D, "parts": 4 * D // 64, "residual": True},
+    }
+    return {"fp8": fp8, "int8": int8}
+
+
 def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
     """What one forward pass of DEIT[network], or of its like where DeiT has no such operation, asks
     of `op`: label -> arguments of `<op>_inputs`."""
@@ -408,8 +479,15 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
     D, H, N, size = DEIT[network]
     rows = {"M": batch * N, "S": batch}
     image = {"size": (size, size), "patch": (16, 16), "C": 3, "D": D, "T": 2, "prefix_pos": True}
+    eight_bits = _eight_bits(rows, D, H)
     return {
         "layer_norm": {"": {"shape": (batch, N, D)}},
+        "quantize": {of: {"shape": (batch, N, D), "format": of} for of in eight_bits},
+        "quantized_linear": {
+            f"{of} {name}": {"of": of, **case}
+            for of, products in eight_bits.items()
+            for name, case in products.items()
+        },
         "linear": {
             "qkv": {**rows, "K": D, "N": 3 * D},
             "proj": {**rows, "K": D, "N": D, "residual": True},

@@ -25,7 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _runtime
-from .quantize import Quantized, _limit, _round, _scales, quantize_reference, storage
+from .quantize import (
+    Quantized,
+    _limit,
+    _round,
+    _scales,
+    expect_float,
+    quantize_reference,
+    storage,
+)
 from .quantize import _alloc as _alloc_rows
 
 MAX_N = 8192  # one row is held in registers
@@ -280,6 +288,7 @@ def layer_norm(
     return _fwd(*_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
 
 
+@_runtime.inference_only
 def layer_norm_quantized(
     x: Tensor,
     weight: Tensor,
@@ -292,10 +301,11 @@ def layer_norm_quantized(
 
     x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns values
     (..., N) and scales (1, rows) in fp32. No gradient: backward raises. Errors as `layer_norm`;
-    RuntimeError where the chip has no such numbers.
+    TypeError for other dtypes of x, RuntimeError where the chip has no such numbers.
     """
     dtype = storage("layer_norm_quantized", format)
-    chosen = _runtime.resolve("layer_norm", x, implementation, dtype=dtype)
+    expect_float("layer_norm_quantized", "x", x)
+    chosen = _runtime.resolve("layer_norm_quantized", x, implementation, dtype=dtype)
     _check("layer_norm_quantized", x, None, weight, bias)
     if chosen == "torch":
         return layer_norm_quantized_reference(x, weight, bias, eps, format)

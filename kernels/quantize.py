@@ -65,8 +65,9 @@ def dequantize(q: Quantized) -> Tensor:
     values = q.values.float()
     if q.scales.numel() == 1:
         return values * q.scales.view(())
-    scales = q.scales.t().reshape(*values.shape[:-1], -1, 1)
-    return (values.unflatten(-1, (scales.shape[-2], -1)) * scales).flatten(-2)
+    parts = q.scales.shape[0]
+    scales = q.scales.t().reshape(*values.shape[:-1], parts, 1)
+    return (values.unflatten(-1, (parts, -1)) * scales).flatten(-2)
 
 
 @triton.jit
@@ -155,6 +156,12 @@ def storage(op: str, format: str | None) -> torch.dtype | None:
     return format and FORMATS[format]
 
 
+def expect_float(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless x is in one of the dtypes that the kernels round to eight bits."""
+    if x.dtype not in _runtime.DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, want float32, float16 or bfloat16")
+
+
 def expect_scale(op: str, x: Tensor, format: str | None, out_scale: Tensor | None) -> None:
     """Raise ValueError or TypeError unless `out_scale` is None, or one scale for values in e4m3."""
     if out_scale is None:
@@ -190,17 +197,19 @@ def expect_quantized(op: str, name: str, q: Quantized, features: int | None = No
         raise ValueError(f"{op}: {name} has scales on {q.scales.device}, want {q.values.device}")
 
 
+@_runtime.inference_only
 def quantize(
     x: Tensor, format: str = "fp8", parts: int = 1, implementation: str = "auto"
 ) -> Quantized:
     """Rows in eight bits, each part of each with its own scale, in one pass.
 
     x (..., K) in fp32, fp16 or bf16; `format` "fp8" | "int8"; K a multiple of `parts`, K / parts at
-    most 8192. Returns values (..., K) and scales (parts, rows) in fp32. No gradient.
-    `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes and names, TypeError
-    for dtypes, RuntimeError where the chip has no such numbers.
+    most 8192. Returns values (..., K) and scales (parts, rows) in fp32. No gradient: backward
+    raises. `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes and names,
+    TypeError for dtypes, RuntimeError where the chip has no such numbers.
     """
     dtype = storage("quantize", format)
+    expect_float("quantize", "x", x)
     K = x.shape[-1] if x.dim() else 0
     if parts < 1 or K < 1 or K % parts or K // parts > MAX_WIDTH:
         raise ValueError(
@@ -208,6 +217,6 @@ def quantize(
             f"multiple of parts and parts of at most {MAX_WIDTH}"
         )
     if _runtime.resolve("quantize", x, implementation, dtype=dtype) == "torch":
-        return quantize_reference(x.detach(), format, parts)
-    values, scales = _fwd(x.detach().reshape(-1, K).contiguous(), dtype, parts)
+        return quantize_reference(x, format, parts)
+    values, scales = _fwd(x.reshape(-1, K).contiguous(), dtype, parts)
     return Quantized(values.view(x.shape), scales)

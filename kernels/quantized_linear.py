@@ -49,7 +49,8 @@ def quantized_linear_reference(
     x, weight, bias=None, activation="none", residual=None, layer_scale=None, row_scale=None,
     dtype=None, format=None, out_scale=None,
 ):  # fmt: skip
-    y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
+    with _runtime.without_autocast(x.values):  # fp32, as the kernel
+        y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
     if bias is not None:
         y = y + bias.float()
     if activation == "gelu":
@@ -201,7 +202,8 @@ def _configuration(m, n, k, warps, stages, tma=False, split=False):
 
 # As linear's, with twice the features a step: as many bytes. In order the rule's three, of which
 # the first leaves room for two CTAs a multiprocessor, the second for three. Scales within the
-# product's loop (parts) take registers for a second sum: the second then serves for the first.
+# product's loop (parts) take registers for a second sum: of tiles wider than 64 columns it spills
+# (128x256 on sm_90, 64x128 on sm_80) or leaves room for one CTA.
 HOPPER_CONFIGS = [
     _configuration(128, 128, 128, 8, 3, tma=True, split=True),
     _configuration(128, 64, 128, 4, 3, tma=True),
@@ -232,10 +234,12 @@ def epilogue_name(parts, activation, bias, residual, scaled, own_scale, quantize
 
 
 @_tuned.validates("quantized_linear")
-def _why_not(shape, choice, capability):
+def why_not(shape, choice, capability):
     epilogue = str(shape.get("epilogue"))
     if "own_scales" in epilogue and choice.get("BLOCK_N", PART) < PART:
         return f"a tile narrower than the {PART} columns that share a scale"
+    if "parts" in epilogue and choice.get("BLOCK_N", PART) > PART:
+        return f"a tile of x's parts wider than {PART} columns, whose second sum spills"
     return _tuned.check_choice(choice, ("triton",), configs(capability))
 
 
@@ -246,7 +250,7 @@ def meta(
     """The configuration for a shape that no table lists: the first of the chip's three that leaves
     no tile half empty and every multiprocessor with one."""
     wide, narrow, small = configs(capability)[:3]
-    wide_fits = N % wide["BLOCK_N"] == 0 and not (parts and capability >= (9, 0))
+    wide_fits = N % wide["BLOCK_N"] == 0 and not parts
     for config in (wide, narrow) if wide_fits else (narrow,):
         if _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]) >= processors:
             return config
@@ -258,15 +262,28 @@ def block_k(config: dict, width: int) -> int:
     return min(config["BLOCK_K"], width & -width)
 
 
-def _choose(x, weight, epilogue, parts, own_scales):
+def lookup_shape(
+    x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+    activation, dtype,
+):  # fmt: skip
+    """What a tuned table goes by, of the operator's arguments."""
+    quantized = dtype.itemsize == 1
+    epilogue = epilogue_name(
+        x_scales.shape[0] > 1, activation, bias is not None, residual is not None,
+        layer_scale is not None or row_scale is not None, quantized and out_scale is None,
+        quantized,
+    )  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    chip = _runtime.chip(x.device)
     format = "int8" if x.dtype == torch.int8 else "fp8"
-    shape = {"M": M, "K": K, "N": N, "dtype": format, "epilogue": epilogue}
+    return {"M": M, "K": K, "N": N, "dtype": format, "epilogue": epilogue}
+
+
+def _choose(shape, device, parts, own_scales):
+    chip = _runtime.chip(device)
     found = _tuned.lookup("quantized_linear", shape, chip)
     if found is not None:
         return {k: v for k, v in found.items() if k != "implementation"}
-    return meta(M, N, chip.capability, chip.processors, parts, own_scales)
+    return meta(shape["M"], shape["N"], chip.capability, chip.processors, parts, own_scales)
 
 
 def _alloc(x, weight, dtype, own_scales):
@@ -298,11 +315,11 @@ def _fwd(
     (M, K), N = x.shape, weight.shape[0]
     by_row = x_scales.numel() > 1 or M == 1
     parts = x_scales.shape[0]
-    scaled = layer_scale is not None or row_scale is not None
-    epilogue = epilogue_name(
-        parts > 1, activation, bias is not None, residual is not None, scaled, own_scales, quantized
-    )
-    config = _choose(x, weight, epilogue, parts > 1, own_scales)
+    shape = lookup_shape(
+        x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+        activation, dtype,
+    )  # fmt: skip
+    config = _choose(shape, x.device, parts > 1, own_scales)
     if K % 16 or not _aligned(x, weight):
         config = _without_tma(config)
     config = config | {"BLOCK_K": block_k(config, K // parts) if parts > 1 else config["BLOCK_K"]}
@@ -336,6 +353,7 @@ def _(x, xs, weight, ws, bias, residual, layer_scale, row_scale, out_scale, acti
     return _alloc(x, weight, dtype, dtype.itemsize == 1 and out_scale is None)
 
 
+@_runtime.inference_only
 def quantized_linear(
     x: Quantized,
     weight: Quantized,

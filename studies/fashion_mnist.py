@@ -134,7 +134,9 @@ def collect(args, seeds):
     shown = args.work / "analysis"
     models = [f"{name}/model" for name in ("teacher", "none-0", "token-0")]  # as the plots say
     where = [args.data, "--split", "validation", "--workers", "0", "--out", str(shown)]
-    analyses = ["disagreement", *where, "--models", *models], ["tokens", *where, "--model", models[-1]]
+    analyses = (
+        ["disagreement", *where, "--models", *models], ["tokens", *where, "--model", models[-1]]
+    )  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
         commands = [["deit-fast", "analyse", *analysis] for analysis in analyses]
         list(pool.map(lambda command: run(command, cwd=args.work), commands))

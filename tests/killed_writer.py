@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
 from small_runs import ended
 
 from deit_fast.distill import recipe

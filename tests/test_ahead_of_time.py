@@ -36,7 +36,12 @@ def test_every_operation_on_every_chip_it_serves(rows):
     dots = {(op, arch) for op in products for arch in (80, 90)}
     row_kernels = ("layer_norm", "distillation_loss", "sparse_cross_entropy", "linear", "conv_norm")
     memory_bound = {(op, arch) for op in row_kernels for arch in (70, 80, 90)}
-    assert seen == dots | memory_bound
+    eight_bits = {
+        (op, arch)
+        for op in ("quantize", "quantized_linear", "layer_norm", "attention")
+        for arch in (80, 89, 90)
+    }
+    assert seen == dots | memory_bound | eight_bits
     twice = [k for k, n in Counter((r["op"], r["label"], r["arch"]) for r in rows).items() if n > 1]
     assert not twice
 
@@ -81,13 +86,43 @@ def test_two_programs_share_a_multiprocessor(rows):
     assert len(chosen) == 30 and not bad(chosen, lambda r: r["ctas_per_sm"] < 2)
 
 
+def test_eight_bits_are_multiplied_as_such(rows):
+    """Not widened on the way, by the instruction of the type; each format on each chip that has
+    it. sm_80 has no e4m3."""
+    products = [r for r in rows if r["op"] == "quantized_linear"]
+    kinds = {(r["arch"], r["label"].rpartition(", ")[2]) for r in products}
+    assert kinds == {(80, "int8"), (89, "fp8"), (89, "int8"), (90, "fp8"), (90, "int8")}
+    instruction = {"fp8": ["e4m3"], "int8": ["s8"]}
+    assert not bad(products, lambda r: r["operands"] != instruction[r["label"].rpartition(", ")[2]])
+
+
+def test_programs_of_eight_bits_that_share_a_multiprocessor(rows):
+    """... of what the rule chooses for DeiT in half precision on sm_90: two of the wide tile, three
+    of the narrow one."""
+    for tile, least, number in (
+        ("128x128x128 w8 s3 tma split", 2, 6),
+        ("128x64x128 w4 s3 tma", 3, 8),
+    ):
+        chosen = [
+            r
+            for r in rows
+            if r["op"] == "quantized_linear"
+            and r["arch"] == 90
+            and f", {tile}, " in r["label"]
+            and "fp32" not in r["label"]
+        ]
+        assert len(chosen) == number and not bad(
+            chosen, lambda r, least=least: r["ctas_per_sm"] < least
+        )
+
+
 def test_ptxas_serialises_nothing(rows):
     assert not bad(rows, lambda r: r["serialized"])
 
 
 def test_memory_bound_kernels_keep_the_chip_busy(rows):
     """Half the threads a multiprocessor can hold, for DeiT's widths and ImageNet-1k's classes."""
-    threads = {70: 2048, 80: 2048, 90: 2048}
+    threads = {70: 2048, 80: 2048, 89: 1536, 90: 2048}
     wide = ("8192", "21841", "2048", "65535")
     # threads of a program at these widths
     size = {"layer_norm": 128, "distillation_loss": 256, "sparse_cross_entropy": 128}

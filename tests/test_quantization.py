@@ -79,17 +79,20 @@ def test_logits_are_those_of_the_definition(variant, format):
     options = dict(VARIANTS[variant])
     exclude = options.pop("exclude", ())
     calibration = x if format == "calibrated fp8" else None
-    reference, fast = quantized_pair(format[-4:].strip(), "torch", calibration, exclude, **options)
+    reference, fast = tiny_pair("torch", **options)
+    for model in (reference, fast):
+        model.blocks[1].attn.scale, model.blocks[1].attn.fused_attn = 0.3, False
+    deit_fast.quantize(fast, format[-4:].strip(), calibration, exclude)
     left = {n for n in LAYERS for p in exclude if fnmatch.fnmatchcase(n, p)}
     assert quantized_layers(fast).keys() == set(LAYERS) - left
     want = logits(simulated(reference, fast), x)
     rounding = relative_error(want, logits(reference, x))
     error = relative_error(logits(fast, x), want)
     assert 1e-3 < rounding < 0.2
-    assert error < rounding / 4
+    assert error < 0.4 * rounding
     with torch.no_grad():  # all tokens, through the same blocks
         got = fast.forward_features(x)
-        assert relative_error(got, simulated(reference, fast).forward_features(x)) < rounding / 4
+        assert relative_error(got, simulated(reference, fast).forward_features(x)) < 0.4 * rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -288,6 +291,9 @@ def test_the_bound_is_never_reached(monkeypatch):
     """Rows made to reach as far as a feature can: along its weights."""
     _, fast = tiny_pair(distilled=False)
     block = fast.blocks[0]
+    for linear in (block.attn.qkv, block.mlp.fc1):  # LayerNorm's result has no mean to multiply
+        linear.weight.data += 0.1
+    block.attn.qkv.bias.data -= 3
     undone = copy.deepcopy(block)
     deit_fast.quantize(fast, "fp8")
     for part, norm, linear in (
@@ -300,6 +306,7 @@ def test_the_bound_is_never_reached(monkeypatch):
             weight, bias = weight[2 * D :], bias[2 * D :]
         # of which LayerNorm makes sqrt(D) times the direction
         rows = (weight * norm.weight).double()
+        rows -= rows.mean(1, keepdim=True)
         rows = torch.cat((rows, -rows))
         normed = torch.nn.functional.layer_norm(
             1e3 * rows, (D,), norm.weight.double(), norm.bias.double(), norm.eps
@@ -313,7 +320,8 @@ def test_the_bound_is_never_reached(monkeypatch):
 def test_calibration_reads_images_in_every_way(monkeypatch):
     """The largest value of all images, twice; the model's modes and hooks are as they were."""
     x = torch.randn(5, 3, 64, 64)
-    _, fast = tiny_pair()
+    x[0] *= 5  # the largest values come first
+    _, fast = tiny_pair(drop_path_rate=0.9)
     fast.train()
     fast.blocks[1].eval()
     before = [m.training for m in fast.modules()]
@@ -430,8 +438,10 @@ def test_a_layer_alone():
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_cuda_graph(format):
-    _, fast = quantized_pair(format, "auto")
-    fast.cuda().bfloat16()
+    _, fast = tiny_pair("auto")
+    deit_fast.quantize(fast.cuda(), format)
+    assert fast.blocks[0].attn.qkv._original.device.type == "cpu"
+    fast.bfloat16()
     x = images(fast, 8).cuda().bfloat16()
     want = logits(fast, x)
     graph = torch.cuda.CUDAGraph()

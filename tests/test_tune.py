@@ -15,9 +15,11 @@ import deit_fast
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
 from deit_fast.kernels.linear import HOPPER_CONFIGS
+from deit_fast.kernels.quantized_linear import HOPPER_CONFIGS as EIGHT_BITS_CONFIGS
 
 CHIP = _runtime.Chip("NVIDIA H9000", (9, 0), 4)
 NAME = "deit_tiny_distilled"
+FP16 = torch.float16
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +71,8 @@ def test_every_moment_is_known_in_the_race():
             assert made["moments"].shape[:2] == (3, 2), task
 
 
-def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
-    """Every shape under which a forward pass looks for a choice is one that tuning settles."""
-    model = tiny_pair("auto", depth=3)[1].half()
+def asked_by(model, monkeypatch):
+    """(op, shape without M) of every choice that a forward pass looks for."""
     x = images(model, batch=96).half()
     asked = set()
     real = _tuned.lookup
@@ -85,6 +86,13 @@ def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
         monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)  # no launches
         model(x)
         monkeypatch.undo()
+    return asked
+
+
+def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
+    """Every shape under which a forward pass looks for a choice is one that tuning settles."""
+    model = tiny_pair("auto", depth=3)[1].half()
+    asked = asked_by(model, monkeypatch)
     assert {op for op, _ in asked} >= {"linear", "attention", "layer_norm_linear"}
     settled = {
         (task.op, frozenset(item for item in task.shape if item[0] != "M"))
@@ -93,6 +101,55 @@ def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
     # whether to fold is asked for the prefix tokens' queries too, which are too few for it
     few = ("layer_norm_linear", frozenset({"K": 64, "N": 64, "dtype": "float16"}.items()))
     assert asked - settled <= {few}
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_tasks_of_a_model_in_eight_bits(format, monkeypatch):
+    """Every choice is settled, by candidates that may serve it and agree with the reference."""
+    monkeypatch.setattr(tune.timing, "rotation", lambda make, nbytes, device: [make()])
+    model = tiny_pair("auto", depth=2)[1].half()
+    deit_fast.quantize(model, format)
+    asked = asked_by(model, monkeypatch)
+    found = tune.tasks(model, 96, torch.float16, CHIP)
+    settled = {
+        (task.op, frozenset(item for item in task.shape if item[0] != "M")) for task in found
+    }
+    assert asked <= settled and {"quantized_linear", "attention"} <= {op for op, _ in asked}
+    found = [task for task in found if task.op == "quantized_linear"]
+    kinds = {dict(task.shape)["epilogue"] for task in found}
+    product = "bias+gelu+quantized" if format == "fp8" else "bias+gelu+quantized+own_scales"
+    second = "bias+residual" if format == "fp8" else "parts+bias+residual"
+    assert kinds == {"bias", product, second}
+    for task in found:
+        shape, choices = dict(task.shape), [dict(c) for c in task.candidates]
+        validate = _tuned._validators[task.op]
+        assert len(choices) >= 3 and not any(validate(shape, c, (9, 0)) for c in choices)
+    # interpreted, all of them would take a minute
+    monkeypatch.setattr(tune.quantized_linear, "HOPPER_CONFIGS", EIGHT_BITS_CONFIGS[:2])
+    few = {dict(task.shape).get("epilogue"): task for task in tune.tasks(model, 1, FP16, CHIP)}
+    few = [task for task in few.values() if task.op == "quantized_linear"]
+    rows = list(tune.settle(few, torch.device("cpu"), lambda call, inputs: 1.0, float("inf")))
+    assert len(rows) == len(few) == 3
+    for row in rows:
+        assert all(row.others.values()) and row.choice["implementation"] == "triton"
+
+
+def test_a_candidate_in_eight_bits_that_disagrees_is_out(monkeypatch):
+    monkeypatch.setattr(tune.timing, "rotation", lambda make, nbytes, device: [make()])
+    model = tiny_pair("auto", depth=2)[1].half()
+    deit_fast.quantize(model, "int8")
+    monkeypatch.setattr(tune.quantized_linear, "HOPPER_CONFIGS", EIGHT_BITS_CONFIGS[:2])
+    real = tune.run_quantized_linear
+
+    def wrong(**inputs):
+        made = real(**inputs)
+        made.scales.mul_(1.1)
+        return made
+
+    monkeypatch.setattr(tune, "run_quantized_linear", wrong)
+    found = tune.tasks(model, 1, torch.float16, CHIP)
+    task = next(t for t in found if "quantized" in dict(t.shape).get("epilogue", ""))
+    assert not list(tune.settle([task], torch.device("cpu"), lambda *_: 1.0, float("inf")))
 
 
 def run(clock, *arguments):

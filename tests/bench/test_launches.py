@@ -207,6 +207,28 @@ def test_prediction_of_one_product():
     assert times["predicted"] == pytest.approx(times["arithmetic"] + mufu / 2)
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_prediction_in_eight_bits(format):
+    """Every launch has one; products at twice the ceiling, and as if K were half as long."""
+    model = deit_fast.create_model("deit_tiny_distilled", depth=2)
+    deit_fast.quantize(model, format)
+    found = predict.launches(record(model, 256, BF16, H200))
+    ops = Counter(launch.op for launch in found)
+    assert ops["layer_norm_quantized"] >= 4 and ops["attention_quantized"] == 2
+    products = [launch for launch in found if launch.op == "quantized_linear"]
+    assert {predict.case_of(launch, "Ti") for launch in products} >= {
+        f"{format} {name}" for name in ("qkv", "proj", "fc1", "fc2")
+    }
+    fc2 = next(launch for launch in products if predict.case_of(launch, "Ti") == f"{format} fc2")
+    M, K, N = 256 * 198, 768, 192
+    times = fc2.times({"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
+    assert fc2.flops == 2 * M * N * K
+    assert times["arithmetic"] == pytest.approx(fc2.flops / (0.62 * 2 * 788) / 1e6)
+    scales = 4 * (1 if format == "fp8" else M * K // 64)
+    moved = M * K + N * K + 2 * 2 * M * N + 4 * N + 2 * N + scales
+    assert fc2.bytes == moved
+
+
 def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     """What was measured stands in its column; what was not, does not."""
     monkeypatch.setattr(predict, "RESULTS", tmp_path)

@@ -6,13 +6,22 @@ import pytest
 import torch
 from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
 
-from deit_fast.kernels import _tuned, attention, attention_reference, cases
+from deit_fast.kernels import (
+    _tuned,
+    attention,
+    attention_quantized,
+    attention_quantized_reference,
+    attention_reference,
+    cases,
+    dequantize,
+)
 from deit_fast.kernels._runtime import Chip, pretend
 from deit_fast.kernels.attention import (
     CONFIGS,
     FP32_CONFIG,
     LOG2_E,
     _fwd,
+    _fwd_quantized,
     attention_backward,
     attention_backward_packed,
     configs,
@@ -21,6 +30,12 @@ from deit_fast.kernels.attention import (
     pieces,
 )
 from deit_fast.kernels.cases import attention_inputs as make_inputs
+from deit_fast.kernels.quantize import FORMATS
+
+# a scale for each row of each head, or one for all
+QUANTIZED = pytest.mark.parametrize(
+    "format, out_scale", [("fp8", None), ("fp8", 0.01), ("int8", None)], ids=str
+)
 
 triton_attention = partial(attention, implementation="triton")
 
@@ -213,6 +228,117 @@ def test_autocast(device):
         assert triton_attention(**inputs).dtype == attention_reference(**inputs).dtype == FP16
         inputs["k"] = inputs["k"].half()
         assert triton_attention(**inputs).dtype == FP16
+
+
+def assert_quantized(q, k, v, format, out_scale, device, **options):
+    """Against fp64, as near as the reference; and half a step at most, which counts what the score
+    product's rounding adds as a fifth of one."""
+    scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
+    options |= {"format": format, "out_scale": scale}
+    got = attention_quantized(q, k, v, **options, implementation="triton")
+    want = attention_quantized_reference(q, k, v, **options)
+    (B, N, H, d), dtype = q.shape, FORMATS[format]
+    assert got.values.shape == (B, N, H * d) and got.values.dtype == want.values.dtype == dtype
+    assert got.scales.shape == want.scales.shape == ((H, B * N) if scale is None else (1, 1))
+    torch.testing.assert_close(got.scales, want.scales, rtol=2e-3, atol=1e-6)
+    exact = attention_reference(q.double(), k.double(), v.double(), options.get("scale")).flatten(2)
+    assert_as_accurate(dequantize(got), dequantize(want), exact, factor=1.1)
+
+
+@QUANTIZED
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.ATTENTION if c["L"] < 500], ids=str)
+def test_quantized(case, dtype, format, out_scale, device):
+    q, k, v = (t.to(dtype) for t in make_inputs(**case, packed=True, device=device).values())
+    assert_quantized(q, k, v, format, out_scale, device)
+
+
+@QUANTIZED
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_quantized_in_every_configuration(config, format, out_scale, device):
+    N = 70 if config["BLOCK_M"] > 16 else 2
+    if config not in configs(FP16, N, 198, 64):
+        pytest.skip("no table may name it for this shape")
+    inputs = make_inputs(1, 2, N, 198, 64, packed=True, device=device)
+    q, k, v = (t.half() for t in inputs.values())
+    with _tuned.forced("attention", {"implementation": "triton", **config}):
+        assert_quantized(q, k, v, format, out_scale, device)
+
+
+def test_quantized_in_fp32_with_any_strides_and_scales(device):
+    """d = 80 is held in 128 features, of which the last 48 must not count as a row's largest."""
+    inputs = make_inputs(2, 2, 20, 20, 80, device=device)
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.values()]
+    assert_quantized(*views, "int8", None, device, scale=-0.3)
+    table = {"implementation": "torch"}  # of eight bits the kernels alone know
+    with pretend(Chip("H200", (9, 0), 4)), _tuned.forced("attention", table):
+        assert_quantized(*views, "fp8", None, device)
+
+
+@QUANTIZED
+def test_quantized_nan_stays_in_its_head_and_row(format, out_scale, device):
+    """Not so of "torch": PyTorch's attention for the CPU makes zeros of such a row. All zeros have
+    a scale."""
+    scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
+    call = partial(attention_quantized, format=format, out_scale=scale, implementation="triton")
+    inputs = make_inputs(2, 2, 9, 9, 32, device=device)
+    clean = call(**inputs)
+    inputs["q"][0, 4, 1, 3] = torch.nan
+    o = call(**inputs)
+    hit = torch.zeros(2, 9, 2, 32, dtype=bool, device=device)
+    hit[0, 4, 1] = True
+    hit = hit.flatten(2)
+    assert torch.equal(dequantize(o).isnan(), hit)
+    assert torch.equal(dequantize(o)[~hit], dequantize(clean)[~hit])
+    assert not o.scales.isnan().any() and (o.scales > 0).all()
+    zeros = call(**inputs | {"q": inputs["k"], "v": torch.zeros_like(inputs["v"])})
+    assert (dequantize(zeros) == 0.0).all() and (zeros.scales > 0).all()
+
+
+def test_quantized_saturates_at_the_scale_given(device):
+    inputs = make_inputs(1, 2, 9, 9, 32, device=device)
+    scale = torch.full((1, 1), 1e-4, device=device)
+    for implementation in ("triton", "torch"):
+        o = attention_quantized(**inputs, out_scale=scale, implementation=implementation)
+        beyond = attention_reference(**inputs).flatten(2).abs() > 0.05
+        assert beyond.any() and (o.values.float().abs()[beyond] == 448.0).all()
+
+
+@QUANTIZED
+def test_quantized_op_contract(format, out_scale, device):
+    q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
+    scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
+    torch.library.opcheck(_fwd_quantized.op, (q, k, v, 0.2, FORMATS[format], scale))
+
+    def f(q, k, v):
+        made = attention_quantized(q.cos(), k, v, None, format, scale, "triton")
+        return dequantize(made).sin()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), f(q, k, v))
+    made = attention_quantized(
+        *(t.to("meta") for t in (q, k, v)), format=format,
+        out_scale=None if scale is None else scale.to("meta"), implementation="triton",
+    )  # fmt: skip
+    assert made.values.is_meta and made.values.shape == (1, 5, 64)
+    assert made.scales.shape == ((2, 5) if scale is None else (1, 1))
+
+
+def test_quantized_bad_input_is_named():
+    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
+    one = torch.ones(1, 1)
+    for implementation in ("auto", "triton", "torch"):
+        for arguments, options, error, message in (
+            ((q.double(), k, v), {}, TypeError, "attention_quantized: q has dtype torch.float64"),
+            ((q, k.half(), v), {}, TypeError, "k has dtype torch.float16, want torch.float32"),
+            ((q, k, v[:, :5]), {}, ValueError, r"v has shape \(1, 5, 2, 32\), want"),
+            ((q, k, v), {"format": "e5m2"}, ValueError, "attention_quantized: format 'e5m2', want"),
+            ((q, k, v), {"format": "int8", "out_scale": one}, ValueError, "want 'fp8': int8 could"),
+            ((q, k, v), {"out_scale": one[0]}, ValueError, r"out_scale has shape \(1,\), want"),
+            ((q, k, v), {"out_scale": one.half()}, TypeError, "out_scale has dtype torch.float16"),
+        ):
+            with pytest.raises(error, match=message):
+                attention_quantized(*arguments, **options, implementation=implementation)
 
 
 def test_op_contract(device):
