@@ -128,14 +128,15 @@ class Options:
 
     def implementations(self, op: str, others: tuple[str, ...], backward: bool) -> tuple[str, ...]:
         """What races: ours, PyTorch and compiled PyTorch; forward, the operation's others too."""
-        if not backward and self.quick and op in EIGHT_BITS:  # ten cases: nothing to compile
-            return ("eager", "fused")
+        quick = ("eager", "fused")  # compiling takes seconds: that of one operation
         if not backward:
-            return (*IMPLEMENTATIONS, *others)
+            if not self.quick or op == "layer_norm":
+                return (*IMPLEMENTATIONS, *others)
+            return quick if op in EIGHT_BITS else (*quick, *others)  # ten cases
         if op in NO_BACKWARD:
             return ()
-        if self.quick:  # one operation, nothing to compile
-            return ("eager", "fused") if op == "layer_norm" else ()
+        if self.quick:
+            return quick if op == "layer_norm" else ()
         return IMPLEMENTATIONS
 
     def kernel_networks(self) -> list[str]:

@@ -80,6 +80,7 @@ WINDOW_ATTENTION = [
     {"B": 2, "Y": 14, "X": 7, "H": 2, "window": 7},
     {"B": 1, "Y": 14, "X": 14, "H": 1, "window": 14},  # the whole map
     {"B": 1, "Y": 12, "X": 12, "H": 1, "window": 12},
+    {"B": 1, "Y": 9, "X": 9, "H": 1, "window": 9},
     {"B": 2, "Y": 8, "X": 12, "H": 2, "window": 4},
     {"B": 1, "Y": 3, "X": 6, "H": 2, "window": 3},
     {"B": 0, "Y": 7, "X": 7, "H": 2, "window": 7},

@@ -51,7 +51,7 @@ ROWS = [  # Table 3: label, runs, head of the test, DeiT-Ti's top-1 in the paper
     ("distillation token: both", "token", "joint", 74.5),
 ]
 TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
-QUICK = "--count 3000 --epochs 4 --batch 32 --lr 2e-3".split()
+QUICK = "--count 2000 --epochs 4 --batch 32 --lr 2e-3".split()
 
 
 def main():
@@ -134,8 +134,12 @@ def collect(args, seeds):
     shown = args.work / "analysis"
     models = [f"{name}/model" for name in ("teacher", "none-0", "token-0")]  # as the plots say
     where = [args.data, "--split", "validation", "--workers", "0", "--out", str(shown)]
-    run(["deit-fast", "analyse", "disagreement", *where, "--models", *models], cwd=args.work)
-    run(["deit-fast", "analyse", "tokens", *where, "--model", models[-1]], cwd=args.work)
+    analyses = (
+        ["disagreement", *where, "--models", *models], ["tokens", *where, "--model", models[-1]]
+    )  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        commands = [["deit-fast", "analyse", *analysis] for analysis in analyses]
+        list(pool.map(lambda command: run(command, cwd=args.work), commands))
     for name in ("disagreement", "tokens"):
         shutil.copy(shown / f"{name}.png", args.docs / f"fashion_mnist_{name}.png")
     pairs = json.loads((shown / "disagreement.json").read_text())

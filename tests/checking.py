@@ -1,5 +1,6 @@
 """The yardstick of every numerical test: relative error against fp64, next to PyTorch's own."""
 
+import interpreting  # noqa: F401
 import pytest
 import torch
 
@@ -77,10 +78,15 @@ def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
             assert_as_accurate(got[name], torchs[name], true, name, factor)
 
 
-def check_compiles(fn, leaves):
-    """fn(*leaves) and its gradients are the same in one compiled graph."""
+# All that torch.compile does to a graph, and no C++ compiler, which takes most of the time on a CPU
+NO_CODE = "aot_eager_decomp_partition"
+
+
+def check_compiles(fn, leaves, backend=NO_CODE):
+    """fn(*leaves) and its gradients are the same in one compiled graph. The whole models go through
+    Inductor (tests/layers)."""
     leaves = [t.requires_grad_() for t in leaves]
-    out, compiled = fn(*leaves), torch.compile(fn, fullgraph=True)(*leaves)
+    out, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend=backend)(*leaves)
     torch.testing.assert_close(compiled, out)
     upstream = torch.randn_like(out)
     torch.testing.assert_close(

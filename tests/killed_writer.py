@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from small_runs import ended
 
 from deit_fast.distill import recipe
 from deit_fast.distill.store import write
@@ -28,10 +29,6 @@ def size(store):
     with contextlib.suppress(FileNotFoundError):  # renamed just now
         return sum(path.stat().st_size for path in Path(store).glob("epoch-*"))
     return 0
-
-
-def ended(child):
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def main(data, teacher, store, kills, seed):

@@ -73,14 +73,23 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-KILLED = {"recipe_of": {"epochs": 40}, "save_every": 1}  # longer than the kills leave time for
+KILLED = {"recipe_of": {"epochs": 20}, "save_every": 1}  # longer than the kills leave time for
+
+
+def ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def kill_again_and_again(data, out, kills, seed):
-    """Start the run, kill it after a random time, as often as asked; then let it finish. Prints
-    each exit code and how far the checkpoint was."""
+    """Start the run, kill it a random time after it has saved something new, as often as asked;
+    then let it finish. Prints each exit code and how far the checkpoint was."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
+    path = Path(out, "checkpoint.pt")
     for kill in (*[True] * kills, False):
         child = os.fork()  # spares the seconds of importing
         if child == 0:
@@ -91,10 +100,12 @@ def kill_again_and_again(data, out, kills, seed):
                 print(repr(error), flush=True)
                 os._exit(1)
         if kill:
-            time.sleep(draw.uniform(0.2, 0.8))
+            before = written(path)
+            while written(path) == before and not ended(child):
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        path = Path(out, "checkpoint.pt")
         state = checkpoints.load(path) if path.exists() else {"epoch": 0, "update": 0}
         print(code, state["epoch"], state["update"], flush=True)
 

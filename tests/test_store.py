@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import zlib
 from pathlib import Path
 
+import forked
 import killed_writer
 import numpy as np
 import pytest
@@ -427,8 +429,8 @@ def test_a_header_that_a_power_failure_left_empty(size, data, net, whole, copy):
 
 
 def test_torchrun(data, net, whole, tmp_path):
-    """Two processes write what one does, each its half, and train as one does."""
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    """Two processes write what one does, each its half, and train as one does. They have the
+    variables that torchrun gives them; tests/test_train.py has torchrun itself."""
     two = tmp_path / "two"
     write_two = ["distill-store", "write", str(data), str(two), "--teacher", str(net), "--workers"]
     write_two += ["0", "--epochs", "2", "--k", "2", "--batch", "6", "--img-size", "16"]
@@ -438,11 +440,14 @@ def test_torchrun(data, net, whole, tmp_path):
     train[train.index("--repeated-aug") : train.index("--repeated-aug") + 2] = []
 
     def started(command):
-        ended = subprocess.run(
-            [*ranks, "-m", "deit_fast", *command], capture_output=True, text=True, timeout=300
-        )
-        assert ended.returncode == 0, ended.stderr
-        return ended.stderr
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        envs = [os.environ | place | {"RANK": n, "LOCAL_RANK": n} for n in "01"]
+        ended = forked.run(*[["deit_fast", *command]] * 2, envs=envs)
+        assert [done.returncode for done in ended] == [0, 0], ended
+        return "".join(done.stderr for done in ended)
 
     started(write_two)
     torn = two / "epoch-0001-rank-1-of-2.records"

@@ -4,9 +4,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import jsonschema
 import pytest
 import timm
@@ -31,10 +31,8 @@ LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--w
 def bench(out, *args):
     drop = ("TRITON_INTERPRET", "PYTEST_")  # what the tests and xdist set
     env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--out", out, *args],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["pytest", "-q", "--benchmark-only", "--out", out, *args]
+    return forked.run(command, cwd=ROOT, envs=[env])[0]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ A process of its own, because Ray leaves threads of its own, and no handler for 
 has used it.
 """
 
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -17,12 +16,8 @@ from deit_fast.integrations.ray import classify
 
 
 def main(folder, empty, out):
-    # workers import what this process imports
-    environment = {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
-    ray.init(
-        num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False,
-        runtime_env=environment,
-    )  # fmt: skip
+    # two decoders at most: each worker imports PyTorch and timm
+    ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     model, found = tiny_pair()[1], {}
     for embed in (False, True):
