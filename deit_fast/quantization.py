@@ -75,8 +75,8 @@ def quantize(
     proj are; q, k and v have one scale.
 
     The weights are buffers from then on, `weight` in eight bits and `weight_scale`, with
-    `input_scale` and `output_scale` where there is one scale for all; all are in the `state_dict`. What they were stays in the host's
-    memory for `restore`.
+    `input_scale` and `output_scale` where there is one scale for all; all are in the `state_dict`.
+    What they were stays in the host's memory for `restore`.
 
     Raises ValueError for names, images and models that do not fit, TypeError for other dtypes,
     RuntimeError where the model's chip has no such numbers. Nothing is changed if it raises.

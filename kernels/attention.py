@@ -549,8 +549,8 @@ def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False, in_s
         if config["RESIDENT"]:
             keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L, least), strict=True))
             _attention_resident_kernel[(B * H,)](
-                q, k, v, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L, HEAD_DIM=d,
-                BY_HEAD=by_head, **keys, **options,
+                q, k, v, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
+                HEAD_DIM=d, BY_HEAD=by_head, **keys, **options,
             )  # fmt: skip
         else:
             _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](

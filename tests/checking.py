@@ -1,6 +1,5 @@
 """The yardstick of every numerical test: relative error against fp64, next to PyTorch's own."""
 
-import interpreting  # noqa: F401
 import pytest
 import torch
 

@@ -4,7 +4,9 @@ first kernel is decorated."""
 import os
 import tempfile
 
-import numpy as np
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the interpreter's products, before numpy is there
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -19,28 +21,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait f
     os.environ["OMP_NUM_THREADS"] = str(threads)  # and so do the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
-
-# not before the interpreter is chosen
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-_convert = interpreter._convert_float
-
-
-def _convert_float(data, source, target, rounding):
-    """The interpreter's conversion to e4m3 loses the carry into the exponent (127 becomes 64),
-    subnormal numbers and NaN. PyTorch's is right, and saturates no more than the interpreter's."""
-    if tl.float8e4nv not in (source, target):
-        return _convert(data, source, target, rounding)
-    data = torch.from_numpy(np.array(data))
-    data = data.view(torch.float8_e4m3fn) if source == tl.float8e4nv else data
-    if target == tl.float8e4nv:
-        return data.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    data = data.to({tl.float32: torch.float32, tl.float16: torch.float16}[target]).numpy()
-    return data.view(f"uint{8 * data.itemsize}")
-
-
-interpreter._convert_float = _convert_float
+import interpreting  # noqa: E402, F401  (not before the interpreter is chosen)
 
 
 def pytest_collection_modifyitems(items):
