@@ -507,12 +507,13 @@ def _attention_case(arch, config, shape, signature, of, moved, by_head=False):
     signature = signature | {"scale": "fp32"} | dict.fromkeys((*strides, "B", "N", "H"), "i32")
     kind, constexprs = "", {"L": L, "HEAD_DIM": d, "BY_HEAD": by_head}
     meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
+    least = module.LEAST_KEYS[signature["q_ptr"].itemsize]
     if config["RESIDENT"]:
         kind = "resident_"
-        meta |= zip(("KEYS_0", "KEYS_1", "KEYS_2"), module.pieces(L), strict=True)
+        meta |= zip(("KEYS_0", "KEYS_1", "KEYS_2"), module.pieces(L, least), strict=True)
     else:
         block = config["BLOCK_N"]
-        meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block)}
+        meta |= {"BLOCK_N": block, "BLOCK_TAIL": module.tail(L, block, least)}
     sizes = f"{config['BLOCK_M']} w{config['num_warps']} s{config['num_stages']}"
     return Case(
         "attention", f"{kind[:-1]} N = {N}, L = {L}, {sizes}{of}".strip(),
@@ -538,6 +539,16 @@ def _attention_quantized(arch, dtype):
                 arch, config, (N, L, H, d), signature, f", quantized, {FORMAT[dtype]}",
                 BATCH * H * (d * (4 * L + 3 * N) + 4 * N), dtype == INT8,
             )  # fmt: skip
+    if dtype == INT8:
+        return
+    # and with its operands so
+    for N, L, d in ((198, 198, 64), (578, 578, 64), (2, 198, 64), (257, 257, 80), (50, 50, 32)):
+        signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+        signature |= dict.fromkeys(("scales_ptr", "in_scale_ptr"), FP32)
+        yield _attention_case(
+            arch, module.meta(N, L, d, dtype), (N, L, H, d), signature, f", d = {d}, all in fp8",
+            BATCH * H * d * 2 * (N + L),
+        )  # fmt: skip
 
 
 def _attention_backward(arch):

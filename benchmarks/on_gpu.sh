@@ -61,7 +61,7 @@ fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
 vits=transformer convnets=convnet one=()
 quantized="DeiT-B distilled,DeiT-B-384 distilled,DeiT-S distilled"
-eight="deit_fast_bf16,deit_fast_fp8,deit_fast_engine_fp8,torchao_fp8_compile deit_fast_int8,eager_bf16"
+eight="deit_fast_bf16,deit_fast_fp8,deit_fast_engine_fp8,torchao_fp8_compile deit_fast_int8,deit_fast_fp8_attention,eager_bf16"
 if [ "$gpu" = 0 ]; then
     deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
     quantized=$deits eight=deit_fast_fp8,torchao_fp8_compile,deit_fast_int8

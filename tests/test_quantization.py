@@ -15,7 +15,13 @@ from modelling import TINY, images, randomize, tiny_pair
 
 import deit_fast
 from deit_fast.kernels import _runtime
-from deit_fast.kernels.quantize import LIMITS, Quantized, dequantize, quantize_reference
+from deit_fast.kernels.quantize import (
+    LIMITS,
+    Quantized,
+    dequantize,
+    quantize_reference,
+    quantize_statically_reference,
+)
 from deit_fast.layers import Attention
 from deit_fast.layers.quantized import QuantizedLinear, undo
 from deit_fast.quantization import quantized_layers
@@ -38,7 +44,12 @@ def simulated(reference, fast):
     the definition alone; scales that are given are those of `fast`."""
     model = copy.deepcopy(reference)
     for name, format in quantized_layers(fast).items():
-        linear, scale = model.get_submodule(name), fast.get_submodule(name).input_scale
+        linear, ours = model.get_submodule(name), fast.get_submodule(name)
+        scale, output = ours.input_scale, ours.output_scale
+        if output is not None:
+            linear.register_forward_hook(
+                lambda module, args, y, s=output: dequantize(quantize_statically_reference(y, s))
+            )
         linear.weight.data = dequantize(quantize_reference(linear.weight.data, format))
         width = {"proj": fast.blocks[0].attn.head_dim, "fc2": 64}.get(name.rsplit(".")[-1])
         if name.endswith("fc2") and name.replace("fc2", "fc1") not in quantized_layers(fast):
@@ -70,7 +81,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("format", ["fp8", "calibrated fp8", "int8"])
+@pytest.mark.parametrize(
+    "format", ["fp8", "calibrated fp8", "attention fp8", "attention calibrated fp8", "int8"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_the_definition(variant, format):
     """Closer by far to a model rounded layer by layer than either is to the unrounded one. What is
@@ -78,11 +91,15 @@ def test_logits_are_those_of_the_definition(variant, format):
     x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     options = dict(VARIANTS[variant])
     exclude = options.pop("exclude", ())
-    calibration = x if format == "calibrated fp8" else None
+    calibration = x if "calibrated" in format else None
     reference, fast = tiny_pair("torch", **options)
     for model in (reference, fast):
         model.blocks[1].attn.scale, model.blocks[1].attn.fused_attn = 0.3, False
-    deit_fast.quantize(fast, format[-4:].strip(), calibration, exclude)
+    attention = "attention" in format
+    deit_fast.quantize(fast, format.split()[-1], calibration, exclude, attention)
+    assert [b.attn._output() != {} for b in fast.blocks] == [
+        attention and not any(f"blocks.{i}.attn" in p for p in exclude) for i in (0, 1)
+    ]
     left = {n for n in LAYERS for p in exclude if fnmatch.fnmatchcase(n, p)}
     assert quantized_layers(fast).keys() == set(LAYERS) - left
     want = logits(simulated(reference, fast), x)
@@ -96,11 +113,13 @@ def test_logits_are_those_of_the_definition(variant, format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("format", ["fp8", "attention fp8", "int8"])
 def test_kernels_serve_the_model(format, dtype, device):
     """Triton and PyTorch agree as far as rounding to the neighbour lets them; fp16 is rounded more
-    often."""
-    _, fast = quantized_pair(format, "triton", img_size=32)
+    often, and softmax in fp8 by the kernel alone."""
+    attention = "attention" in format
+    _, fast = tiny_pair("triton", img_size=32)
+    deit_fast.quantize(fast, format.split()[-1], attention=attention)
     x = images(fast).to(device, dtype)
     fast.to(device, dtype)
     got = logits(fast, x)
@@ -110,7 +129,8 @@ def test_kernels_serve_the_model(format, dtype, device):
     exact = logits(fast, x)
     assert got.dtype == dtype
     rounding = relative_error(want, exact)
-    assert relative_error(got, want) < rounding / (2 if dtype == torch.float32 else 1) < 0.2
+    exactly = dtype == torch.float32 and not attention
+    assert relative_error(got, want) < rounding / (2 if exactly else 1) < 0.2
     assert relative_error(got, exact) < 1.25 * rounding
 
 
@@ -228,11 +248,12 @@ def test_weights_of_another_format_are_refused():
         deit_fast.create_model("deit_tiny_distilled_patch16_224", **TINY).load_state_dict(before)
 
 
-@pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_folders(format, tmp_path):
+@pytest.mark.parametrize("format, attention", [("fp8", False), ("fp8", True), ("int8", False)])
+def test_folders(format, attention, tmp_path):
     torch.manual_seed(0)
     model = deit_fast.create_model("deit_tiny_distilled_patch16_224", backend="torch", **TINY)
-    deit_fast.quantize(randomize(model).eval().half(), format, exclude="blocks.0.attn.*")
+    randomize(model).eval().half()
+    deit_fast.quantize(model, format, exclude="blocks.0.attn.*", attention=attention)
     deit_fast.save_pretrained(model, tmp_path)
     again = deit_fast.from_pretrained(tmp_path, backend="torch").eval()
     assert quantized_layers(again) == quantized_layers(model)
@@ -295,8 +316,9 @@ def test_the_bound_is_never_reached(monkeypatch):
         linear.weight.data += 0.1
     block.attn.qkv.bias.data -= 3
     undone = copy.deepcopy(block)
-    deit_fast.quantize(fast, "fp8")
+    deit_fast.quantize(fast, "fp8", attention=True)
     for part, norm, linear in (
+        ("qkv", undone.norm1, undone.attn.qkv),
         ("proj", undone.norm1, undone.attn.qkv),
         ("fc2", undone.norm2, undone.mlp.fc1),
     ):
@@ -312,8 +334,11 @@ def test_the_bound_is_never_reached(monkeypatch):
             1e3 * rows, (D,), norm.weight.double(), norm.bias.double(), norm.eps
         )
         reached = normed @ weight.t().double() + bias.double()
-        reached = (reached.abs() if part == "proj" else reached).max()
-        scale = (block.attn.proj if part == "proj" else block.mlp.fc2).input_scale.item()
+        reached = (reached if part == "fc2" else reached.abs()).max()
+        scale = {
+            "qkv": block.attn.qkv.output_scale, "proj": block.attn.proj.input_scale,
+            "fc2": block.mlp.fc2.input_scale,
+        }[part].item()  # fmt: skip
         assert 1.2 < LIMITS[FP8] * scale / reached < 1.3, part
 
 
@@ -386,6 +411,7 @@ def test_models_and_names_that_do_not_fit():
         (fast, {"exclude": "blocks.2.*"}, ValueError, r"'blocks.2.\*' is none of the layers"),
         (fast, {"exclude": "*"}, ValueError, "no layer is left"),
         (fast, {"format": "int8", "calibration": [1]}, ValueError, "int8 has a scale for each row"),
+        (fast, {"format": "int8", "attention": True}, ValueError, "int8 has no such products"),
         (copy.deepcopy(fast).double(), {}, TypeError, "torch.float64, want float32"),
     ):
         with pytest.raises(error, match=message):

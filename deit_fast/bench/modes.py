@@ -31,6 +31,7 @@ class Mode:
     engine: bool = False  # through InferenceEngine: a CUDA graph, as max-autotune has its own
     train: bool = False  # forward + backward; an optimiser where the protocol has one
     eight_bits: str | None = None  # "fp8" or "int8": the products of every Block
+    attention: bool = False  # those of attention too
     torchao: bool = False  # which quantises, instead of deit_fast
 
     @property
@@ -99,6 +100,7 @@ _FORWARD = (
     Mode("deit_fast_fp8", BF16, fast=True, eight_bits="fp8"),
     Mode("deit_fast_int8", BF16, fast=True, eight_bits="int8"),
     Mode("deit_fast_engine_fp8", BF16, fast=True, engine=True, eight_bits="fp8"),
+    Mode("deit_fast_fp8_attention", BF16, fast=True, eight_bits="fp8", attention=True),
     # CUDA graphs and tuned products: the most that torch.compile makes of it
     Mode("torchao_fp8_compile", BF16, compile="max-autotune", eight_bits="fp8", torchao=True),
 )

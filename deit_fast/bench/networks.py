@@ -377,7 +377,8 @@ class Step:
         if mode.torchao:
             self.left = _quantize_by_torchao(self.model)
         elif mode.eight_bits:  # scales from the bound: measured ones take the same time
-            self.left = _left(deit_fast.quantize(self.model, mode.eight_bits))
+            report = deit_fast.quantize(self.model, mode.eight_bits, attention=mode.attention)
+            self.left = _left(report)
         self.forward: Callable = self.model
         self.captured = bool(mode.compile) and compiled
         if self.captured:

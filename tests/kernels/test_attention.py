@@ -4,7 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+from checking import (
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    assert_as_accurate,
+    check,
+    check_compiles,
+    relative_error,
+)
 
 from deit_fast.kernels import (
     _tuned,
@@ -30,7 +38,7 @@ from deit_fast.kernels.attention import (
     pieces,
 )
 from deit_fast.kernels.cases import attention_inputs as make_inputs
-from deit_fast.kernels.quantize import FORMATS
+from deit_fast.kernels.quantize import FORMATS, round_reference
 
 # a scale for each row of each head, or one for all
 QUANTIZED = pytest.mark.parametrize(
@@ -308,10 +316,10 @@ def test_quantized_saturates_at_the_scale_given(device):
 def test_quantized_op_contract(format, out_scale, device):
     q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
     scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
-    torch.library.opcheck(_fwd_quantized.op, (q, k, v, 0.2, FORMATS[format], scale))
+    torch.library.opcheck(_fwd_quantized.op, (q, k, v, 0.2, FORMATS[format], scale, None))
 
     def f(q, k, v):
-        made = attention_quantized(q.cos(), k, v, None, format, scale, "triton")
+        made = attention_quantized(q.cos(), k, v, None, format, scale, implementation="triton")
         return dequantize(made).sin()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -322,6 +330,75 @@ def test_quantized_op_contract(format, out_scale, device):
     )  # fmt: skip
     assert made.values.is_meta and made.values.shape == (1, 5, 64)
     assert made.scales.shape == ((2, 5) if scale is None else (1, 1))
+
+
+def in_fp8(case, device, scale=0.02):
+    """q, k and v as values in e4m3, and their scale."""
+    inputs = make_inputs(**case, packed=True, device=device)
+    values = {name: round_reference(t / scale, FORMATS["fp8"]) for name, t in inputs.items()}
+    return values, torch.full((1, 1), scale, device=device)
+
+
+@pytest.mark.parametrize("out_scale", [None, 0.02])
+@pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
+def test_products_in_fp8(case, out_scale, device):
+    """Of the numbers of softmax and of the result each is rounded by 2^-4 of itself at most, 0.026
+    in the mean; a tenth more than both is allowed."""
+    values, scale = in_fp8(case, device)
+    given = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
+    exact = attention_reference(*(t.double() * 0.02 for t in values.values()), scale=0.3).flatten(2)
+    for implementation, allowed in (("triton", 0.041), ("torch", 0.03)):
+        o = attention_quantized(
+            **values, scale=0.3, in_scale=scale, out_scale=given, implementation=implementation
+        )
+        assert o.values.shape == exact.shape and o.values.dtype == FORMATS["fp8"]
+        assert relative_error(dequantize(o), exact) < allowed
+
+
+def test_products_in_fp8_with_gaps_nan_and_small_weights(device):
+    """A softmax that is far from even keeps what its small numbers add: a thousandth of the largest
+    is still one of e4m3's normal numbers, 256 times."""
+    case = {"B": 1, "H": 2, "N": 9, "L": 90, "d": 32}
+    values, scale = in_fp8(case, device)
+    call = partial(attention_quantized, in_scale=scale, implementation="triton")
+    clean = call(**values)
+    gaps = {k: t.transpose(1, 2).contiguous().transpose(1, 2) for k, t in values.items()}
+    assert torch.equal(call(**gaps).values.float(), clean.values.float())
+    values["q"][0, 4, 1, 3] = torch.nan
+    hit = torch.zeros(1, 9, 2, 32, dtype=bool, device=device)
+    hit[0, 4, 1] = True
+    assert torch.equal(dequantize(call(**values)).isnan(), hit.flatten(2))
+    q, k, v = (torch.zeros(1, 90, 1, 32, device=device) for _ in range(3))
+    q[..., 0], k[:, 1:, :, 0], v[:, 1:] = 1.0, -1.0, 100.0  # the first key outweighs the others
+    values = [round_reference(t, FORMATS["fp8"]) for t in (q, k, v)]
+    one = torch.ones(1, 1, device=device)
+    o = attention_quantized(*values, scale=3.5, in_scale=one, implementation="triton")
+    exact = attention_reference(*(t.double() for t in values), scale=3.5).flatten(2)
+    assert 5 < exact.min() and relative_error(dequantize(o), exact) < 0.07
+
+
+def test_products_in_fp8_that_do_not_fit(device):
+    values, scale = in_fp8({"B": 1, "H": 2, "N": 5, "L": 7, "d": 32}, device)
+    halves = {name: t.half() for name, t in values.items()}
+    for inputs, options, error, message in (
+        (values, {}, TypeError, "q has dtype torch.float8_e4m3fn, want"),
+        (halves, {"in_scale": scale}, TypeError, "in_scale with a q of torch.float16"),
+        (values, {"in_scale": scale, "format": "int8"}, TypeError, "format 'int8', want"),
+        (values, {"in_scale": scale[0]}, ValueError, r"in_scale has shape \(1,\)"),
+        (values, {"in_scale": scale, "scale": -1.0}, ValueError, "scale -1.0 with in_scale"),
+        (values | {"k": halves["k"]}, {"in_scale": scale}, TypeError, "k has dtype torch.float16"),
+    ):
+        for implementation in ("triton", "torch"):
+            with pytest.raises(error, match=message):
+                attention_quantized(**inputs, **options, implementation=implementation)
+    with torch.autocast(device, FP16):  # what is in eight bits stays
+        o = attention_quantized(**values, in_scale=scale, implementation="triton")
+    plain = attention_quantized(**values, in_scale=scale, implementation="triton")
+    assert torch.equal(o.values.float(), plain.values.float())
+    torch.library.opcheck(
+        _fwd_quantized.op, (*values.values(), 0.2, FORMATS["fp8"], None, scale),
+        test_utils=("test_faketensor", "test_autograd_registration"),  # PyTorch multiplies no e4m3
+    )  # fmt: skip
 
 
 def test_quantized_bad_input_is_named():
