@@ -7,7 +7,15 @@ import pytest
 import torch
 from checking import FP32, ROW_DTYPES
 
-from deit_fast.kernels import Quantized, _runtime, cases, dequantize, quantize, quantize_reference
+from deit_fast.kernels import (
+    Quantized,
+    _runtime,
+    attention_quantized,
+    cases,
+    dequantize,
+    quantize,
+    quantize_reference,
+)
 from deit_fast.kernels._runtime import Chip, pretend
 from deit_fast.kernels.cases import quantize_inputs as make_inputs
 from deit_fast.kernels.quantize import (
@@ -133,11 +141,17 @@ def test_one_huge_outlier_costs_its_own_part_only(format, implementation, device
     assert not q.values[2, 64:100].float().any()
 
 
-def test_what_one_scale_cannot_hold_saturates():
-    x = torch.tensor([[1e9, -1e9, torch.inf, 449.0, 448.0, 3.0, torch.nan]])
-    q = quantize_statically_reference(x, torch.tensor([[0.5]]))
-    assert dequantize(q)[0, :6].tolist() == [224.0, -224.0, 224.0, 224.0, 224.0, 3.0]
-    assert dequantize(q)[0, 6].isnan()
+def test_what_one_scale_cannot_hold_saturates(device):
+    """But for infinity, which is no number. By the kernel: values of attention with one key."""
+    x = torch.tensor([1e9, -1e9, 449.0, 448.0, 3.0, torch.inf, -torch.inf, torch.nan] * 4)
+    scale = torch.tensor([[0.5]], device=device)
+    v = x.to(device).view(1, 1, 1, 32)
+    by_kernel = attention_quantized(
+        v.nan_to_num(0, 0, 0), torch.zeros_like(v), v, out_scale=scale, implementation="triton"
+    )
+    for q in (quantize_statically_reference(v.view(1, 32), scale), by_kernel):
+        found = dequantize(q).view(4, 8)[0]
+        assert found[:5].tolist() == [224.0, -224.0, 224.0, 224.0, 3.0] and found[5:].isnan().all()
 
 
 @FORMAT

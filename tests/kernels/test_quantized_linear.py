@@ -173,7 +173,7 @@ def test_rule():
     wide, narrow, small, *_ = HOPPER_CONFIGS
     assert [block_k(narrow, width) for width in (64, 32, 96, 256)] == [64, 32, 32, 128]
     for config in HOPPER_CONFIGS:
-        without = _without_tma(config)
+        without = _without_tma(config, HOPPER_CONFIGS)
         assert without in HOPPER_CONFIGS and not without["TMA"]
         assert without["BLOCK_N"] == min(config["BLOCK_N"], 128)
 
