@@ -5,13 +5,14 @@
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
 # ceilings          copy bandwidth and the best matrix products
 # tune              which implementation and tiles serve DeiT's shapes best: cache/tuned/<chip>.json
-# kernels           every operation on DeiT's shapes, predicted and measured; then with its gradients
+# kernels           every operation on DeiT's shapes but those in eight bits, predicted and measured; then with its
+#                   gradients
 # table5-deit       DeiT and ViT in every forward mode, then by the paper's protocol
 # table5-convnets   the convolutional networks, eager first, then compiled
 # relatives         ViT, DeiT-III, CaiT and TinyViT in the modes that matter most
 # latency           batch 1, 8, 32; and 256 from pinned host memory
 # eight-bits        DeiT-S, B and B-384 at batch 256 in fp8 and int8, beside our bf16 and torchao's fp8 where it is
-#                   installed (where not, its rows say so)
+#                   installed (where not, its rows say so); then the operations in eight bits
 # train             forward + backward, and the full step with AdamW, batch 64 and 256
 # Results and logs go to ${OUT:-benchmarks/results}. A stage run again goes on where it stopped: rows
 # that this build has measured on this chip are kept. Without a GPU every stage runs in little.
@@ -60,11 +61,12 @@ forward=eager_fp32,eager_tf32,eager_amp_fp16,eager_fp16,eager_bf16
 fast=deit_fast_fp32,deit_fast_fp16,deit_fast_bf16,deit_fast_engine_bf16
 compiled=compile_bf16,compile_max_autotune_bf16
 vits=transformer convnets=convnet one=()
-quantized="DeiT-B distilled,DeiT-B-384 distilled,DeiT-S distilled"
-eight="deit_fast_bf16,deit_fast_fp8,deit_fast_engine_fp8,torchao_fp8_compile deit_fast_int8,deit_fast_fp8_attention,eager_bf16"
+quantized=("DeiT-B distilled" "DeiT-B-384 distilled" "DeiT-S distilled")
+eight="deit_fast_bf16,deit_fast_fp8,deit_fast_engine_bf16,deit_fast_engine_fp8,torchao_fp8_compile"
+eight="$eight deit_fast_int8,deit_fast_fp8_attention,eager_bf16"
 if [ "$gpu" = 0 ]; then
     deits="DeiT-Ti distilled" vits="DeiT-Ti distilled" convnets=ResNet-18
-    quantized=$deits eight=deit_fast_fp8,torchao_fp8_compile,deit_fast_int8
+    quantized=("$deits") eight=deit_fast_fp8,torchao_fp8_compile,deit_fast_int8
     one=(--rows TinyViT-5M)
     forward=eager_fp32 fast=deit_fast_fp32 compiled=compile_bf16
 fi
@@ -85,11 +87,15 @@ run_stage() {
         fi
         # Real allocations, so that the tool sees the true bounds; compile first, it slows all.
         local tests='no_less_accurate or every_configuration or test_layer_norm or test_add_layer_norm'
+        # those in eight bits: their names have no dtype, or one of several
+        local quantized_tests='test_round_trip and float16 or test_result_in_eight_bits'
+        quantized_tests="$quantized_tests or test_one_scale_for_all_of_x or test_quantized_in_every"
+        quantized_tests="$quantized_tests or test_products_in_fp8 or test_what_the_rule_takes"
         for tool in memcheck initcheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
                 "$python" -m pytest -q -x tests/kernels \
-                -k "($tests or test_two_heads) and float16" 2>&1 |
+                -k "($tests or test_two_heads) and float16 or $quantized_tests" 2>&1 |
                 tee "$out/sanitize-$tool.log" || failed=1
         done
         ;;
@@ -111,7 +117,7 @@ run_stage() {
         for ways in "not backward" backward; do # forward first
             bench benchmarks/bench_{layer_norm,linear,layer_norm_linear,attention,layer_norm_attention}.py \
                 benchmarks/bench_{patch_embed,layer_norm_mlp,classifier,distillation_loss,sparse_cross_entropy}.py \
-                benchmarks/bench_{talking_heads,window_attention,conv_norm,quantize,quantized_linear}.py \
+                benchmarks/bench_{talking_heads,window_attention,conv_norm}.py \
                 --rows "$deits,DeiT-B-384 distilled" --against-playbook -k "$ways"
         done
         ;;
@@ -139,8 +145,12 @@ run_stage() {
         ;;
     eight-bits)
         for modes in $eight; do # those that the marks are about first
-            bench benchmarks/bench_table5.py --rows "$quantized" --protocols batch --modes "$modes"
+            for network in "${quantized[@]}"; do # a call for each: --rows are in the table's order
+                bench benchmarks/bench_table5.py --rows "$network" --protocols batch --modes "$modes"
+            done
         done
+        bench benchmarks/bench_*quantize*.py --rows "$deits,DeiT-B-384 distilled" \
+            --against-playbook -k "not backward"
         ;;
     train)
         for modes in $marked $train; do # those that the marks are about first

@@ -6,6 +6,7 @@ from string import Template
 
 from benchmarks.measured import (
     EIGHT_BITS,
+    NOT_ALIKE,
     OURS,
     RIVAL,
     WORK,
@@ -213,23 +214,21 @@ def _batch_table(chip):
 
 
 def _eight_bits_table(chip):
-    rows = []
+    rows, headings = [], []
     for e in ENTRIES:
         found = EightBits.of(chip, e)
         if found is None:
             continue
-        batch = next(r.batch for r in found.rows.values() if r)
-        times = [_number(x, "{:.2f}") for x in found.ratios.values()]
-        times.insert(1, _text(found.mark))
-        rows.append([
-            _text(e.network), _number(batch, "{}"), *map(_speed, found.rows.values()), *times,
-            _text(found.race),
-        ])  # fmt: skip
-    headings = [
-        "network", "batch", *EIGHT_BITS.values(), "fp8 / bf16", "wanted of an H200", "int8 / bf16",
-        "fp8 / torchao", "engine fp8 / torchao", "wanted: over 1",
-    ]  # fmt: skip
-    caption = "images/s: median; the products of every Block in eight bits, the rest in bf16"
+        verdicts = [
+            _text(x) if isinstance(x, str) else _number(x, "{:.2f}") for _, x in found.verdicts
+        ]  # fmt: skip
+        speeds = map(_speed, found.rows.values())
+        rows.append([_text(e.network), _number(found.base.batch, "{}"), *speeds, *verdicts])
+        headings = ["network", "batch", *EIGHT_BITS.values(), *[name for name, _ in found.verdicts]]
+    caption = (
+        "images/s: median; the products of every Block in eight bits, the rest in bf16. Not "
+        f"alike: {NOT_ALIKE}"
+    )
     return _table(caption, headings, rows) if rows else ""
 
 
@@ -273,7 +272,7 @@ def _by_batch(chip, protocol, caption, cell):
         batches = {r.batch for r in chip.models if (r.timm_name, r.image_size) == e.measured_as}
         for batch in sorted(batches):
             found = [chip.row(e, mode, protocol, batch) for mode in modes]
-            if any(found):
+            if any(row and row.status != "unavailable" for row in found):
                 rows.append([_text(e.network), _number(batch, "{}"), *map(cell, found)])
     return _table(caption, ["network", "batch", *modes], rows) if rows else ""
 

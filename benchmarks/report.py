@@ -9,7 +9,17 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.measured import EIGHT_BITS, OURS, RIVAL, WORK, Chip, EightBits, mark, ratio
+from benchmarks.measured import (
+    EIGHT_BITS,
+    NOT_ALIKE,
+    OURS,
+    RIVAL,
+    WORK,
+    Chip,
+    EightBits,
+    mark,
+    ratio,
+)
 from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 from deit_fast.bench.results import CorruptResults
 
@@ -51,9 +61,7 @@ def _readme_table(chip):
         ours = rows["deit_fast bf16"]
         if ours is None or ours.status != "measured" or chip.is_old(ours):
             continue
-        speeds = [
-            f"{r.images_per_s:,.0f}" if ratio(ours, r) else "–" for r in rows.values()
-        ]  # fmt: skip
+        speeds = [_speed(chip, r, ours) for r in rows.values()]
         runs.add(ours.runs)
         engine = rows["deit_fast bf16, engine"]
         times = [
@@ -69,30 +77,28 @@ def _readme_table(chip):
     return _markdown(chip, "images/s", runs, headings, lines)
 
 
+def _speed(chip, row, base):
+    """images/s of a row that `base` can be compared with; else what became of it."""
+    if row and row.status != "measured" and not chip.is_old(row):
+        return row.status
+    return f"{row.images_per_s:,.0f}" if ratio(row, base) else "–"
+
+
 def _eight_bits_table(chip):
-    lines, runs = [], set()
+    lines, runs, headings = [], set(), []
     for entry in distinct([*ENTRIES, *RELATIVES]):
         found = EightBits.of(chip, entry)
-        rows = [found.rows[name] for name in ("fp8", "int8")] if found else []
-        rows = [r for r in rows if r and r.status == "measured" and not chip.is_old(r)]
-        if not rows:
+        if found is None or chip.is_old(found.ours):
             continue
-        ours = rows[0]
-        runs.add(ours.runs)
-        speeds = [
-            f"{r.images_per_s:,.0f}" if ratio(r, ours) else "–" for r in found.rows.values()
-        ]  # fmt: skip
-        times = ["–" if x is None else f"{x:.2f}" for x in found.ratios.values()]
-        times.insert(1, found.mark or "–")
-        cells = [entry.network, str(ours.batch), *speeds, *times, found.race or "–"]
-        lines.append("| " + " | ".join(cells) + " |")
-    headings = [
-        "network", "batch", *EIGHT_BITS, "fp8 / bf16", "wanted of an H200", "int8 / bf16",
-        "fp8 / torchao", "engine fp8 / torchao", "wanted: over 1",
-    ]  # fmt: skip
+        base = found.base
+        runs.add(base.runs)
+        speeds = [_speed(chip, r, base) for r in found.rows.values()]
+        verdicts = [f"{x:.2f}" if isinstance(x, float) else x or "–" for _, x in found.verdicts]
+        lines.append("| " + " | ".join([entry.network, str(base.batch), *speeds, *verdicts]) + " |")
+        headings = ["network", "batch", *EIGHT_BITS, *[name for name, _ in found.verdicts]]
     what = (
         "images/s with the products of every Block in eight bits, the rest in bf16; torchao's "
-        "float8 dynamic quantisation by row under torch.compile"
+        f"float8 dynamic quantisation by row under torch.compile. Not alike: {NOT_ALIKE}"
     )
     return _markdown(chip, what, runs, headings, lines)
 
@@ -107,12 +113,11 @@ def _train_table(chip):
                 if ours is None or ours.status != "measured" or chip.is_old(ours):
                     continue
                 runs.add(ours.runs)
-                shown = [r if ratio(ours, r) else None for r in rows]
-                speeds = [f"{r.images_per_s:,.0f}" if r else "–" for r in shown]
+                speeds = [_speed(chip, r, ours) for r in rows]
                 times = ratio(ours, rival)
                 memory = [
-                    f"{r.peak_memory_gb:.2f}" if r and r.peak_memory_gb is not None else "–"
-                    for r in shown[-2:]
+                    f"{r.peak_memory_gb:.2f}" if ratio(r, ours) and r.peak_memory_gb else "–"
+                    for r in (rival, ours)
                 ]
                 lines.append("| " + " | ".join([
                     entry.network, work, str(batch), *speeds,

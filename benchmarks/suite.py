@@ -1,5 +1,6 @@
 """What the benchmark files share: the options, the open results files, one race of a kernel."""
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -290,10 +291,9 @@ class Suite:
             first = make()
             plain = reference(**first)
             read = first if reads is None else first | reads(first)
-            moved = _bytes(read.values()) + _bytes(plain)
+            moved, precision = _traffic(read, plain, first, dtype, implementation)
             flops = _flops(reference, make(device="meta"))
-            rate = 2 if op in EIGHT_BITS else 1
-            predicted = self._predicted_ms(moved, flops / rate, dtype)
+            predicted = self._predicted_ms(moved, flops, precision)
             figures = {
                 "mode": implementation, "op": op, "network": network, "case": case,
                 "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
@@ -320,10 +320,11 @@ class Suite:
         benchmark.extra_info |= {"bytes": moved, "flops": flops, "device_ms": typical["ms_median"]}
         self.record(benchmark, "kernels", row, times)
 
-    def _predicted_ms(self, moved, flops, dtype):
+    def _predicted_ms(self, moved, flops, precision):
+        """At the measured ceilings; by bytes alone where that of the precision is not known."""
         ceilings = self.ceilings()
         copied = moved / ceilings["copy_tb_per_s"]
-        return max(copied, flops / ceilings[f"{PRECISIONS[dtype]}_tflops"]) / 1e9
+        return max(copied, flops / ceilings.get(f"{precision}_tflops", math.inf)) / 1e9
 
     def _served_by(self, op, inputs):
         if op in EIGHT_BITS:
@@ -386,6 +387,19 @@ def _cast(inputs, dtype):
 def _tensors(values):
     values = values if isinstance(values, torch.Tensor) else list(values)
     return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+def _traffic(read, plain, inputs, dtype, implementation):
+    """(bytes, precision of the products): of the operands as they are given; of "bf16", which does
+    the same on wide ones (`wide_x` for `x`), of those and of a result as wide."""
+    if implementation == "bf16":
+        wide = {name: inputs.get(f"wide_{name}", t) for name, t in read.items()}
+        y = plain.values if isinstance(plain, Quantized) else plain
+        return _bytes(wide.values()) + y.numel() * dtype.itemsize, PRECISIONS[dtype]
+    x = next((inputs[name] for name in ("x", "qkv", "q") if name in inputs), None)
+    given = x.values.dtype if isinstance(x, Quantized) else getattr(x, "dtype", dtype)
+    formats = {of: name for name, of in FORMATS.items()}
+    return _bytes(read.values()) + _bytes(plain), formats.get(given, PRECISIONS[dtype])
 
 
 def _bytes(values):

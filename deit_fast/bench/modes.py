@@ -2,8 +2,9 @@
 with its products in eight bits, ours beside torchao's.
 
 Every mode is what a competent user would write: weights in the dtype of the arithmetic (autocast
-excepted), inference_mode, SDPA free to choose its backend, cudnn.benchmark, channels_last for
-convolutional networks wherever tensor cores take part (NCHW in plain fp32, as the paper had it).
+excepted), inference_mode (torchao's: no_grad), SDPA free to choose its backend, cudnn.benchmark,
+channels_last for convolutional networks wherever tensor cores take part (NCHW in plain fp32, as the
+paper had it).
 """
 
 import difflib

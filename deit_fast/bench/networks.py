@@ -411,7 +411,9 @@ class Step:
         if self.captured:
             torch.compiler.cudagraph_mark_step_begin()
         if not self.mode.train:
-            with torch.inference_mode(), self._autocast():
+            # Float8 tensors of some torchao releases raise under inference_mode: pytorch/ao#3487
+            no_gradients = torch.no_grad if self.mode.torchao else torch.inference_mode
+            with no_gradients(), self._autocast():
                 return self.forward(images)
         logits = self._gradients(images)
         if self.scaler is not None:

@@ -38,7 +38,7 @@ def models(rows: Iterable[ModelRow]) -> Table:
         table.add_row(
             *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",
             f"{(r.ms_p80 - r.ms_p20) / r.ms_median:.1%}", _or_dash(r.peak_memory_gb, "{:.2f}"),
-            _or_dash(r.fraction_of_ceiling, "{:.0%}"), f"{r.relative_error:.0e}",
+            _or_dash(r.fraction_of_ceiling, "{:.0%}"), _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 
@@ -54,7 +54,8 @@ def kernels(rows: Iterable[KernelRow]) -> Table:
             r.op, r.network, r.case, r.mode, r.served_by, f"{r.bytes / 1e6:,.1f}",
             f"{r.flops / 1e9:,.2f}", f"{1e3 * r.predicted_ms:,.1f}",
             f"{measured:,.1f}" if measured else "failed",
-            f"{r.ms_median / r.predicted_ms:.2f}" if measured else "", f"{r.relative_error:.0e}",
+            f"{r.ms_median / r.predicted_ms:.2f}" if measured else "",
+            _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 

@@ -12,9 +12,9 @@ def test_the_modes_are_those_of_the_results_format():
         "eager_fp32", "eager_tf32", "eager_amp_fp16", "eager_fp16", "eager_bf16", "compile_bf16",
         "compile_reduce_overhead_bf16", "compile_max_autotune_bf16", "deit_fast_fp32",
         "deit_fast_fp16", "deit_fast_bf16", "deit_fast_engine_bf16", "deit_fast_fp8",
-        "deit_fast_int8", "deit_fast_engine_fp8", "torchao_fp8_compile",
+        "deit_fast_int8", "deit_fast_engine_fp8", "deit_fast_fp8_attention", "torchao_fp8_compile",
     ]  # fmt: skip
-    without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16", "8", "8_compile")
+    without = ("r_fp16", "t_fp16", "engine_bf16", "overhead_bf16", "8", "8_compile", "8_attention")
     backward = [f"{name}_train" for name in forward if not name.endswith(without)]
     mixed = [
         f"{name}_amp_bf16_train"
@@ -32,6 +32,7 @@ def test_the_modes_are_those_of_the_results_format():
         assert bool(mode.compile) == ("compile" in name or "overhead" in name)
         assert mode.engine == ("_engine_" in name) and mode.torchao == name.startswith("torchao")
         assert bool(mode.eight_bits) == ("8" in name)
+        assert mode.attention == ("attention" in name)
         assert mode.precision in name
 
 

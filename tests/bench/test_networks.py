@@ -163,6 +163,13 @@ def test_torchao_is_asked_for_float8_by_row(vit, monkeypatch):
     step = vit.step(MODES["torchao_fp8_compile"], compiled=False)
     assert asked == [("VisionTransformerDistilled", {"granularity": "row"})]
     assert step.left == "not in fp8: 1 x proj"
+    for mode, inference in (("torchao_fp8_compile", False), ("eager_fp32", True)):
+        step.mode, found = MODES[mode], []
+        step.forward = lambda x, found=found: found.append(
+            (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        )
+        step(vit.batch(1))
+        assert found == [(inference, False)], mode
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import pytest
 from making import kernel_row, model_row, results_of
 
 from benchmarks import measured, report, table5
+from benchmarks import page as page_module
 from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
@@ -165,6 +166,8 @@ def eight_bits(entry, fp8, torchao, **changes):
         model_row(entry, "deit_fast_bf16", 1000.0), model_row(entry, "deit_fast_int8", 1250.0),
         model_row(entry, "deit_fast_fp8", fp8, **changes),
         model_row(entry, "deit_fast_engine_fp8", fp8 + 100),
+        model_row(entry, "deit_fast_engine_bf16", 1100.0),
+        model_row(entry, "deit_fast_fp8_attention", fp8 + 1),
         torchao if isinstance(torchao, ModelRow) else
         model_row(entry, "torchao_fp8_compile", torchao),
     ]  # fmt: skip
@@ -175,14 +178,18 @@ def test_eight_bits_have_a_table_with_their_marks():
     rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
     text = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert (
-        "| DeiT-S distilled | 256 | 1,000 | 1,300 | 1,250 | 1,400 | 1,350 | 1.30 | 1.30 met | 1.25 "
-        "| 0.96 | 1.04 | met |" in text
+        "| DeiT-S distilled | 256 | 1,000 | 1,300 | 1,250 | 1,301 | 1,100 | 1,400 | 1,350 | 1.30 "
+        "| 1.30 met | 1.27 | 1.30 missed | 1.25 | 0.96 | 1.04 | met |" in text
     )
     assert (
-        "| DeiT-B distilled | 256 | 1,000 | 1,400 | 1,250 | 1,500 | – | 1.40 | 1.50 missed | 1.25 "
-        "| – | – | unavailable: torchao is not <installed> |" in text
+        "| DeiT-B distilled | 256 | 1,000 | 1,400 | 1,250 | 1,401 | 1,100 | 1,500 | unavailable "
+        "| 1.40 | 1.50 missed | 1.36 | 1.50 missed | 1.25 | – | – "
+        "| unavailable: torchao is not <installed> |" in text
     )
-    assert "wanted of an H200" in text and "eight bits" in text
+    assert (
+        "| fp8 / bf16 | wanted of an H200 | engine fp8 / engine bf16 | wanted of an H200 |" in text
+    )
+    assert "eight bits" in text and "a scale a row of all four" in text
     slower = eight_bits(SMALL, 1300.0, 1500.0)
     assert "| 0.87 | 0.93 | missed |" in report.readme_tables([made(*slower)])
 
@@ -191,12 +198,62 @@ def test_nothing_is_said_of_eight_bits_that_did_not_run():
     other = {"batch": 128, "asked_batch": 128}
     halved = [replace(r, **other) for r in eight_bits(SMALL, 1300.0, 1000.0)]
     text = report.readme_tables([made(*halved)])
-    assert "| DeiT-S distilled | 128 |" in text and "| 1.30 | – | 1.25 |" in text  # no mark there
+    assert (
+        "| DeiT-S distilled | 128 |" in text and "| 1.30 | – | 1.27 | – | 1.25 |" in text
+    )  # no mark there
     apart = eight_bits(SMALL, 1300.0, 1000.0, build="c" * 12)
     text = report.readme_tables([made(*apart[:3])])
-    assert "| 1,000 | – | 1,250 | – | – | – | – | 1.25 | – | – | – |" in text
+    assert "| 1,000 | – | 1,250 |" + " – |" * 8 + " 1.25 | – | – | – |" in text
+
+
+def test_eight_bits_that_failed_have_a_line():
+    """Which one never run has not; nor one that the chip does not have."""
     failed = [model_row(SMALL, f"deit_fast_{f}", **FAILED) for f in ("fp8", "int8")]
-    assert report.readme_tables([made(*failed)]) == report.NOTHING
+    bf16 = model_row(SMALL, "deit_fast_bf16", 1000.0)
+    text = report.readme_tables([made(bf16, *failed)])
+    assert "| DeiT-S distilled | 256 | 1,000 | failed | failed | – |" in text
+    text = report.readme_tables([made(*failed)])
+    assert "| DeiT-S distilled | 256 | – | failed | failed | – |" in text
+    int8 = model_row(SMALL, "deit_fast_int8", 1250.0)
+    assert "| 1,000 | failed | 1,250 | – |" in report.readme_tables([made(bf16, failed[0], int8)])
+    old = replace(bf16, build="c" * 12)
+    assert "| 256 | – | failed | failed |" in report.readme_tables([made(old, *failed)])
+    gone = [replace(r, **UNAVAILABLE) for r in failed]
+    assert "eight bits" not in report.readme_tables([made(bf16, *gone)])
+    assert report.readme_tables([made(*(replace(r, build="c" * 12) for r in failed))]) == (
+        report.NOTHING
+    )
+
+
+def test_other_tables_say_what_failed_too():
+    ours, base = model_row(SMALL, "deit_fast_bf16", 8.0), model_row(SMALL, "eager_bf16", **FAILED)
+    assert "| 256 | – | failed | – | 8 | – | – |" in report.readme_tables([made(ours, base)])
+    rows = training(200.0, 280.0)
+    rows[1] = replace(rows[1], **FAILED, images_per_s=None)
+    assert "| 256 | 100 | – | – | failed | 280 | – |" in report.readme_tables([made(*rows)])
+
+
+def test_a_mode_that_is_not_to_be_had_has_no_column(tmp_path, readme):
+    """A mode that failed has one."""
+    rows = []
+    for protocol in ("batch", "paper", "latency", "host"):
+        rows += [
+            model_row(SMALL, "eager_fp32", protocol=protocol),
+            model_row(SMALL, "eager_tf32", protocol=protocol, **UNAVAILABLE),
+            model_row(SMALL, "compile_bf16", protocol=protocol, **FAILED),
+            model_row(BASE, "eager_tf32", protocol=protocol, batch=8, **UNAVAILABLE),
+        ]
+    rows.append(model_row(SMALL, "deit_fast_bf16_train", batch=64, **UNAVAILABLE))
+    chip = made(*rows)
+    for protocol in ("batch", "paper", "latency", "host"):
+        assert chip.modes(protocol) == ["eager_fp32", "compile_bf16"]
+        assert chip.batches(BASE, protocol, train=False) == []
+    assert chip.modes("batch", train=True) == chip.batches(SMALL, "batch", train=True) == []
+    results_of(*rows).save(tmp_path / "imaginary" / "table5.json")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = (tmp_path / "imaginary" / "report.html").read_text()
+    assert "eager_<wbr>tf32" not in text and "compile_<wbr>bf16" in text
+    assert "Training" not in text and "eager_tf32, batch 8: unavailable" in text
 
 
 def test_the_page_shows_eight_bits(tmp_path, readme):
@@ -208,9 +265,16 @@ def test_the_page_shows_eight_bits(tmp_path, readme):
     section = text.split("<h2>Eight bits</h2>")[1].split("</section>")[0]
     cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", section)]
     for wanted in ("1.30 met", "1.50 missed", "1.25", "1.04", "met", "unavailable", "1,350",
-                   f"unavailable: {UNAVAILABLE['note']}"):  # fmt: skip
+                   "1.30 missed", f"unavailable: {UNAVAILABLE['note']}"):  # fmt: skip
         assert wanted in cells, wanted
     assert "torchao_fp8_compile, batch 256: unavailable: torchao is not &lt;installed&gt;" in text
+    assert "a scale a row of all four" in section
+
+
+def test_the_page_shows_the_batch_of_eight_bits():
+    wide, narrow = {"batch": 512, "asked_batch": 512}, {"batch": 128, "asked_batch": 128}
+    rows = [model_row(SMALL, "deit_fast_bf16", **wide), model_row(SMALL, "deit_fast_fp8", **narrow)]
+    assert '<td class="" data-value="128">128</td>' in page_module._eight_bits_table(made(*rows))
 
 
 def training(compiled, ours, gb=(9.0, 8.0), entry=SMALL, **changes):

@@ -90,6 +90,35 @@ def test_ceilings_of_eight_bits(format):
     assert "needs compute capability 8.9" in timing.why_no_products("fp8", (8, 6))
 
 
+def test_a_ceiling_that_does_not_run_is_left_out(monkeypatch):
+    """With a warning, and the others stand; a device that is lost is not passed over."""
+
+    class Cuda:  # as far as ceilings looks
+        type = "cuda"
+
+    def eight_bits(shape, format, runs, device):
+        if format == "fp8":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nat ...")
+        return 7.0
+
+    for name, value in {"_copy_tb_per_s": 4.0, "_product_tflops": 5.0}.items():
+        monkeypatch.setattr(timing, name, lambda *args, value=value: value)
+    monkeypatch.setattr(timing, "formats", lambda device: ["fp8", "int8"])
+    monkeypatch.setattr(timing, "_eight_bits_tflops", eight_bits)
+    monkeypatch.setattr(timing, "release", lambda device: None)
+    with pytest.warns(UserWarning, match="no ceiling of fp8: CUBLAS_STATUS_NOT_SUPPORTED$"):
+        found = timing.ceilings(Cuda())
+    assert "fp8_tflops" not in found
+    assert (found["int8_tflops"], found["bf16_tflops"], found["copy_tb_per_s"]) == (7.0, 5.0, 4.0)
+
+    def lost(*args):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(timing, "_eight_bits_tflops", lost)
+    with pytest.raises(torch.AcceleratorError):
+        timing.ceilings(Cuda())
+
+
 def test_hardware_says_what_this_is():
     found = timing.hardware(CPU)
     assert found["gpu"] is None and found["cpu"] and found["threads"] >= 1
