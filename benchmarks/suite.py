@@ -396,7 +396,8 @@ def _agree(got, plain, exact, inputs):
     """The relative error of `got` against `exact` in fp32; raises Disagreement above twice
     that of `plain`, the reference in the same dtype."""
     truth = exact(**_cast(inputs, torch.float32))
-    error, allowed = _error(got, truth), 2 * _error(plain, truth) + 1e-6
+    error, allowed = _error(got, truth), 2 * _error(plain, truth)
+    allowed += tune.allowance(inputs)
     if not error <= allowed:  # NaN too
         raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
     return error

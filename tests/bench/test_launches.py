@@ -268,6 +268,20 @@ def test_prediction_in_eight_bits(format):
     assert fc2.bytes == moved
 
 
+def test_prediction_of_a_quantised_model(capsys):
+    """The command's ratio to bf16; attention in fp8 is named and takes less."""
+    (bf16, fp8, attention) = (
+        predict.predict("S", 256, predict.ELSEWHERE, False, False, *kind)[1]
+        for kind in ((), ("fp8",), ("fp8", True))
+    )
+    assert bf16 / 1.5 < fp8 < bf16 / 1.2 and attention < fp8
+    predict.main(["--network", "S", "--format", "fp8", "--attention"])
+    out = capsys.readouterr().out
+    assert "fp8 operands" in out and "fp8, attention too: 1.4" in out
+    with pytest.raises(SystemExit):
+        predict.main(["--format", "int8", "--attention"])
+
+
 def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     """What was measured stands in its column; what was not, does not."""
     monkeypatch.setattr(predict, "RESULTS", tmp_path)
