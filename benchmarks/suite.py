@@ -23,7 +23,7 @@ TRAIN_BATCHES = (64, 256)
 TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
-EIGHT_BITS = ("quantize", "quantized_linear")
+EIGHT_BITS = ("quantize", "quantized_linear", "layer_norm_quantized", "attention_quantized")
 # composed of others' or PyTorch's where it trains; or never trained
 NO_BACKWARD = ("classifier", "conv_norm", *EIGHT_BITS)
 KEPT = ("out_scale",)  # in fp32, whatever the others' dtype
@@ -328,9 +328,8 @@ class Suite:
     def _served_by(self, op, inputs):
         if op in EIGHT_BITS:
             kind, index = self.device.type, self.device.index
-            x = inputs["x"]
-            format = inputs.get("format") if op == "quantize" else None
-            dtype = x.values.dtype if format is None else FORMATS[format]
+            products = op == "quantized_linear"
+            dtype = inputs["x"].values.dtype if products else FORMATS[inputs["format"]]
             return _runtime.choose(op, _runtime.capability(kind, index), dtype).implementation
         x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
         of = "linear" if op.startswith("layer_norm_") else op
