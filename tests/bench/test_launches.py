@@ -18,7 +18,7 @@ from benchmarks.table5 import select
 from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
 from deit_fast.kernels._runtime import Chip
-from deit_fast.kernels.cases import DEIT
+from deit_fast.kernels.cases import DEIT, deit_cases
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 
 V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
@@ -258,6 +258,9 @@ def test_prediction_in_eight_bits(format):
     assert {predict.case_of(launch, "Ti") for launch in products} >= {
         f"{format} {name}" for name in ("qkv", "proj", "fc1", "fc2")
     }
+    for op in ("layer_norm_quantized", "attention_quantized"):  # a row of theirs is a launch's
+        cases = {predict.case_of(launch, "Ti") for launch in found if launch.op == op}
+        assert cases - {None} == {format} and format in deit_cases(op, "Ti", 256)
     fc2 = next(launch for launch in products if predict.case_of(launch, "Ti") == f"{format} fc2")
     M, K, N = 256 * 198, 768, 192
     times = fc2.times({"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
