@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 
 def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
     """Write `folder`/model.safetensors and config.json in timm's hub format, for `from_pretrained`
-    and for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+    and, but for layers in eight bits, `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     model: of timm, accelerated or not, on any device, in any dtype (which the file keeps).
     Architecture, classes, channels and image size are read off it, for a VisionTransformer all.
@@ -76,9 +76,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args) -> None:
     if eps != _eps(skeleton):
         ours["eps"] = eps if len(set(eps.values())) > 1 else next(iter(eps.values()))
     if in_eight_bits := quantized_layers(model):
-        (quantized_format,) = set(in_eight_bits.values())
         ours["quantized"] = {
-            "format": quantized_format, "layers": list(in_eight_bits),
+            "format": next(iter(in_eight_bits.values())), "layers": list(in_eight_bits),
             "attention": attends_in_eight_bits(model),
         }  # fmt: skip
     # safetensors wants contiguous tensors that share no memory
@@ -192,7 +191,10 @@ def build(
     if stored.quantized is not None:  # as accelerate, before there are weights: now and here
         accelerate(model, backend)
         try:
-            prepare(model, *(stored.quantized[k] for k in ("format", "layers", "attention")))
+            prepare(
+                model, stored.quantized["format"], stored.quantized["layers"],
+                stored.quantized.get("attention", False),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{source}: {CONFIG} has a wrong 'quantized' ({_line(error)})"

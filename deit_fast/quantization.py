@@ -13,6 +13,7 @@ Patch embedding, LayerNorm's arithmetic, attention itself, residual stream and h
 are.
 """
 
+import difflib
 import fnmatch
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -23,21 +24,22 @@ from torch import Tensor, nn
 
 from .engine import data_config
 from .kernels import _runtime
-from .kernels.quantize import FORMATS, LIMITS, TINY
+from .kernels.quantize import FORMATS, LIMITS, TINY, dequantize, quantize_reference
 from .layers import Attention, Block, Mlp
 from .layers.quantized import (
     QuantizedAttention,
     QuantizedMlp,
     is_quantized,
     quantize_,
+    undo,
     why_not,
 )
 from .swap import Left
 
 PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 # How far a scale reaches above the largest value seen: images that were not. And above the bound,
-# which knows nothing of the rounding of weights and rows, at most 1/16 each.
-MARGIN_SEEN, MARGIN_BOUND = 2.0, 1.25
+# which knows nothing of half precision.
+MARGIN_SEEN, MARGIN_BOUND = 2.0, 1.02
 
 
 @dataclass
@@ -46,11 +48,13 @@ class QuantizationReport:
 
     format: str
     scales: str  # where those of attention's and GELU's results come from
+    attention: int = 0  # Blocks whose attention is in fp8 too
     quantized: list[str] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
     def __str__(self):
         lines = [f"{self.format}: {len(self.quantized)} layers, scales {self.scales}"]
+        lines += [f"attention in fp8: {self.attention} blocks"] if self.attention else []
         lines += [f"left: {m.name} ({m.kind}): {m.reason}" for m in self.left]
         return "\n".join(lines)
 
@@ -85,7 +89,11 @@ def quantize(
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     for pattern in exclude:
         if not fnmatch.filter(layers, pattern):
-            raise ValueError(f"exclude: {pattern!r} is none of the layers {', '.join(layers)}")
+            some = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.0)
+            raise ValueError(
+                f"exclude: {pattern!r} is none of the {len(layers)} layers, want such as "
+                f"{', '.join(some)}"
+            )
     if format == "int8" and calibration is not None:
         raise ValueError("calibration: int8 has a scale for each row, want None")
     if format == "int8" and attention:
@@ -106,9 +114,14 @@ def quantize(
     scales = {}
     if format == "fp8":
         static = {name: chosen[name] for name in _static(chosen, attention)}
-        if calibration is None:
-            largest, margin = {name: _bound(*place) for name, place in static.items()}, MARGIN_BOUND
-            report.scales = "from a bound"
+        report.attention = sum(name.endswith("qkv") for name in static)
+        if attention and not report.attention:
+            raise ValueError(f"attention: in no block qkv and proj are both quantised\n{report}")
+        if not static:
+            largest, margin = {}, 1.0
+        elif calibration is None:
+            largest = {name: _bound(*place, attention) for name, place in static.items()}
+            margin, report.scales = MARGIN_BOUND, "from a bound"
         else:
             largest, images = _observe(model, static, calibration)
             margin, report.scales = MARGIN_SEEN, f"from {images} images"
@@ -116,16 +129,25 @@ def quantize(
             name: (value.float() * margin / LIMITS[FORMATS[format]]).clamp_min(TINY).view(1, 1)
             for name, value in largest.items()
         }
+        for name, scale in scales.items():
+            if not scale.is_meta and not scale.isfinite():
+                raise ValueError(f"model: the scale of {name} would be {scale.item()}")
     _swap(model, chosen, format, scales)
     return report
 
 
 def _swap(model, chosen, format, scales):
     """scales: of operands, and of qkv's result."""
-    for name, (block, part) in chosen.items():
-        kind = "output_scale" if part == "qkv" else "input_scale"
-        quantize_(model.get_submodule(name), format, **{kind: scales.get(name)})
-        block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+    try:
+        for name, (block, part) in chosen.items():
+            kind = "output_scale" if part == "qkv" else "input_scale"
+            linear = model.get_submodule(name)
+            quantize_(linear, format, **{kind: scales.get(name)})
+            linear.backend = block.attn.backend
+            block.attn.__class__, block.mlp.__class__ = QuantizedAttention, QuantizedMlp
+    except BaseException:  # no memory for the next one
+        undo(model)
+        raise
 
 
 def prepare(model: nn.Module, format: str, names: Iterable[str], attention: bool = False) -> None:
@@ -136,6 +158,9 @@ def prepare(model: nn.Module, format: str, names: Iterable[str], attention: bool
         if name not in layers:
             raise ValueError(f"quantized: no layer {name!r} in {type(model).__name__}")
     like = next(iter(layers.values()))[0].norm1.weight
+    for name in names:
+        if reason := why_not(*layers[name], format):
+            raise ValueError(f"quantized: {name} {reason}")
     static = _static(names, attention) if format == "fp8" else []
     scales = {name: like.new_ones(1, 1, dtype=torch.float32) for name in static}
     _swap(model, {name: layers[name] for name in names}, format, scales)
@@ -206,25 +231,30 @@ def _check_weights(model, names):
 
 
 @torch.no_grad()
-def _bound(block, part) -> Tensor:
+def _bound(block, part, attention) -> Tensor:
     """The largest that an element of the operand of "proj" or "fc2", or of qkv's result, can
     become: a feature is w x + b of x = LayerNorm's xhat * g + h, and xhat has a mean of 0 and a
-    length of at most sqrt(D)."""
+    length of at most sqrt(D). w is the weight in eight bits; e4m3 rounds an element of x by 1/16 of
+    it at most, or by half a step of its smallest numbers."""
     norm, linear = block.norm2, block.mlp.fc1
     if part != "fc2":
         norm, linear = block.norm1, block.attn.qkv
-    weight = linear.weight.float()
-    bias = 0.0 if linear.bias is None else linear.bias.float()
+    w, bias = linear.weight.float(), linear.bias
+    bias = w.new_zeros(len(w)) if bias is None else bias.float()
     if part == "proj":  # a mean of values
-        values = weight.shape[0] // 3
-        weight, bias = weight[-values:], bias if linear.bias is None else bias[-values:]
-    centre = weight @ norm.bias.float() + bias
-    weight = weight * norm.weight.float()
-    weight = weight - weight.mean(1, keepdim=True)
-    reach = weight.norm(dim=1) * weight.shape[1] ** 0.5
-    if part != "fc2":
-        return (centre.abs() + reach).max()
-    return (centre + reach).max().clamp_min(0.17)  # GELU's results go down to -0.17
+        values = len(w) // 3
+        w, bias = w[-values:], bias[-values:]
+    w = dequantize(quantize_reference(w, "fp8"))
+    g, h, length = norm.weight.float(), norm.bias.float(), w.shape[1] ** 0.5
+    wg = w * g
+    centre, reach = w @ h + bias, length * (wg - wg.mean(1, keepdim=True)).norm(dim=1)
+    rounding = (length * wg.norm(dim=1) + w.abs() @ h.abs()) / 16
+    rounding += w.abs().sum(1) * (length * g.abs() + h.abs()).max() / 448 * 2**-10
+    if part == "fc2":
+        return (centre + reach + rounding).max().clamp_min(0.17)  # GELU's go down to -0.17
+    # softmax's numbers and the values are then rounded too
+    more = (17 / 16) ** 2 if part == "proj" and attention else 1.0
+    return more * (centre.abs() + reach + rounding).max()
 
 
 @torch.inference_mode()
@@ -256,7 +286,7 @@ def _observe(model, static, calibration) -> tuple[dict[str, Tensor], int]:
         if not value.isfinite():
             what = "result" if name.endswith("qkv") else "operand"
             raise ValueError(f"calibration: the {what} of {name} became {value.item()}")
-    return {name: value.clone() for name, value in largest.items()}, images
+    return largest, images
 
 
 @contextmanager
@@ -291,6 +321,8 @@ def _batches(model, calibration):
         if not isinstance(images, Tensor):
             raise TypeError(f"calibration: a batch is a {type(images).__name__}, want a tensor")
         bytewise = images.dtype == torch.uint8
+        if not bytewise and not images.is_floating_point():
+            raise TypeError(f"calibration: images in {images.dtype}, want floats or uint8")
         wanted = (*size, C) if bytewise else (C, *size)
         sizes = tuple(images.shape[1:])
         if getattr(model, "dynamic_img_size", False) and len(sizes) == 3:

@@ -90,6 +90,8 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Compar
             right_quantized += (classes_quantized == labels).sum().item()
     if not images:
         raise ValueError("batches: no images came, want at least one")
+    if not total:
+        raise ValueError("model: every logit is 0, there is nothing to compare with")
     if labelled not in (0, images):
         raise ValueError(f"batches: labels for {labelled} of {images} images, want all or none")
     top1 = (100 * n / images if labelled else None for n in (right, right_quantized))
@@ -107,7 +109,8 @@ def layer_errors(
     GELU's, with the layer's one scale or those of its parts. The input is what `images` cause in
     `model`; or normal numbers, alike in all channels; or such with every 37th channel 50 times the
     others. A scale for all fits operands of the size it was made for, so both kinds of random ones
-    have the rms that the images' have.
+    have the rms that the images' have. Attention's own products, in fp8 where it was asked for, are
+    no layer's.
 
     images: (B, C, H, W), normalised, run at once. Raises ValueError if nothing is in eight bits, or
     where the models do not fit each other.
@@ -138,9 +141,11 @@ def layer_errors(
     with _eager(model):
         try:
             for name in names:
-                block, _, part = name.rsplit(".", 2)
+                *block, _, part = name.split(".")
+                block = ".".join(block)
                 # LayerNorm's input is the stream; the other operands are the layer's own inputs
-                where = layers[f"{block}.{_NORMS[part]}" if part in _NORMS else name]
+                where = f"{block}.{_NORMS[part]}".lstrip(".") if part in _NORMS else name
+                where = layers[where]
                 hooks.append(where.register_forward_pre_hook(hook(name, block, part)))
             model(_for(model, images))
         finally:

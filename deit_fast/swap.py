@@ -17,7 +17,7 @@ from deit_fast import layers
 from deit_fast.kernels import _runtime
 
 from .layers._base import BACKENDS, Fast
-from .layers.quantized import undo
+from .layers.quantized import is_quantized, undo
 
 # timm class -> the class that replaces it. Parts come before what is made of them.
 SWAPS = {
@@ -115,6 +115,8 @@ def accelerate(
             if hasattr(type(module), "recompute"):
                 module.recompute = recompute
             report.swapped.setdefault(kind, []).append(name)
+        elif is_quantized(module):
+            module.backend = backend
         elif type(module) not in SWAPS and any(k in kind for k in _KINDS):
             report.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
     if strict and not report.swapped:

@@ -270,15 +270,30 @@ def _requires_grad(value):
 class _NoBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, count, *tensors):
-        ctx.op = op
+        ctx.op, ctx.count = op, count
+        ctx.like = [(list(t.shape), t.dtype, t.device) for t in tensors[count:]]
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx, *upstream):
-        raise RuntimeError(
-            f"{ctx.op}: eight bits are for inference, no gradient passes through them; "
-            "call it under torch.no_grad(), or train the model before it is quantised"
-        )
+        grads = (_no_gradient(ctx.op, *like) for like in ctx.like)
+        return None, None, *(None,) * ctx.count, *grads
+
+
+@torch.library.custom_op("deit_fast::no_gradient", mutates_args=())
+def _no_gradient(
+    op: str, size: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """An operator, so that a graph with its backward compiles, and only running that raises."""
+    raise RuntimeError(
+        f"{op}: eight bits are for inference, no gradient passes through them; "
+        "call it under torch.no_grad(), or train the model before it is quantised"
+    )
+
+
+@_no_gradient.register_fake
+def _(op, size, dtype, device):
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def differentiable(forward, tensors, upstream):

@@ -166,7 +166,8 @@ def _attention_kernel(
     mask = _inside(in_rows, HEAD_DIM)
 
     if in_scale_ptr is not None:
-        scale *= tl.load(in_scale_ptr) * tl.load(in_scale_ptr)
+        # not 0: the masked scores' infinity times it would be NaN
+        scale *= tl.maximum(tl.load(in_scale_ptr) * tl.load(in_scale_ptr), 1e-30)
     q_offs = sample * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :]
     q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
     k_ptr += sample * k_batch + head * k_head
@@ -240,7 +241,8 @@ def _attention_resident_kernel(
     v_ptr += sample * v_batch + head * v_head
     o_ptr += (sample * N * H + head) * HEAD_DIM
     if in_scale_ptr is not None:
-        scale *= tl.load(in_scale_ptr) * tl.load(in_scale_ptr)
+        # not 0: the masked scores' infinity times it would be NaN
+        scale *= tl.maximum(tl.load(in_scale_ptr) * tl.load(in_scale_ptr), 1e-30)
     SECOND: tl.constexpr = KEYS_0
     THIRD: tl.constexpr = KEYS_0 + KEYS_1
     k0 = _rows(k_ptr, 0, L, k_row, KEYS_0, HEAD_DIM, True)

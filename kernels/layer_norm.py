@@ -16,8 +16,6 @@ In inference y may be written in eight bits, each row with a scale: see quantize
 fp32 y, so it is rounded once.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from .quantize import (
     _round,
     _scales,
     expect_float,
+    meta,
     quantize_reference,
     storage,
 )
@@ -130,15 +129,6 @@ def _layer_norm_backward_kernel(
 
 # Of backward, on a multiprocessor: what is resident at once, as 6 programs. Each leaves sums.
 BACKWARD_WARPS = 24
-
-
-@cache
-def meta(N: int) -> dict:
-    """Tile and warps by rule: 4 warps share about a thousand features; wide rows get more, so that
-    no thread holds more than 16. A row kernel has nothing else to tune."""
-    BLOCK_N = triton.next_power_of_2(N)
-    BLOCK_M = max(1024 // BLOCK_N, 1)
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": max(4, BLOCK_N // 512)}
 
 
 def _alloc(x, residual, out_dtype):

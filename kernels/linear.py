@@ -482,7 +482,7 @@ def run(
             )  # fmt: skip
             return
         if K * x.element_size() % 16 or not _aligned(x, weight):
-            config = _without_tma(config)
+            config = _without_tma(config, HOPPER_CONFIGS)
         config = backward_config(config) if backward else config
         x_arg, w_arg = x, weight
         if config["TMA"]:
@@ -525,12 +525,12 @@ def _fwd(
     return y, moments, z
 
 
-def _without_tma(config):
+def _without_tma(config, listed):
     """What the hardware's copies can't address, pointers can: the listed tile of the same width."""
     if not config["TMA"]:
         return config
     width = min(config["BLOCK_N"], 128)
-    return next(c for c in HOPPER_CONFIGS if not c["TMA"] and c["BLOCK_N"] == width)
+    return next(c for c in listed if not c["TMA"] and c["BLOCK_N"] == width)
 
 
 def _aligned(*tensors):

@@ -10,12 +10,13 @@ than Q times it saturates. A weight (N, K) is quantised in the same way: a scale
 A scale is never 0 or NaN. It is at least the smallest normal number of fp32, so zeros stay zeros.
 Where a part is not finite its scale is infinite and its values are 0: 0 * inf is NaN, and a row
 that was not a number stays none, which int8 has no other way to say. For the same reason one scale
-for all is e4m3's alone, which has a NaN.
+for all is e4m3's alone, which has a NaN: for infinity too.
 
 `quantize` is a pass of its own. It is not how a model is served: LayerNorm, GELU's epilogue and
 attention write eight bits themselves, with the functions below.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ def round_reference(x, dtype):
 
 def quantize_statically_reference(x, scale):
     """e4m3 by one scale (1, 1) for all."""
-    return Quantized(round_reference(x.float() / scale.view(()), torch.float8_e4m3fn), scale)
+    x = x.float()
+    return Quantized(round_reference(x / scale.view(()) + 0.0 * x, torch.float8_e4m3fn), scale)
 
 
 def dequantize(q: Quantized) -> Tensor:
@@ -89,7 +91,8 @@ def _round(x, inverse, INT8: tl.constexpr):
         x = tl.clamp(tl.where(inverse == 0.0, 0.0, x * inverse), -127.0, 127.0)
         rounded = (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        x = tl.where(inverse == 0.0, 0.0, x * inverse)
+        # 0 times infinity makes it NaN
+        x = tl.where(inverse == 0.0, 0.0, x * inverse + 0.0 * x)
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         rounded = x.to(tl.float8e4nv)
     return rounded
@@ -118,13 +121,13 @@ def _quantize_kernel(
     tl.store(scales_ptr + rows % P * M + rows // P, scales, mask=in_rows)
 
 
-def meta(width: int) -> dict:
-    """As layer_norm's: 4 warps share about a thousand elements, wide parts get more."""
-    BLOCK_N = triton.next_power_of_2(width)
-    return {
-        "BLOCK_M": max(1024 // BLOCK_N, 1), "BLOCK_N": BLOCK_N,
-        "num_warps": max(4, BLOCK_N // 512),
-    }  # fmt: skip
+@cache
+def meta(N: int) -> dict:
+    """Tile and warps by rule, LayerNorm's too: 4 warps share about a thousand features; wide rows
+    get more, so that no thread holds more than 16. A row kernel has nothing else to tune."""
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_M = max(1024 // BLOCK_N, 1)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": max(4, BLOCK_N // 512)}
 
 
 def _alloc(x, dtype, parts):

@@ -28,13 +28,14 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _runtime, _tuned
-from .linear import ACTIVATIONS, _aligned, _config, _epilogue, _gelu, _tile
+from .linear import ACTIVATIONS, _aligned, _config, _epilogue, _gelu, _tile, _without_tma
 from .quantize import (
     Quantized,
     _limit,
     _round,
     _scales,
     dequantize,
+    expect_float,
     expect_quantized,
     expect_scale,
     quantize_reference,
@@ -42,7 +43,8 @@ from .quantize import (
     storage,
 )
 
-PART = 64  # columns of a result that share a scale; also the least of x that may
+PART = 64  # columns of a result that share a scale
+MAX_K = (2**31 - 1) // 127**2  # of int8
 SHORT_SUMS = 2e-3  # that sm_90's fp8 may err relatively beside fp32's: its sums have fewer bits
 
 
@@ -322,7 +324,7 @@ def _fwd(
     )  # fmt: skip
     config = _choose(shape, x.device, parts > 1, own_scales)
     if K % 16 or not _aligned(x, weight):
-        config = _without_tma(config)
+        config = _without_tma(config, HOPPER_CONFIGS)
     config = config | {"BLOCK_K": block_k(config, K // parts) if parts > 1 else config["BLOCK_K"]}
     x_arg, w_arg = x, weight
     if config["TMA"]:
@@ -339,14 +341,6 @@ def _fwd(
             INT8=x.dtype == torch.int8, **config,
         )  # fmt: skip
     return made
-
-
-def _without_tma(config):
-    """What the hardware's copies can't address, pointers can: the listed tile of the same width."""
-    if not config["TMA"]:
-        return config
-    width = min(config["BLOCK_N"], 128)
-    return next(c for c in HOPPER_CONFIGS if not c["TMA"] and c["BLOCK_N"] == width)
 
 
 @_fwd.register_fake
@@ -400,12 +394,20 @@ def quantized_linear(
         raise ValueError(f"{op}: x has parts of {K // parts} features, want a multiple of 32")
     if N * K >= 2**31:
         raise ValueError(f"{op}: weight is {N} x {K}, want fewer than 2**31 elements")
+    if K > MAX_K and x.values.dtype == torch.int8:
+        raise ValueError(f"{op}: x has {K} features, want {MAX_K} at most: int32 holds their sums")
     lead = x.values.shape[:-1]
     _runtime.expect(
         op, x.values, weight=(weight.values, (N, K)), bias=(bias, (N,)),
         residual=(residual, (*lead, N)), layer_scale=(layer_scale, (N,)),
         row_scale=(row_scale, lead[:1]),
     )  # fmt: skip
+    for name, t in (
+        ("bias", bias), ("residual", residual), ("layer_scale", layer_scale),
+        ("row_scale", row_scale),
+    ):  # fmt: skip
+        if t is not None:
+            expect_float(op, name, t)
     out = storage(op, format)
     expect_scale(op, x.values, format, out_scale)
     extras = (residual, layer_scale, row_scale)

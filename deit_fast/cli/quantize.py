@@ -3,7 +3,8 @@
 examples:
   deit-fast quantize deit_base --out base-fp8
   deit-fast quantize deit_base --calibration imagenet --data imagenet --out base-fp8
-  deit-fast quantize deit_small --format int8 --exclude 'blocks.0.*' 'blocks.*.fc2' --json s.json
+  deit-fast quantize deit_small --format int8 --exclude 'blocks.0.*' --exclude '*.fc2' --json s.json
+  deit-fast quantize deit_base_384 --attention --data imagenet
   deit-fast quantize runs/tiny/model --calibration photos/ --images 64 --worst
 
 --data takes labelled images, all of which are judged by, --calibration those or any folder, list or
@@ -52,9 +53,12 @@ def add_arguments(parser):
         "--images", type=int, metavar="N", help="so many of them, spread evenly (default: 256)"
     )
     parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN",
-        help="layers that stay as they are: blocks.0.attn.qkv, 'blocks.11.*'",
+        "--exclude", action="append", default=[], metavar="PATTERN",
+        help="layers that stay as they are: blocks.0.attn.qkv, 'blocks.11.*'; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--attention", action="store_true", help="attention's own products in fp8 too"
+    )
     parser.add_argument("--data", metavar="DATA", help="labelled images, as eval takes them")
     parser.add_argument(
         "--split", choices=("train", "validation"),
@@ -78,9 +82,6 @@ def run(args) -> int:
     else:
         images = _data.images_for(model, args)
         evaluate.check(model, images)
-    for folder in (args.out, args.json and args.json.parent):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
     skipped = []
 
     def read(images, count=None):
@@ -93,10 +94,14 @@ def run(args) -> int:
         count = 256 if args.images is None else args.images
         calibration = [x for _, x in read(_calibration_images(model, args), count)]
     # in fp32, whatever it is to compute in: what is saved has every bit that there was
-    report = deit_fast.quantize(model, args.format, calibration, args.exclude)
+    report = deit_fast.quantize(
+        model, args.format, calibration, args.exclude, attention=args.attention
+    )
     print(report)
     if args.out is not None:
         deit_fast.save_pretrained(model, args.out)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     model.to(dtype=_models.DTYPES[setting.dtype])
 
     def batches(progress):
@@ -141,6 +146,8 @@ def _check(args):
     """All that can be wrong before a model is loaded."""
     if args.calibration is not None and args.format != "fp8":
         raise ValueError(f"--calibration: {args.format} has a scale for each row, want none")
+    if args.attention and args.format != "fp8":
+        raise ValueError(f"--attention: {args.format} has no such products, want it without")
     if args.images is not None and args.calibration is None:
         raise ValueError("--images: of what, want --calibration DATA too")
     if args.images is not None and args.images < 1:

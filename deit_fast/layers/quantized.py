@@ -12,7 +12,7 @@ from deit_fast.kernels import _runtime
 from deit_fast.kernels.quantize import FORMATS, MAX_WIDTH, Quantized, dequantize
 from deit_fast.kernels.quantized_linear import PART
 
-from ._base import weights
+from ._base import is_linear, weights
 from .attention import Attention
 from .mlp import Mlp
 
@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Linear):
     Block nothing does. Inference only: backward raises.
     """
 
+    backend = "auto"
     _KEPT = ("weight", "weight_scale", "input_scale", "output_scale")
 
     @property
@@ -39,7 +40,8 @@ class QuantizedLinear(nn.Linear):
         return Quantized(self.weight, self.weight_scale[None])
 
     def forward(self, x):
-        return self.project(kernels.quantize(x, self.format), x)
+        operand = kernels.quantize(x, self.format, implementation=self.backend)
+        return self.project(operand, x, backend=self.backend)
 
     def project(
         self, operand: Quantized, like: Tensor, rows: slice = slice(None), backend: str = "auto",
@@ -47,8 +49,10 @@ class QuantizedLinear(nn.Linear):
     ):  # fmt: skip
         """The product of an operand in eight bits with these rows of the weight; its dtype, unless
         `options` have a format, is that of a product of `like`."""
-        weight = Quantized(self.weight[rows], self.weight_scale[None, rows])
-        bias = None if self.bias is None else self.bias[rows]
+        weight, bias = self.operand, self.bias
+        if rows != slice(None):
+            weight = Quantized(weight.values[rows], weight.scales[:, rows])
+            bias = None if bias is None else bias[rows]
         if options.get("format") is None:
             options["dtype"] = _runtime.autocast_dtype(like) or like.dtype
         return kernels.quantized_linear(operand, weight, bias, **options, implementation=backend)
@@ -70,7 +74,8 @@ class QuantizedLinear(nn.Linear):
             weight = nn.Parameter(original.detach().to(device, dtype), original.requires_grad)
         for name in self._KEPT:
             del self._buffers[name]
-        del self._dtype
+        for name in ("backend", "_dtype"):
+            self.__dict__.pop(name, None)
         self.__class__ = nn.Linear
         # in front of the bias, where it was
         bias = self._parameters.pop("bias")
@@ -81,17 +86,24 @@ class QuantizedLinear(nn.Linear):
         self.__dict__.pop("_original", None)
 
     def _apply(self, fn, recurse=True):
-        """Moved as any buffer is, but never cast: `fn` sees integers."""
-        kept = {name: self._buffers[name] for name in self._KEPT}
+        """Moved as any buffer is, but never cast: `fn` sees integers. Raises TypeError where it
+        casts those too, as Module.type does."""
+        kept, moved = {name: self._buffers[name] for name in self._KEPT}, {}
+        for name, t in kept.items():
+            as_integers = None if t is None else torch.uint8 if t.itemsize == 1 else torch.int32
+            moved[name] = t if t is None else fn(t.view(as_integers))
+            if t is not None and moved[name].dtype != as_integers:
+                raise TypeError(
+                    f"model: {name} in eight bits would become {moved[name].dtype}, want "
+                    "model.to(dtype), which leaves it"
+                )
         self._buffers |= dict.fromkeys(self._KEPT)
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers |= kept
-        for name, t in kept.items():
-            if t is not None:
-                as_integers = torch.uint8 if t.dtype.itemsize == 1 else torch.int32
-                self._buffers[name] = fn(t.view(as_integers)).view(t.dtype)
+        self._buffers |= {k: t if t is None else t.view(kept[k].dtype) for k, t in moved.items()}
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def __getstate__(self):
@@ -115,11 +127,18 @@ class QuantizedLinear(nn.Linear):
             for name, own in names.items()
             if own is not None and name in state_dict and state_dict[name].dtype != own.dtype
         ]
+        for name in names:
+            t = state_dict.get(name)
+            if name.endswith("_scale") and t is not None and not t.is_meta:
+                if not (t.isfinite() & (t > 0)).all():
+                    wrong.append(f"{name} has values that are not positive and finite")
+        errors = lists[-1]
         if wrong:
-            lists[-1].extend(wrong)  # the messages of errors
+            errors.extend(wrong)
             return
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        if prefix + "weight" in state_dict:
+        if len(errors) == before and names.keys() & state_dict.keys():
             self.forget()
 
 
@@ -129,8 +148,8 @@ def quantize_(
 ) -> None:  # fmt: skip
     """Turn an nn.Linear into a QuantizedLinear, in place. Its weight stays, in the memory of the
     host, for `restore`."""
+    values, scales = kernels.quantize_reference(linear.weight.detach(), format)
     original = linear._parameters.pop("weight")
-    values, scales = kernels.quantize_reference(original.detach(), format)
     if original.device.type == "cuda":
         original = nn.Parameter(original.detach().cpu(), original.requires_grad)
     linear.__dict__["_original"] = original  # no parameter any more
@@ -147,8 +166,8 @@ def why_not(block, name: str, format: str) -> str | None:
     None."""
     part = block.attn if name in ("qkv", "proj") else block.mlp
     linear = getattr(part, name)
-    if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__name__}, not an nn.Linear"
+    if not is_linear(linear):
+        return f"is a {type(linear).__name__}, or a changed one, not an nn.Linear"
     if linear.in_features > MAX_WIDTH:
         return f"{linear.in_features} input features, more than {MAX_WIDTH}"
     if format == "int8" and name == "proj" and block.attn.head_dim % 32:
@@ -237,7 +256,9 @@ class QuantizedAttention(Attention):
 
     def _output(self):
         """What qkv is asked for."""
-        if not is_quantized(self.qkv) or self.qkv.output_scale is None:
+        if not is_quantized(self.qkv) or not is_quantized(self.proj):
+            return {}
+        if self.qkv.output_scale is None:
             return {}
         return {"format": self.qkv.format, "out_scale": self.qkv.output_scale}
 
