@@ -1,23 +1,66 @@
 """quantized_linear: qkv, proj, fc1 with GELU, fc2 in fp8 and int8, with all that follows the
-product; beside them `linear` on the same numbers in bf16 (fp16 on a GPU without it)."""
+product. "eager" and "compiled" multiply dequantised operands in fp32: yardsticks of accuracy, not
+of speed. Beside them `linear` on the same numbers in bf16 (fp16 on a GPU without it), and "cublas":
+PyTorch's product in eight bits, torch._scaled_mm or torch._int_mm, with what follows it compiled.
+Those know no parts of a row: int8's parts have one scale here, so that all compute the same."""
 
 import torch
+from torch.nn import functional as F
 
-from deit_fast.kernels import dequantize, linear, quantized_linear, quantized_linear_reference
+from deit_fast.kernels import (
+    Quantized,
+    dequantize,
+    linear,
+    quantize_reference,
+    quantized_linear,
+    quantized_linear_reference,
+)
 from deit_fast.kernels.cases import quantized_linear_inputs
+from deit_fast.kernels.quantize import quantize_statically_reference
+from deit_fast.kernels.quantized_linear import PART
 
-OTHERS = ("bf16",)
+OTHERS = ("bf16", "cublas")
 
 
 def inputs(**case):
     made = quantized_linear_inputs(**case)
-    return made | {"wide_x": dequantize(made["x"]), "wide_weight": dequantize(made["weight"])}
+    x, parts = made["x"], len(made["x"].scales)
+    if parts > 1:
+        x = quantize_reference(dequantize(x), case["of"])
+        made["x"] = Quantized(x.values, x.scales.expand(parts, -1).contiguous())
+    return made | {"wide_x": dequantize(x), "wide_weight": dequantize(made["weight"])}
+
+
+def cublas(
+    x, weight, bias, activation, residual=None, dtype=torch.bfloat16, format=None, out_scale=None
+):
+    rows, w = x.values.flatten(0, -2), weight.values.t()
+    scale = x.scales[:1].t().expand(len(rows), 1).contiguous()
+    if rows.dtype == torch.int8:
+        y = torch._int_mm(rows, w) * scale * weight.scales + bias
+    else:
+        y = torch._scaled_mm(
+            rows, w, scale, weight.scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    y = y.unflatten(0, x.values.shape[:-1]).float()
+    if activation == "gelu":
+        y = F.gelu(y)
+    if out_scale is not None:
+        return quantize_statically_reference(y, out_scale)
+    if format is not None:
+        return quantize_reference(y, format, y.shape[-1] // PART)
+    return (y if residual is None else y + residual).to(dtype)
+
+
+compiled_cublas = torch.compile(cublas, dynamic=False)
 
 
 def product(wide_x, wide_weight, implementation="auto", **rest):
     if implementation == "bf16":
         bias, activation, residual = (rest.get(k) for k in ("bias", "activation", "residual"))
         return linear(wide_x, wide_weight, bias, activation, residual)
+    if implementation == "cublas":
+        return compiled_cublas(**rest)
     return quantized_linear(**rest)
 
 

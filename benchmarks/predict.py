@@ -2,6 +2,7 @@
 
     python -m benchmarks.predict                        DeiT-Ti, S, B and B-384 at batch 256
     python -m benchmarks.predict --network S --batch 64
+    python -m benchmarks.predict --format fp8           quantised, and how many times bf16 that is
 
 The launches are those of the model itself, run on the meta device as if on the chip: what is not
 listed is not launched, and what is no kernel of deit_fast is named. A launch is predicted to take
@@ -29,6 +30,7 @@ from benchmarks.table5 import ENTRIES
 from deit_fast.bench.launches import Recorder, record
 from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import DEIT
+from deit_fast.kernels.quantize import FORMATS
 
 H200 = _runtime.Chip("NVIDIA H200", (9, 0), 132)
 CLOCK_GHZ = 1.75  # under load
@@ -45,6 +47,9 @@ HIDDEN = 0.5
 NETWORKS = {
     "Ti": "deit_tiny_distilled", "S": "deit_small_distilled", "B": "deit_base_distilled",
     "B-384": "deit_base_distilled_384",
+}  # fmt: skip
+MEASURED_AS = {
+    None: "deit_fast_engine_bf16", "fp8": "deit_fast_engine_fp8", "int8": "deit_fast_int8",
 }  # fmt: skip
 
 
@@ -127,9 +132,8 @@ def _quantized_linear(
     activation, dtype,
 ):  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    format = "int8" if x.dtype == torch.int8 else "fp8"
     gelu = activation == "gelu"
-    shape = f"{M} x {K} -> {N}, {format}" + ", gelu" * gelu
+    shape = f"{M} x {K} -> {N}, {_format(x)}" + ", gelu" * gelu
     others = (x_scales, weight_scales, bias, residual, layer_scale, row_scale)
     return Launch(
         "quantized_linear", shape, 2 * M * N * K, _nbytes(x, weight, *others, *out), M * N * gelu,
@@ -137,17 +141,24 @@ def _quantized_linear(
     )  # fmt: skip
 
 
+def _format(x):
+    return "int8" if x.dtype == torch.int8 else "fp8"
+
+
 def _quantize(out, x, *_):
-    return Launch("quantize", " x ".join(map(str, x.shape)), 0, _nbytes(x, *out))
+    shape = f"{' x '.join(map(str, x.shape))}, {_format(out[0])}"
+    return Launch("quantize", shape, 0, _nbytes(x, *out))
 
 
 def _layer_norm_quantized(out, x, *_):
-    return Launch("layer_norm_quantized", " x ".join(map(str, x.shape)), 0, _nbytes(x, *out))
+    return replace(_quantize(out, x), op="layer_norm_quantized")
 
 
 def _attention_quantized(out, q, k, v, *_):
-    rate = 2 if q.element_size() == 1 else 1
-    return replace(_attention(out, q, k, v), op="attention_quantized", rate=rate)
+    eight = q.element_size() == 1
+    wide = _attention(out, q, k, v)
+    shape = f"{wide.shape}, {_format(out[0])}" + " operands" * eight
+    return replace(wide, op="attention_quantized", shape=shape, rate=1 + eight)
 
 
 def _attention(out, q, k, v, *_):
@@ -208,8 +219,9 @@ def ceilings() -> tuple[dict, str]:
     return ELSEWHERE, "measured on another H200"
 
 
-def measured_rows(batch: int) -> tuple[dict, dict]:
-    """{(op, network, case): microseconds} of the kernels and {network: images/s} of the models."""
+def measured_rows(batch: int, mode: str) -> tuple[dict, dict]:
+    """{(op, network, case): microseconds} of the kernels and {network: images/s} of the models in
+    that mode of the benchmarks."""
     path = RESULTS / "h200"
     if not path.exists():
         return {}, {}
@@ -221,7 +233,7 @@ def measured_rows(batch: int) -> tuple[dict, dict]:
     }
     models = {}
     for entry in ENTRIES:
-        row = chip.row(entry, "deit_fast_engine_bf16", "batch", batch)
+        row = chip.row(entry, mode, "batch", batch)
         if row and row.images_per_s:
             models[entry.network.removeprefix("DeiT-").removesuffix(" distilled")] = (
                 row.images_per_s
@@ -237,17 +249,27 @@ def case_of(launch: Launch, network: str) -> str | None:
         names = {3 * D: "qkv", 4 * D: "fc1", D: "proj" if launch.k == D else "fc2"}
         name = names.get(int(wide))
         return name and " ".join((*kind, name))
-    if launch.op in ("attention", "attention_quantized"):
+    if launch.op == "attention":
         return "" if ", 2 of" not in launch.shape else "last block"
+    if launch.op == "attention_quantized" and ", 2 of" in launch.shape:
+        return None
+    if launch.op in ("quantize", "layer_norm_quantized", "attention_quantized"):
+        return launch.shape.rpartition(", ")[2]
     if launch.op == "patch_embed":
         return "uint8 NHWC" if "uint8" in launch.shape else "float NCHW"
     return ""
 
 
-def predict(network: str, batch: int, limits: dict, uint8: bool = False, tables: bool = True):
-    """(rows of (launch, count, times), total microseconds, operations of PyTorch's own)."""
-    with torch.device("meta"):
+def predict(
+    network: str, batch: int, limits: dict, uint8: bool = False, tables: bool = True,
+    format: str | None = None, attention: bool = False,
+):  # fmt: skip
+    """(rows of (launch, count, times), total microseconds, operations of PyTorch's own). format,
+    attention: of `deit_fast.quantize`."""
+    with torch.device("meta"), _runtime.pretend(H200):
         model = getattr(deit_fast, NETWORKS[network])()
+        if format is not None:
+            deit_fast.quantize(model, format, attention=attention)
     recorder = record(model, batch, torch.bfloat16, H200, uint8, tables)
     counted = Counter(launches(recorder))
     rows = [(launch, count, launch.times(limits)) for launch, count in counted.items()]
@@ -301,12 +323,17 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def show(network: str, batch: int, console: Console, uint8: bool) -> None:
+def show(
+    network: str, batch: int, console: Console, uint8: bool, format: str | None = None,
+    attention: bool = False,
+) -> None:  # fmt: skip
     limits, source = ceilings()
-    kernels, models = measured_rows(batch)
-    rows, total, others = predict(network, batch, limits, uint8)
+    mode = "deit_fast_fp8_attention" if attention else MEASURED_AS[format]
+    kernels, models = measured_rows(batch, mode)
+    rows, total, others = predict(network, batch, limits, uint8, True, format, attention)
+    kind = (format or "bf16") + ", attention too" * attention
     title = (
-        f"DeiT-{network} distilled, bf16, batch {batch}, H200: {limits['bf16_tflops']:.0f} "
+        f"DeiT-{network} distilled, {kind}, batch {batch}, H200: {limits['bf16_tflops']:.0f} "
         f"TFLOP/s, {limits['copy_tb_per_s']:.1f} TB/s ({source})"
     )
     table = Table(title=title, title_justify="left")
@@ -331,8 +358,14 @@ def show(network: str, batch: int, console: Console, uint8: bool) -> None:
     console.print(
         f"one pass: {total:.0f} us predicted, {batch / total * 1e6:,.0f} images/s; "
         f"measured: {'not yet' if clock is None else f'{clock:,.0f} images/s'}; "
-        f"{flops / 1e9:.0f} GFLOP, at the ceiling {flops / limits['bf16_tflops'] / 1e6:.0f} us"
+        f"{flops / 1e9:.0f} GFLOP, at bf16's ceiling {flops / limits['bf16_tflops'] / 1e6:.0f} us"
     )
+    if format is not None:
+        plain = predict(network, batch, limits, uint8)[1]
+        console.print(
+            f"in bf16: {plain:.0f} us predicted, {batch / plain * 1e6:,.0f} images/s; "
+            f"{kind}: {plain / total:.2f} times that"
+        )
     console.print("shares: " + ", ".join(f"{op} {100 * s:.0f}%" for op, s in shares.most_common()))
     named = ", ".join(f"{count} x {name}" for name, count in others.items()) or "none"
     console.print(f"operations of PyTorch's own: {named}\n")
@@ -346,7 +379,11 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--markdown", action="store_true", help="docs/performance.md's table")
     parser.add_argument("--uint8", action="store_true", help="images as bytes, NHWC")
+    parser.add_argument("--format", choices=FORMATS, help="of a quantised model, beside bf16")
+    parser.add_argument("--attention", action="store_true", help="attention in fp8 too")
     args = parser.parse_args(argv)
+    if args.attention and args.format != "fp8":
+        parser.error("--attention wants --format fp8")
     if args.batch < 1:
         parser.error(f"--batch: {args.batch}, want 1 or more")
     if args.markdown:
@@ -354,7 +391,7 @@ def main(argv=None):
         return
     console = Console(width=160)
     for network in args.network:
-        show(network, args.batch, console, args.uint8)
+        show(network, args.batch, console, args.uint8, args.format, args.attention)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,15 @@ def attention_inputs(B, H, N, L, d, bias=False, packed=False, device="cpu"):
     return inputs
 
 
+def attention_quantized_inputs(B, H, N, d, format, operands=False, device="cpu"):
+    """operands: qkv, (B, N, 3, H, d), in fp8 with one scale, instead of q, k and v."""
+    made = attention_inputs(B, H, N, N, d, packed=True, device=device)
+    one = torch.full((1, 1), 0.02, device=device)
+    if operands:
+        made = {"qkv": quantize_statically_reference(torch.stack(tuple(made.values()), 2), one)}
+    return made | {"format": format, "out_scale": one if format == "fp8" else None}
+
+
 def classifier_inputs(B, N, D, classes, distilled=True, device="cpu"):
     torch.manual_seed(0)
     inputs = {
@@ -482,6 +491,7 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
     eight_bits = _eight_bits(rows, D, H)
     return {
         "layer_norm": {"": {"shape": (batch, N, D)}},
+        "layer_norm_quantized": {of: {"shape": (batch, N, D), "format": of} for of in eight_bits},
         "quantize": {of: {"shape": (batch, N, D), "format": of} for of in eight_bits},
         "quantized_linear": {
             f"{of} {name}": {"of": of, **case}
@@ -501,6 +511,17 @@ def deit_cases(op: str, network: str, batch: int) -> dict[str, dict]:
         "attention": {
             "": {"B": batch, "H": H, "N": N, "L": N, "d": 64, "packed": True},
             "last block": {"B": batch, "H": H, "N": 2, "L": N, "d": 64, "packed": True},
+        },
+        "attention_quantized": {
+            of: {
+                "B": batch,
+                "H": H,
+                "N": N,
+                "d": 64,
+                "format": of.split()[0],
+                "operands": "operands" in of,
+            }
+            for of in ("fp8", "int8", "fp8 operands")
         },
         # of the CaiT that is as wide: no prefix token in the trunk
         "talking_heads": {"": {"B": batch, "H": D // 48, "N": N - 2, "d": 48}},

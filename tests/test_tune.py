@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,9 +10,11 @@ import time
 import pytest
 import torch
 from modelling import TINY, images, tiny_pair
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.interpreter import GridExecutor
 
 import deit_fast
+from benchmarks.accuracy import short_sums
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
 from deit_fast.kernels.linear import HOPPER_CONFIGS
@@ -194,6 +197,40 @@ def test_the_winner_is_written_and_then_serves(small, cache, capsys):
     assert all(set(r["others"].values()) == {2.0} for r in rows)
     for r in table["choices"]:
         assert _tuned.lookup(r["op"], r["shape"], CHIP) == r["choice"]
+
+
+def test_the_command_in_eight_bits(small, cache, monkeypatch, capsys):
+    """The choices of the quantised model; what nothing serves is named, and not in the table."""
+    monkeypatch.setattr(tune.quantized_linear, "HOPPER_CONFIGS", EIGHT_BITS_CONFIGS[:2])
+    every, real = tune.tasks, tune.run_quantized_linear
+    monkeypatch.setattr(
+        tune, "tasks", lambda *args: [t for t in every(*args) if t.op == "quantized_linear"][:2]
+    )
+    assert run(prefer({}), "--format", "int8", "--batch", "1") == 0
+    rows = json.loads(cache.read_text())["choices"]
+    assert [(r["op"], r["shape"]["dtype"]) for r in rows] == [("quantized_linear", "int8")] * 2
+    assert not capsys.readouterr().err.count("agreed")
+
+    def wrong(**inputs):
+        made = real(**inputs)
+        return made if isinstance(made, tune.Quantized) else made * 1.1
+
+    monkeypatch.setattr(tune, "run_quantized_linear", wrong)
+    assert run(prefer({}), "--format", "fp8", "--batch", "1") == 0
+    named = re.findall(r"dtype (\w+), epilogue (.+): no candidate ran", capsys.readouterr().err)
+    assert named == [("fp8", "bias+residual")]
+
+
+def test_short_sums_are_allowed_on_a_gpu_only():
+    """sm_90's fp8 instruction keeps 14 bits: more than twice the reference's error at once."""
+    x = tune.quantize_reference(torch.ones(2, 32))
+    assert tune.allowance({"x": x}) == 1e-6
+    with FakeTensorMode():
+        values = torch.empty(2, 32, device="cuda", dtype=torch.float8_e4m3fn)
+        wide = torch.empty(2, 32, device="cuda")
+    assert tune.allowance({"x": wide}) == 1e-6
+    allowed = tune.allowance({"x": tune.Quantized(values, wide)})
+    assert allowed > short_sums(1536, 16)["sums"] > 2.1e-4
 
 
 def test_a_second_run_has_nothing_to_do_and_renews_if_asked(small, cache, capsys):

@@ -18,7 +18,7 @@ from benchmarks.table5 import select
 from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
 from deit_fast.kernels._runtime import Chip
-from deit_fast.kernels.cases import DEIT
+from deit_fast.kernels.cases import DEIT, deit_cases
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 
 V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
@@ -258,6 +258,9 @@ def test_prediction_in_eight_bits(format):
     assert {predict.case_of(launch, "Ti") for launch in products} >= {
         f"{format} {name}" for name in ("qkv", "proj", "fc1", "fc2")
     }
+    for op in ("layer_norm_quantized", "attention_quantized"):  # a row of theirs is a launch's
+        cases = {predict.case_of(launch, "Ti") for launch in found if launch.op == op}
+        assert cases - {None} == {format} and format in deit_cases(op, "Ti", 256)
     fc2 = next(launch for launch in products if predict.case_of(launch, "Ti") == f"{format} fc2")
     M, K, N = 256 * 198, 768, 192
     times = fc2.times({"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
@@ -266,6 +269,20 @@ def test_prediction_in_eight_bits(format):
     scales = 4 * (1 if format == "fp8" else M * K // 64)
     moved = M * K + N * K + 2 * 2 * M * N + 4 * N + 2 * N + scales
     assert fc2.bytes == moved
+
+
+def test_prediction_of_a_quantised_model(capsys):
+    """The command's ratio to bf16; attention in fp8 is named and takes less."""
+    (bf16, fp8, attention) = (
+        predict.predict("S", 256, predict.ELSEWHERE, False, False, *kind)[1]
+        for kind in ((), ("fp8",), ("fp8", True))
+    )
+    assert bf16 / 1.5 < fp8 < bf16 / 1.2 and attention < fp8
+    predict.main(["--network", "S", "--format", "fp8", "--attention"])
+    out = capsys.readouterr().out
+    assert "fp8 operands" in out and "fp8, attention too: 1.4" in out
+    with pytest.raises(SystemExit):
+        predict.main(["--format", "int8", "--attention"])
 
 
 def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):

@@ -13,11 +13,13 @@ import timm
 import torch
 from making import model_row, results_of
 
-from benchmarks import suite, table5
+from benchmarks import bench_attention_quantized, bench_quantized_linear, suite, table5
 from deit_fast import tune
 from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
 from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels.cases import deit_cases
+from deit_fast.kernels.quantize import FORMATS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(
@@ -25,6 +27,7 @@ SCHEMA = jsonschema.Draft202012Validator(
 )
 FORWARD = "fused and not backward"
 PYTHONPATH = os.environ.get("PYTHONPATH", "")
+BF16 = torch.bfloat16
 LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
 
 
@@ -315,6 +318,43 @@ def test_served_by_is_what_a_table_says():
             assert tune.served_by("linear", inputs) == "cublas"
         with _tuned.forced("attention", {"implementation": "torch"}):
             assert tune.served_by("attention", attended) == "torch"
+
+
+@pytest.mark.parametrize("case", [f"{of} {name}" for of in ("fp8", "int8")
+                                  for name in ("qkv", "proj", "fc1", "fc2")])  # fmt: skip
+def test_rivals_in_eight_bits_compute_the_same(case):
+    """What only a GPU times: ours in bf16, PyTorch's products in eight bits, and the reference
+    as it is traced."""
+
+    def make(device="cpu"):
+        return suite._cast(bench_quantized_linear.inputs(**arguments, device=device), BF16)
+
+    torch.compiler.reset()
+    arguments = deit_cases("quantized_linear", "Ti", 1)[case]
+    made = make()
+    plain = bench_quantized_linear.reference(**made)
+    traced = torch.compile(
+        bench_quantized_linear.reference, backend="eager", fullgraph=True, dynamic=False
+    )
+    rest = {name: t for name, t in made.items() if not name.startswith("wide")}
+    for got in (
+        bench_quantized_linear.product(**made, implementation="bf16"),
+        bench_quantized_linear.cublas(**rest),
+        traced(**made),
+    ):
+        assert suite._agree(got, plain, bench_quantized_linear.exact, made) > 0
+
+
+@pytest.mark.parametrize("case", ["fp8", "int8", "fp8 operands"])
+def test_attention_in_eight_bits_is_what_its_case_says(case):
+    arguments = deit_cases("attention_quantized", "Ti", 1)[case]
+    made = suite._cast(bench_attention_quantized.attention_quantized_inputs(**arguments), BF16)
+    plain = bench_attention_quantized.reference(**made)
+    assert plain.values.dtype == FORMATS[case.split()[0]]
+    assert (plain.scales.numel() == 1) == ("fp8" in case) == (made["out_scale"] is not None)
+    got = bench_attention_quantized.ours(**made)
+    assert suite._agree(got, plain, bench_attention_quantized.exact, made) > 0
+    assert ("qkv" in made) == ("operands" in case)
 
 
 def test_on_gpu_names_its_stages():
