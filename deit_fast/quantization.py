@@ -9,8 +9,8 @@ a scale for each row from LayerNorm. Of attention's and GELU's results no progra
            as near it: a wide bound costs little, and nothing saturates.
     int8   a scale for each row and head, or each row and 64 features of GELU's.
 
-Patch embedding, LayerNorm's arithmetic, attention itself, residual stream and heads stay as they
-are.
+Patch embedding, LayerNorm's arithmetic, attention itself unless it is asked for, residual stream
+and heads stay as they are.
 """
 
 import difflib
@@ -70,13 +70,12 @@ def quantize(
     for inference. `deit_fast.restore(model)` undoes this and the swap.
 
     model: one that `deit_fast.accelerate` has swapped, with Blocks (ViT, DeiT, DeiT-III), in fp32,
-    fp16 or bf16, on any device. `format`: "fp8" (e4m3, from
-    compute capability 8.9) or "int8" (from 8.0); on a CPU PyTorch computes both, slowly.
-    calibration, for fp8: images (B, C, H, W), normalised, or uint8 (B, H, W, C), or an iterable of
-    such batches, alone or first in a tuple with labels; int8 takes none, each row brings its
-    scales. exclude: names of layers that stay as they are, "blocks.0.attn.qkv", or patterns,
-    "blocks.11.*". attention, for fp8: attention's own two products in fp8 as well, where qkv and
-    proj are; q, k and v have one scale.
+    fp16 or bf16, on any device. `format`: "fp8" (e4m3, from compute capability 8.9) or "int8" (from
+    8.0); on a CPU PyTorch computes both, slowly. calibration, for fp8: images (B, C, H, W),
+    normalised, or uint8 (B, H, W, C), or an iterable of such batches, alone or first in a tuple
+    with labels; int8 takes none, each row brings its scales. exclude: names of layers that stay as
+    they are, "blocks.0.attn.qkv", or patterns, "blocks.11.*". attention, for fp8: attention's own
+    two products in fp8 as well, where qkv and proj are; q, k and v have one scale.
 
     The weights are buffers from then on, `weight` in eight bits and `weight_scale`, with
     `input_scale` and `output_scale` where there is one scale for all; all are in the `state_dict`.
