@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -759,8 +760,14 @@ def compile_case(case: Case) -> Row:
     )  # fmt: skip
 
 
-def rows(archs, ops=None):
-    wanted = [case for case in cases(archs) if not ops or case.op in ops]
+def rows(archs, ops=None, every=1):
+    """every: that many cases of a kernel on a chip in turn are represented by the first."""
+    wanted, seen = [], Counter()
+    for case in cases(archs):
+        kind = case.kernel, case.arch
+        if (not ops or case.op in ops) and seen[kind] % every == 0:
+            wanted.append(case)
+        seen[kind] += 1
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(compile_case, wanted, chunksize=1)
 
@@ -776,6 +783,7 @@ def main():
         help="fail where something is spilled, serialised or too large for the chip",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
+    parser.add_argument("--every", type=int, default=1, help="so many of a kernel's cases as one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     heading = "sm op configuration regs spill smem CTAs wgmma waits MB GFLOP".split()
@@ -784,7 +792,7 @@ def main():
         print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")
         print(line.format(*heading))
     bad = 0
-    for row in rows(args.arch, args.op):
+    for row in rows(args.arch, args.op, args.every):
         bad += bool(row.spill_bytes or row.serialized or row.ctas_per_sm < 1)
         if args.json:
             print(json.dumps(asdict(row)), flush=True)
