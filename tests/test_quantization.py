@@ -25,7 +25,7 @@ from deit_fast.kernels.quantize import (
 )
 from deit_fast.layers import Attention
 from deit_fast.layers.quantized import QuantizedLinear, undo
-from deit_fast.quantization import quantized_layers
+from deit_fast.quantization import prepare, quantized_layers
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LAYERS = [
@@ -154,6 +154,11 @@ def test_widths_without_whole_parts_are_left(format, left):
     assert all("multiple of" in m.reason for m in report.left)
     x = images(reference)
     assert relative_error(logits(fast, x), logits(reference, x)) < 0.2
+    if left:  # and no folder may say otherwise
+        _, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
+        with pytest.raises(ValueError, match="blocks.1.attn.proj heads of 48 features"):
+            prepare(fast, format, ["blocks.1.attn.proj"])
+        assert not quantized_layers(fast)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
