@@ -498,6 +498,9 @@ def test_a_layer_alone():
             assert 1e-3 < relative_error(got, want) < 0.1
         assert type(fast.blocks[0].attn.qkv) is QuantizedLinear
         layer = fast.blocks[0].attn.qkv
+        for backend in ("auto", "torch"):
+            deit_fast.accelerate(fast, backend)
+            assert layer.backend == backend
         want = (
             dequantize(quantize_reference(x, format)) @ dequantize(layer.operand).t() + layer.bias
         )
