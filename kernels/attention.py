@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from . import _runtime, _tuned
 from .quantize import (
     Quantized,
-    _limit,
     _round,
     _scales,
     expect_float,
@@ -99,7 +98,7 @@ def _store_rows(o_ptrs, scales_ptr, o, mask, in_rows, row, BY_HEAD: tl.constexpr
     if scales_ptr is not None:
         INT8: tl.constexpr = o_ptrs.dtype.element_ty == tl.int8
         if BY_HEAD:
-            scales, inverse = _scales(o, _limit(INT8))
+            scales, inverse = _scales(o, INT8)
             tl.store(scales_ptr + row, scales, mask=in_rows)
             o = _round(o, inverse[:, None], INT8)
         else:

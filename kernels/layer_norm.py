@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from . import _runtime
 from .quantize import (
     Quantized,
-    _limit,
     _round,
     _scales,
     expect_float,
@@ -86,7 +85,7 @@ def _layer_norm_kernel(
     y = diff * rstd[:, None] * w[None, :] + b[None, :]
     if scales_ptr is not None:
         INT8: tl.constexpr = y_ptr.dtype.element_ty == tl.int8
-        scales, inverse = _scales(y, _limit(INT8))
+        scales, inverse = _scales(y, INT8)
         tl.store(scales_ptr + rows, scales, mask=rows < M)
         y = _round(y, inverse[:, None], INT8)
     tl.store(y_ptr + offs, y, mask=mask)

@@ -73,9 +73,10 @@ def dequantize(q: Quantized) -> Tensor:
 
 
 @triton.jit
-def _scales(x, limit):
+def _scales(x, INT8: tl.constexpr):
     """Scales of the parts along the last axis of x, and what to multiply x by. The largest is taken
     of the bits, which order NaN behind infinity, and both behind all that is finite."""
+    limit = 127.0 if INT8 else 448.0
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1)
     finite = bits < 0x7F800000
     largest = bits.to(tl.float32, bitcast=True)
@@ -99,11 +100,6 @@ def _round(x, inverse, INT8: tl.constexpr):
 
 
 @triton.jit
-def _limit(INT8: tl.constexpr):
-    return 127.0 if INT8 else 448.0
-
-
-@triton.jit
 def _quantize_kernel(
     x_ptr,  # in: (M, K)
     q_ptr, scales_ptr,  # out: (M, K) (P, M)
@@ -116,7 +112,7 @@ def _quantize_kernel(
     mask = in_rows[:, None] & (cols < WIDTH)[None, :]
     offs = rows[:, None] * WIDTH + cols[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    scales, inverse = _scales(x, _limit(INT8))
+    scales, inverse = _scales(x, INT8)
     tl.store(q_ptr + offs, _round(x, inverse[:, None], INT8), mask=mask)
     tl.store(scales_ptr + rows % P * M + rows // P, scales, mask=in_rows)
 

@@ -31,7 +31,6 @@ from . import _runtime, _tuned
 from .linear import ACTIVATIONS, _aligned, _config, _epilogue, _gelu, _tile, _without_tma
 from .quantize import (
     Quantized,
-    _limit,
     _round,
     _scales,
     dequantize,
@@ -125,7 +124,7 @@ def _quantized_epilogue(
     if OWN_SCALE:
         parts = first_col // PART + tl.arange(0, BLOCK_N // PART)
         h = tl.reshape(acc, (BLOCK_M, BLOCK_N // PART, PART))
-        scales, inverse = _scales(h, _limit(INT8))
+        scales, inverse = _scales(h, INT8)
         ptrs = ys_ptr + parts[None, :].to(tl.int64) * M + (first_row + rows)[:, None]
         tl.store(ptrs, scales, mask=in_rows[:, None] & (parts * PART < N)[None, :])
         y = tl.reshape(_round(h, inverse[:, :, None], INT8), (BLOCK_M, BLOCK_N))

@@ -10,7 +10,8 @@ examples:
 --data takes labelled images, all of which are judged by, --calibration those or any folder, list or
 pattern of images. Without --data the photographs that come with deit_fast are run. fp8 without
 --calibration bounds its scales by the weights. --worst puts each layer alone in eight bits, then
-all but it, and ranks them: --exclude the first. Layers are called as in the tables.
+all but it, and ranks them: --exclude the first. Layers are called as in the tables, which leave
+out what --attention does.
 
 Layers are compared on the images, on random inputs, and on such with some channels 50 times the
 others, both with the rms that the images cause.

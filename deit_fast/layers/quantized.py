@@ -62,10 +62,9 @@ class QuantizedLinear(nn.Linear):
 
     def restore(self) -> None:
         """Become an nn.Linear again, with the weight it was made of; where eight bits were loaded
-        since, with those as numbers of the bias's dtype."""
+        since, with those as numbers of the model's dtype."""
         original = self.__dict__.pop("_original", None)
-        device = self.weight.device
-        dtype = self._dtype if self.bias is None else self.bias.dtype
+        device, dtype = self.weight.device, self._dtype
         if original is None:
             weight = nn.Parameter(dequantize(self.operand).to(dtype))
         elif original.device == device and original.dtype == dtype:
@@ -103,7 +102,7 @@ class QuantizedLinear(nn.Linear):
         finally:
             self._buffers |= kept
         self._buffers |= {k: t if t is None else t.view(kept[k].dtype) for k, t in moved.items()}
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # the weight's, once restored
         return self
 
     def __getstate__(self):
