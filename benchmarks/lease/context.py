@@ -1,0 +1,72 @@
+"""What a step of the lease gets, and how it writes: every row at once, appended and flushed."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROWS = "rows.jsonl"
+
+
+@dataclass
+class Context:
+    """One step's view of the run.
+
+    device: where it measures; a CPU in a rehearsal. folder: the output folder, flat. small: reduced
+    shapes and a few runs, for rehearsals without a GPU. deadline: of `time.monotonic()`, after
+    which the step begins nothing new. run: identifies this run among those of a resumed folder.
+    stamp: fields that every measured row carries (commit, build, run). skip: operations whose smoke
+    test failed; PyTorch serves them.
+    """
+
+    device: torch.device
+    folder: Path
+    small: bool
+    deadline: float
+    step: str
+    run: str
+    stamp: dict = field(default_factory=dict)
+    skip: frozenset[str] = frozenset()
+
+    def left(self) -> float:
+        """Seconds until the step begins nothing new."""
+        return self.deadline - time.monotonic()
+
+    def write(self, kind: str, **row) -> None:
+        """Append one row to rows.jsonl: kind, step, run, and what is given. It is on disk when this
+        returns."""
+        append(self.folder / ROWS, {"kind": kind, "step": self.step, "run": self.run, **row})
+
+    def rows(self, kind: str) -> list[dict]:
+        """The rows of one kind that the folder holds so far, of this run and of earlier ones."""
+        return [row for row in read(self.folder / ROWS) if row["kind"] == kind]
+
+    def say(self, line: str) -> None:
+        """A line of progress, into the log."""
+        print(f"[{self.step}] {line}", flush=True)
+
+
+def append(path: Path, row: dict) -> None:
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with path.open("a") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict]:
+    """Every whole row; a last line that a killed step left unfinished is dropped."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "kind" in row:
+            found.append(row)
+    return found
