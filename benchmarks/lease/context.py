@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ class Context:
     device: where it measures; a CPU in a rehearsal. folder: the output folder, flat. small: reduced
     shapes and a few runs, for rehearsals without a GPU. deadline: of `time.monotonic()`, after
     which the step begins nothing new. run: identifies this run among those of a resumed folder.
-    stamp: fields that every measured row carries (commit, build, run). skip: operations whose smoke
-    test failed; PyTorch serves them.
+    kernels: digest of the kernels' sources: rows of other kernels don't count as measured. header:
+    what lease.json says (hardware, chip, commit). excluded: kernel families whose smoke test
+    failed; PyTorch serves them. work: a folder for caches, gone with the run.
     """
 
     device: torch.device
@@ -28,21 +29,26 @@ class Context:
     deadline: float
     step: str
     run: str
-    stamp: dict = field(default_factory=dict)
-    skip: frozenset[str] = frozenset()
+    kernels: str
+    header: dict
+    work: Path
+    excluded: frozenset[str] = frozenset()
 
     def left(self) -> float:
         """Seconds until the step begins nothing new."""
         return self.deadline - time.monotonic()
 
     def write(self, kind: str, **row) -> None:
-        """Append one row to rows.jsonl: kind, step, run, and what is given. It is on disk when this
-        returns."""
-        append(self.folder / ROWS, {"kind": kind, "step": self.step, "run": self.run, **row})
+        """Append one row to rows.jsonl: kind, step, run, kernels, and what is given. It is on disk
+        when this returns."""
+        head = {"kind": kind, "step": self.step, "run": self.run, "kernels": self.kernels}
+        append(self.folder / ROWS, head | row)
 
     def rows(self, kind: str) -> list[dict]:
-        """The rows of one kind that the folder holds so far, of this run and of earlier ones."""
-        return [row for row in read(self.folder / ROWS) if row["kind"] == kind]
+        """The rows of one kind that the folder holds so far and these kernels measured, in this run
+        or in an earlier one."""
+        found = read(self.folder / ROWS)
+        return [row for row in found if row["kind"] == kind and row["kernels"] == self.kernels]
 
     def say(self, line: str) -> None:
         """A line of progress, into the log."""
@@ -67,6 +73,6 @@ def read(path: Path) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "kind" in row:
+        if isinstance(row, dict) and "kind" in row and "kernels" in row:
             found.append(row)
     return found

@@ -1,0 +1,61 @@
+"""What the device is, before anything is measured on it."""
+
+import os
+import subprocess
+
+import torch
+
+from deit_fast.bench import timing
+from deit_fast.kernels import _runtime
+
+from .context import Context
+
+LEAST_FREE = 20e9  # bytes: DeiT-B's training step at batch 256 takes about that
+
+
+def step(ctx: Context) -> str:
+    """Write the row "facts". Raises RuntimeError for a GPU on which nothing would be measured."""
+    chip = _runtime.chip(ctx.device)
+    found = {
+        "hardware": timing.hardware(ctx.device), "slug": timing.slug(ctx.device),
+        "chip": {
+            "name": chip.name, "capability": list(chip.capability), "processors": chip.processors,
+        },
+        "cores": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    if ctx.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(ctx.device)
+        expect(chip.name, chip.capability, free)
+        properties = torch.cuda.get_device_properties(ctx.device)
+        found |= {
+            "free_gb": free / 1e9, "total_gb": total / 1e9,
+            "l2_mb": properties.L2_cache_size / 1e6,
+            "limits": limits(),
+        }  # fmt: skip
+    ctx.write("facts", **found)
+    return f"{chip.name}, {chip.processors} SMs, {found['cores']} cores"
+
+
+def expect(name: str, capability: tuple[int, int], free: float) -> None:
+    """Raise RuntimeError where the chip has no bf16 tensor cores or too little memory is free."""
+    if tuple(capability) < (8, 0):
+        have = ".".join(map(str, capability))
+        raise RuntimeError(
+            f"{name}: compute capability {have} has no bf16 tensor cores, expected 8.0 or newer"
+        )
+    if free < LEAST_FREE:
+        raise RuntimeError(
+            f"{name}: {free / 1e9:.1f} GB of GPU memory are free, expected at least "
+            f"{LEAST_FREE / 1e9:.0f} GB: is another process using it?"
+        )
+
+
+def limits() -> str | None:
+    """Clock and power limits in nvidia-smi's words, None without it."""
+    fields = "clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current,mig.mode.current"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{fields}: {answer.stdout.strip().splitlines()[0]}"

@@ -1,0 +1,238 @@
+"""The whole run: facts, then the steps in order, and what one of them tells the next."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from . import bare, context, runner
+from .background import Background
+from .plan import SECONDS, STEPS, Step
+
+HEADER, LOG, CLOCKS, TABLE = "lease.json", "log.txt", "clocks.csv", "tuned.json"
+FACTS = Step("facts", 30, "the device", "benchmarks.lease.facts:step")
+END = 3.0  # seconds before the end of the run at which the last step is killed
+LEAST = 4.0  # seconds that a step must have to be begun
+CLOCK_QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+
+
+class Run:
+    """One run of the command. Raises ValueError or RuntimeError, before anything is written, where
+    nothing could be measured."""
+
+    def __init__(self, args, work: Path):
+        self.began = time.monotonic()
+        self.args, self.work, self.folder = args, work, args.out
+        bare.prepare(work)
+        from deit_fast.bench import networks, results  # not before the import path is made
+
+        self.lost = networks.device_is_lost
+        self.kernels, self.sources = results.kernel_digest(), results.sources()
+        self.run = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.excluded: frozenset[str] = frozenset()
+        cores = sorted(os.sched_getaffinity(0))
+        spare = len(cores) >= 8  # four for what is timed, the others for what is not
+        self.front = set(cores[:4]) if spare else None
+        self.back = set(cores[4:]) if spare else None
+        self.processes = args.processes or len(self.back or cores)
+        self.facts = self._facts()
+        self._open()
+
+    def _context(self, name, deadline, folder=None):
+        import torch
+
+        small = self.facts is None or not self.facts["hardware"]["gpu"]
+        device = torch.device("cpu" if self.facts is not None and small else "cuda")
+        if self.facts is None and not torch.cuda.is_available():
+            device = torch.device("cpu")
+        return context.Context(
+            device, folder or self.folder, small, deadline, name, self.run, self.kernels,
+            getattr(self, "header", {}), self.work, self.excluded,
+        )  # fmt: skip
+
+    def _facts(self):
+        """The row "facts", measured in a child: this process never touches the GPU."""
+        self.facts = None
+        scratch = self.work / "facts"
+        scratch.mkdir()
+        log = scratch / LOG
+        outcome = runner.run(
+            FACTS, lambda deadline: self._context("facts", deadline, scratch), FACTS.seconds,
+            FACTS.seconds, log, self.lost,
+        )  # fmt: skip
+        found = context.read(scratch / context.ROWS)
+        if not found:
+            raise RuntimeError("; ".join(outcome.notes) or "the device tells nothing of itself")
+        return found[0]
+
+    def _open(self):
+        """The folder and its header, with what an earlier run measured."""
+        before = None
+        if self.args.resume is not None:
+            before = self._earlier(self.args.resume)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if before is not None and self.folder.resolve() != self.args.resume.resolve():
+            for path in sorted(self.args.resume.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, self.folder / path.name)
+        this = {
+            "run": self.run, "seconds": self.args.seconds, "steps": self.args.steps,
+            "commit": os.environ["DEIT_FAST_COMMIT"],
+        }  # fmt: skip
+        self.header = {
+            "version": 1, "hardware": self.facts["hardware"], "chip": self.facts["chip"],
+            "slug": self.facts["slug"], "commit": os.environ["DEIT_FAST_COMMIT"],
+            "sources": self.sources, "kernels": self.kernels, "started": self.run,
+            "runs": [*(before["runs"] if before else []), this], "finished": False,
+        }  # fmt: skip
+        self._save()
+        row = {k: v for k, v in self.facts.items() if k not in ("kind", "step", "run", "kernels")}
+        self._context("facts", 0.0).write("facts", **row)
+
+    def _earlier(self, folder):
+        """The header of an earlier run. Raises ValueError where its rows are none of this chip's or
+        of these kernels'."""
+        try:
+            header = json.loads((folder / HEADER).read_text())
+            chip, kernels = header["chip"]["name"], header["kernels"]
+            header["runs"][0]["run"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"--resume: {folder / HEADER} is damaged ({error!r})") from None
+        if chip != self.facts["chip"]["name"]:
+            here = self.facts["chip"]["name"]
+            raise ValueError(f"--resume: {folder} holds results of {chip}, this is {here}")
+        rows = context.read(folder / context.ROWS)
+        if rows and not any(row["kernels"] == self.kernels for row in rows):
+            raise ValueError(
+                f"--resume: {folder} is of another commit: its kernels are {kernels}, these are "
+                f"{self.kernels}; name a new --out alone to measure these"
+            )
+        return header
+
+    def _save(self):
+        part = self.folder / f"{HEADER}.part"
+        part.write_text(json.dumps(self.header, indent=1) + "\n")
+        part.replace(self.folder / HEADER)
+
+    def left(self) -> float:
+        return self.args.seconds - (time.monotonic() - self.began) - END
+
+    def steps(self) -> int:
+        """All steps; 1 where one failed."""
+        failed = 0
+        wanted = [s for s in STEPS if not self.args.steps or s.name in self.args.steps]
+        done = {
+            row["name"] for row in self._context("", 0.0).rows("step") if row["status"] == "done"
+        }
+        background = Background(self.folder / LOG, self.back)
+        try:
+            self._start(background, [s.name for s in wanted])
+            for step in wanted:
+                if step.name in done and not self.args.steps:
+                    print(f"{step.name:14} kept: {step.title}", flush=True)
+                    continue
+                outcome = self._step(step, background)
+                failed |= outcome.status == "failed"
+                self._after(step)
+        finally:
+            background.stop()
+            self.header["finished"] = True
+            self._save()
+        return int(failed)
+
+    def _start(self, background, wanted):
+        """Compilation beside the first steps."""
+        from . import compiled, warm
+
+        background.start("kernels", lambda: warm.run(self, wanted))
+        if any(name.startswith("compiled") or name == "training" for name in wanted):
+            background.start("torch.compile", lambda: compiled.prepare(self, wanted))
+
+    def _step(self, step, background):
+        scale = self.args.seconds / SECONDS
+        left = self.left()
+        if left < LEAST * scale:
+            outcome = runner.Outcome("not begun", 0.0, notes=["the run's time is over"])
+        else:
+            budget = min(step.seconds * scale, left)
+            limit = min(budget + runner.GRACE, left)
+            if step.exclusive:
+                background.pause()
+            try:
+                outcome = runner.run(
+                    step, lambda deadline: self._context(step.name, deadline), budget, limit,
+                    self.folder / LOG, self.lost, self.front,
+                )  # fmt: skip
+            finally:
+                background.resume()
+        row = {"name": step.name, "status": outcome.status, "seconds": round(outcome.seconds, 2)}
+        note = "; ".join(outcome.notes)
+        self._context(step.name, 0.0).write("step", **row, summary=outcome.summary, note=note)
+        text = "; ".join(filter(None, (outcome.summary, note)))
+        print(f"{step.name:14} {outcome.status} in {outcome.seconds:.1f} s: {text}", flush=True)
+        return outcome
+
+    def _after(self, step):
+        """What the steps that follow have to know."""
+        from . import race, smoke
+
+        if step.name == "smoke":
+            rows = self._context("smoke", 0.0).rows("smoke")
+            self.excluded = smoke.failed_families(rows)
+            if self.excluded:
+                smoke.exclude(self.excluded)
+                print(f"{'':14} PyTorch serves {', '.join(sorted(self.excluded))}", flush=True)
+        if step.name == "race":
+            race.load_table(self.folder)
+
+
+def run(args) -> int:
+    """The command, its options checked."""
+    work = Path(tempfile.mkdtemp(prefix="lease-"))
+    try:
+        made = Run(args, work)
+        with _clocks(made.folder / CLOCKS), _terminated():
+            status = made.steps()
+        seconds = time.monotonic() - made.began
+        print(f"{made.folder}: {seconds:.0f} s; python -m benchmarks.take {made.folder}")
+        return status
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _clocks(path):
+    """nvidia-smi's samples, four a second, while it lasts."""
+    command = [
+        "nvidia-smi", f"--query-gpu={CLOCK_QUERY}", "--format=csv,noheader,nounits", "-lms", "250",
+    ]  # fmt: skip
+    process = None
+    if shutil.which(command[0]):
+        with path.open("a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _terminated():
+    """SIGTERM ends the run as Ctrl-C does: children killed, the header written."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
