@@ -61,15 +61,16 @@ class FakeCuda(TorchDispatchMode):
                         fake._redo(function, args, kwargs, result)
 
         @contextmanager
-        def graph(graph, pool, stream, capture_error_mode):
-            assert capture_error_mode == "thread_local"
+        def graph(graph, pool=None, stream=None, capture_error_mode="global"):
+            assert stream is None or capture_error_mode == "thread_local"
+            stream = stream or fake.here or fake.caller  # what is captured is not run: no order
             graph.recorded = fake.recording = []
             with fake.on(stream):
                 yield
             fake.recording = None
             fake.reserved += 1000
 
-        def new_stream(device):
+        def new_stream(device=None):
             self.streams += 1
             return Stream(f"stream {self.streams}")
 
@@ -79,7 +80,7 @@ class FakeCuda(TorchDispatchMode):
 
         for name, value in {
             "Stream": new_stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph,
-            "stream": self.on, "current_stream": lambda: self.caller, "device": device,
+            "stream": self.on, "current_stream": lambda device=None: self.here or self.caller, "device": device,
             "synchronize": lambda device=None: None,  # waits for more than the engine may count on
             "empty_cache": lambda: None,
             "memory_reserved": lambda: self.reserved, "graph_pool_handle": lambda: None,

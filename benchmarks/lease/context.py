@@ -11,6 +11,10 @@ import torch
 ROWS = "rows.jsonl"
 
 
+class NotReady(Exception):
+    """A part of a step that can't be measured yet: no failure, a later step or run has it."""
+
+
 @dataclass
 class Context:
     """One step's view of the run.

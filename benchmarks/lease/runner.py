@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .context import Context
+from .context import Context, NotReady
 from .plan import Step
 
 GRACE = 10.0  # seconds over its budget that a step may take to end what it has begun
@@ -60,22 +60,23 @@ def run(
         parts = resolve(step.parts)(context.small) if step.parts else [None]
     except Exception as error:
         return Outcome("failed", time.monotonic() - began, notes=[_line(error)])
-    todo, done, failed, tried = list(parts), {}, {}, set()
+    todo, done, failed, later, tried = list(parts), {}, {}, {}, set()
     while todo and time.monotonic() < soft:
         now = time.monotonic()
         kill = hard if len(todo) == 1 else min(hard, now + max(15.0, 0.6 * budget))
         ended = _fork(function, context, todo, kill, log, lost, cores)
-        done |= ended.done
+        done, later = done | ended.done, later | ended.later
         failed = {part: why for part, why in failed.items() if part not in ended.done}
         failed |= ended.failed
-        todo = [part for part in todo if part not in ended.done and part not in ended.failed]
+        todo = [p for p in todo if p not in {*ended.done, *ended.failed, *ended.later}]
         if ended.broke is not None and len(parts) > 1 and ended.broke not in tried:
             tried.add(ended.broke)
             todo.append(ended.broke)  # once more, in a process that it has not broken
     status = "failed" if failed else "done"
-    if status == "done" and (todo or time.monotonic() >= soft):
+    if status == "done" and (todo or later or time.monotonic() >= soft):
         status = "partial"
     notes = [f"{part}: {why}" if part else why for part, why in failed.items()]
+    notes += [f"{part}: {why}" if part else why for part, why in later.items()]
     notes += [f"{part}: not begun, no time left" for part in todo if part not in failed]
     summary = "; ".join(f"{part}: {text}" if part else text for part, text in done.items() if text)
     return Outcome(status, time.monotonic() - began, summary, notes)
@@ -85,6 +86,7 @@ def run(
 class _Ended:
     done: dict = field(default_factory=dict)  # part -> summary
     failed: dict = field(default_factory=dict)  # part -> why
+    later: dict = field(default_factory=dict)  # part -> why it was not ready
     broke: object = None  # the part that took its process with it, and was not killed
 
 
@@ -125,7 +127,7 @@ def _fork(function, context, parts, kill, log, lost, cores) -> _Ended:
             os.waitpid(pid, 0)
         os.close(read_end)
     why = "killed: its time was over" if code is None else _death(code)
-    if current is None and not ended.done and not ended.failed:
+    if current is None and not (ended.done or ended.failed or ended.later):
         current = (parts[0],)  # died before it began
     if current is not None:
         ended.failed.setdefault(current[0], why)
@@ -140,6 +142,9 @@ def _hear(message, ended, current):
         return (part,)
     if message["what"] == "end":
         ended.done[part] = message["summary"]
+        return None
+    if message["what"] == "later":
+        ended.later[part] = message["why"]
         return None
     ended.failed[part] = message["why"]
     return (part,) if message["lost"] else None
@@ -173,6 +178,8 @@ def _child(function, context, parts, pipe, log, lost, cores):
             try:
                 summary = function(context) if part is None else function(context, part)
                 send(what="end", part=part, summary=str(summary or ""))
+            except NotReady as error:
+                send(what="later", part=part, why=str(error))
             except BaseException as error:
                 traceback.print_exc()
                 gone = lost(error) or not isinstance(error, Exception)

@@ -30,6 +30,7 @@ class Mode:
     compile: str | None = None  # torch.compile's mode
     fast: bool = False  # through deit_fast.accelerate
     engine: bool = False  # through InferenceEngine: a CUDA graph, as max-autotune has its own
+    graph: bool = False  # forward and backward captured together, as one CUDA graph
     train: bool = False  # forward + backward; an optimiser where the protocol has one
     eight_bits: str | None = None  # "fp8" or "int8": the products of every Block
     attention: bool = False  # those of attention too
@@ -117,7 +118,8 @@ _BACKWARD = tuple(
 )
 # As people train: fp32 weights, products in bf16. In training alone: at inference the weights are
 # cast once instead of at each call, which is what the modes in bf16 do. Ours also as CUDA graphs,
-# which max-autotune has of itself: a step is hundreds of launches.
+# which max-autotune has of itself: a step is hundreds of launches; by torch.compile or, without a
+# compiler, captured as they are.
 _MIXED = tuple(
     Mode(f"{name}_amp_bf16{TRAIN}", autocast=BF16, compile=compiler, fast=fast, train=True)
     for name, compiler, fast in (
@@ -128,7 +130,8 @@ _MIXED = tuple(
         ("deit_fast_reduce_overhead", "reduce-overhead", True),
     )
 )
-MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD, *_MIXED)}
+_GRAPH = Mode(f"deit_fast_graph_amp_bf16{TRAIN}", autocast=BF16, fast=True, graph=True, train=True)
+MODES = {mode.name: mode for mode in (*_FORWARD, *_BACKWARD, *_MIXED, _GRAPH)}
 REFERENCE = MODES["eager_fp32"]  # outputs are compared with this one's
 
 

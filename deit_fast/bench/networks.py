@@ -146,6 +146,8 @@ class Network:
             return missing
         if mode.tf32 and (self.device.type == "cpu" or capability(self.device) < (8, 0)):
             return "TF32 needs a GPU of compute capability 8.0"
+        if mode.graph and self.device.type == "cpu":
+            return "a CUDA graph needs a CUDA device"
         if mode.engine and self.device.type == "cpu":
             return "an engine has its graphs on a CUDA device"
         if torch.bfloat16 in (mode.dtype, mode.autocast) and not has_bf16(self.device):
@@ -384,7 +386,7 @@ class Step:
         if self.captured:
             self.forward = torch.compile(self.model, mode=mode.compile, dynamic=False)
         self.compiled, self.engine = compiled, None
-        self._upstream = None
+        self._upstream, self._graph = None, None
         self.optimizer, self.scaler = None, None
         if optimize:
             self.optimizer = torch.optim.AdamW(
@@ -415,7 +417,8 @@ class Step:
             no_gradients = torch.no_grad if self.mode.torchao else torch.inference_mode
             with no_gradients(), self._autocast():
                 return self.forward(images)
-        logits = self._gradients(images)
+        graphed = self.mode.graph and self.compiled
+        logits = self._replayed(images) if graphed else self._gradients(images)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -433,6 +436,12 @@ class Step:
         wanted = self._upstream
         logits.backward(wanted if self.scaler is None else self.scaler.scale(wanted))
         return logits.detach()
+
+    def _replayed(self, images):
+        if self._graph is None or self._graph.images.shape != images.shape:
+            self._graph = None  # gives its memory back
+            self._graph = _Graph(self, images)
+        return self._graph.replay(images)
 
     def outputs(self, images: Tensor, copies: int = 1) -> list[Tensor]:
         """What agreement is about: the logits, or all parameters' gradients. copies: as if the
@@ -455,6 +464,35 @@ class Step:
         if self.mode.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.mode.autocast)
+
+
+class _Graph:
+    """A step's forward and backward pass as one CUDA graph over buffers of its own."""
+
+    def __init__(self, step, images):
+        self.step, self.images = step, images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, fixes the shape of the upstream gradients
+                step._gradients(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        step.model.zero_grad(set_to_none=True)  # the graph allocates its own
+        given = step._upstream
+        step._upstream = self.upstream = given.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step._gradients(self.images)
+        step._upstream = given
+        self.gradients = [p.grad for p in step.model.parameters()]
+
+    def replay(self, images):
+        self.images.copy_(images)
+        self.upstream.copy_(self.step._upstream)
+        self.graph.replay()
+        for p, gradient in zip(self.step.model.parameters(), self.gradients, strict=True):
+            p.grad = gradient
+        return self.logits
 
 
 def _left(report):

@@ -20,6 +20,7 @@ def test_the_modes_are_those_of_the_results_format():
         f"{name}_amp_bf16_train"
         for name in (
             "eager", "compile", "compile_max_autotune", "deit_fast", "deit_fast_reduce_overhead",
+            "deit_fast_graph",
         )
     ]  # fmt: skip
     assert list(MODES) == forward + backward + mixed
@@ -30,6 +31,7 @@ def test_the_modes_are_those_of_the_results_format():
         assert mode.train == name.endswith("_train")
         assert mode.fast == name.startswith("deit_fast")
         assert bool(mode.compile) == ("compile" in name or "overhead" in name)
+        assert mode.graph == ("_graph_" in name)
         assert mode.engine == ("_engine_" in name) and mode.torchao == name.startswith("torchao")
         assert bool(mode.eight_bits) == ("8" in name)
         assert mode.attention == ("attention" in name)
@@ -53,6 +55,7 @@ def test_each_mode_is_compared_with_eager_of_its_precision():
         "compile_max_autotune_amp_bf16_train": "eager_amp_bf16_train",
         "deit_fast_amp_bf16_train": "eager_amp_bf16_train",
         "deit_fast_reduce_overhead_amp_bf16_train": "eager_amp_bf16_train",
+        "deit_fast_graph_amp_bf16_train": "eager_amp_bf16_train",
     }.items():
         assert MODES[name].eager is MODES[eager]
 

@@ -4,10 +4,12 @@ import copy
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from fake_cuda import FakeCuda
 from modelling import tiny_pair
 from torch import nn
 
@@ -491,3 +493,21 @@ def test_an_engine_computes_what_the_model_does():
         torch.testing.assert_close(got, plain(images), rtol=0, atol=0)
     row, times = measure(network, "deit_fast_engine_bf16")
     assert row.status == "measured" and row.peak_memory_gb > 0 and len(times) == 2
+
+
+def test_a_captured_training_step(vit, monkeypatch):
+    """Forward and backward replayed from a graph give the gradients of the images and the upstream
+    gradients at hand, not of those that were captured."""
+    mode = replace(MODES["deit_fast_graph_amp_bf16_train"], autocast=None)
+    assert vit.why_not(mode) == "a CUDA graph needs a CUDA device"
+    plain = vit.step(MODES["deit_fast_fp32_train"])
+    with FakeCuda(monkeypatch) as cuda:
+        step = vit.step(mode)
+        for seed in (5, 6):
+            images = random_images(3, 32, CPU, seed)
+            for got, want in zip(step.outputs(images), plain.outputs(images), strict=True):
+                assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * want.abs().max())
+        assert cuda.replays == 4
+        doubled = step.outputs(images, copies=2)  # other upstream gradients
+        for got, want in zip(doubled, plain.outputs(images, copies=2), strict=True):
+            assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * want.abs().max())
