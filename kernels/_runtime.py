@@ -155,6 +155,11 @@ def pretend(chip: Chip):
         _pretended = before
 
 
+def is_pretended() -> bool:
+    """Whether tensors count as lying on a chip that is not there."""
+    return _pretended is not None
+
+
 @cache
 def _cuda_chip(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)

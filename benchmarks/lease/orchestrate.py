@@ -1,5 +1,6 @@
 """The whole run: facts, then the steps in order, and what one of them tells the next."""
 
+import importlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ class Run:
         self.args, self.work, self.folder = args, work, args.out
         bare.prepare(work)
         from deit_fast.bench import networks, results  # not before the import path is made
+        from deit_fast.kernels import _runtime
 
         self.lost = networks.device_is_lost
         self.kernels, self.sources = results.kernel_digest(), results.sources()
@@ -42,6 +44,9 @@ class Run:
         self.back = set(cores[4:]) if spare else None
         self.processes = args.processes or len(self.back or cores)
         self.facts = self._facts()
+        chip = self.facts["chip"]
+        self.chip = _runtime.Chip(chip["name"], tuple(chip["capability"]), chip["processors"])
+        self.pretended = _runtime.is_pretended()
         self._open()
 
     def _context(self, name, deadline, folder=None):
@@ -148,11 +153,18 @@ class Run:
 
     def _start(self, background, wanted):
         """Compilation beside the first steps."""
-        from . import compiled, warm
-
-        background.start("kernels", lambda: warm.run(self, wanted))
-        if any(name.startswith("compiled") or name == "training" for name in wanted):
-            background.start("torch.compile", lambda: compiled.prepare(self, wanted))
+        here = self._context("", 0.0)
+        if here.device.type == "cuda" or self.pretended:
+            warm = importlib.import_module("benchmarks.lease.warm")
+            chip, log = self.chip, self.folder / LOG
+            background.start(
+                "kernels", lambda: warm.run(chip, wanted, here.small, self.processes, log)
+            )
+        if any(name.startswith("compiled") for name in wanted):
+            compiled = importlib.import_module("benchmarks.lease.compiled")
+            background.start(
+                "torch.compile", lambda: compiled.prepare(self.work, here.device, here.small)
+            )
 
     def _step(self, step, background):
         scale = self.args.seconds / SECONDS
@@ -180,15 +192,17 @@ class Run:
 
     def _after(self, step):
         """What the steps that follow have to know."""
-        from . import race, smoke
-
         if step.name == "smoke":
+            from . import smoke
+
             rows = self._context("smoke", 0.0).rows("smoke")
             self.excluded = smoke.failed_families(rows)
             if self.excluded:
                 smoke.exclude(self.excluded)
                 print(f"{'':14} PyTorch serves {', '.join(sorted(self.excluded))}", flush=True)
         if step.name == "race":
+            from . import race
+
             race.load_table(self.folder)
 
 
