@@ -87,7 +87,10 @@ def test_a_model_in_eight_bits(request, graphs, format):
     before = InferenceEngine(m, 4, prepare=()).memory.weights
     deit_fast.quantize(m, format)
     run = InferenceEngine(m, batch_sizes=(1, 4))
-    for make in (floats, bytes_of):  # of one size: the BLAS may round another batch's sums otherwise
+    for make in (
+        floats,
+        bytes_of,
+    ):  # of one size: the BLAS may round another batch's sums otherwise
         assert torch.equal(run(make(4)), answers(m, make(4)))
     products = 2 * 12 * 64 * 64
     scales = 2 * 4 * (3 + 1 + 4 + 1) * 64 + 2 * 2 * 4 * (format == "fp8")

@@ -61,8 +61,10 @@ class Context:
 
 def append(path: Path, row: dict) -> None:
     line = json.dumps(row, allow_nan=False) + "\n"
-    with path.open("a") as file:
-        file.write(line)
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # a killed step left half a line
+        file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
 

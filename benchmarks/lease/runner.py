@@ -6,6 +6,7 @@ the process dies, another one goes on with the parts that are left, and tries th
 more at the end.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from .context import Context, NotReady
 from .plan import Step
 
+LEAST_KILL = 15.0  # seconds that a part has before it is killed, others waiting behind it
 GRACE = 10.0  # seconds over its budget that a step may take to end what it has begun
 
 
@@ -33,10 +35,6 @@ class Outcome:
     seconds: float
     summary: str = ""
     notes: list[str] = field(default_factory=list)
-
-
-class NoMemory(RuntimeError):
-    """The GPU has too little free memory to measure anything."""
 
 
 def resolve(target: str) -> Callable:
@@ -63,7 +61,7 @@ def run(
     todo, done, failed, later, tried = list(parts), {}, {}, {}, set()
     while todo and time.monotonic() < soft:
         now = time.monotonic()
-        kill = hard if len(todo) == 1 else min(hard, now + max(15.0, 0.6 * budget))
+        kill = hard if len(todo) == 1 else min(hard, now + max(LEAST_KILL, 0.6 * budget))
         ended = _fork(function, context, todo, kill, log, lost, cores)
         done, later = done | ended.done, later | ended.later
         failed = {part: why for part, why in failed.items() if part not in ended.done}
@@ -98,7 +96,7 @@ def _fork(function, context, parts, kill, log, lost, cores) -> _Ended:
     pid = os.fork()
     if pid == 0:
         os.close(read_end)
-        _child(function, context, parts, write_end, log, lost, cores)  # never returns
+        _child(function, context, parts, write_end, kill, log, lost, cores)  # never returns
     os.close(write_end)
     ended, current, buffer, code = _Ended(), None, b"", None
     try:
@@ -165,15 +163,19 @@ def _kill(pid):
             pass
 
 
-def _child(function, context, parts, pipe, log, lost, cores):
+def _child(function, context, parts, pipe, kill, log, lost, cores):
     code = 1
     try:
         become_child(log, cores)
+        faulthandler.enable()  # says where, in the log
+        faulthandler.dump_traceback_later(max(0.1, kill - time.monotonic() - 0.5))
 
         def send(**message):
             os.write(pipe, json.dumps(message).encode() + b"\n")
 
-        for part in parts:
+        for i, part in enumerate(parts):
+            if i and context.left() <= 0:
+                break
             send(what="begin", part=part)
             try:
                 summary = function(context) if part is None else function(context, part)
