@@ -80,7 +80,8 @@ class FakeCuda(TorchDispatchMode):
 
         for name, value in {
             "Stream": new_stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph,
-            "stream": self.on, "current_stream": lambda device=None: self.here or self.caller, "device": device,
+            "stream": self.on, "device": device,
+            "current_stream": lambda device=None: self.here or self.caller,
             "synchronize": lambda device=None: None,  # waits for more than the engine may count on
             "empty_cache": lambda: None,
             "memory_reserved": lambda: self.reserved, "graph_pool_handle": lambda: None,

@@ -90,7 +90,7 @@ def test_a_model_in_eight_bits(request, graphs, format):
     for make in (
         floats,
         bytes_of,
-    ):  # of one size: the BLAS may round another batch's sums otherwise
+    ):  # of one size, whose sums the BLAS rounds alike
         assert torch.equal(run(make(4)), answers(m, make(4)))
     products = 2 * 12 * 64 * 64
     scales = 2 * 4 * (3 + 1 + 4 + 1) * 64 + 2 * 2 * 4 * (format == "fp8")
