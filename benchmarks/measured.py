@@ -203,12 +203,18 @@ class EightBits:
 
 
 def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
-    """How many times faster; None unless both were measured by one build at one batch."""
+    """How many times faster; None unless both were measured by one build at one batch. Of two runs,
+    whose clocks may differ, each row counts in multiples of the baseline that was timed in turn
+    with it; None where that is not the same mode."""
     if not (row and base and row.status == base.status == "measured"):
         return None
     if (row.build, row.batch, row.protocol) != (base.build, base.batch, base.protocol):
         return None
-    return row.images_per_s / base.images_per_s
+    if row.run == base.run:
+        return row.images_per_s / base.images_per_s
+    if None in (row.speedup, base.speedup) or row.baseline != base.baseline:
+        return None
+    return row.speedup / base.speedup
 
 
 def rank_correlation(chip: Chip, entries: list[Entry]) -> tuple[float, int] | None:

@@ -14,7 +14,16 @@ from benchmarks import table5
 from deit_fast import tune
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
-from deit_fast.bench.networks import PROTOCOLS, Disagreement, Network, Plan, TooSlow, reason
+from deit_fast.bench.networks import (
+    LOST,
+    PROTOCOLS,
+    Disagreement,
+    Network,
+    Plan,
+    TooSlow,
+    device_is_lost,
+    reason,
+)
 from deit_fast.kernels import Quantized, _runtime, dequantize
 from deit_fast.kernels.cases import DEIT
 from deit_fast.kernels.quantize import FORMATS
@@ -210,7 +219,8 @@ class Suite:
     def keep_or_stop(self, name: str, key: tuple) -> None:
         """End the test where this build has the row already, and all once the time is up."""
         kept = self.open(name).fresh(key, self.stamp["build"], self.options.runs)
-        if kept is not None and not self.options.again:
+        lost = kept is not None and (kept.note or "").startswith(LOST)  # maybe by another's fault
+        if kept is not None and not lost and not self.options.again:
             self.measured.append(kept)
             if kept.status == "unavailable":
                 pytest.skip(f"unavailable: {kept.note}")
@@ -233,7 +243,7 @@ class Suite:
         if row.status == "unavailable":
             pytest.skip(f"unavailable: {row.note}")
         if row.status != "measured":
-            if "AcceleratorError" in row.note:
+            if row.note.startswith(LOST):
                 pytest.exit(f"the device is lost ({row.note}); run again to go on", returncode=5)
             pytest.fail(f"not timed: {row.note}", pytrace=False)
         fields = ("batch", "tflops", "fraction_of_ceiling", "relative_error", "note")
@@ -307,7 +317,8 @@ class Suite:
                     lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
                 )
             except Exception as error:
-                row = results.KernelRow(**figures, status="failed", note=reason(error))
+                note = LOST * device_is_lost(error) + reason(error)
+                row = results.KernelRow(**figures, status="failed", note=note)
                 self.record(benchmark, "kernels", row, [])
             finally:
                 torch.compiler.reset()

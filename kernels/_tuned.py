@@ -146,6 +146,24 @@ def _tables(chip):
     return found
 
 
+def chosen(gpu: str) -> list:
+    """[operation, shape, choice] of every row of the GPU's tables, sorted; the user's table comes
+    before the shipped one. A table that can't be read counts as none."""
+    found = {}
+    for folder_of in (SHIPPED, folder()):
+        path = folder_of / f"{slug(gpu)}.json"
+        if not path.exists():
+            continue
+        try:
+            rows = json.loads(path.read_text())["choices"]
+            for row in rows:
+                key = row["op"], json.dumps(row["shape"], sort_keys=True)
+                found[key] = json.dumps(row["choice"], sort_keys=True)
+        except (OSError, ValueError, KeyError, TypeError):  # ignored, with a warning, by lookup
+            continue
+    return sorted([op, shape, choice] for (op, shape), choice in found.items())
+
+
 def read(path: Path, chip) -> dict:
     """A table's choices. Raises ValueError or OSError with the reason why it is no use."""
     try:

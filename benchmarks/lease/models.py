@@ -156,8 +156,8 @@ class _Row:
             "network": self.network.label, "timm_name": self.network.timm_name,
             "image_size": self.network.image_size, "mode": mode.name, "protocol": self.protocol,
             "asked_batch": self.batch, "batch": batch,
-            "channels_last": self.network.channels_last(mode), "runs": 0, "baseline": self.baseline,
-            **self.stamp, **other,
+            "channels_last": self.network.channels_last(mode), "runs": MOST,
+            "baseline": self.baseline, **self.stamp, **other,
         }  # fmt: skip
         if running is not None:
             summary = timing.summary(running.times)

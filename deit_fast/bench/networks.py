@@ -28,6 +28,7 @@ from .timing import (
     capability,
     has_bf16,
     latency_ms,
+    latency_runs,
     release,
     rotation,
     summary,
@@ -46,6 +47,7 @@ TOLERANCE = {"fp32": 1e-4, "tf32": 0.02, "fp16": 0.02, "bf16": 0.1}
 TOLERANCE |= {"fp8": 0.13, "int8": 0.04}
 TRANSFORMERS = (VisionTransformer, Cait)
 PROTOCOLS = ("batch", "paper", "latency", "host", "step")
+PAPER_SECONDS = 3.0  # of timed calls: in fp32 a batch of 2048 takes seconds
 LEARNING_RATE = 1e-5  # timed steps are real: weights drift, so little that nothing overflows
 
 
@@ -285,13 +287,15 @@ class Network:
                 except TooSlow:
                     raise
                 except Exception as error:  # a baseline that does not run is a finding
-                    return ModelRow(**row, batch=batch, status="failed", note=reason(error)), []
+                    note = LOST * device_is_lost(error) + reason(error)
+                    return ModelRow(**row, batch=batch, status="failed", note=note), []
                 finally:
                     self._tidy()
                 if batch == 1:
                     return ModelRow(**row, batch=1, status="failed", note=note), []
                 batch //= 2
-        note = "; ".join(filter(None, (note, figures.pop("left")))) or None
+        fewer = f"{len(times)} calls timed" if len(times) < plan.runs else None
+        note = "; ".join(filter(None, (note, figures.pop("left"), fewer))) or None
         figures |= summary(times)
         images_per_s = 1e3 * batch / figures["ms_mean" if plan.protocol == "paper" else "ms_median"]
         tflops = images_per_s * self.flops * (3 if mode.train else 1) / 1e12
@@ -330,12 +334,12 @@ class Network:
 
         inputs = rotation(make, nbytes, self.device)
         clock = latency_ms if plan.protocol == "latency" else throughput_ms
-        times = clock(step, inputs, plan.runs, plan.warmup, self.device)
+        times = clock(step, inputs, _runs(plan, one), plan.warmup, self.device)
         return times, {"relative_error": error, "peak_memory_gb": peak, "left": step.left}
 
     def _tidy(self):
         torch.compiler.reset()
-        with contextlib.suppress(torch.AcceleratorError):  # a device that is lost stays lost
+        with contextlib.suppress(RuntimeError):  # a device that is lost stays lost
             release(self.device)
 
     def largest_batch(self, mode: Mode, cap: int) -> tuple[int, str]:
@@ -359,6 +363,15 @@ class Network:
         step.model.zero_grad(set_to_none=True)
         release(self.device)  # outside the handler: its traceback holds the step's tensors
         return fits
+
+
+def _runs(plan, ms):
+    """Timed calls, of a call that lasts `ms`: of the paper's protocol PAPER_SECONDS' worth."""
+    if plan.protocol == "latency":
+        return latency_runs(ms, plan.runs)
+    if plan.protocol == "paper":
+        return max(min(plan.runs, 5), min(plan.runs, round(1e3 * PAPER_SECONDS / max(ms, 1e-3))))
+    return plan.runs
 
 
 class Step:
@@ -526,6 +539,30 @@ def _upstream(logits):
 def _distinct(batch):
     """How many different images make up a batch: the largest divisor up to DISTINCT."""
     return max(n for n in range(1, DISTINCT + 1) if batch % n == 0)
+
+
+LOST = "device lost: "  # begins the note of a row after which the process can measure nothing
+_LOST = (
+    "triton error [cuda]", "cuda error", "illegal memory access", "misaligned address",
+    "unspecified launch failure", "execution_failed", "execution failed", "device-side assert",
+    "illegal instruction", "ecc error",
+)  # fmt: skip
+_USABLE = ("out of memory", "out of resource", "invalid configuration", "no kernel image")
+
+
+def device_is_lost(error: BaseException) -> bool:
+    """Whether the process can do no more on its device: every call after such an error fails, and
+    says so of the wrong one. Another process can."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    text = str(error).lower()
+    return (
+        isinstance(error, RuntimeError)
+        and any(part in text for part in _LOST)
+        and not any(part in text for part in _USABLE)
+    )
 
 
 def reason(error: Exception) -> str:

@@ -3,8 +3,9 @@
     {"hardware": {...}, "commit": "<sha>", "build": "<digest>", "date": "2026-11-21",
      "protocol": {...}, "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
 
-A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of deit_fast's sources, the versions
-of torch, triton, timm and torchao, and the chip: rows are comparable where it is the same. The
+A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of what decides a figure: the
+sources of kernels and layers, the tuned choices, the versions of torch, triton, timm and torchao,
+and the GPU. Rows are comparable where it is the same. The
 file's own `hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The
 JSON schema is benchmarks/results.schema.json.
 """
@@ -24,6 +25,8 @@ import deit_fast
 import deit_fast.kernels
 from deit_fast.kernels import _tuned
 
+# of the package, what decides what a model launches
+DECIDES = ("layers/*.py", "engine.py", "swap.py", "models.py", "quantization.py")
 HEADER = ("hardware", "commit", "build", "date", "protocol", "ceilings", "rows")
 
 
@@ -48,6 +51,13 @@ class Timing:
     relative_error: float | None = None  # against eager fp32 (models), a wider dtype (kernels)
     commit: str
     build: str
+    host_ms: float | None = None  # that the host takes to queue a call
+    sm_mhz: float | None = None  # clock and power while it was timed
+    power_w: float | None = None
+    choices: str | None = None  # digest of the tuned choices, None: rules alone
+    run: str | None = None  # which run of several measured it
+    baseline: str | None = None  # the mode that `speedup` is over, timed in turn with this one
+    speedup: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,16 +210,43 @@ def commit() -> str:
 
 
 def build(hardware: dict) -> str:
-    """A digest of what decides a figure: sources, tuned tables, the versions, the chip."""
-    digest = hashlib.sha256(json.dumps(hardware, sort_keys=True).encode())
-    kernels, package = (Path(m.__file__).parent for m in (deit_fast.kernels, deit_fast))
-    for folder in (kernels, package):
-        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.json"))):
-            if folder == kernels or kernels not in path.parents:
-                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    for path in sorted(_tuned.folder().glob("*.json")):  # the user's own choices
-        digest.update(path.read_bytes())
+    """A digest of what decides a figure and of nothing else: the sources of the kernels and of the
+    modules that call them, the tuned choices, the versions, the GPU."""
+    named = ("gpu", "torch", "triton", "timm", "torchao")
+    digest = hashlib.sha256(json.dumps({n: hardware.get(n) for n in named}).encode())
+    digest.update(kernel_digest().encode() + str(choices_digest(hardware)).encode())
+    package = Path(deit_fast.__file__).parent
+    return _sources(digest, package, DECIDES)
+
+
+def kernel_digest() -> str:
+    """A digest of the kernels' sources."""
+    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("*.py",))
+
+
+def sources() -> str:
+    """A digest of every Python file of deit_fast and its kernels: which code a folder of results
+    is of, wherever it lies and whether or not it is a repository."""
+    package = Path(deit_fast.__file__).parent
+    digest = hashlib.sha256(kernel_digest().encode())
+    return _sources(digest, package, ("**/*.py",), package / "kernels")
+
+
+def _sources(digest, folder, patterns, without=None):
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    for path in sorted(paths):
+        if without is None or without not in path.parents:
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def choices_digest(hardware: dict) -> str | None:
+    """A digest of the tuned choices that serve this GPU: operations, shapes and choices, not when
+    or how fast they were measured. None: rules alone."""
+    chosen = _tuned.chosen(hardware["gpu"]) if hardware["gpu"] else []
+    if not chosen:
+        return None
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
 
 
 def open_results(path: Path | None, hardware: dict, protocol: dict, ceilings: dict) -> Results:

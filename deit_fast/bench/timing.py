@@ -24,6 +24,9 @@ from deit_fast.kernels.quantize import FORMATS
 from .modes import MODES
 
 CEILING_RUNS = 20
+GRAPH_MS = 1.0  # that one graph of a short kernel's calls should last
+MOST_COPIES = 64
+CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
 
 
 def device_name(device: torch.device) -> str:
@@ -134,18 +137,86 @@ def latency_ms(
 def kernel_ms(
     call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
 ) -> list[float]:
-    """Milliseconds of device time a call; each of `runs` is the mean over all input sets."""
+    """Milliseconds of device time a call; each of `runs` is the mean over all input sets. A
+    short kernel's calls are repeated until a graph lasts a millisecond: its launch takes some
+    microseconds."""
     if device.type != "cuda":
         return latency_ms(call, inputs, runs, warmup, device)
     for x in inputs:  # compiles, tunes and fills the allocator before the capture
         call(x)
     torch.cuda.synchronize(device)
+    graph = _captured(call, inputs)
+    (_, once) = throughput_ms(lambda _: graph.replay(), [None], 2, 1, device)
+    repeats = copies(once)
+    if repeats > 1:
+        graph = _captured(call, list(inputs) * repeats)
+    times = throughput_ms(lambda _: graph.replay(), [None], runs, warmup, device)
+    return [t / (len(inputs) * repeats) for t in times]
+
+
+def copies(ms: float) -> int:
+    """How often calls that together last `ms` are repeated in one graph."""
+    return max(1, min(MOST_COPIES, round(GRAPH_MS / max(ms, 1e-6))))
+
+
+def _captured(call, inputs):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for x in inputs:
             call(x)
-    times = throughput_ms(lambda _: graph.replay(), [None], runs, warmup, device)
-    return [t / len(inputs) for t in times]
+    return graph
+
+
+def latency_runs(ms: float, least: int = 30) -> int:
+    """Timed calls of a latency row whose calls last `ms`: half a second's worth, at most 200."""
+    return max(least, min(200, round(500 / max(ms, 1e-3))))
+
+
+def spin_up(device: torch.device, seconds: float = 0.5) -> None:
+    """Bring a GPU's clocks from idle to what they are under load."""
+    if device.type != "cuda":
+        return
+    a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize(device)
+
+
+def host_ms(call: Callable, inputs: Sequence, runs: int, device: torch.device) -> float:
+    """Median milliseconds until a call returns to the host, the device idle before each."""
+    times = []
+    for i in range(runs):
+        synchronize(device)
+        start = time.perf_counter()
+        call(inputs[i % len(inputs)])
+        times.append(1e3 * (time.perf_counter() - start))
+    synchronize(device)
+    return median(times)
+
+
+def last_sample(path: Path) -> dict:
+    """The last whole line that `nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,
+    temperature.gpu --format=csv,noheader,nounits` wrote to `path`, by CLOCK_FIELDS; None for what
+    it does not tell."""
+    unknown = dict.fromkeys(CLOCK_FIELDS)
+    if not path.exists():
+        return unknown
+    *whole, _ = path.read_text(errors="replace").split("\n")
+    if not whole:
+        return unknown
+    _, *values = [value.strip() for value in whole[-1].split(",")]
+    if len(values) != len(CLOCK_FIELDS):
+        return unknown
+    return {name: _number(value) for name, value in zip(CLOCK_FIELDS, values, strict=True)}
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:

@@ -511,3 +511,41 @@ def test_a_captured_training_step(vit, monkeypatch):
         doubled = step.outputs(images, copies=2)  # other upstream gradients
         for got, want in zip(doubled, plain.outputs(images, copies=2), strict=True):
             assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED at gemm"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("out of resource: shared memory, Required: 262144"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA error"), False),
+        (networks.Disagreement("relative error nan"), False),
+    ],
+)  # fmt: skip
+def test_errors_after_which_a_process_measures_nothing(error, lost):
+    assert networks.device_is_lost(error) == lost
+
+
+def test_a_lost_device_is_said_in_the_row(vit, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Network, "check", broken)
+    row, _ = measure(vit, "eager_fp32")
+    assert row.status == "failed" and row.note.startswith("device lost: RuntimeError: Triton")
+
+
+def test_timed_calls_by_protocol():
+    def runs(protocol, ms, asked=30):
+        return networks._runs(Plan(protocol, runs=asked), ms)
+
+    assert [runs("batch", ms) for ms in (1.0, 1e4)] == [30, 30]
+    assert [runs("latency", ms) for ms in (1.0, 1e3)] == [200, 30]
+    assert [runs("paper", ms) for ms in (1.0, 300.0, 5000.0)] == [30, 10, 5]
+    assert runs("paper", 5000.0, 2) == 2

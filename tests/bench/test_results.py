@@ -10,6 +10,7 @@ import pytest
 from making import HARDWARE, kernel_row, model_row, results_of
 
 from benchmarks import table5
+from benchmarks.measured import ratio
 from deit_fast.bench import results
 from deit_fast.bench.results import CorruptResults, KernelRow, ModelRow
 
@@ -142,24 +143,94 @@ def test_fresh_rows_are_those_of_this_build_with_enough_runs():
     assert file.fresh(model_row(RESNET).key, row.build, 30) is None
 
 
-def test_the_build_changes_with_sources_versions_and_chip(tmp_path, monkeypatch):
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The package as a tree of a few files, and a folder of tuned tables."""
     package = tmp_path / "deit_fast"
-    (package / "kernels").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    for folder in (package, package / "kernels", tmp_path / "elsewhere"):
-        (folder / "__init__.py").write_text(f"# {folder.name if folder != package else ''}")
+    for folder in ("kernels/tuned", "layers", "bench"):
+        (package / folder).mkdir(parents=True)
+    for path in ("__init__.py", "kernels/__init__.py", "layers/block.py", "bench/timing.py"):
+        (package / path).write_text(f"# {path}")
     monkeypatch.setattr(results.deit_fast, "__file__", str(package / "__init__.py"))
     kernels = results.deit_fast.kernels
     monkeypatch.setattr(kernels, "__file__", str(package / "kernels" / "__init__.py"))
+    monkeypatch.setattr(results._tuned, "SHIPPED", package / "kernels" / "tuned")
+    monkeypatch.setenv("DEIT_FAST_CACHE", str(tmp_path / "cache"))
+    return package
+
+
+def test_the_build_changes_with_what_decides_a_figure(copied):
     first = results.build(HARDWARE)
     assert first == results.build(dict(HARDWARE)) and len(first) == 12
+    assert results.build(HARDWARE | {"driver": "2", "cpu": "another", "threads": 64}) == first
     assert results.build(HARDWARE | {"torch": "2.12.0"}) != first
     assert results.build(HARDWARE | {"gpu": "NVIDIA H100"}) != first
-    (package / "kernels" / "tuned.json").write_text("{}")
-    second = results.build(HARDWARE)
-    assert second != first
-    (package / "swap.py").write_text("")
-    assert results.build(HARDWARE) not in (first, second)
+    (copied / "bench" / "timing.py").write_text("")
+    assert results.build(HARDWARE) == first
+    seen = {first}
+    for path in ("layers/block.py", "swap.py", "kernels/linear.py"):
+        (copied / path).write_text("other")
+        assert (found := results.build(HARDWARE)) not in seen
+        seen.add(found)
+
+
+def choice(**changes):
+    row = {"op": "linear", "shape": {"M": 8, "K": 64}, "choice": {"implementation": "cublas"}}
+    return row | {"ms": 1.0, "others": {"triton": 2.0}} | changes
+
+
+def test_choices_count_and_not_their_tables_bytes(copied, tmp_path):
+    def write(folder, *rows, **table):
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"gpu": HARDWARE["gpu"], "choices": rows, **table}
+        (folder / "imaginary.json").write_text(json.dumps(content))
+        return results.choices_digest(HARDWARE), results.build(HARDWARE)
+
+    assert results.choices_digest(HARDWARE) is None
+    plain, mine = results.build(HARDWARE), tmp_path / "cache" / "tuned"
+    other = choice(shape={"K": 64, "M": 16})
+    first = write(mine, choice(), other, date="2026-11-25")
+    assert first[0] is not None and first[1] != plain
+    slower = choice(ms=9.0, others={}, shape={"K": 64, "M": 8})
+    assert write(mine, other, slower, date="2026-11-26") == first
+    third = write(mine, choice(choice={"implementation": "triton"}), other)
+    assert third[0] != first[0] and third[1] not in (plain, first[1])
+    # shipped instead of the user's: the same choices; the user's come first
+    (mine / "imaginary.json").unlink()
+    assert write(copied / "kernels" / "tuned", choice(), other) == first
+    assert write(mine, choice(choice={"implementation": "triton"})) == third
+    (mine / "imaginary.json").write_text("no table")
+    assert results.choices_digest(HARDWARE) == first[0]
+    assert results.choices_digest(HARDWARE | {"gpu": None}) is None
+
+
+def test_ratios_across_runs_go_by_the_baseline():
+    """A clock that was 10% slower in the second run does not make its rows slower."""
+    first = {"run": "1", "baseline": "eager_bf16"}
+    second = first | {"run": "2"}
+    base = model_row(DEIT, "eager_bf16", 100.0, speedup=1.0, **first)
+    ours = model_row(DEIT, "deit_fast_bf16", 200.0, speedup=2.0, **first)
+    later = model_row(DEIT, "compile_bf16", 135.0, speedup=1.5, **second)
+    assert ratio(ours, base) == 2.0 and ratio(ours, model_row(DEIT)) is None
+    assert ratio(ours, later) == pytest.approx(2.0 / 1.5)
+    assert ratio(ours, replace(later, baseline="eager_fp32")) is None
+    assert ratio(ours, replace(later, speedup=None)) is None
+    assert ratio(ours, replace(later, build="c" * 12)) is None
+    assert ratio(model_row(DEIT, images_per_s=300.0), model_row(DEIT)) == 3.0  # of no runs
+
+
+def test_sources_are_all_of_deit_fasts(copied):
+    seen = {results.sources()}
+    kernels = results.kernel_digest()
+    (copied / "bench" / "timing.py").write_text("other")
+    seen.add(results.sources())
+    assert results.kernel_digest() == kernels
+    (copied / "kernels" / "__init__.py").write_text("other")
+    assert results.kernel_digest() != kernels
+    seen.add(results.sources())
+    (copied / "kernels" / "tuned" / "imaginary.json").write_text("{}")
+    seen.add(results.sources())
+    assert len(seen) == 3
 
 
 def test_commit_is_the_checkouts_or_the_environments(tmp_path, monkeypatch):

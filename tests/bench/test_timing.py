@@ -123,3 +123,36 @@ def test_hardware_says_what_this_is():
     found = timing.hardware(CPU)
     assert found["gpu"] is None and found["cpu"] and found["threads"] >= 1
     assert found["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+def test_a_graph_of_short_kernels_lasts_a_millisecond():
+    assert [timing.copies(ms) for ms in (0.001, 0.02, 0.4, 0.7, 5.0)] == [64, 50, 2, 1, 1]
+
+
+def test_runs_of_a_latency_row():
+    assert [timing.latency_runs(ms) for ms in (0.3, 5.0, 10.0, 100.0)] == [200, 100, 50, 30]
+    assert timing.latency_runs(100.0, 3) == 5 and timing.latency_runs(900.0, 3) == 3
+
+
+def test_host_time_is_that_of_the_call():
+    def call(x):
+        time.sleep(x)
+
+    found = timing.host_ms(call, [0.001, 0.02, 0.02], 3, CPU)
+    assert 20 <= found < 30
+
+
+def test_the_last_sample_of_the_clocks(tmp_path):
+    path = tmp_path / "clocks.csv"
+    unknown = {"sm_mhz": None, "mem_mhz": None, "power_w": None, "temperature_c": None}
+    assert timing.last_sample(path) == unknown
+    path.write_text("2026/11/26 10:00:00.000, 1980, 26")
+    assert timing.last_sample(path) == unknown  # no whole line yet
+    path.write_text(
+        "2026/11/26 10:00:00.000, 345, 2619, 80.1, 31\n"
+        "2026/11/26 10:00:00.250, 1755, 2619, [N/A], 45\n2026/11/26 10:00:00.500, 19"
+    )
+    want = {"sm_mhz": 1755.0, "mem_mhz": 2619.0, "power_w": None, "temperature_c": 45.0}
+    assert timing.last_sample(path) == want
+    path.write_text("No devices were found\n")
+    assert timing.last_sample(path) == unknown
