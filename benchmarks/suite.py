@@ -7,24 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import table5
+from benchmarks.operations import (
+    EIGHT_BITS,
+    NO_BACKWARD,
+    agree,
+    both_ways,
+    cast,
+    flops_of,
+    implementation_of,
+    tensors,
+    traffic,
+)
 from deit_fast import tune
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
 from deit_fast.bench.networks import (
     LOST,
     PROTOCOLS,
-    Disagreement,
     Network,
     Plan,
     TooSlow,
     device_is_lost,
     reason,
 )
-from deit_fast.kernels import Quantized, _runtime, dequantize
+from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import DEIT
 from deit_fast.kernels.quantize import FORMATS
 
@@ -33,11 +41,6 @@ TRAIN_BATCHES = (64, 256)
 TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
-EIGHT_BITS = ("quantize", "quantized_linear", "layer_norm_quantized", "attention_quantized")
-# composed of others' or PyTorch's where it trains; or never trained
-NO_BACKWARD = ("classifier", "conv_norm", *EIGHT_BITS)
-KEPT = ("out_scale",)  # in fp32, whatever the others' dtype
-UNLEARNT = ("image", "row_scale")  # nothing trains those, so nobody asks for their gradients
 FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
 QUICK_MODES = [
@@ -285,24 +288,24 @@ class Suite:
             pytest.skip(f"{implementation} needs a CUDA device")
         case = " ".join(filter(None, (case, FORWARD_BACKWARD * backward)))
         self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
-        call, served_by = _implementation(fn, reference, implementation)
+        call, served_by = implementation_of(fn, reference, implementation)
         shapes = []
         if backward:
-            outputs = _tensors(reference(**inputs(device="meta")))
+            outputs = tensors(reference(**inputs(device="meta")))
             shapes = list(enumerate(y.shape for y in outputs))
-            call, reference = _both_ways(call), _both_ways(reference)
+            call, reference = both_ways(call), both_ways(reference)
 
         def make(device=self.device):
             upstream = {f"upstream_{i}": torch.randn(s, device=device) for i, s in shapes}
-            return _cast(inputs(device=device) | upstream, dtype)
+            return cast(inputs(device=device) | upstream, dtype)
 
         # no inference_mode: there, no tensor knows whose view it is
         with MODES["eager_fp32"].settings(), torch.no_grad():
             first = make()
             plain = reference(**first)
             read = first if reads is None else first | reads(first)
-            moved, precision = _traffic(read, plain, first, dtype, implementation)
-            flops = _flops(reference, make(device="meta"))
+            moved, precision = traffic(read, plain, first, dtype, implementation)
+            flops = flops_of(reference, make(device="meta"))
             predicted = self._predicted_ms(moved, flops, precision)
             figures = {
                 "mode": implementation, "op": op, "network": network, "case": case,
@@ -311,7 +314,7 @@ class Suite:
                 "served_by": served_by or self._served_by(op, first),
             }  # fmt: skip
             try:
-                figures["relative_error"] = _agree(call(**first), plain, exact or reference, first)
+                figures["relative_error"] = agree(call(**first), plain, exact or reference, first)
                 sets = timing.rotation(make, moved, self.device)
                 times = timing.kernel_ms(
                     lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
@@ -343,101 +346,9 @@ class Suite:
             products = op == "quantized_linear"
             dtype = inputs["x"].values.dtype if products else FORMATS[inputs["format"]]
             return _runtime.choose(op, _runtime.capability(kind, index), dtype).implementation
-        x = next(t for t in _tensors(inputs.values()) if t.is_floating_point())
+        x = next(t for t in tensors(inputs.values()) if t.is_floating_point())
         of = "linear" if op.startswith("layer_norm_") else op
         by_rule = _runtime.resolve(of, x, "auto")
         if by_rule == "torch" or op not in ("linear", "attention"):
             return by_rule
         return tune.served_by(op, inputs)
-
-
-def _implementation(fn, reference, implementation):
-    """(callable, what serves it or None where `auto` decides)."""
-    if implementation == "eager":
-        return reference, "torch"
-    if implementation == "compiled":
-        return torch.compile(reference, dynamic=False), "torch.compile"
-    if implementation == "fused":
-        return fn, None
-    return lambda **inputs: fn(**inputs, implementation=implementation), implementation
-
-
-def _both_ways(call):
-    """call, and after its outputs the gradients of every argument that has one."""
-
-    def run(**arguments):
-        upstream = [arguments.pop(n) for n in sorted(arguments) if n.startswith("upstream_")]
-        inputs = {
-            name: t.detach().requires_grad_()
-            for name, t in arguments.items()
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and name not in UNLEARNT
-        }
-        with torch.enable_grad():
-            outputs = _tensors(call(**arguments | inputs))
-            gradients = torch.autograd.grad(outputs, list(inputs.values()), upstream)
-        return (*(y.detach() for y in outputs), *gradients)
-
-    return run
-
-
-def _cast(inputs, dtype):
-    """Views of one tensor stay views of one tensor."""
-    cast, bases = {}, {}
-    for name, t in inputs.items():
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point() or name in KEPT:
-            cast[name] = t
-            continue
-        base = t if t._base is None else t._base
-        if id(base) not in bases:
-            bases[id(base)] = base.to(dtype)
-        cast[name] = bases[id(base)].as_strided(t.shape, t.stride(), t.storage_offset())
-    return cast
-
-
-def _tensors(values):
-    values = values if isinstance(values, torch.Tensor) else list(values)
-    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
-
-
-def _traffic(read, plain, inputs, dtype, implementation):
-    """(bytes, precision of the products): of the operands as they are given; of "bf16", which does
-    the same on wide ones (`wide_x` for `x`), of those and of a result as wide."""
-    if implementation == "bf16":
-        wide = {name: inputs.get(f"wide_{name}", t) for name, t in read.items()}
-        y = plain.values if isinstance(plain, Quantized) else plain
-        return _bytes(wide.values()) + y.numel() * dtype.itemsize, PRECISIONS[dtype]
-    x = next((inputs[name] for name in ("x", "qkv", "q") if name in inputs), None)
-    given = x.values.dtype if isinstance(x, Quantized) else getattr(x, "dtype", dtype)
-    formats = {of: name for name, of in FORMATS.items()}
-    return _bytes(read.values()) + _bytes(plain), formats.get(given, PRECISIONS[dtype])
-
-
-def _bytes(values):
-    return sum(t.numel() * t.element_size() for t in _tensors(values))
-
-
-def _agree(got, plain, exact, inputs):
-    """The relative error of `got` against `exact` in fp32; raises Disagreement above twice
-    that of `plain`, the reference in the same dtype."""
-    truth = exact(**_cast(inputs, torch.float32))
-    error, allowed = _error(got, truth), 2 * _error(plain, truth)
-    allowed += tune.allowance(inputs)
-    if not error <= allowed:  # NaN too
-        raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
-    return error
-
-
-def _error(got, truth):
-    """Relative, the root of the mean square over all outputs: a small one counts as a large one."""
-    got, truth = ([dequantize(y)] if isinstance(y, Quantized) else y for y in (got, truth))
-    errors = [
-        (g.double() - t.double()).norm() / t.double().norm()
-        for g, t in zip(_tensors(got), _tensors(truth), strict=True)
-    ]
-    return torch.stack(errors).square().mean().sqrt().item()
-
-
-def _flops(reference, inputs):
-    with FlopCounterMode(display=False) as counter:
-        reference(**inputs)
-    return counter.get_total_flops()

@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -24,8 +25,6 @@ from statistics import median
 
 import torch
 import triton
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils._pytree import tree_leaves
 from triton.errors import TritonError
 
@@ -504,16 +503,11 @@ def run(args, clock: Callable | None = None) -> int:
 
     settled: list[Settled] = []
     unserved: list[str] = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True)
     stopped = False
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("tuning", total=len(todo))
+    with _progress(len(todo)) as advance:
 
         def tick(task, times):
-            progress.update(bar, advance=1, description=str(task))
+            advance(str(task))
             if not any(times.values()):
                 full = task.candidates and not times
                 why = "more than the device's memory" if full else "no candidate ran and agreed"
@@ -537,6 +531,29 @@ def run(args, clock: Callable | None = None) -> int:
     more = f", {left} left" if left else ""
     print(f"{path}: {len(settled)} choices measured, {total} in all{more}")
     return 130 if stopped else 0
+
+
+@contextmanager
+def _progress(total):
+    """A bar on stderr: a function to be told what was done. Without rich, a line for each."""
+    try:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+    except ImportError:
+        yield lambda text: print(text, file=sys.stderr)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("tuning", total=total)
+        yield lambda text: progress.update(bar, advance=1, description=text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,6 +37,30 @@ ROW_KERNELS = (
     "quantize",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMAT_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+# what `exclude` and DEIT_FAST_EXCLUDE take: operations, folding LayerNorm, a quantized format
+EXCLUDABLE = (*PRODUCTS, *ROW_KERNELS, "layer_norm_linear", *FORMAT_NAMES.values())
+_excluded: frozenset[str] = frozenset()
+
+
+def exclude(*names: str) -> None:
+    """From now on "auto" leaves these operations to PyTorch in this process, instead of those that
+    an earlier call named: for a machine on which a kernel is wrong. The environment variable
+    DEIT_FAST_EXCLUDE, names with commas between them, does the same. Of a quantized format nothing
+    takes the place: using it raises RuntimeError. Raises ValueError for unknown names."""
+    unknown = [name for name in names if name not in EXCLUDABLE]
+    if unknown:
+        raise ValueError(f"exclude: unknown {', '.join(unknown)}, want some of {EXCLUDABLE}")
+    global _excluded
+    _excluded = frozenset(names)
+
+
+def excluded() -> frozenset[str]:
+    """What `exclude` named last."""
+    return _excluded
+
+
+exclude(*filter(None, os.environ.get("DEIT_FAST_EXCLUDE", "").replace(" ", "").split(",")))
 
 
 class Op:
@@ -82,6 +106,7 @@ class Choice(NamedTuple):
 _CPU = Choice("torch", "no CUDA device: plain PyTorch")
 _OLD = Choice("torch", "Triton needs compute capability 7.0")
 _OTHER_DTYPE = Choice("torch", "the kernels compute in fp32: fp32, fp16 and bf16 only")
+_EXCLUDED = Choice("torch", "excluded: see deit_fast.kernels._runtime.exclude")
 _ROWS = Choice("triton", "bound by memory: one pass instead of several")
 _NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
 _FP32 = "fp32 products run on the FMA units in Triton"
@@ -112,11 +137,15 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
     """
     if dtype in EIGHT_BITS and capability is not None:
         least, reason = EIGHT_BITS[dtype]
+        if FORMAT_NAMES[dtype] in _excluded:
+            return Choice("none", f"{FORMAT_NAMES[dtype]} is excluded")
         return _EIGHT_BITS if capability >= least else Choice("none", reason)
     if capability is None:
         return _CPU
     if capability < (7, 0):
         return _OLD
+    if op in _excluded:
+        return _EXCLUDED
     if dtype not in DTYPES:
         return _OTHER_DTYPE
     if op in ROW_KERNELS:

@@ -139,7 +139,10 @@ def _why_not(shape, choice, capability):
 
 
 def uses_moments(x: Tensor, weight: Tensor) -> bool:
-    """Whether a fold of rows like x's into `weight` (N, K) is not ruled out by a tuned table."""
+    """Whether a fold of rows like x's into `weight` (N, K) is not ruled out by a tuned table, or by
+    its exclusion."""
+    if "layer_norm_linear" in _runtime.excluded():
+        return False
     N, K = weight.shape
     dtype = _runtime.autocast_dtype(x) or x.dtype
     return _tuned.implementation("layer_norm_linear", weight, x, dtype, K=K, N=N) != "separate"

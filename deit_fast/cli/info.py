@@ -43,7 +43,9 @@ def run(args) -> int:
         choice = _runtime.choose("quantized_linear", capability, dtype)
         table.add_row("" if i else "quantized_linear", name, *choice)
     folded = capability is not None and _runtime.choose("linear", capability, torch.float16)
-    if folded and folded.implementation == "triton":
+    if "layer_norm_linear" in _runtime.excluded():
+        table.add_row("layer_norm_linear", "any", "its parts", "excluded")
+    elif folded and folded.implementation == "triton":
         why = "inference: mean, rstd in the product's epilogue"
         table.add_row("layer_norm_linear", "fp16, bf16", "folded", why)
         table.add_row("", "fp32", "its parts", "layer_norm, then linear")
@@ -54,6 +56,8 @@ def run(args) -> int:
     parts = "layer_norm_linear, then linear; one node of the graph in training"
     table.add_row("layer_norm_mlp", "any", "its parts", parts)
     console.print(table)
+    if _runtime.excluded():
+        console.print(f"excluded: {', '.join(sorted(_runtime.excluded()))} (DEIT_FAST_EXCLUDE)")
     if args.chip is None and torch.cuda.is_available():
         for line in _tables(_runtime.chip(torch.device("cuda"))):
             console.print(line, soft_wrap=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import bench_quantized_linear, suite
+from benchmarks import bench_quantized_linear, operations, suite
 from deit_fast.kernels import quantize_reference
 
 BF16 = torch.bfloat16
@@ -16,7 +16,7 @@ def test_bytes_in_eight_bits(of, narrow):
     out_scale = 0.1 if of == "fp8" else None
     made = {"M": 6, "S": 1, "K": 32, "N": 64, "of": of}
     made |= {"format": of, "out_scale": out_scale} if narrow else {"dtype": BF16}
-    first = suite._cast(bench_quantized_linear.inputs(**made), BF16)
+    first = operations.cast(bench_quantized_linear.inputs(**made), BF16)
     plain = bench_quantized_linear.reference(**first)
     read = first | {"wide_x": None, "wide_weight": None}
     operands, scales, bias = 6 * 32 + 64 * 32, 4 * (6 + 64), 2 * 64
@@ -24,8 +24,8 @@ def test_bytes_in_eight_bits(of, narrow):
     own = 4 if narrow and out_scale else 0  # the result's scale, which is given
     moved = operands + scales + bias + own
     moved += 6 * 64 + 4 * plain.scales.numel() if narrow else out
-    assert suite._traffic(read, plain, first, BF16, "fused") == (moved, of)
-    assert suite._traffic(read, plain, first, BF16, "bf16") == (
+    assert operations.traffic(read, plain, first, BF16, "fused") == (moved, of)
+    assert operations.traffic(read, plain, first, BF16, "bf16") == (
         2 * operands + bias + own + out, "bf16",
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def test_the_operands_decide_the_ceiling(tmp_path):
         ({"x": x, "format": "fp8"}, "bf16"), ({"q": x, "format": "fp8"}, "bf16"),
         ({"x": int8}, "int8"), ({"qkv": fp8, "format": "int8"}, "fp8"), ({"image": x}, "bf16"),
     ):  # fmt: skip
-        assert suite._traffic(inputs, fp8, inputs, BF16, "fused")[1] == precision
+        assert operations.traffic(inputs, fp8, inputs, BF16, "fused")[1] == precision
     options = suite.Options.parse(lambda name: None)
     session = suite.Suite(options, torch.device("cpu"), {}, {}, tmp_path)
     session.limits = {"copy_tb_per_s": 1.0, "bf16_tflops": 1.0, "fp8_tflops": 1.9}

@@ -13,7 +13,7 @@ import timm
 import torch
 from making import model_row, results_of
 
-from benchmarks import bench_attention_quantized, bench_quantized_linear, suite, table5
+from benchmarks import bench_attention_quantized, bench_quantized_linear, operations, suite, table5
 from deit_fast import tune
 from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
@@ -327,7 +327,7 @@ def test_rivals_in_eight_bits_compute_the_same(case):
     as it is traced."""
 
     def make(device="cpu"):
-        return suite._cast(bench_quantized_linear.inputs(**arguments, device=device), BF16)
+        return operations.cast(bench_quantized_linear.inputs(**arguments, device=device), BF16)
 
     torch.compiler.reset()
     arguments = deit_cases("quantized_linear", "Ti", 1)[case]
@@ -342,18 +342,18 @@ def test_rivals_in_eight_bits_compute_the_same(case):
         bench_quantized_linear.cublas(**rest),
         traced(**made),
     ):
-        assert suite._agree(got, plain, bench_quantized_linear.exact, made) > 0
+        assert operations.agree(got, plain, bench_quantized_linear.exact, made) > 0
 
 
 @pytest.mark.parametrize("case", ["fp8", "int8", "fp8 operands"])
 def test_attention_in_eight_bits_is_what_its_case_says(case):
     arguments = deit_cases("attention_quantized", "Ti", 1)[case]
-    made = suite._cast(bench_attention_quantized.attention_quantized_inputs(**arguments), BF16)
+    made = operations.cast(bench_attention_quantized.attention_quantized_inputs(**arguments), BF16)
     plain = bench_attention_quantized.reference(**made)
     assert plain.values.dtype == FORMATS[case.split()[0]]
     assert (plain.scales.numel() == 1) == ("fp8" in case) == (made["out_scale"] is not None)
     got = bench_attention_quantized.ours(**made)
-    assert suite._agree(got, plain, bench_attention_quantized.exact, made) > 0
+    assert operations.agree(got, plain, bench_attention_quantized.exact, made) > 0
     assert ("qkv" in made) == ("operands" in case)
 
 

@@ -1,6 +1,8 @@
 """Which implementation serves which chip, and that the choice can be asked for and explained."""
 
 import importlib
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -10,8 +12,9 @@ from checking import NO_CODE
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import deit_fast
 from deit_fast import kernels
-from deit_fast.bench.launches import Recorder
+from deit_fast.bench.launches import Recorder, record
 from deit_fast.kernels import _runtime, cases, linear
 
 FP16, FP32 = torch.float16, torch.float32
@@ -220,3 +223,55 @@ def test_only_the_sum_of_add_layer_norm_is_used(device):
     assert (dx.dtype, dresidual.dtype) == (FP16, FP32)
     torch.testing.assert_close(dresidual, upstream, rtol=0, atol=0)
     torch.testing.assert_close(dx, upstream.half(), rtol=0, atol=0)
+
+
+@pytest.fixture
+def exclude():
+    yield _runtime.exclude
+    _runtime.exclude()
+
+
+def test_what_is_excluded_is_pytorchs(exclude):
+    """Of every chip, in each operation that asks; the others stay."""
+    exclude("attention", "fp8", "layer_norm_linear")
+    assert _runtime.choose("attention", H100, FP16).implementation == "torch"
+    assert "excluded" in _runtime.choose("attention", H100, FP16).reason
+    assert _runtime.choose("linear", H100, FP16).implementation == "triton"
+    fp8, int8 = torch.float8_e4m3fn, torch.int8
+    assert _runtime.choose("quantized_linear", H100, fp8) == ("none", "fp8 is excluded")
+    assert _runtime.choose("quantized_linear", H100, int8).implementation == "triton"
+    exclude("linear")
+    assert _runtime.choose("attention", H100, FP16).implementation == "triton"
+    assert _runtime.choose("linear", H100, FP16).implementation == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "there"),
+    [
+        ("attention", "attention", "linear"),
+        ("layer_norm_linear", "layer_norm_linear", "linear"),
+        ("linear", "linear", "attention"),
+        ("classifier", "classifier", "linear"),
+    ],
+)
+def test_a_model_without_what_is_excluded(exclude, name, missing, there):
+    exclude(name)
+    with torch.device("meta"):
+        model = deit_fast.deit_tiny_distilled(depth=2)
+    recorder = record(model, 256, FP16, _runtime.Chip("H100", H100, 132), tables=False)
+    ops = {op for op, _, _ in recorder.calls}
+    assert missing not in ops and there in ops
+    exclude()
+    recorder = record(model, 256, FP16, _runtime.Chip("H100", H100, 132), tables=False)
+    assert missing in {op for op, _, _ in recorder.calls}
+
+
+def test_unknown_exclusions(exclude):
+    with pytest.raises(ValueError, match="unknown atention, want some of"):
+        exclude("atention", "linear")
+    assert not _runtime.excluded()
+    code = "import deit_fast; print(sorted(deit_fast.kernels._runtime.excluded()))"
+    for value, wanted in (("fp8, linear", "['fp8', 'linear']"), ("liner", "unknown liner")):
+        env = os.environ | {"DEIT_FAST_EXCLUDE": value}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert wanted in done.stdout + done.stderr
