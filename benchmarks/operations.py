@@ -18,8 +18,11 @@ from deit_fast.tune import allowance
 KEPT = ("out_scale",)  # in fp32, whatever the others' dtype
 UNLEARNT = ("image", "row_scale")  # nothing trains those, so nobody asks for their gradients
 EIGHT_BITS = ("quantize", "quantized_linear", "layer_norm_quantized", "attention_quantized")
-# composed of others' or PyTorch's where it trains; or never trained
-NO_BACKWARD = ("classifier", "conv_norm", *EIGHT_BITS)
+# composed of others' or PyTorch's where it trains; losses, whose call has the gradients; or never
+# trained
+NO_BACKWARD = (
+    "classifier", "conv_norm", "distillation_loss", "sparse_cross_entropy", *EIGHT_BITS,
+)  # fmt: skip
 # most of DeiT's time first
 OPS = (
     "linear", "layer_norm_linear", "attention", "layer_norm", "patch_embed", "classifier",

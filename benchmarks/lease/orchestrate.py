@@ -19,6 +19,7 @@ from .plan import SECONDS, STEPS, Step
 HEADER, LOG, CLOCKS, TABLE = "lease.json", "log.txt", "clocks.csv", "tuned.json"
 FACTS = Step("facts", 30, "the device", "benchmarks.lease.facts:step")
 END = 3.0  # seconds before the end of the run at which the last step is killed
+TRAINS = ("agreement", "training", "compiled", "compiled-more")
 LEAST = 4.0  # seconds that a step must have to be begun
 CLOCK_QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
@@ -141,10 +142,11 @@ class Run:
             for step in wanted:
                 if step.name in done and not self.args.steps:
                     print(f"{step.name:14} kept: {step.title}", flush=True)
+                    self._after(step, runner.Outcome("done", 0.0))
                     continue
                 outcome = self._step(step, background)
                 failed |= outcome.status == "failed"
-                self._after(step)
+                self._after(step, outcome)
         finally:
             background.stop()
             self.header["finished"] = True
@@ -174,6 +176,8 @@ class Run:
         else:
             budget = min(step.seconds * scale, left)
             limit = min(budget + runner.GRACE, left)
+            if step.name != "smoke":
+                self._exclude(step)
             if step.exclusive:
                 background.pause()
             try:
@@ -190,20 +194,29 @@ class Run:
         print(f"{step.name:14} {outcome.status} in {outcome.seconds:.1f} s: {text}", flush=True)
         return outcome
 
-    def _after(self, step):
+    def _after(self, step, outcome):
         """What the steps that follow have to know."""
         if step.name == "smoke":
             from . import smoke
 
             rows = self._context("smoke", 0.0).rows("smoke")
-            self.excluded = smoke.failed_families(rows)
-            if self.excluded:
-                smoke.exclude(self.excluded)
-                print(f"{'':14} PyTorch serves {', '.join(sorted(self.excluded))}", flush=True)
+            self.excluded = smoke.failed_families(rows, outcome.broken)
+            for family in sorted(self.excluded):
+                print(f"{'':14} {family} failed: PyTorch serves it from here on", flush=True)
         if step.name == "race":
             from . import race
 
-            race.load_table(self.folder)
+            race.load_table(self.folder, self.work)
+
+    def _exclude(self, step):
+        """Failed families are PyTorch's in what this step runs."""
+        from deit_fast.kernels import _runtime
+
+        from . import smoke
+
+        names = smoke.excluded(self.excluded, step.name in TRAINS)
+        _runtime.exclude(*names)
+        os.environ["DEIT_FAST_EXCLUDE"] = ",".join(names)  # of processes that a step starts
 
 
 def run(args) -> int:

@@ -35,6 +35,7 @@ class Outcome:
     seconds: float
     summary: str = ""
     notes: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # the parts that failed
 
 
 def resolve(target: str) -> Callable:
@@ -77,7 +78,7 @@ def run(
     notes += [f"{part}: {why}" if part else why for part, why in later.items()]
     notes += [f"{part}: not begun, no time left" for part in todo if part not in failed]
     summary = "; ".join(f"{part}: {text}" if part else text for part, text in done.items() if text)
-    return Outcome(status, time.monotonic() - began, summary, notes)
+    return Outcome(status, time.monotonic() - began, summary, notes, [p for p in failed if p])
 
 
 @dataclass
