@@ -232,7 +232,7 @@ def resolve(
     if implementation not in allowed:
         names = ", ".join(repr(name) for name in ("auto", *allowed))
         raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
-    if not (x.is_cuda or x.is_meta or INTERPRET):
+    if not (x.is_cuda or x.is_meta or INTERPRET or is_pretended()):
         raise RuntimeError(
             f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on {x.device}; "
             "use 'torch' or 'auto' there"
