@@ -424,7 +424,7 @@ def _name(choice):
     return ", ".join(f"{k} {v}" if k != "implementation" else v for k, v in choice)
 
 
-def _kept(path: Path, chip) -> list[dict]:
+def kept(path: Path, chip) -> list[dict]:
     """The rows of the table at `path`, if there is one. Raises ValueError, naming it, where it is
     not this chip's or not one."""
     if not path.exists():
@@ -439,10 +439,10 @@ def _kept(path: Path, chip) -> list[dict]:
 def write(path: Path, rows: list[Settled], chip) -> int:
     """Merge `rows` into the table at `path`; returns how many choices it then has. Raises
     ValueError where a table is there that can't be merged into: it is left as it is."""
-    kept = _kept(path, chip)
+    before = kept(path, chip)
     new = [asdict(row) for row in rows]
     keys = [(row["op"], row["shape"]) for row in new]
-    choices = [row for row in kept if (row["op"], row["shape"]) not in keys] + new
+    choices = [row for row in before if (row["op"], row["shape"]) not in keys] + new
     table = {
         "gpu": chip.name, "capability": list(chip.capability), "torch": torch.__version__,
         "triton": triton.__version__, "date": date.today().isoformat(), "choices": choices,
@@ -480,7 +480,7 @@ def run(args, clock: Callable | None = None) -> int:
         print(f"{chip.name}: cuBLAS and PyTorch serve its products, there is nothing to choose")
         return 0
     path = args.out or _tuned.folder() / f"{_tuned.slug(chip.name)}.json"
-    kept = _kept(path, chip)  # before minutes are spent
+    before = kept(path, chip)  # before minutes are spent
     options = {} if args.image_size is None else {"img_size": args.image_size}
     wanted: dict[Task, None] = {}
     for name in args.model:
@@ -490,12 +490,12 @@ def run(args, clock: Callable | None = None) -> int:
                 if args.format is not None:
                     quantize(model, args.format)
             wanted |= dict.fromkeys(tasks(model, batch, DTYPES[args.dtype], chip))
-    there = [] if args.again else [(row["op"], row["shape"]) for row in kept]
+    there = [] if args.again else [(row["op"], row["shape"]) for row in before]
     todo = [task for task in ordered(wanted) if (task.op, dict(task.shape)) not in there]
     if not todo:
         print(f"{path}: has all {len(wanted)} choices already; --again measures them anew")
         return 0
-    known = [] if args.again else kept
+    known = [] if args.again else before
     if clock is None:
 
         def clock(call, inputs):

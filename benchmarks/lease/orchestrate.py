@@ -47,7 +47,6 @@ class Run:
         self.facts = self._facts()
         chip = self.facts["chip"]
         self.chip = _runtime.Chip(chip["name"], tuple(chip["capability"]), chip["processors"])
-        self.pretended = _runtime.is_pretended()
         self._open()
 
     def _context(self, name, deadline, folder=None):
@@ -156,11 +155,10 @@ class Run:
     def _start(self, background, wanted):
         """Compilation beside the first steps."""
         here = self._context("", 0.0)
-        if here.device.type == "cuda" or self.pretended:
-            warm = importlib.import_module("benchmarks.lease.warm")
-            chip, log = self.chip, self.folder / LOG
+        if here.device.type == "cuda":
+            warmup = importlib.import_module("benchmarks.lease.warmup")
             background.start(
-                "kernels", lambda: warm.run(chip, wanted, here.small, self.processes, log)
+                "kernels", lambda: warmup.run(wanted, self.chip, here.small, self.processes)
             )
         if any(name.startswith("compiled") for name in wanted):
             compiled = importlib.import_module("benchmarks.lease.compiled")
@@ -206,7 +204,7 @@ class Run:
         if step.name == "race":
             from . import race
 
-            race.load_table(self.folder, self.work)
+            race.load_table(self.folder)
 
     def _exclude(self, step):
         """Failed families are PyTorch's in what this step runs."""

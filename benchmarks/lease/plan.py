@@ -40,8 +40,6 @@ STEPS = (
     Step("sanitizer", 60, "compute-sanitizer memcheck", f"{HERE}.sanitize:step", exclusive=False),
     Step("compiled-more", 30, "torch.compile, what became ready since", f"{HERE}.compiled:step",
          f"{HERE}.compiled:parts"),
-    Step("kernels", 30, "each kernel beside its prediction", f"{HERE}.kernels:step",
-         f"{HERE}.models:deits"),
     Step("tuner", 600, "the rest of the shapes, with the time that is left", f"{HERE}.race:rest"),
 )  # fmt: skip
 NAMES = tuple(step.name for step in STEPS)

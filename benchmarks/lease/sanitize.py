@@ -105,9 +105,7 @@ def judge(output: str, status: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lease.sanitize")
     parser.add_argument("--script", action="store_true", required=True)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="(default: a GPU if any)"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU if any)")
     args = parser.parse_args(argv)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{launches(torch.device(name))} calls on {name}")

@@ -131,15 +131,19 @@ def build(folder: Path) -> Path:
     return path
 
 
-def install(capability: tuple[int, int] = (9, 0), folder: Path | None = None) -> StandIn:
+def install(
+    capability: tuple[int, int] = (9, 0), folder: Path | None = None, sms: int | None = None
+) -> StandIn:
     """Make the chip of that compute capability this process's GPU, for good. folder: for the
-    library, kept between processes; default: one in the temporary folder."""
+    library, kept between processes; default: one in the temporary folder. sms: how many SMs it has,
+    instead of all: with few of them, small batches get the tiles of large ones."""
     if _runtime.INTERPRET:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     path = build(folder or Path(tempfile.gettempdir()) / f"stand_in_cuda-{triton.__version__}")
     os.environ["TRITON_LIBCUDA_PATH"] = str(path.parent)
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # found loaded, by its soname
-    sms, shared = CHIPS[capability]
+    every, shared = CHIPS[capability]
+    sms = sms or every
     library.stand_in_chip(*capability, sms, shared)
     triton.runtime.driver.set_active(_Driver(capability))
     name = NAMES.get(capability, f"stand-in {capability[0]}.{capability[1]}")

@@ -1,0 +1,97 @@
+"""Which tiles and libraries serve DeiT's GEMMs and attention: every listed configuration, cuBLAS
+with its epilogue, SDPA, each first checked against PyTorch. What follows takes the winners."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import deit_fast
+from deit_fast import tune
+from deit_fast.bench import timing
+from deit_fast.kernels import _runtime, _tuned
+
+from .context import Context
+from .warmup import NETWORKS
+
+TABLE, MORE = "tuned.json", "tuned_more.json"
+BATCH, SMALL_BATCH = 256, 8
+RUNS, WARMUP = 8, 2
+LATER = "layer_norm_mlp"  # made of the others: raced once they are settled
+
+
+def quick(ctx: Context) -> str:
+    """B first, then S, then Ti; within a network the GEMMs, attention, folding. Every shape is
+    written, and in the table, at once."""
+    chip = _runtime.chip(ctx.device)
+    if ctx.small and not _runtime.is_pretended():
+        return "nothing to race on a CPU: PyTorch serves it"
+    networks = ["Ti"] if ctx.small else list(NETWORKS)
+    wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
+    wanted = [t for t in wanted if t.op != LATER] + [t for t in wanted if t.op == LATER]
+    return _settle(ctx, wanted, ctx.folder / TABLE, chip)
+
+
+def rest(ctx: Context) -> str:
+    """What quick() had no time for, then DeiT-B at 384 pixels and DeiT-B in fp8. Into a table of
+    its own: rows that were measured with the first one stay comparable with each other."""
+    chip = _runtime.chip(ctx.device)
+    if ctx.small:
+        return ""
+    wanted = [task for name in NETWORKS.values() for task in _tasks(ctx, name, chip)]
+    wanted += _tasks(ctx, "deit_base_distilled_384", chip)
+    if chip.capability >= (8, 9):
+        wanted += _tasks(ctx, NETWORKS["B"], chip, "fp8")
+    return _settle(ctx, wanted, ctx.folder / MORE, chip)
+
+
+def _tasks(ctx, name, chip, format=None):
+    with torch.device("meta"), _runtime.pretend(chip):
+        model = deit_fast.create_model(name)
+        if format is not None:
+            deit_fast.quantize(model, format)
+    return tune.tasks(model, SMALL_BATCH if ctx.small else BATCH, torch.bfloat16, chip)
+
+
+def _settle(ctx, wanted: Iterable[tune.Task], path: Path, chip) -> str:
+    known = [row for name in (TABLE, MORE) for row in tune.kept(ctx.folder / name, chip)]
+    there = [(row["op"], row["shape"]) for row in known]
+    todo = [t for t in dict.fromkeys(wanted) if (t.op, dict(t.shape)) not in there]
+    if not todo:
+        return "the table has every shape"
+
+    def clock(call, inputs):
+        return median(timing.kernel_ms(call, inputs, RUNS, WARMUP, ctx.device))
+
+    def tick(task, times):
+        if not any(times.values()):
+            ctx.write("race", op=task.op, shape=dict(task.shape), choice=None, ms=None, others={})
+
+    timing.spin_up(ctx.device)
+    settled, surprises = 0, 0
+    for row in tune.settle(todo, ctx.device, clock, ctx.deadline, tick, known):
+        others = [ms for ms in row.others.values() if ms]
+        ratio = min(others) / row.ms if others else None
+        ctx.write("race", **asdict(row), runner_up_ratio=ratio)
+        tune.write(path, [row], chip)
+        settled += 1
+        surprises += row.choice.get("implementation") not in ("triton", "fold", "parts")
+    return f"{settled} of {len(todo)} shapes, PyTorch or cuBLAS the fastest in {surprises}"
+
+
+def load_table(folder: Path) -> None:
+    """Make the winners of `folder` what every process takes from here on, those that are forked and
+    those that are started."""
+    path = folder / TABLE
+    if not path.exists():
+        return
+    gpu = json.loads(path.read_text())["gpu"]
+    target = Path(os.environ["DEIT_FAST_CACHE"]) / "tuned" / f"{_tuned.slug(gpu)}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    _tuned.forget()
