@@ -2,9 +2,10 @@
 
     context.py     what a step gets: the device, the output folder, the time left
     runner.py      steps in child processes, each with a budget and a kill time
-    steps.py       the steps, most valuable first
+    plan.py        the steps, most valuable first
+    orchestrate.py the run: facts, steps, what one of them tells the next
     ...            one module a step
 
 Everything goes to one flat folder, row by row: `rows.jsonl` (each line has a "kind"), `lease.json`,
-`tuned.json`, `clocks.csv`, `log.txt`. `python -m benchmarks.take FOLDER` checks and uses it.
+`tuned.json`, `clocks.csv`, `log.txt`.
 """

@@ -225,7 +225,7 @@ def run(args) -> int:
         with _clocks(made.folder / CLOCKS), _terminated():
             status = made.steps()
         seconds = time.monotonic() - made.began
-        print(f"{made.folder}: {seconds:.0f} s; python -m benchmarks.take {made.folder}")
+        print(f"{made.folder}: {seconds:.0f} s")
         return status
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -16,7 +16,6 @@ from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations,
 from deit_fast.bench.modes import MODES
 from deit_fast.kernels.cases import deit_cases
 
-from .bare import ROOT
 from .context import Context
 
 TOOLS = ("memcheck", "initcheck")
@@ -65,7 +64,8 @@ def _watched(tool, ctx):
     row = {"tool": tool, "errors": None, "note": ""}
     if not shutil.which("compute-sanitizer"):
         return row | {"status": "unavailable", "note": "compute-sanitizer is not installed"}
-    # real allocations, so that the tool sees the true bounds
+    # Real allocations, so that the tool sees the true bounds. Not from the checkout's folder, whose
+    # deit_fast has no kernels in it: the import path knows where they are.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
         "compute-sanitizer", "--tool", tool, "--error-exitcode", str(ERROR_STATUS),
@@ -73,7 +73,7 @@ def _watched(tool, ctx):
     ]  # fmt: skip
     try:
         done = subprocess.run(
-            command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            command, env=env, cwd=ctx.work, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, timeout=max(1.0, ctx.left()),
         )  # fmt: skip
     except subprocess.TimeoutExpired as over:

@@ -22,9 +22,10 @@ import stand_in_cuda
 from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, OPS, both_ways, cast, operations
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
-from deit_fast.kernels.cases import DEIT, deit_cases
+from deit_fast.kernels.cases import deit_cases
 
-BATCH, OTHER_BATCH, ODD_BATCH, SMS = 8, 16, 3, 4
+BATCH, SMS = 8, 4
+BATCHES = (32, 48, 32, 33)  # 16 divides all but the last; all fold LayerNorm
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MODELS = {
     "deit": ("deit_tiny_distilled", {"depth": 2}),
@@ -149,7 +150,7 @@ class Exercise:
         model = deit_fast.deit_tiny_distilled(depth=2).bfloat16().eval()
         loads = [self.gpu.loads()]
         with self.piece("three batches"), torch.inference_mode():
-            for batch in (BATCH, OTHER_BATCH, BATCH, ODD_BATCH):
+            for batch in BATCHES:
                 model(torch.randn(batch, 3, 224, 224).bfloat16())
                 loads.append(self.gpu.loads())
         return {"loaded": [b - a for a, b in zip(loads, loads[1:], strict=False)]}
@@ -165,7 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer dtypes and networks")
     parser.add_argument("--library", type=Path, help="folder of the stand-in library")
     args = parser.parse_args(argv)
-    assert DEIT and torch.get_default_dtype() == FP32
     major, minor = map(int, args.capability.split("."))
     gpu = stand_in_cuda.install((major, minor), args.library, sms=SMS)
     exercise, found = Exercise(gpu), {}

@@ -1,0 +1,213 @@
+"""The lease on a machine that it does not know: a bare copy, nothing installed, no GPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.lease import context, facts, sanitize, smoke
+
+ROOT = Path(__file__).parents[2]
+# modules that a rehearsal hides, cores that it pretends
+SITE = """
+import os, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("rich", "jsonschema", "pyarrow", "torchao"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+os.sched_getaffinity = lambda pid: set(range(16))
+os.sched_setaffinity = lambda pid, cores: None
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The files that a checkout tracks, and no more."""
+    folder = tmp_path_factory.mktemp("bare") / "copy"
+    for name in ("benchmarks", "deit_fast", "kernels"):
+        ignored = shutil.ignore_patterns(
+            "__pycache__", "results", *["kernels"][: name != "kernels"]
+        )
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
+    site = folder.parent / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITE)
+    return folder
+
+
+def lease(copy, *arguments):
+    env = os.environ | {"PYTHONPATH": str(copy.parent / "site"), "HOME": "/proc/none"}
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.lease", *map(str, arguments)], cwd=copy, env=env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(copy):
+    """A run of the steps that are quick on a CPU."""
+    out = copy.parent / "out"
+    steps = ("ceilings", "race", "sanitizer")
+    done = lease(copy, "--out", out, "--seconds", 540, "--steps", *steps)
+    return out, done
+
+
+def test_a_run_on_a_bare_copy(measured):
+    out, done = measured
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert said[:3] == [["ceilings", "done"], ["race", "done"], ["sanitizer", "done"]]
+    assert {path.name for path in out.iterdir()} <= {
+        "rows.jsonl", "lease.json", "log.txt", "clocks.csv", "tuned.json",
+    }  # fmt: skip
+    header = json.loads((out / "lease.json").read_text())
+    assert header["finished"] and header["hardware"]["gpu"] is None
+    assert len(header["kernels"]) == len(header["sources"]) == 12
+    rows = context.read(out / context.ROWS)
+    assert {"facts", "ceiling", "sanitizer", "step"} == {row["kind"] for row in rows}
+    assert all(row["kernels"] == header["kernels"] for row in rows)
+    (tool,) = [row for row in rows if row["kind"] == "sanitizer"]
+    assert tool["status"] == "unavailable" and "not installed" in tool["note"]
+
+
+def test_what_was_done_is_kept(copy, measured):
+    out, _ = measured
+    again = copy.parent / "again"
+    done = lease(copy, "--out", again, "--resume", out, "--seconds", 540, "--steps", "ceilings")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header = json.loads((again / "lease.json").read_text())
+    assert len(header["runs"]) == 2
+    rows = context.read(again / context.ROWS)
+    assert sum(row["kind"] == "ceiling" for row in rows) > 4
+    assert len({row["run"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chip": {"name": "NVIDIA H200"}}, "holds results of NVIDIA H200, this is"),
+        ({"kernels": "0" * 12}, "is of another commit: its kernels are 000000000000"),
+        ({"runs": []}, "lease.json is damaged"),
+    ],
+)
+def test_results_that_are_none_of_these(copy, measured, tmp_path, change, said):
+    earlier = tmp_path / "earlier"
+    shutil.copytree(measured[0], earlier)
+    header = json.loads((earlier / "lease.json").read_text())
+    (earlier / "lease.json").write_text(json.dumps(header | change))
+    if "kernels" in change:
+        rows = (earlier / context.ROWS).read_text().replace(header["kernels"], "0" * 12)
+        (earlier / context.ROWS).write_text(rows)
+    done = lease(copy, "--out", tmp_path / "out", "--resume", earlier)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "full"], "full is not empty; --resume full goes on from it"),
+        (["--out", "new", "--resume", "full"], "no lease.json in full"),
+        (["--out", "new", "--seconds", "0"], "--seconds: 0, expected more than 0"),
+        (["--out", "new", "--processes", "0"], "--processes: 0, expected 1 or more"),
+        (["--out", "full/file"], "full/file is no folder"),
+        ([], "--out: not given"),
+    ],
+)
+def test_options_that_make_no_run(tmp_path, monkeypatch, capsys, arguments, said):
+    from benchmarks.lease.__main__ import main
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full" / "file").read_text() == "kept"
+
+
+def test_chips_that_measure_nothing():
+    facts.expect("NVIDIA H100", (9, 0), 80e9)
+    with pytest.raises(RuntimeError, match="capability 7.5 has no bf16 tensor cores"):
+        facts.expect("T4", (7, 5), 16e9)
+    with pytest.raises(RuntimeError, match="12.0 GB of GPU memory are free, expected at least 20"):
+        facts.expect("NVIDIA H100", (9, 0), 12e9)
+
+
+@pytest.fixture
+def ctx(tmp_path):
+    return context.Context(
+        torch.device("cpu"), tmp_path, True, 1e18, "smoke", "now", "0" * 12, {}, tmp_path
+    )  # fmt: skip
+
+
+def test_a_wrong_family_is_named(ctx, monkeypatch):
+    """And what PyTorch then serves; the right ones stay."""
+    assert smoke.step(ctx, "linear") == smoke.step(ctx, "attention backward") == ""
+    real = smoke.operations
+
+    def broken(op):
+        for operation in real(op):
+            yield smoke.Operation(
+                operation.name, lambda call=operation.call, **i: -call(**i), operation.reference,
+                operation.inputs, operation.reads, operation.exact,
+            )  # fmt: skip
+
+    monkeypatch.setattr(smoke, "operations", broken)
+    assert smoke.step(ctx, "linear") == "", "what passed is not checked again"
+    assert "relative error 2.0e+00" in smoke.step(ctx, "classifier")
+    assert "relative error" in smoke.step(ctx, "attention")
+    rows = ctx.rows("smoke")
+    failed = smoke.failed_families(rows)
+    assert failed == {"classifier", "attention"}
+    assert {row["status"] for row in rows if row["op"] == "linear"} == {"passed"}
+    assert smoke.excluded(failed, False) == ["attention", "classifier"]
+    # measured anew and right: no longer failed
+    monkeypatch.setattr(smoke, "operations", real)
+    assert smoke.step(ctx, "attention") == ""
+    assert smoke.failed_families(ctx.rows("smoke")) == {"classifier"}
+
+
+def test_families_that_broke_their_process():
+    failed = smoke.failed_families([], ["layer_norm_mlp backward", "quantized_linear"])
+    assert failed == {"layer_norm_mlp backward", "fp8", "int8"}
+    assert smoke.excluded(failed, training=False) == ["fp8", "int8"]
+    assert smoke.excluded(failed, training=True) == ["fp8", "int8", "linear"]
+
+
+def test_every_operation_is_a_part():
+    groups = smoke.groups(False)
+    assert len(groups) == len(set(groups))
+    assert {name.removesuffix(" backward") for name in groups} == set(smoke.OPS)
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "wanted"),
+    [
+        ("40 calls on cuda\n========= ERROR SUMMARY: 0 errors", 0, ("passed", 0, "")),
+        (
+            "========= Invalid __global__ read of size 2 bytes\n"
+            "=========     at _linear_kernel+0x40 in linear.py:190\n"
+            "========= ERROR SUMMARY: 3 errors", 9, ("failed", 3, "_linear_kernel"),
+        ),
+        ("Traceback\nValueError: no\n========= ERROR SUMMARY: 0 errors", 1,
+         ("failed", 0, "the script failed with status 1: ValueError: no")),
+        ("Device not supported", 255, ("failed", None, "no summary, exit status 255")),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says(output, status, wanted):
+    found = sanitize.judge(output, status)
+    assert (found["status"], found.get("errors")) == wanted[:2] and wanted[2] in found["note"]
+
+
+def test_the_sanitizers_script_calls_every_operation(capsys):
+    calls = sanitize.launches(torch.device("cpu"))
+    assert 40 <= calls <= 80
