@@ -8,8 +8,8 @@ examples:
 
 Needs torch, Triton and timm, nothing else, and no installation. Every step is a process of its own
 with a time budget and a time at which it is killed; every row is on disk the moment it exists.
-Without a GPU all of it runs with small shapes, as a rehearsal. Exit status: 0, or 1 where a step failed, or 2 where nothing
-could be measured.
+Without a GPU all of it runs with small shapes, as a rehearsal. Exit status: 0, or 1 where a step
+failed, or 2 where nothing could be measured.
 """
 
 import argparse
