@@ -30,6 +30,7 @@ from triton.errors import TritonError
 
 from deit_fast.bench import timing
 from deit_fast.bench.launches import record
+from deit_fast.bench.networks import device_is_lost
 from deit_fast.kernels import (
     Quantized,
     _runtime,
@@ -390,8 +391,8 @@ def _race(task, device, clock, known):
                     if _agrees(task.call(**inputs), exact, 2 * plain + allowance(inputs)):
                         times[candidate] = clock(lambda x: task.call(**x), [inputs, *others])
                 except (RuntimeError, TritonError) as error:  # beyond this chip's resources
-                    if type(error).__name__ == "AcceleratorError":
-                        raise  # the device is lost
+                    if device_is_lost(error):
+                        raise
     return times
 
 

@@ -334,6 +334,21 @@ def test_an_error_outside_the_candidates_keeps_what_was_settled(small, cache, mo
     assert settled == 2 if str(error) == "lost" else settled > 2
 
 
+def test_a_lost_device_ends_the_race(small, cache):
+    """Triton's own error for it is a RuntimeError, as that of a tile that does not fit is."""
+    calls = []
+
+    def clock(call, inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(clock)
+    assert len(calls) == 3
+
+
 def test_wrong_moments_are_out(small, cache, monkeypatch):
     wrong = HOPPER_CONFIGS[0]
     real = tune.run_linear
