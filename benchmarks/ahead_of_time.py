@@ -379,20 +379,18 @@ def _linear(arch):
     M = BATCH * TOKENS
     for dtype in (FP16, BF16, FP32):
         rule = OPS["linear"].configs(dtype, chip)[:3]
-        for config in OPS["linear"].configs(dtype, chip):
+        forward, backward = (OPS["linear"].configs(dtype, chip, back) for back in (False, True))
+        for config, behind in [(c, False) for c in forward] + [(c, True) for c in backward]:
             K = N = 384 if config["BLOCK_N"] % 128 == 0 else 192
             for name, (activation, present) in EPILOGUES.items():
+                if behind != (activation == "gelu_backward"):
+                    continue
                 if "moments" in name and config["BLOCK_N"] < 64 or "scales" in name and N == 192:
                     continue  # never asked of it
                 if dtype == FP32 and any(w in name for w in ("moments", "folded", "stream")):
                     continue
                 if config not in rule and name not in HEAVIEST:
                     continue  # what takes fewer registers
-                meta = config
-                if activation == "gelu_backward":
-                    meta = OPS["linear"].backward_config(config)
-                    if any(meta[size] != config[size] for size in ("BLOCK_M", "BLOCK_N")):
-                        continue  # another one of the list serves for it
                 ruled = config in (rule[0], OPS["linear"].backward_config(rule[0]))
                 if dtype == FP16 and not (ruled and name in HEAVIEST[:3]):
                     continue  # as bf16: enough of them to see that
@@ -413,7 +411,7 @@ def _linear(arch):
                 moved += M * N * sum(pointers[name].itemsize for name in tiles)
                 yield Case(
                     "linear", f"{name}, {_tile(config)}, {TRITON_TYPE[dtype]}", "_linear_kernel",
-                    arch, pointers | sizes, constexprs, meta, moved, 2 * M * N * K, dtype != FP32,
+                    arch, pointers | sizes, constexprs, config, moved, 2 * M * N * K, dtype != FP32,
                 )  # fmt: skip
 
 

@@ -92,9 +92,12 @@ class Settled:
     others: dict
 
 
-def tasks(model: torch.nn.Module, batch: int, dtype: torch.dtype, chip) -> list[Task]:
+def tasks(
+    model: torch.nn.Module, batch: int, dtype: torch.dtype, chip, training: bool = False
+) -> list[Task]:  # fmt: skip
     """What a forward pass of `model` (moved to the meta device) asks, each once. What is made of
-    products comes behind them, and is compared with the best of them."""
+    products comes behind them, and is compared with the best of them. training: also the one
+    product of the backward pass that may be Triton's."""
     recorder = record(model, batch, dtype, chip, tables=False)
     found: dict[Task, None] = {}
     # the last first: of the calls of one shape only the model's first lacks its moments
@@ -103,6 +106,8 @@ def tasks(model: torch.nn.Module, batch: int, dtype: torch.dtype, chip) -> list[
             for task in _TASKS[name](args, chip):
                 found.setdefault(task)
     found |= dict.fromkeys(_mlps(recorder.calls, chip))
+    if training:
+        found |= dict.fromkeys(_gelu_backwards(recorder.calls, chip))
     return ordered(found)
 
 
@@ -124,10 +129,10 @@ def _moments(x, parts):
     return torch.stack([mean.t(), squares.t()], 1).contiguous()
 
 
-def _linear_candidates(dtype, chip, cublas, narrow=True):
+def _linear_candidates(dtype, chip, cublas, narrow=True, backward=False):
     triton_choices = [
         {"implementation": "triton", **config}
-        for config in linear.configs(dtype, chip.capability)
+        for config in linear.configs(dtype, chip.capability, backward)
         if narrow or config["BLOCK_N"] >= linear.MOMENTS_WIDTH
     ]
     return _items([{"implementation": "cublas"}] * cublas + triton_choices)
@@ -292,6 +297,37 @@ def served_by(op: str, inputs: dict) -> str:
         inputs["activation"], bias, residual, layer_scale or row_scale, False, False
     )
     return linear._choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
+
+
+def _gelu_backwards(calls, chip):
+    """The product that brings fc2's gradient behind GELU."""
+    for (name, fc1, made), (after, fc2, _) in zip(calls, calls[1:], strict=False):
+        if name not in ("linear", "layer_norm_linear") or after != "linear":
+            continue
+        if "gelu" not in [argument for argument in fc1 if isinstance(argument, str)]:
+            continue
+        hidden, weight = made[0] if name == "linear" else made, fc2[1]
+        if fc2[0].shape != hidden.shape:
+            continue
+        x, (M, N), K = fc1[0], hidden.shape, weight.shape[0]
+        shape = {
+            "M": M, "K": K, "N": N, "dtype": str(hidden.dtype)[6:], "epilogue": "gelu_backward",
+        }  # fmt: skip
+
+        def make(device, dy=x, weight=weight, z=hidden):  # dy is as fc1's x
+            return {
+                "dy": _randn(dy, device), "weight": _randn(weight, device, len(weight) ** -0.5),
+                "z": _randn(z, device),
+            }  # fmt: skip
+
+        def call(dy, weight, z):
+            return linear.linear_gelu_backward(dy, weight, z, "auto")[0]
+
+        def reference(dy, weight, z):
+            return torch.ops.aten.gelu_backward(dy @ weight, z)
+
+        candidates = _linear_candidates(hidden.dtype, chip, True, backward=True)
+        yield Task("linear", tuple(shape.items()), candidates, make, call, reference)
 
 
 def _mlps(calls, chip):
@@ -460,6 +496,7 @@ def add_arguments(parser):
     parser.add_argument("--batch", nargs="+", type=int, default=[256], help="(default: 256)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(default: %(default)s)")
     parser.add_argument("--format", choices=FORMATS, help="of quantised models (default: none)")
+    parser.add_argument("--training", action="store_true", help="also what a training step asks")
     parser.add_argument("--image-size", type=int, metavar="PX", help="(default: the model's own)")
     parser.add_argument(
         "--minutes", type=float, default=5.0, help="after which nothing is begun (default: 5)"
@@ -490,7 +527,8 @@ def run(args, clock: Callable | None = None) -> int:
                 model = create_model(name, **options)
                 if args.format is not None:
                     quantize(model, args.format)
-            wanted |= dict.fromkeys(tasks(model, batch, DTYPES[args.dtype], chip))
+            dtype = DTYPES[args.dtype]
+            wanted |= dict.fromkeys(tasks(model, batch, dtype, chip, args.training))
     there = [] if args.again else [(row["op"], row["shape"]) for row in before]
     todo = [task for task in ordered(wanted) if (task.op, dict(task.shape)) not in there]
     if not todo:

@@ -343,6 +343,7 @@ def _config(m, n, k, warps, stages, tma=False, persistent=False, split=False):
 
 FP32_CONFIG = _config(64, 64, 16, 8, 2)  # FMA units: registers hold the operands too
 BACKWARD_CONFIG = _config(64, 128, 64, 4, 3, tma=True, split=True)  # backward_config says where
+WIDE_BACKWARD_CONFIG = _config(128, 256, 64, 8, 4, tma=True, split=True)  # one CTA, to be raced
 # What each chip may be served with; the order is the rule's. Nothing here spills or serialises its
 # products with any epilogue: tests/test_ahead_of_time.py. Left out, with the compiler's figures in
 # docs/performance.md: 128 x 256 in one piece (Triton 3.6's ptxas serialises the products) and warp
@@ -380,11 +381,19 @@ def backward_config(config: dict) -> dict:
     return config
 
 
-def configs(dtype: torch.dtype, capability: tuple[int, int]) -> list[dict]:
-    """Every configuration of the Triton kernel that a tuned table may name."""
+def configs(
+    dtype: torch.dtype, capability: tuple[int, int], backward: bool = False
+) -> list[dict]:  # fmt: skip
+    """Every configuration of the Triton kernel that a tuned table may name; backward: of
+    "gelu_backward"."""
     if dtype == torch.float32:
         return [FP32_CONFIG]
-    return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+    found = HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+    if not backward:
+        return found
+    wide = [WIDE_BACKWARD_CONFIG] if capability >= (9, 0) else []
+    found = [backward_config(config) for config in found] + wide
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 @_tuned.validates("linear")
@@ -397,7 +406,8 @@ def _why_not(shape, choice, capability):
         return "cuBLAS rounds the product before LayerNorm's mean is taken from it"
     if "moments" in epilogue and choice.get("BLOCK_N", 64) < MOMENTS_WIDTH:
         return f"a tile narrower than the {MOMENTS_WIDTH} columns of moments"
-    return _tuned.check_choice(choice, ("triton", "cublas"), configs(dtype, capability))
+    offered = configs(dtype, capability, epilogue == "gelu_backward")
+    return _tuned.check_choice(choice, ("triton", "cublas"), offered)
 
 
 def meta(
@@ -435,7 +445,8 @@ def _choose(x, N, epilogue, moments, implementation):
         return found["implementation"], config
     if implementation == "auto":
         implementation = _runtime.choose("linear", chip.capability, dtype).implementation
-    return implementation, meta(M, N, dtype, chip.capability, chip.processors, moments)
+    config = meta(M, N, dtype, chip.capability, chip.processors, moments)
+    return implementation, backward_config(config) if epilogue == "gelu_backward" else config
 
 
 def _alloc(x, weight, residual, emit, keep):
@@ -483,7 +494,7 @@ def run(
             return
         if K * x.element_size() % 16 or not _aligned(x, weight):
             config = _without_tma(config, HOPPER_CONFIGS)
-        config = backward_config(config) if backward else config
+            config = backward_config(config) if backward else config
         x_arg, w_arg = x, weight
         if config["TMA"]:
             x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])

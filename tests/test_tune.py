@@ -17,7 +17,7 @@ import deit_fast
 from benchmarks.accuracy import short_sums
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
-from deit_fast.kernels.linear import HOPPER_CONFIGS
+from deit_fast.kernels.linear import HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG
 from deit_fast.kernels.quantized_linear import HOPPER_CONFIGS as EIGHT_BITS_CONFIGS
 
 CHIP = _runtime.Chip("NVIDIA H9000", (9, 0), 4)
@@ -197,6 +197,41 @@ def test_the_winner_is_written_and_then_serves(small, cache, capsys):
     assert all(set(r["others"].values()) == {2.0} for r in rows)
     for r in table["choices"]:
         assert _tuned.lookup(r["op"], r["shape"], CHIP) == r["choice"]
+
+
+def test_the_backward_product_is_settled_for_training(small, cache, monkeypatch):
+    """By the backward pass's own configurations, each once, against cuBLAS; the winner serves."""
+    favourite = {"implementation": "triton", **WIDE_BACKWARD_CONFIG}
+    tried = []
+
+    def clock(call, inputs):
+        (choice,) = _tuned._forced.values()
+        tried.append(tuple(choice.items()))
+        return prefer(favourite)(call, inputs)
+
+    every = tune.tasks
+    monkeypatch.setattr(
+        tune, "tasks",
+        lambda *args: [t for t in every(*args) if dict(t.shape).get("epilogue") == "gelu_backward"],
+    )  # fmt: skip
+    assert [dict(t.shape)["M"] for t in tune.tasks(meta_model(), 2, FP16, CHIP, True)] == [396, 4]
+    assert not tune.tasks(meta_model(), 2, FP16, CHIP)
+    assert run(clock, "--training") == 0
+    row, last = json.loads(cache.read_text())["choices"]  # the last block's is of few rows
+    assert last["shape"]["M"] == 24 and row["shape"] == {
+        "M": 12 * 18, "K": 64, "N": 256, "dtype": "float16", "epilogue": "gelu_backward",
+    }  # fmt: skip
+    assert row["choice"] == favourite
+    assert len(tried) == 2 * len(set(tried)) == 2 * (1 + len(row["others"]))
+    assert any(dict(choice)["implementation"] == "cublas" for choice in tried)
+    taken, real = [], tune.linear._choose
+    monkeypatch.setattr(tune.linear, "_choose", lambda *args: taken.append(real(*args)) or taken[0])
+    dy, weight = torch.randn(216, 64).half(), torch.randn(64, 256).half()
+    tune.linear.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+    assert taken == [("triton", WIDE_BACKWARD_CONFIG)]
+    with _tuned.disabled():
+        tune.linear.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+    assert taken[1][1] in tune.linear.configs(FP16, CHIP.capability, backward=True)
 
 
 def test_the_command_in_eight_bits(small, cache, monkeypatch, capsys):

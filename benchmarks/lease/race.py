@@ -26,8 +26,8 @@ LATER = "layer_norm_mlp"  # made of the others: raced once they are settled
 
 
 def quick(ctx: Context) -> str:
-    """B first, then S, then Ti; within a network the GEMMs, attention, folding. Every shape is
-    written, and in the table, at once."""
+    """B first, then S, then Ti; within a network the GEMMs, the one of the backward pass too,
+    attention, folding. Every shape is written, and in the table, at once."""
     chip = _runtime.chip(ctx.device)
     if ctx.small and not _runtime.is_pretended():
         return "nothing to race on a CPU: PyTorch serves it"
@@ -55,7 +55,8 @@ def _tasks(ctx, name, chip, format=None):
         model = deit_fast.create_model(name)
         if format is not None:
             deit_fast.quantize(model, format)
-    return tune.tasks(model, SMALL_BATCH if ctx.small else BATCH, torch.bfloat16, chip)
+    batch = SMALL_BATCH if ctx.small else BATCH
+    return tune.tasks(model, batch, torch.bfloat16, chip, training=format is None)
 
 
 def _settle(ctx, wanted: Iterable[tune.Task], path: Path, chip) -> str:

@@ -130,7 +130,7 @@ def _races(networks, chip):
         with torch.device("meta"):
             model = deit_fast.create_model(NETWORKS[network], depth=2)
         made: dict = {}  # of the last task, in each process
-        for task in tune.tasks(model, BATCH, BF16, chip):
+        for task in tune.tasks(model, BATCH, BF16, chip, training=True):
             for candidate in task.candidates:
                 if dict(candidate)["implementation"] in ("triton", "fused"):
                     yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)

@@ -130,7 +130,7 @@ class Exercise:
                     model = deit_fast.create_model(name, depth=2)
                     if format is not None:
                         deit_fast.quantize(model, format)
-                for task in tune.tasks(model, BATCH, BF16, chip):
+                for task in tune.tasks(model, BATCH, BF16, chip, training=format is None):
                     self._task(task, format or "bf16")
 
     def _task(self, task, format):
