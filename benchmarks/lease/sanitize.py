@@ -26,25 +26,31 @@ ERROR_STATUS = 9
 
 def launches(device: torch.device) -> int:
     """Every operation once, forward and where it trains backward; returns how many calls."""
-    count = 0
-    with MODES["eager_fp32"].settings(), torch.no_grad():
-        for op in OPS:
-            for operation in operations(op):
-                for case in deit_cases(op, NETWORK, BATCH).values():
-                    inputs = cast(operation.inputs(**case, device=device), torch.bfloat16)
-                    operation.call(**inputs)
-                    count += 1
-                if op in NO_BACKWARD:
-                    continue
-                shapes = [y.shape for y in tensors(operation.reference(**inputs))]
-                upstream = {
-                    f"upstream_{i}": torch.randn(shape, device=device).to(torch.bfloat16)
-                    for i, shape in enumerate(shapes)
-                }
-                both_ways(operation.call)(**inputs, **upstream)
-                count += 1
+    with MODES["eager_fp32"].settings():
+        count = sum(launch(op, device) for op in OPS)
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return count
+
+
+@torch.no_grad()
+def launch(op: str, device: torch.device) -> int:
+    """One operation; returns how many calls."""
+    count = 0
+    for operation in operations(op):
+        for case in deit_cases(op, NETWORK, BATCH).values():
+            inputs = cast(operation.inputs(**case, device=device), torch.bfloat16)
+            operation.call(**inputs)
+            count += 1
+        if op in NO_BACKWARD:
+            continue
+        shapes = [y.shape for y in tensors(operation.reference(**inputs))]
+        upstream = {
+            f"upstream_{i}": torch.randn(shape, device=device).to(torch.bfloat16)
+            for i, shape in enumerate(shapes)
+        }
+        both_ways(operation.call)(**inputs, **upstream)
+        count += 1
     return count
 
 

@@ -53,7 +53,9 @@ def step(ctx: Context, part: str) -> str:
     try:
         for operation in operations(op):
             for network in networks:
-                for row, make, dtype in _cases(operation, op, network, backward, ctx.small):
+                for row, make, dtype in cases(
+                    operation, op, network, backward, ctx.small, ctx.device
+                ):
                     if _key(row) in there:
                         continue
                     row |= _checked(operation, make, dtype, backward, ctx.device)
@@ -72,11 +74,16 @@ def _key(row):
     return tuple(row[name] for name in ("family", "network", "case", "batch", "dtype", "backward"))
 
 
-def _cases(operation, op, network, backward, small):
-    """(row so far, maker of inputs, dtype) of each check of an operation on a network's shapes."""
+def cases(operation, op, network, backward, small, device):
+    """(row so far, maker of inputs, dtype) of each check of an operation on a network's shapes that
+    the device has the instructions for."""
     quantized = op in EIGHT_BITS
+    capability = _runtime.capability(device.type, device.index)
+    without_fp8 = capability is not None and capability < (8, 9)
     for batch in (SMALL,) if small else (BATCH, ODD) if network == "B" else (BATCH,):
         for label, case in deit_cases(op, network, batch).items():
+            if without_fp8 and label.startswith("fp8"):
+                continue
             for dtype in _dtypes(quantized, network, batch, small):
                 row = {
                     "family": operation.name, "op": op, "network": network, "case": label,

@@ -1,12 +1,12 @@
 """Compilation ahead of the steps: every kernel that they will launch, in parallel, without a GPU.
 
 A driver that only compiles takes the place of CUDA's in these processes, and every launch becomes a
-compilation for the chip. Batches are small and the chip has as many SMs fewer, so that the rules
-choose the tiles of large batches; what a kernel is specialised on (which sizes and addresses 16
-divides, what is 1, what is left out) is as in the steps, whose launches then find their kernels in
+compilation for the chip. The calls are the steps' own, at their batches, on the CPU, but PyTorch's
+matrix products are left out. So each kernel is specialised as it will be, and the steps find it in
 Triton's cache. Whatever is missed, a step compiles itself.
 """
 
+import copy
 import multiprocessing
 import os
 import traceback
@@ -14,21 +14,40 @@ from collections.abc import Callable
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
 import deit_fast
-from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, OPS, both_ways, cast, operations
+from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
-from deit_fast.kernels.cases import deit_cases
 
-BATCH, SMS, ODD = 8, 4, 3  # 256 images on 132 SMs are about 8 on 4
+from . import agreement, models, sanitize, smoke
+
+# a race's configurations are given, so a few rows do: 16 divides them as it does the race's own
+RACE_BATCH, RACE_SMS = 16, 8
 BF16, FP16 = torch.bfloat16, torch.float16
 NETWORKS = {
     "B": "deit_base_distilled", "S": "deit_small_distilled", "Ti": "deit_tiny_distilled",
 }  # fmt: skip
-RELATIVES = {"cait_s24_224": {"depth": 1}, "tiny_vit_21m_224": {}}
+RELATIVES = {
+    "deit_base_distilled_384": {"depth": 2}, "vit_base_patch16_224": {"depth": 2},
+    "cait_s24_224": {"depth": 1}, "tiny_vit_21m_224": {},
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class NoProducts(TorchDispatchMode):
+    """Within it PyTorch's matrix products are empty tensors of the right shape."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+        if func is torch.ops.aten.addmm.default:
+            return args[1].new_empty(len(args[1]), args[2].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Driver:
@@ -48,12 +67,17 @@ class _Driver:
 
 
 def compile_only(capability: tuple[int, int]) -> None:
-    """From now on every launch of this process is a compilation for that compute capability."""
+    """From now on every launch of this process is a compilation for that compute capability: of the
+    kernel, and of the C code that launches it where this Triton writes some for every kernel."""
     triton.runtime.driver.set_active(_Driver(capability))
-    run = JITFunction.run
+    run, made = JITFunction.run, set()
 
     def compiled(self, *args, grid, warmup, **kwargs):
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(nvidia, "make_launcher") and kernel.hash not in made:
+            made.add(kernel.hash)
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
+        return kernel
 
     JITFunction.run = compiled
 
@@ -61,68 +85,97 @@ def compile_only(capability: tuple[int, int]) -> None:
 def jobs(steps: list[str], chip: _runtime.Chip, small: bool) -> list[tuple[str, Callable]]:
     """(name, function) of what the steps launch, in the order of need; each compiles little."""
     networks = ["Ti"] if small else list(NETWORKS)
-    found = []
+    steps, found = set(steps), [("Triton's driver", nvidia.CudaUtils)]  # C code, as the launchers
     if "smoke" in steps:
-        found += _operations(networks, chip)
-    if {"agreement", "throughput", "latency"} & set(steps):
-        found += [(f"model {n}", lambda n=n: _inference(NETWORKS[n], {"depth": 2}))
-                  for n in networks]  # fmt: skip
-    if {"agreement", "training"} & set(steps):
-        found += [(f"training {n}", lambda n=n: _training(NETWORKS[n])) for n in networks]
+        found += _operations(networks, small)
+    if {"agreement", "throughput", "latency", "quantized"} & steps:
+        found += [(f"model {n}", lambda n=n: _inference(NETWORKS[n], small)) for n in networks]
+    if {"agreement", "training"} & steps:
+        found += [(f"training {n}", lambda n=n: _training(NETWORKS[n], small)) for n in networks]
     if "race" in steps:
         found += _races(networks, chip)
-    if "relatives" in steps and not small:
-        found += [(f"model {n}", lambda n=n, o=o: _inference(n, o)) for n, o in RELATIVES.items()]
+    if "quantized" in steps:
+        found += [
+            (f"{format} {n}", lambda n=n, f=format: _quantized(NETWORKS[n], f, small))
+            for format in (["fp8"] * (chip.capability >= (8, 9)) + ["int8"])
+            for n in networks[:2]
+        ]  # fmt: skip
+    if "relatives" in steps:
+        relatives = {"tiny_vit_5m_224": {}} if small else RELATIVES
+        found += [
+            (f"model {n}", lambda n=n, o=o: _relative(n, o, small)) for n, o in relatives.items()
+        ]
+    if "sanitizer" in steps:
+        found += [(f"sanitizer {op}", lambda op=op: sanitize.launch(op, CPU)) for op in OPS]
     return found
 
 
-def _operations(networks, chip):
+def _operations(networks, small):
     for backward in (False, True):
         for op in OPS:
             if backward and op in NO_BACKWARD:
                 continue
             for network in networks:
-                dtypes = (BF16,) if op in EIGHT_BITS or network != "B" else (BF16, FP16)
-                for dtype in dtypes:
-                    yield (
-                        f"{op} {network} {str(dtype)[6:]}" + " backward" * backward,
-                        lambda op=op, n=network, d=dtype, b=backward: _operation(op, n, d, b, chip),
-                    )  # fmt: skip
+                yield (
+                    f"{op} {network}" + smoke.BACKWARD * backward,
+                    lambda op=op, n=network, b=backward: operation(op, n, b, small),
+                )
 
 
-def _operation(op, network, dtype, backward, chip):
-    for batch in (BATCH, ODD) if network == "B" and dtype == BF16 else (BATCH,):
-        for label, case in deit_cases(op, network, batch).items():
-            if label.startswith("fp8") and chip.capability < (8, 9):
-                continue
-            for operation in operations(op):
-                inputs = cast(operation.inputs(**case, device="cpu"), dtype)
-                with torch.no_grad():
-                    results = operation.call(**inputs)
-                    if backward:
-                        results = results if isinstance(results, tuple) else (results,)
-                        upstream = {f"upstream_{i}": y for i, y in enumerate(results)}
-                        both_ways(operation.call)(**inputs, **upstream)
+def operation(op: str, network: str, backward: bool, small: bool) -> None:
+    """Launch what the step "smoke" does of it."""
+    for one in operations(op):
+        for _, make, dtype in smoke.cases(one, op, network, backward, small, CPU):
+            with torch.no_grad():
+                inputs = cast(make(CPU), dtype)
+                results = one.call(**inputs)
+                if backward:
+                    results = results if isinstance(results, tuple) else (results,)
+                    upstream = {f"upstream_{i}": y for i, y in enumerate(results)}
+                    both_ways(one.call)(**inputs, **upstream)
 
 
-def _inference(name, options):
-    model = deit_fast.create_model(name, **options).bfloat16().eval()
-    batch = 2 if name.startswith("tiny_vit") else BATCH
+def _batch(batch, small):
+    return min(batch, models.SMALL_BATCH) if small else batch
+
+
+def _images(batch, dtype, size=224):
+    return torch.empty(batch, 3, size, size, dtype=dtype)
+
+
+def _inference(name, small):
+    model = deit_fast.create_model(name, depth=2).eval()
+    agrees = _batch(agreement.BATCH, small)
     with torch.inference_mode():
-        model(torch.randn(batch, 3, 224, 224).bfloat16())
-        if hasattr(model, "dist_token"):
-            model(torch.zeros(batch, 224, 224, 3, dtype=torch.uint8))
-            every = _runtime.Chip(*_runtime.chip(torch.device("cpu"))[:2], 132)
-            with _runtime.pretend(every):  # latency's tiles are those of few rows
-                for batch in (1, 8, 32):
-                    model(torch.randn(batch, 3, 224, 224).bfloat16())
+        copy.deepcopy(model).to(FP16)(_images(agrees, FP16))
+        model.to(BF16)
+        for batch in {_batch(b, small) for b in (models.BATCH, agrees, *models.LATENCY_BATCHES)}:
+            model(_images(batch, BF16))
+        model(torch.zeros(agrees, 224, 224, 3, dtype=torch.uint8))
 
 
-def _training(name):
+def _relative(name, options, small):
+    model = deit_fast.create_model(name, **options).to(BF16).eval()
+    size = 384 if "384" in name else 224
+    with torch.inference_mode():
+        model(_images(_batch(models.BATCH, small), BF16, size))
+
+
+def _quantized(name, format, small):
+    model = deit_fast.create_model(name, depth=2).to(BF16).eval()
+    for attention in (False, True)[: 1 + (format == "fp8")]:
+        made = copy.deepcopy(model)
+        deit_fast.quantize(made, format, attention=attention)
+        with torch.inference_mode():
+            made(_images(_batch(models.BATCH, small), BF16))
+
+
+def _training(name, small):
     model = deit_fast.create_model(name, depth=2).train()
-    with torch.autocast("cpu", BF16):
-        logits = model(torch.randn(BATCH, 3, 224, 224))
-    logits.float().sum().backward()
+    for batch in {_batch(b, small) for b in (models.TRAIN_BATCH, agreement.BATCH)}:
+        with torch.autocast("cpu", BF16):
+            logits = model(_images(batch, torch.float32))
+        logits.float().sum().backward()
 
 
 def _races(networks, chip):
@@ -130,7 +183,8 @@ def _races(networks, chip):
         with torch.device("meta"):
             model = deit_fast.create_model(NETWORKS[network], depth=2)
         made: dict = {}  # of the last task, in each process
-        for task in tune.tasks(model, BATCH, BF16, chip, training=True):
+        few = chip._replace(processors=RACE_SMS)
+        for task in tune.tasks(model, RACE_BATCH, BF16, few, training=True):
             for candidate in task.candidates:
                 if dict(candidate)["implementation"] in ("triton", "fused"):
                     yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
@@ -140,17 +194,16 @@ def _candidate(task, candidate, made):
     with torch.no_grad(), _tuned.disabled(), _tuned.forced(task.op, dict(candidate)):
         if task not in made:
             made.clear()
-            made[task] = task.make(torch.device("cpu"))
+            made[task] = task.make(CPU)
         task.call(**made[task])
 
 
 def run(steps: list[str], chip: _runtime.Chip, small: bool, processes: int) -> int:
     """Compile it all by so many processes, forked from this one; returns how many jobs failed. One
     that fails is named in the log, and its kernels are the steps' to compile."""
-    few = chip._replace(processors=SMS)
     compile_only(chip.capability)
-    with _runtime.pretend(few):
-        todo = jobs(steps, few, small)
+    with _runtime.pretend(chip):
+        todo = jobs(steps, chip, small)
         taken, failed = multiprocessing.Value("i", 0), multiprocessing.Value("i", 0)
         children = [_fork(todo, taken, failed) for _ in range(min(processes, len(todo)))]
         for child in children:
@@ -172,7 +225,8 @@ def _fork(todo, taken, failed):
                 break
             name, job = todo[i]
             try:
-                job()
+                with NoProducts():
+                    job()
             except Exception:
                 print(f"[warm-up] {name} failed", flush=True)
                 traceback.print_exc()

@@ -12,6 +12,7 @@ memory held. For a process of its own, without TRITON_INTERPRET, before anything
 """
 
 import ctypes
+import hashlib
 import os
 import subprocess
 import sysconfig
@@ -139,7 +140,9 @@ def install(
     instead of all: with few of them, small batches get the tiles of large ones."""
     if _runtime.INTERPRET:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
-    path = build(folder or Path(tempfile.gettempdir()) / f"stand_in_cuda-{triton.__version__}")
+    digest = hashlib.sha256((HERE / "cuda.c").read_bytes()).hexdigest()[:8]
+    name = f"stand_in_cuda-{triton.__version__}-{digest}"  # two checkouts may differ
+    path = build(folder or Path(tempfile.gettempdir()) / name)
     os.environ["TRITON_LIBCUDA_PATH"] = str(path.parent)
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # found loaded, by its soname
     every, shared = CHIPS[capability]
