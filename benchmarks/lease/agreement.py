@@ -6,7 +6,7 @@ import torch
 import deit_fast
 from deit_fast.bench import timing
 from deit_fast.bench.modes import MODES
-from deit_fast.bench.networks import Network, random_images
+from deit_fast.bench.networks import random_images
 
 from . import models
 from .context import Context
@@ -24,8 +24,7 @@ def parts(small: bool) -> list[str]:
 
 def step(ctx: Context, name: str) -> str:
     """Compare one network in all that a user does with it; returns what disagreed."""
-    entry = models.entry_of(name)
-    network = Network(entry.timm_name, entry.image_size, ctx.device, entry.network)
+    network = models.network_of(name, ctx.device, ctx.small)
     batch = SMALL if ctx.small else BATCH
     failed = []
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from deit_fast.bench.modes import MODES
-from deit_fast.bench.networks import Network
 
 from . import models
 from .context import Context, NotReady
@@ -57,8 +56,7 @@ def prepare(work: Path, device: torch.device, small: bool) -> None:
 
 
 def _compile(work, device, small, name, wanted):
-    entry = models.entry_of(name)
-    network = Network(entry.timm_name, entry.image_size, device, entry.network)
+    network = models.network_of(name, device, small)
     for part in wanted:
         _, mode_name, batch = _job(part)
         mode = MODES[mode_name]

@@ -74,6 +74,15 @@ def entry_of(name: str) -> Entry:
     return next(e for e in select([name]) if e.network == name)
 
 
+def network_of(name: str, device: torch.device, small: bool) -> Network:
+    """The network, shallow in a rehearsal."""
+    entry = entry_of(name)
+    options = {}
+    if small:
+        options = {"depths": (1, 1, 1, 1)} if "tiny_vit" in entry.timm_name else {"depth": 2}
+    return Network(entry.timm_name, entry.image_size, device, entry.network, options)
+
+
 @dataclass
 class _Running:
     """One mode of a network, ready to be timed."""
@@ -113,9 +122,7 @@ def measure(
     if entry.network not in _networks:
         _networks.clear()
         timing.release(ctx.device)
-        _networks[entry.network] = Network(
-            entry.timm_name, entry.image_size, ctx.device, entry.network
-        )
+        _networks[entry.network] = network_of(name, ctx.device, ctx.small)
     network = _networks[entry.network]
     running: dict[str, _Running] = {}
     base = _Row(ctx, network, protocol, batch, baseline, stamp)
@@ -219,7 +226,7 @@ def _warm(ctx, network, mode, batch, protocol):
         torch.cuda.reset_peak_memory_stats(device)
     step(images)
     peak = (torch.cuda.max_memory_allocated(device) - before) / 1e9 if cuda else None
-    if step.engine is not None:  # what its graphs hold counts as free between their runs
+    if cuda and step.engine is not None:  # what its graphs hold counts as free between their runs
         peak += step.engine.memory.workspace / 1e9
     error = network.check(step, batch)
     (one,) = timing.latency_ms(step, [images], 1, 0, device)

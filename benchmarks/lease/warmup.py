@@ -186,7 +186,7 @@ def _races(networks, chip):
         few = chip._replace(processors=RACE_SMS)
         for task in tune.tasks(model, RACE_BATCH, BF16, few, training=True):
             for candidate in task.candidates:
-                if dict(candidate)["implementation"] in ("triton", "fused"):
+                if dict(candidate)["implementation"] != "torch":
                     yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
 
 

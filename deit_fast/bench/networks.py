@@ -98,13 +98,16 @@ class Network:
     something else than their names say.
     """
 
-    def __init__(self, name: str, image_size: int | None, device: torch.device, label: str = ""):
+    def __init__(
+        self, name: str, image_size: int | None, device: torch.device, label: str = "",
+        options: dict | None = None,
+    ):  # fmt: skip
         if os.environ.get("DEIT_FAST_BACKEND"):
             raise ValueError("DEIT_FAST_BACKEND is set, want it unset: a mode runs what it names")
         self.device, self.label = device, label or name
         self.timm_name, self.image_size = check_network(name, image_size)
         self.images = random_images(DISTINCT, self.image_size, device)
-        self.model = randomize(self._create()).eval().to(device)
+        self.model = randomize(self._create(options or {})).eval().to(device)
         self.transformer = isinstance(self.model, TRANSFORMERS)
         self.batch_norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._calibrate()
@@ -114,10 +117,10 @@ class Network:
         self.why_not_fast = _why_not_fast(blank)
         self.blocks = sum(type(m) is deit_fast.layers.Block for m in blank.modules())
 
-    def _create(self):
+    def _create(self, options):
         size = {"img_size": self.image_size} if _patch(self.timm_name) else {}
         # TinyViT's come with the 21,841 classes that they were distilled on
-        return timm.create_model(self.timm_name, num_classes=1000, **size)
+        return timm.create_model(self.timm_name, num_classes=1000, **size, **options)
 
     def _calibrate(self):
         """Batch norm gets the statistics of random images, so that activations stay in range, and

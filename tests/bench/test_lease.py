@@ -1,53 +1,22 @@
 """The lease on a machine that it does not know: a bare copy, nothing installed, no GPU."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import bare_copy
 import pytest
 import torch
 
 from benchmarks.lease import context, facts, sanitize, smoke
 
-ROOT = Path(__file__).parents[2]
-# modules that a rehearsal hides, cores that it pretends
-SITE = """
-import os, sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("rich", "jsonschema", "pyarrow", "torchao"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hidden())
-os.sched_getaffinity = lambda pid: set(range(16))
-os.sched_setaffinity = lambda pid, cores: None
-"""
-
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The files that a checkout tracks, and no more."""
-    folder = tmp_path_factory.mktemp("bare") / "copy"
-    for name in ("benchmarks", "deit_fast", "kernels"):
-        ignored = shutil.ignore_patterns(
-            "__pycache__", "results", *["kernels"][: name != "kernels"]
-        )
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
-    site = folder.parent / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(SITE)
-    return folder
+    return bare_copy.make(tmp_path_factory.mktemp("bare"))
 
 
 def lease(copy, *arguments):
-    env = os.environ | {"PYTHONPATH": str(copy.parent / "site"), "HOME": "/proc/none"}
-    env.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.lease", *map(str, arguments)], cwd=copy, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    return bare_copy.run(copy, "benchmarks.lease", *arguments)
 
 
 @pytest.fixture(scope="module")

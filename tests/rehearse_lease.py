@@ -1,6 +1,6 @@
-"""The whole of `python -m benchmarks.lease` on a chip that is not there, and as JSON what came of it.
+"""All of `python -m benchmarks.lease` on a chip that is not there; prints as JSON what came of it.
 
-    python -m stand_in_cuda.rehearse FOLDER [--faults]       (tests/ on the import path)
+    python -m rehearse_lease FOLDER [--faults]       (tests/ on the import path)
 
 Every step runs: kernels are compiled and launched, by small batches, but do not run. So errors and
 times are made up, and what torch.compile would do is left out. The warm-up ends before the first
@@ -9,6 +9,7 @@ lose the device.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -42,7 +43,7 @@ def fake_clock(timing) -> None:
 
 
 def no_answers_needed() -> None:
-    """Memory that no kernel wrote counts as right."""
+    """Memory that no kernel wrote counts as right; a CUDA graph runs as it would without one."""
     import torch
 
     from benchmarks.lease import agreement, smoke
@@ -53,7 +54,20 @@ def no_answers_needed() -> None:
     agreement.relative = lambda error: 0.0
     tune._agrees = lambda got, exact, allowed: True
     networks.Network.check = lambda self, step, batch: 1e-3
+    why_not = networks.Network.why_not
+    networks.Network.why_not = lambda self, mode: why_not(
+        self, dataclasses.replace(mode, engine=False, graph=False)
+    )
+    networks._Graph = Graph
     torch.compiler.set_stance("force_eager")
+
+
+class Graph:
+    def __init__(self, step, images):
+        self.step, self.images = step, images
+
+    def replay(self, images):
+        return self.step._gradients(images)
 
 
 def break_steps() -> None:
@@ -72,8 +86,9 @@ def break_steps() -> None:
 
 def rehearse(args, work: Path) -> dict:
     bare.prepare(work)
-    from deit_fast.bench import timing
     from stand_in_cuda import install
+
+    from deit_fast.bench import timing
 
     gpu = install((9, 0), args.library)
     fake_clock(timing)
@@ -105,11 +120,13 @@ def rehearse(args, work: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="stand_in_cuda.rehearse")
+    parser = argparse.ArgumentParser(prog="rehearse_lease")
     parser.add_argument("out", type=Path)
     parser.add_argument("--library", type=Path, help="folder of the stand-in library")
     parser.add_argument("--faults", action="store_true", help="break some steps")
-    parser.add_argument("--warm", action="store_true", help="compile ahead, and see what was missed")
+    parser.add_argument(
+        "--warm", action="store_true", help="compile ahead, and see what was missed"
+    )
     parser.add_argument("--seconds", type=float, default=5400.0)
     parser.add_argument("--steps", nargs="+")
     args = parser.parse_args(argv)
