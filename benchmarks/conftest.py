@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks import suite
+from benchmarks import kernel_rows, suite
+from benchmarks.operations import Operation
 from deit_fast.bench import results, tables
 from deit_fast.kernels.cases import deit_cases
 
@@ -77,7 +78,7 @@ def pytest_generate_tests(metafunc):
             (network, label, implementation, backward)
             for network in options.kernel_networks()
             for label in deit_cases(op, network, 1)
-            for backward in ("", suite.FORWARD_BACKWARD)
+            for backward in ("", kernel_rows.FORWARD_BACKWARD)
             for implementation in options.implementations(op, others, bool(backward))
         ]
         ids = ["-".join(filter(None, case)) for case in cases]
@@ -113,10 +114,8 @@ def race(request, session, benchmark):
         def inputs(device):
             return make_inputs(**case, device=device)
 
-        session.race(
-            benchmark, name, network, label, implementation, fn, reference, inputs, reads,
-            bool(backward), exact,
-        )  # fmt: skip
+        operation = Operation(name, fn, reference, make_inputs, reads, exact)
+        session.race(benchmark, operation, inputs, network, label, implementation, bool(backward))
 
     return run
 

@@ -1,6 +1,5 @@
 """What the benchmark files share: the options, the open results files, one race of a kernel."""
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,19 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import table5
-from benchmarks.operations import (
-    EIGHT_BITS,
-    NO_BACKWARD,
-    agree,
-    both_ways,
-    cast,
-    flops_of,
-    implementation_of,
-    tensors,
-    traffic,
-)
-from deit_fast import tune
+from benchmarks import kernel_rows, table5
+from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, Operation
 from deit_fast.bench import profiling, results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
 from deit_fast.bench.networks import (
@@ -29,19 +17,14 @@ from deit_fast.bench.networks import (
     Network,
     Plan,
     TooSlow,
-    device_is_lost,
-    reason,
 )
-from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import DEIT
-from deit_fast.kernels.quantize import FORMATS
 
 LATENCY_BATCHES = (1, 8, 32)
 TRAIN_BATCHES = (64, 256)
 TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
 IMPLEMENTATIONS = ("eager", "compiled", "fused")
-FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
 QUICK_MODES = [
     "eager_fp32", "deit_fast_fp32", "compile_bf16", "eager_fp32_train", "deit_fast_fp32_train",
@@ -269,86 +252,26 @@ class Suite:
             self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
     def race(
-        self, benchmark, op, network, case, implementation, fn, reference, inputs, reads=None,
-        backward=False, exact=None,
+        self, benchmark, operation: Operation, inputs, network, case, implementation,
+        backward=False,
     ) -> None:  # fmt: skip
-        """One implementation of one operation on one of DeiT's shapes, in bf16 (fp16 on a GPU
-        without it).
-
-        inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
-        under torch.compile, "fused" the public function, anything else one of its implementations.
-        reads(arguments): the parts of them that are read; all by default.
-        backward: the gradients of all that learns and of the activations too, from random upstream
-        gradients; the case says so.
-        exact: the reference without the rounding of its result, which errors are counted from.
-        """
-        dtype = torch.bfloat16 if timing.has_bf16(self.device) else torch.float16
+        """One implementation of one operation on one of DeiT's shapes; inputs(device=...) makes the
+        arguments."""
         batch = min(self.options.batch, self.options.max_batch)
         if self.device.type == "cpu" and implementation not in IMPLEMENTATIONS:
             pytest.skip(f"{implementation} needs a CUDA device")
-        case = " ".join(filter(None, (case, FORWARD_BACKWARD * backward)))
-        self.keep_or_stop("kernels", (op, network, case, batch, PRECISIONS[dtype], implementation))
-        call, served_by = implementation_of(fn, reference, implementation)
-        shapes = []
-        if backward:
-            outputs = tensors(reference(**inputs(device="meta")))
-            shapes = list(enumerate(y.shape for y in outputs))
-            call, reference = both_ways(call), both_ways(reference)
-
-        def make(device=self.device):
-            upstream = {f"upstream_{i}": torch.randn(s, device=device) for i, s in shapes}
-            return cast(inputs(device=device) | upstream, dtype)
-
-        # no inference_mode: there, no tensor knows whose view it is
-        with MODES["eager_fp32"].settings(), torch.no_grad():
-            first = make()
-            plain = reference(**first)
-            read = first if reads is None else first | reads(first)
-            moved, precision = traffic(read, plain, first, dtype, implementation)
-            flops = flops_of(reference, make(device="meta"))
-            predicted = self._predicted_ms(moved, flops, precision)
-            figures = {
-                "mode": implementation, "op": op, "network": network, "case": case,
-                "batch": batch, "dtype": PRECISIONS[dtype], "runs": self.options.runs,
-                "bytes": moved, "flops": flops, "predicted_ms": predicted, **self.stamp,
-                "served_by": served_by or self._served_by(op, first),
-            }  # fmt: skip
-            try:
-                figures["relative_error"] = agree(call(**first), plain, exact or reference, first)
-                sets = timing.rotation(make, moved, self.device)
-                times = timing.kernel_ms(
-                    lambda x: call(**x), sets, self.options.runs, self.options.warmup, self.device
-                )
-            except Exception as error:
-                note = LOST * device_is_lost(error) + reason(error)
-                row = results.KernelRow(**figures, status="failed", note=note)
-                self.record(benchmark, "kernels", row, [])
-            finally:
-                torch.compiler.reset()
-        typical = timing.summary(times)
-        tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
-        row = results.KernelRow(
-            **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
-            fraction_of_ceiling=predicted / typical["ms_median"],
+        name, precision = (
+            kernel_rows.case_name(case, backward),
+            PRECISIONS[kernel_rows.dtype_of(self.device)],
+        )
+        key = (operation.name, network, name, batch, precision, implementation)
+        self.keep_or_stop("kernels", key)
+        row, times = kernel_rows.measure(
+            operation, inputs, network, case, batch, implementation, self.device, self.ceilings(),
+            self.stamp, self.options.runs, self.options.warmup, backward,
         )  # fmt: skip
-        benchmark.extra_info |= {"bytes": moved, "flops": flops, "device_ms": typical["ms_median"]}
+        if times:
+            benchmark.extra_info |= {
+                "bytes": row.bytes, "flops": row.flops, "device_ms": row.ms_median
+            }  # fmt: skip
         self.record(benchmark, "kernels", row, times)
-
-    def _predicted_ms(self, moved, flops, precision):
-        """At the measured ceilings; by bytes alone where that of the precision is not known."""
-        ceilings = self.ceilings()
-        copied = moved / ceilings["copy_tb_per_s"]
-        return max(copied, flops / ceilings.get(f"{precision}_tflops", math.inf)) / 1e9
-
-    def _served_by(self, op, inputs):
-        if op in EIGHT_BITS:
-            kind, index = self.device.type, self.device.index
-            products = op == "quantized_linear"
-            dtype = inputs["x"].values.dtype if products else FORMATS[inputs["format"]]
-            return _runtime.choose(op, _runtime.capability(kind, index), dtype).implementation
-        x = next(t for t in tensors(inputs.values()) if t.is_floating_point())
-        of = "linear" if op.startswith("layer_norm_") else op
-        by_rule = _runtime.resolve(of, x, "auto")
-        if by_rule == "torch" or op not in ("linear", "attention"):
-            return by_rule
-        return tune.served_by(op, inputs)

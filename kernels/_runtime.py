@@ -133,7 +133,8 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
     """The implementation that serves `op` on a chip (None: a CPU) and why; pure, so printable.
     `dtype`: of the operands; where one of eight bits has no kernel the name is "none".
 
-    Above compute capability 9.0 the rules are those of 9.0 until something else is measured.
+    Compute capability 10.x has the rules of 9.0, and 12.x those of 8.x, until something else is
+    measured: see `is_datacenter`.
     """
     if dtype in EIGHT_BITS and capability is not None:
         least, reason = EIGHT_BITS[dtype]
@@ -158,6 +159,13 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
             implementation, instead = _WITHOUT_TENSOR_CORES[op]
             return Choice(implementation, reason + instead)
     return _FUSED
+
+
+def is_datacenter(capability: tuple[int, int]) -> bool:
+    """Whether configurations for H100 fit: tensor descriptors, and 227 KB of shared memory a block.
+    Chips of compute capability 12.x have the descriptors but 99 KB, and matrix instructions like
+    those of 8.x, whose accumulators take more registers."""
+    return capability[0] in (9, 10)
 
 
 class Chip(NamedTuple):

@@ -464,8 +464,8 @@ def meta(N: int, L: int, d: int, dtype: torch.dtype, bias: bool = False) -> dict
 @cache
 def meta_backward(N: int, L: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
     """Blocks by rule: 64 x 64 in 4 warps, as forward, two CTAs a multiprocessor; 32 queries on
-    sm_80, where 64 spill. For few queries blocks just as high."""
-    M, block, warps, stages = 64 if capability >= (9, 0) else 32, 64, 4, 2
+    sm_80 and sm_120, where 64 spill. For few queries blocks just as high."""
+    M, block, warps, stages = 64 if _runtime.is_datacenter(capability) else 32, 64, 4, 2
     if dtype == torch.float32:  # FMA units: registers hold the operands too
         M, block, warps, stages = 16, 16, 8, 1
     M = 16 if N <= 16 else M

@@ -116,7 +116,7 @@ AMPERE_CONFIGS = [_config(64, 32, 8, 2)]
 
 def configs(capability: tuple[int, int]) -> list[dict]:
     """Every configuration of the fused kernel that a tuned table may name; the first by rule."""
-    return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+    return HOPPER_CONFIGS if _runtime.is_datacenter(capability) else AMPERE_CONFIGS
 
 
 @_tuned.validates("layer_norm_mlp")

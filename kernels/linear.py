@@ -388,10 +388,11 @@ def configs(
     "gelu_backward"."""
     if dtype == torch.float32:
         return [FP32_CONFIG]
-    found = HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+    hopper = _runtime.is_datacenter(capability)
+    found = HOPPER_CONFIGS if hopper else AMPERE_CONFIGS
     if not backward:
         return found
-    wide = [WIDE_BACKWARD_CONFIG] if capability >= (9, 0) else []
+    wide = [WIDE_BACKWARD_CONFIG] if hopper else []
     found = [backward_config(config) for config in found] + wide
     return [config for i, config in enumerate(found) if config not in found[:i]]
 

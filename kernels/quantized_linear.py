@@ -223,7 +223,7 @@ AMPERE_CONFIGS = [
 
 def configs(capability: tuple[int, int]) -> list[dict]:
     """Every configuration that a tuned table may name."""
-    return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+    return HOPPER_CONFIGS if _runtime.is_datacenter(capability) else AMPERE_CONFIGS
 
 
 def epilogue_name(parts, activation, bias, residual, scaled, own_scale, quantized) -> str:

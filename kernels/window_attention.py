@@ -293,7 +293,7 @@ def meta_backward(dtype: torch.dtype, capability: tuple[int, int], scores: bool 
     """64 x 64 in 4 warps; in 8 for the gradient of the scores, which holds them twice. On sm_80
     nothing is loaded ahead: Triton 3.6 would spill."""
     block, warps = (16, 4) if dtype == torch.float32 else (64, 8 if scores else 4)
-    stages = 1 if scores or capability < (9, 0) else 2
+    stages = 1 if scores or not _runtime.is_datacenter(capability) else 2
     return {"BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 

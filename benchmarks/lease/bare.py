@@ -33,14 +33,19 @@ def prepare(work: Path) -> None:
 def importable(folder: Path) -> None:
     """`import deit_fast` means this checkout's, in which no kernels lie beside the other packages:
     a copy in `folder` has them where an installation would put them."""
-    ignored = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "deit_fast", folder / "deit_fast", ignore=ignored)
-    shutil.copytree(ROOT / "kernels", folder / "deit_fast" / "kernels", ignore=ignored)
+    copy(folder)
     paths = [str(folder), str(ROOT)]
     sys.path[:0] = paths
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([before] if before else [])])
+
+
+def copy(folder: Path) -> None:
+    """The package into `folder`, as an installation would lay it out."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(ROOT / "deit_fast", folder / "deit_fast", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", folder / "deit_fast" / "kernels", ignore=ignored)
 
 
 def commit() -> str:

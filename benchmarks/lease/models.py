@@ -108,11 +108,11 @@ def measure(
     this build are kept, the baseline's excepted where another is missing. Returns a summary."""
     entry = entry_of(name)
     batch = min(batch, SMALL_BATCH) if ctx.small else batch
-    stamp = _stamp(ctx)
+    of = stamp(ctx)
     there = {
         (r["timm_name"], r["mode"], r["protocol"], r["asked_batch"])
         for r in ctx.rows("model")
-        if r["build"] == stamp["build"] and r["status"] != "failed"
+        if r["build"] == of["build"] and r["status"] != "failed"
     }
     missing = [m for m in modes if (entry.timm_name, m, protocol, batch) not in there]
     if not missing or ctx.left() <= 0:
@@ -125,7 +125,7 @@ def measure(
         _networks[entry.network] = network_of(name, ctx.device, ctx.small)
     network = _networks[entry.network]
     running: dict[str, _Running] = {}
-    base = _Row(ctx, network, protocol, batch, baseline, stamp)
+    base = _Row(ctx, network, protocol, batch, baseline, of)
     for mode in wanted:
         if ctx.left() <= 0:
             break
@@ -137,7 +137,8 @@ def measure(
     return f"batch {batch}: " + ", ".join(base.said) if base.said else ""
 
 
-def _stamp(ctx):
+def stamp(ctx: Context) -> dict:
+    """What every row says of the code that it measured."""
     hardware = ctx.header["hardware"]
     return {
         "commit": ctx.header["commit"], "build": results.build(hardware),

@@ -40,6 +40,8 @@ STEPS = (
     Step("sanitizer", 60, "compute-sanitizer memcheck", f"{HERE}.sanitize:step", exclusive=False),
     Step("compiled-more", 30, "torch.compile, what became ready since", f"{HERE}.compiled:step",
          f"{HERE}.compiled:parts"),
-    Step("tuner", 600, "the rest of the shapes, with the time that is left", f"{HERE}.race:rest"),
+    Step("tuner", 60, "the shapes that are left, and close races again", f"{HERE}.race:rest"),
+    Step("kernels", 600, "each kernel beside PyTorch's", f"{HERE}.kernels:step",
+         f"{HERE}.kernels:parts"),
 )  # fmt: skip
 NAMES = tuple(step.name for step in STEPS)

@@ -21,7 +21,8 @@ from .warmup import NETWORKS
 
 TABLE, MORE = "tuned.json", "tuned_more.json"
 BATCH, SMALL_BATCH = 256, 8
-RUNS, WARMUP = 8, 2
+RUNS, MORE_RUNS, WARMUP = 8, 30, 2
+CLOSE = 0.95  # of the next one's time: such races are run again, over more calls
 LATER = "layer_norm_mlp"  # made of the others: raced once they are settled
 
 
@@ -38,8 +39,9 @@ def quick(ctx: Context) -> str:
 
 
 def rest(ctx: Context) -> str:
-    """What quick() had no time for, then DeiT-B at 384 pixels and DeiT-B in fp8. Into a table of
-    its own: rows that were measured with the first one stay comparable with each other."""
+    """What quick() had no time for, DeiT-B at 384 pixels and in fp8, and races that were close over
+    again: most valuable first. Into a table of its own: rows that were measured with the first one
+    stay comparable with each other."""
     chip = _runtime.chip(ctx.device)
     if ctx.small:
         return ""
@@ -47,7 +49,28 @@ def rest(ctx: Context) -> str:
     wanted += _tasks(ctx, "deit_base_distilled_384", chip)
     if chip.capability >= (8, 9):
         wanted += _tasks(ctx, NETWORKS["B"], chip, "fp8")
-    return _settle(ctx, wanted, ctx.folder / MORE, chip)
+    close = {
+        (row["op"], tuple(row["shape"].items()))
+        for row in tune.kept(ctx.folder / TABLE, chip)
+        if closeness(row) > CLOSE
+    }
+    wanted = sorted(dict.fromkeys(wanted), key=worth, reverse=True)
+    return _settle(ctx, wanted, ctx.folder / MORE, chip, close, MORE_RUNS)
+
+
+def closeness(row: dict) -> float:
+    """The winner's time over the next one's; 0 without one."""
+    others = [ms for ms in row["others"].values() if ms]
+    return row["ms"] / min(others) if others else 0.0
+
+
+def worth(task: tune.Task) -> float:
+    """FLOPs of one call: its share of the predicted time, near enough."""
+    shape = dict(task.shape)
+    if "L" in shape:
+        return 4.0 * shape["M"] * shape["N"] * shape["L"] * shape["d"]
+    hidden = shape.get("hidden")
+    return 2.0 * shape["M"] * (2 * shape["D"] * hidden if hidden else shape["K"] * shape["N"])
 
 
 def _tasks(ctx, name, chip, format=None):
@@ -59,15 +82,19 @@ def _tasks(ctx, name, chip, format=None):
     return tune.tasks(model, batch, torch.bfloat16, chip, training=format is None)
 
 
-def _settle(ctx, wanted: Iterable[tune.Task], path: Path, chip) -> str:
+def _settle(
+    ctx, wanted: Iterable[tune.Task], path: Path, chip, again=frozenset(), runs: int = RUNS
+) -> str:  # fmt: skip
+    """again: (operation, shape) of those that are raced although the first table has them."""
     known = [row for name in (TABLE, MORE) for row in tune.kept(ctx.folder / name, chip)]
-    there = [(row["op"], row["shape"]) for row in known]
-    todo = [t for t in dict.fromkeys(wanted) if (t.op, dict(t.shape)) not in there]
+    there = {(row["op"], tuple(row["shape"].items())) for row in known} - again
+    there |= {(row["op"], tuple(row["shape"].items())) for row in tune.kept(path, chip)}
+    todo = [t for t in dict.fromkeys(wanted) if (t.op, t.shape) not in there]
     if not todo:
         return "the table has every shape"
 
     def clock(call, inputs):
-        return median(timing.kernel_ms(call, inputs, RUNS, WARMUP, ctx.device))
+        return median(timing.kernel_ms(call, inputs, runs, WARMUP, ctx.device))
 
     def tick(task, times):
         if not any(times.values()):
@@ -76,9 +103,7 @@ def _settle(ctx, wanted: Iterable[tune.Task], path: Path, chip) -> str:
     timing.spin_up(ctx.device)
     settled, surprises = 0, 0
     for row in tune.settle(todo, ctx.device, clock, ctx.deadline, tick, known):
-        others = [ms for ms in row.others.values() if ms]
-        ratio = min(others) / row.ms if others else None
-        ctx.write("race", **asdict(row), runner_up_ratio=ratio)
+        ctx.write("race", **asdict(row), closeness=closeness(asdict(row)))
         tune.write(path, [row], chip)
         settled += 1
         surprises += row.choice.get("implementation") not in ("triton", "fold", "parts")

@@ -34,8 +34,8 @@ def rows_of(folder):
 
 def test_steps_that_fail_cost_themselves_alone(copy, tmp_path):
     """One raises, one hangs, one is killed, one loses the device; those between measure."""
-    steps = ("agreement", "race", "throughput", "training", "latency", "relatives")
-    arguments = (tmp_path / "out", "--library", tmp_path, "--faults", "--seconds", 300)
+    steps = ("agreement", "ceilings", "throughput", "training", "latency", "relatives")
+    arguments = (tmp_path / "out", "--library", tmp_path, "--faults", "--seconds", 540)
     done = bare_copy.run(copy, "rehearse_lease", *arguments, "--steps", *steps)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == 1
@@ -44,7 +44,7 @@ def test_steps_that_fail_cost_themselves_alone(copy, tmp_path):
     assert list(said) == list(steps)
     assert said["throughput"][0] == said["training"][0] == "done"
     for step, why in (
-        ("agreement", "ValueError: made to raise"), ("race", "killed: its time was over"),
+        ("agreement", "ValueError: made to raise"), ("ceilings", "killed: its time was over"),
         ("latency", "died of SIGKILL"), ("relatives", "an illegal memory access"),
     ):  # fmt: skip
         assert said[step][0] == "failed" and why in said[step][1], said[step]
@@ -58,7 +58,7 @@ def done_whole(done, folder):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(folder)
     assert {row["name"]: row["status"] for row in rows["step"]} == dict.fromkeys(NAMES, "done")
-    for kind in ("smoke", "agreement", "model"):
+    for kind in ("smoke", "agreement", "model", "kernel"):
         failed = [row for row in rows[kind] if row["status"] == "failed"]
         assert rows[kind] and not failed, failed
     return rows
