@@ -67,11 +67,11 @@ def measure(
         read = first if operation.reads is None else first | operation.reads(first)
         moved, precision = traffic(read, plain, first, dtype, implementation)
         flops = flops_of(reference, make(device="meta"))
-        predicted = _predicted_ms(moved, flops, precision, ceilings)
+        least = predicted_ms(moved, flops, precision, ceilings)
         figures = {
             "mode": implementation, "op": operation.name, "network": network,
             "case": case_name(case, backward), "batch": batch, "dtype": PRECISIONS[dtype],
-            "runs": runs, "bytes": moved, "flops": flops, "predicted_ms": predicted, **stamp,
+            "runs": runs, "bytes": moved, "flops": flops, "predicted_ms": least, **stamp,
             "served_by": served_by or _served_by(operation.name, first, device),
         }  # fmt: skip
         try:
@@ -87,12 +87,12 @@ def measure(
     tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
     row = results.KernelRow(
         **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
-        fraction_of_ceiling=predicted / typical["ms_median"],
+        fraction_of_ceiling=least / typical["ms_median"],
     )  # fmt: skip
     return row, times
 
 
-def _predicted_ms(moved, flops, precision, ceilings):
+def predicted_ms(moved, flops, precision, ceilings):
     """At the measured ceilings; by bytes alone where that of the precision is not known."""
     copied = moved / ceilings["copy_tb_per_s"]
     return max(copied, flops / ceilings.get(f"{precision}_tflops", math.inf)) / 1e9

@@ -244,7 +244,7 @@ def _train_table(chip, protocol):
                 *[_number(r and r.peak_memory_gb, "{:.2f}") for r in (rival, ours)],
             ])  # fmt: skip
     headings = [
-        "network", "batch", *modes, f"{OURS} / max-autotune", "wanted of an H200",
+        "network", "batch", *modes, f"{OURS} / max-autotune", "wanted of an H100 or H200",
         "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     caption = "images/s: median. GB: the most allocated at once, both in autocast bf16"

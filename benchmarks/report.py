@@ -126,7 +126,7 @@ def _train_table(chip):
                 ]) + " |")  # fmt: skip
     headings = [
         "network", "work", "batch", *TRAINING, "reduce-overhead / max-autotune",
-        "wanted of an H200", "GB max-autotune", "GB reduce-overhead",
+        "wanted of an H100 or H200", "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     what = "images/s in training, fp32 weights, bf16 autocast; a full step has fused AdamW"
     return _markdown(chip, what, runs, headings, lines)

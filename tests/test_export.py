@@ -19,7 +19,7 @@ from modelling import images, randomize, tiny_pair
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import deit_fast
-from benchmarks.predict import H200
+from benchmarks.chips import H200
 from deit_fast.cli import main
 from deit_fast.export import export
 from deit_fast.kernels import _runtime, _tuned
@@ -88,7 +88,7 @@ def test_exports_for_any_and_for_a_fixed_batch(batch, backend, uint8):
 @pytest.fixture
 def h200():
     """Tensors of the meta device count as lying on one."""
-    with _runtime.pretend(H200), _tuned.disabled(), torch.no_grad():
+    with _runtime.pretend(H200.chip), _tuned.disabled(), torch.no_grad():
         yield
 
 
@@ -120,7 +120,7 @@ def test_eight_bits_export_as_a_gpu_would_run_them(format):
     fast = tiny_pair("auto")[1].half()
     deit_fast.quantize(fast, format)
     fast.to("meta")
-    with _runtime.pretend(H200), _tuned.disabled(), torch.no_grad():
+    with _runtime.pretend(H200.chip), _tuned.disabled(), torch.no_grad():
         x = some_images(2, FP16, device="meta", size=64)
         program = torch.export.export(fast, (x,), dynamic_shapes=ANY)
     eight_bits = {"layer_norm_quantized", "quantized_linear", "attention_quantized"}

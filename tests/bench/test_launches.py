@@ -13,7 +13,7 @@ from modelling import images, tiny_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit_fast
-from benchmarks import predict
+from benchmarks import chips, costs, predict
 from benchmarks.table5 import select
 from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
@@ -22,7 +22,7 @@ from deit_fast.kernels.cases import DEIT, deit_cases
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 
 V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
-H200, B200 = predict.H200, Chip("B200", (10, 0), 148)
+H200, B200 = chips.H200.chip, Chip("B200", (10, 0), 148)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = ["layer_norm_linear", "attention", "linear", "layer_norm_linear", "linear"]
 
@@ -153,10 +153,10 @@ def test_a_table_that_says_separate_or_fused():
         ops = Counter(op for op, _, _ in recorder.calls)
         assert ops["layer_norm"] == 25 and "layer_norm_linear" not in ops
         assert not [1 for op, args, _ in recorder.calls if op == "linear" and args[-2]]
-        rows, _, _ = predict.predict("Ti", 256, predict.ELSEWHERE)
+        rows, _, _ = predict.predict("Ti", 256, chips.H200.ceilings)
         assert "layer_norm" in {launch.op for launch, _, _ in rows}
     with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **FUSED_CONFIGS[0]}):
-        rows, total, _ = predict.predict("Ti", 256, predict.ELSEWHERE)
+        rows, total, _ = predict.predict("Ti", 256, chips.H200.ceilings)
         (mlp,) = [r for r in rows if r[0].op == "layer_norm_mlp" and r[0].bytes > 1e7]
         assert mlp[1] == 11 and total > 0
 
@@ -215,7 +215,7 @@ def test_peak_memory_is_no_more_than_eagers():
 def test_prediction_counts_the_whole_model(network):
     """Its FLOPs are those of the paper's model less the last block's pruning, and its time lies
     between the tensor floor and the plan of separate kernels."""
-    rows, total, others = predict.predict(network, 256, predict.ELSEWHERE, tables=False)
+    rows, total, others = predict.predict(network, 256, chips.H200.ceilings, tables=False)
     D, H, N, size = DEIT[network]
     patches = (size // 16) ** 2
     block = 2 * N * D * 12 * D + 4 * N * N * D
@@ -227,13 +227,13 @@ def test_prediction_counts_the_whole_model(network):
     assert 1.2 * floor < total < 3 * floor
     assert sum(others.values()) == 2
     for launch, _, times in rows:
-        assert times["predicted"] >= max(predict.LEAST_US, times["traffic"], times["arithmetic"])
+        assert times["predicted"] >= max(costs.LEAST_US, times["traffic"], times["arithmetic"])
         assert launch.bytes > 0
 
 
 def test_prediction_of_one_product():
     """By hand: 50,688 x 768 -> 3072 with GELU."""
-    rows, _, _ = predict.predict("B", 256, predict.ELSEWHERE, tables=False)
+    rows, _, _ = predict.predict("B", 256, chips.H200.ceilings, tables=False)
     (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
     launch, count, times = row
     assert count == 11 and launch.flops == 2 * 50688 * 768 * 3072
@@ -251,7 +251,7 @@ def test_prediction_in_eight_bits(format):
     """Every launch has one; products at twice the ceiling, and as if K were half as long."""
     model = deit_fast.create_model("deit_tiny_distilled", depth=2)
     deit_fast.quantize(model, format)
-    found = predict.launches(record(model, 256, BF16, H200))
+    found = costs.launches(record(model, 256, BF16, H200))
     ops = Counter(launch.op for launch in found)
     assert ops["layer_norm_quantized"] >= 4 and ops["attention_quantized"] == 2
     products = [launch for launch in found if launch.op == "quantized_linear"]
@@ -274,11 +274,11 @@ def test_prediction_in_eight_bits(format):
 def test_prediction_of_a_quantised_model(capsys):
     """The command's ratio to bf16; attention in fp8 is named and takes less."""
     (bf16, fp8, attention) = (
-        predict.predict("S", 256, predict.ELSEWHERE, False, False, *kind)[1]
+        predict.predict("S", 256, chips.H200.ceilings, False, False, *kind)[1]
         for kind in ((), ("fp8",), ("fp8", True))
     )
     assert bf16 / 1.5 < fp8 < bf16 / 1.2 and attention < fp8
-    predict.main(["--network", "S", "--format", "fp8", "--attention"])
+    predict.main(["--chip", "h200", "--network", "S", "--format", "fp8", "--attention"])
     out = capsys.readouterr().out
     assert "fp8 operands" in out and "fp8, attention too: 1.4" in out
     with pytest.raises(SystemExit):
@@ -288,7 +288,8 @@ def test_prediction_of_a_quantised_model(capsys):
 def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     """What was measured stands in its column; what was not, does not."""
     monkeypatch.setattr(predict, "RESULTS", tmp_path)
-    predict.main(["--network", "Ti"])
+    h200 = ["--network", "Ti", "--chip", "h200"]
+    predict.main(h200)
     before = capsys.readouterr().out
     assert "measured: not yet" in before and "788 TFLOP/s" in before
     limits = {"bf16_tflops": 700.0, "copy_tb_per_s": 4.0}
@@ -300,6 +301,9 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
         results = replace(results_of(*rows), ceilings=limits)
         results.save(folder / f"{name}.json")
     predict.main(["--network", "Ti"])
+    other = capsys.readouterr().out
+    assert "measured: not yet" in other and "798 TFLOP/s, 3.0 TB/s" in other, "an H100"
+    predict.main(h200)
     out = capsys.readouterr().out
     assert "700 TFLOP/s" in out and "123,456 images/s" in out and "34.5" in out
     assert "34.5" not in before and out.count("measured here") == 1

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import bench_quantized_linear, operations, suite
+from benchmarks import bench_quantized_linear, operations
+from benchmarks.kernel_rows import predicted_ms
 from deit_fast.kernels import quantize_reference
 
 BF16 = torch.bfloat16
@@ -30,7 +31,7 @@ def test_bytes_in_eight_bits(of, narrow):
     )  # fmt: skip
 
 
-def test_the_operands_decide_the_ceiling(tmp_path):
+def test_the_operands_decide_the_ceiling():
     """Not the format of the result."""
     x = torch.zeros(4, 32, dtype=BF16)
     fp8, int8 = (quantize_reference(x, format) for format in ("fp8", "int8"))
@@ -39,8 +40,6 @@ def test_the_operands_decide_the_ceiling(tmp_path):
         ({"x": int8}, "int8"), ({"qkv": fp8, "format": "int8"}, "fp8"), ({"image": x}, "bf16"),
     ):  # fmt: skip
         assert operations.traffic(inputs, fp8, inputs, BF16, "fused")[1] == precision
-    options = suite.Options.parse(lambda name: None)
-    session = suite.Suite(options, torch.device("cpu"), {}, {}, tmp_path)
-    session.limits = {"copy_tb_per_s": 1.0, "bf16_tflops": 1.0, "fp8_tflops": 1.9}
+    limits = {"copy_tb_per_s": 1.0, "bf16_tflops": 1.0, "fp8_tflops": 1.9}
     for precision, want in (("bf16", 38.0), ("fp8", 20.0), ("int8", 2.0)):  # that not measured
-        assert session._predicted_ms(2e9, 38e9, precision) == pytest.approx(want)
+        assert predicted_ms(2e9, 38e9, precision, limits) == pytest.approx(want)

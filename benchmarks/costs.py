@@ -1,0 +1,175 @@
+"""What one launch of a kernel costs: FLOPs, bytes, and the time that they should take."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from deit_fast.bench.launches import Recorder
+
+SMS, CLOCK_GHZ = 132, 1.75  # of an H100 SXM and an H200 alike; under load
+# of the matrix ceiling, by K: filling and draining the pipeline weighs more when K is small
+EFFICIENCY = {192: 0.50, 384: 0.62, 768: 0.72, 1536: 0.75, 3072: 0.78}
+ATTENTION_EFFICIENCY = 0.5
+COPY_EFFICIENCY = 0.9
+LEAST_US = 2.0  # of any launch
+# the ahead-of-time count of GELU: instructions and of them MUFU an element; 128 and 16 lanes
+GELU_CYCLES = max(13 / 128, 2 / 16)
+HIDDEN = 0.5
+
+
+@dataclass(frozen=True)
+class Launch:
+    op: str
+    shape: str
+    flops: int
+    bytes: int
+    gelu: int = 0  # elements
+    k: int | None = None  # of a matrix product
+    parts: int = 1  # kernels it consists of
+    rate: int = 1  # of the matrix ceiling, 2 with operands in eight bits
+
+    def times(self, ceilings: dict) -> dict[str, float]:
+        """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
+        efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k / self.rate)
+        ceiling = self.rate * ceilings["bf16_tflops"]
+        found = {
+            "arithmetic": self.flops / (efficiency * ceiling) / 1e6,
+            "traffic": self.bytes / (COPY_EFFICIENCY * ceilings["copy_tb_per_s"]) / 1e6,
+        }
+        cycles = self.gelu * GELU_CYCLES * (1 - HIDDEN)
+        found["epilogue"] = cycles / (SMS * CLOCK_GHZ * 1e3)
+        total = max(found["arithmetic"], found["traffic"]) + found["epilogue"]
+        return found | {"predicted": max(total, LEAST_US * self.parts)}
+
+
+def _efficiency(k):
+    """Linear in log K between the marks."""
+    marks = sorted(EFFICIENCY.items())
+    if k <= marks[0][0]:
+        return marks[0][1]
+    for (low, a), (high, b) in zip(marks, marks[1:], strict=False):
+        if k <= high:
+            return a + (b - a) * math.log(k / low) / math.log(high / low)
+    return marks[-1][1]
+
+
+def _product(op, x, weight, others, out, activation, parts=1, extra=0):
+    (M, K), N = x.shape, weight.shape[0]
+    shape = f"{M} x {K} -> {N}" + (", gelu" if activation == "gelu" else "")
+    moved = _nbytes(x, weight, *others, out) + extra
+    return Launch(
+        op, shape, 2 * M * N * K, moved, M * N * (activation == "gelu"), K, parts
+    )  # fmt: skip
+
+
+def _nbytes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, *_):
+    y, moments, _ = out
+    return _product(
+        "linear", x, weight, (bias, residual, layer_scale, row_scale, moments), y, activation
+    )
+
+
+def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
+    extra = 2 * _nbytes(weight)  # read, folded, written
+    extra += _nbytes(x) + 8 * x.shape[0] if moments is None else 0
+    parts = 2 + (moments is None)
+    return _product(
+        "layer_norm_linear", x, weight, (bias, moments), out, activation, parts, extra
+    )  # fmt: skip
+
+
+def _layer_norm_mlp(out, x, norm_weight, norm_bias, w1, b1, w2, b2, residual, eps, emit):
+    M, D = x.shape
+    hidden = w1.shape[0]
+    return Launch(
+        "layer_norm_mlp", f"{M} x {D}, hidden {hidden}, fused", 4 * M * D * hidden,
+        _nbytes(x, w1, w2, residual, *out), M * hidden, D,
+    )  # fmt: skip
+
+
+def _quantized_linear(
+    out, x, x_scales, weight, weight_scales, bias, residual, layer_scale, row_scale, out_scale,
+    activation, dtype,
+):  # fmt: skip
+    (M, K), N = x.shape, weight.shape[0]
+    gelu = activation == "gelu"
+    shape = f"{M} x {K} -> {N}, {_format(x)}" + ", gelu" * gelu
+    others = (x_scales, weight_scales, bias, residual, layer_scale, row_scale)
+    return Launch(
+        "quantized_linear", shape, 2 * M * N * K, _nbytes(x, weight, *others, *out), M * N * gelu,
+        K, rate=2,
+    )  # fmt: skip
+
+
+def _format(x):
+    return "int8" if x.dtype == torch.int8 else "fp8"
+
+
+def _quantize(out, x, *_):
+    shape = f"{' x '.join(map(str, x.shape))}, {_format(out[0])}"
+    return Launch("quantize", shape, 0, _nbytes(x, *out))
+
+
+def _layer_norm_quantized(out, x, *_):
+    return replace(_quantize(out, x), op="layer_norm_quantized")
+
+
+def _attention_quantized(out, q, k, v, *_):
+    eight = q.element_size() == 1
+    wide = _attention(out, q, k, v)
+    shape = f"{wide.shape}, {_format(out[0])}" + " operands" * eight
+    return replace(wide, op="attention_quantized", shape=shape, rate=1 + eight)
+
+
+def _attention(out, q, k, v, *_):
+    B, N, H, d = q.shape
+    L = k.shape[1]
+    flops, moved = 4 * B * H * N * L * d, _nbytes(q, k, v, *out)
+    return Launch("attention", f"{B} x {H}, {N} of {L}", flops, moved)
+
+
+def _talking_heads(out, qkv, *_):
+    B, N, _, H, d = qkv.shape
+    flops = 4 * B * H * N * N * (d + H)  # q k^T, a v; both mixtures
+    return Launch("talking_heads", f"{B} x {H}, {N} of {N}", flops, _nbytes(qkv, *out))
+
+
+def _layer_norm(out, x, residual, *_):
+    return Launch("layer_norm", " x ".join(map(str, x.shape)), 0, _nbytes(x, residual, *out))
+
+
+def _patch_embed(out, image, weight, *_):
+    D, K = weight.shape[0], weight[0].numel()
+    patches = image.numel() // K
+    kind = "uint8" if image.dtype == torch.uint8 else "float"
+    return Launch(
+        "patch_embed", f"{patches} x {K} -> {D}, {kind}", 2 * patches * K * D,
+        _nbytes(image, weight, out), 0, K,
+    )  # fmt: skip
+
+
+def _classifier(out, x, norm_weight, norm_bias, w0, b0, w1, *_):
+    B, _, D = x.shape
+    heads = 1 if w1 is None else 2
+    return Launch(
+        "classifier", f"{B} x {D} -> {w0.shape[0]}", 2 * heads * B * D * w0.shape[0],
+        2 * heads * B * D + _nbytes(w0, w1, out), 0, D,
+    )  # fmt: skip
+
+
+_READ = {
+    "linear": _linear, "layer_norm_linear": _layer_norm_linear, "layer_norm_mlp": _layer_norm_mlp,
+    "attention": _attention, "layer_norm": _layer_norm, "patch_embed": _patch_embed,
+    "classifier": _classifier, "talking_heads": _talking_heads,
+    "quantized_linear": _quantized_linear, "quantize": _quantize,
+    "layer_norm_quantized": _layer_norm_quantized, "attention_quantized": _attention_quantized,
+}  # fmt: skip
+
+
+def launches(recorder: Recorder) -> list[Launch]:
+    return [_READ[name](result, *args) for name, args, result in recorder.calls]
