@@ -161,11 +161,12 @@ def load(path: Path) -> Results:
         raise CorruptResults(f"{path}: holds {found}, want the keys {sorted(HEADER)}")
     if not isinstance(content["rows"], list):
         raise CorruptResults(f"{path}: rows is {type(content['rows']).__name__}, want a list")
-    rows = [_row(path, i, values) for i, values in enumerate(content.pop("rows"))]
+    rows = [row_of(path, i, values) for i, values in enumerate(content.pop("rows"))]
     return Results(**content, rows=rows)
 
 
-def _row(path, i, values):
+def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:
+    """A row of its fields' values. Raises CorruptResults, naming the file and the row's number."""
     if not isinstance(values, dict):
         raise CorruptResults(f"{path}: rows[{i}] is {type(values).__name__}, want an object")
     kind = KernelRow if "op" in values else ModelRow

@@ -1,0 +1,231 @@
+"""Take what `python -m benchmarks.lease` brought back into benchmarks/results, kernels/tuned, the
+README and LOG.md.
+
+examples:
+  python -m benchmarks.take FOLDER
+  python -m benchmarks.take FOLDER --dry-run       only say what would be taken
+
+The whole folder is checked before anything is written: it has to be a GPU's, and of the kernels of
+this checkout. A figure that can't be right (above the measured ceilings, an error out of bounds, a
+kernel that failed its smoke test) is left out and named; the others are taken, for GPU time is too
+scarce to drop them. Taking a folder twice changes nothing. Exit status: 0, or 1 where figures were
+left out, or 2 where nothing was taken.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import chips, predict, report, table5
+from benchmarks.chips import Gpu
+from benchmarks.lease import check, race
+from deit_fast import tune
+from deit_fast.bench import results
+from deit_fast.bench.modes import MODES
+from deit_fast.kernels import _runtime
+
+ROOT = Path(__file__).parents[1]
+SHOWN = 10  # figures furthest from their prediction
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of LOG.md. predicted, measured: in `unit`; predicted None: there is none. run,
+    commit: when it was measured, and of what."""
+
+    run: str
+    commit: str
+    what: str
+    unit: str
+    predicted: float | None
+    measured: float
+
+    @property
+    def ratio(self) -> float | None:
+        return self.measured / self.predicted if self.predicted else None
+
+    def __str__(self):
+        predicted = f"{self.predicted:,.4g}" if self.predicted else "-"
+        ratio = f"{self.ratio:.2f}" if self.ratio else "-"
+        return (
+            f"{self.what}: predicted {predicted} {self.unit}, measured {self.measured:,.4g}, "
+            f"ratio {ratio}"
+        )
+
+
+def figures(lease: check.Lease) -> list[Figure]:
+    """What was measured, beside what was predicted at the ceilings that were measured with it."""
+    gpu = chips.of_slug(lease.header["slug"])
+    limits = lease.ceilings
+    found = []
+    for name, row in {row["name"]: row for row in lease.rows["ceiling"]}.items():
+        unit = "TFLOP/s" if name.endswith("_tflops") else "TB/s"
+        predicted = gpu.ceilings.get(name) if gpu else None
+        head = (row["run"], lease.header["commit"], f"ceiling {name}", unit)
+        found.append(Figure(*head, predicted, row["value"]))
+    for _, row in lease.models.values():
+        if row.status == "measured":
+            what = f"{row.network}, {row.mode}, {row.protocol} {row.asked_batch}"
+            head = (row.run, row.commit, what, "images/s")
+            found.append(Figure(*head, _predicted(row, limits, gpu), row.images_per_s))
+    for _, row in lease.kernels.values():
+        if row.status == "measured" and row.mode == "fused":
+            what = " ".join(filter(None, (row.op, row.network, row.case, f"batch {row.batch}")))
+            head = (row.run, row.commit, what, "ms")
+            found.append(Figure(*head, _predicted_ms(row, limits, gpu), row.ms_median))
+    return found
+
+
+def _predicted(row, limits, gpu: Gpu | None):
+    if gpu is None or row.protocol != "batch":
+        return None
+    short = row.network.removeprefix("DeiT-").removesuffix(" distilled")
+    if not row.network.endswith(" distilled"):
+        return None
+    return predict.images_per_s(short, row.mode, row.batch, limits, gpu)
+
+
+def _predicted_ms(row, limits, gpu: Gpu | None):
+    if gpu is None or row.network not in predict.NETWORKS or row.dtype != "bf16":
+        return None
+    format = next((f for f in ("fp8", "int8") if row.case.split()[:1] == [f]), None)
+    key = (row.network, row.batch, format, gpu.slug, tuple(sorted(limits.items())))
+    if key not in _cache:
+        _cache[key] = predict.kernel_ms(row.network, row.batch, limits, format, gpu)
+    return _cache[key].get((row.op, row.case))
+
+
+_cache: dict[tuple, dict] = {}
+
+
+def furthest(found: list[Figure]) -> list[Figure]:
+    known = [figure for figure in found if figure.ratio]
+    return sorted(known, key=lambda figure: -abs(math.log(figure.ratio)))[:SHOWN]
+
+
+def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
+    """What the files under benchmarks/results/<chip> become. Raises ValueError where one is another
+    chip's, or damaged."""
+    in_table5 = {entry.measured_as for entry in table5.ENTRIES}
+    rows: dict[str, list] = {"ceilings": []}
+    for _, row in lease.models.values():
+        name = "table5" if (row.timm_name, row.image_size) in in_table5 else "relatives"
+        if row.protocol == "latency":
+            name = "latency"
+        elif MODES[row.mode].train:
+            name = "train"
+        rows.setdefault(name, []).append(row)
+    for _, row in lease.kernels.values():
+        rows.setdefault("kernels", []).append(row)
+    every = [row for of in rows.values() for row in of]
+    header = lease.header
+    newest = max(every, key=lambda row: row.run or "", default=None)
+    build = newest.build if newest else results.build(header["hardware"])
+    most = max((row.runs for row in every), default=1)
+    made = {}
+    for name, new in rows.items():
+        path = folder / f"{name}.json"
+        before = results.load(path).rows if path.exists() else []
+        made[path] = results.Results(
+            header["hardware"], header["commit"], build, header["started"][:10],
+            {"runs": most, "warmup": 5, "timer": "cuda events"}, lease.ceilings, before,
+        )  # fmt: skip
+        for row in new:
+            made[path].put(row)
+    for path in folder.glob("*.json"):
+        old = results.load(path)
+        if old.hardware["gpu"] != header["hardware"]["gpu"]:
+            raise ValueError(f"{path}: holds results of {old.hardware['gpu']}")
+    return made
+
+
+def table(lease: check.Lease, path: Path) -> str | None:
+    """The tuned table at `path` with the choices of the folder's tables, the later one's before the
+    earlier one's, as text; None: there are none. Raises ValueError for one that is damaged."""
+    chip = lease.header["chip"]
+    of = _runtime.Chip(chip["name"], tuple(chip["capability"]), chip["processors"])
+    merged, head = {_key(row): row for row in tune.kept(path, of)}, None
+    for name in (race.TABLE, race.MORE):
+        for row in tune.kept(lease.folder / name, of):
+            merged[_key(row)] = row
+        if (lease.folder / name).exists():
+            head = json.loads((lease.folder / name).read_text())
+    if head is None:
+        return None
+    return json.dumps(head | {"choices": list(merged.values())}, indent=1) + "\n"
+
+
+def _key(row):
+    return row["op"], json.dumps(row["shape"], sort_keys=True)
+
+
+def log_lines(lease: check.Lease, found: list[Figure], before: str) -> list[str]:
+    """Those that LOG.md does not have yet."""
+    there, chip = set(before.splitlines()), lease.header["chip"]["name"]
+    lines = [f"- {of.run[:10]}, {chip}, {of.commit[:12]}: {of}" for of in found]
+    return [line for line in lines if line not in there]
+
+
+def run(args) -> int:
+    lease = check.read(args.folder)
+    slug = lease.header["slug"]
+    made = files(lease, args.results / slug)
+    choices = table(lease, args.tuned / f"{slug}.json")
+    found = figures(lease)
+    log = args.log.read_text()
+    lines = log_lines(lease, found, log)
+    readme = args.readme.read_text()
+    report.with_tables(readme, "")  # raises where there is no place for tables
+    if not args.dry_run:
+        for path, file in made.items():
+            file.save(path)
+        if choices is not None:
+            args.tuned.mkdir(parents=True, exist_ok=True)
+            report.write(args.tuned / f"{slug}.json", choices.encode())
+        if lines:
+            report.write(args.log, (log.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n").encode())
+        status = report.main(["--results", str(args.results), "--readme", str(args.readme)])
+        if status:
+            return status
+    for doubt in lease.doubts:
+        print(f"left out: {doubt}")
+    print(f"furthest from prediction, of {sum(f.ratio is not None for f in found)}:")
+    for figure in furthest(found):
+        print(f"  {figure}")
+    rows = sum(len(file.rows) for file in made.values())
+    print(
+        f"{slug}: {len(lease.models)} model rows and {len(lease.kernels)} kernel rows "
+        f"{'to take' if args.dry_run else 'taken'}, {rows} in all, {len(lines)} lines for LOG.md"
+    )
+    return int(bool(lease.doubts))
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, _, rest = __doc__.partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.take", description=summary, epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="of benchmarks.lease")
+    made.add_argument("--dry-run", action="store_true", help="write nothing")
+    made.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    made.add_argument("--tuned", type=Path, default=ROOT / "kernels" / "tuned")
+    made.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    made.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "LOG.md")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.take: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
