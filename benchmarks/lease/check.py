@@ -11,7 +11,7 @@ from deit_fast.bench.results import KernelRow, ModelRow
 
 from . import smoke
 from .context import ROWS
-from .orchestrate import HEADER
+from .orchestrate import HEADER, broken
 
 KINDS = {
     "facts", "smoke", "agreement", "ceiling", "race", "model", "kernel", "sanitizer", "step",
@@ -41,7 +41,7 @@ class Lease:
     @property
     def failed(self) -> frozenset[str]:
         """Kernel families that failed the smoke test."""
-        return smoke.failed_families(self.rows.get("smoke", []))
+        return smoke.failed_families(self.rows.get("smoke", []), broken(self.rows.get("step", [])))
 
 
 def read(folder: Path) -> Lease:

@@ -135,17 +135,18 @@ class Run:
         done = {
             row["name"] for row in self._context("", 0.0).rows("step") if row["status"] == "done"
         }
+        self._learn_excluded()
         background = Background(self.folder / LOG, self.back)
         try:
             self._start(background, [s.name for s in wanted])
             for step in wanted:
                 if step.name in done and not self.args.steps:
                     print(f"{step.name:14} kept: {step.title}", flush=True)
-                    self._after(step, runner.Outcome("done", 0.0))
+                    self._after(step)
                     continue
                 outcome = self._step(step, background)
                 failed |= outcome.status == "failed"
-                self._after(step, outcome)
+                self._after(step)
         finally:
             background.stop()
             self.header["finished"] = True
@@ -189,24 +190,29 @@ class Run:
                 background.resume()
         row = {"name": step.name, "status": outcome.status, "seconds": round(outcome.seconds, 2)}
         note = "; ".join(outcome.notes)
-        self._context(step.name, 0.0).write("step", **row, summary=outcome.summary, note=note)
+        row |= {"summary": outcome.summary, "note": note, "broken": outcome.broken}
+        self._context(step.name, 0.0).write("step", **row)
         text = "; ".join(filter(None, (outcome.summary, note)))
         print(f"{step.name:14} {outcome.status} in {outcome.seconds:.1f} s: {text}", flush=True)
         return outcome
 
-    def _after(self, step, outcome):
+    def _after(self, step):
         """What the steps that follow have to know."""
         if step.name == "smoke":
-            from . import smoke
-
-            rows = self._context("smoke", 0.0).rows("smoke")
-            self.excluded = smoke.failed_families(rows, outcome.broken)
+            self._learn_excluded()
             for family in sorted(self.excluded):
                 print(f"{'':14} {family} failed: PyTorch serves it from here on", flush=True)
         if step.name == "race":
             from . import race
 
             race.load_table(self.folder)
+
+    def _learn_excluded(self):
+        """Families that failed the smoke test, of this run or of the one that it goes on from."""
+        from . import smoke
+
+        here = self._context("smoke", 0.0)
+        self.excluded = smoke.failed_families(here.rows("smoke"), broken(here.rows("step")))
 
     def _exclude(self, step):
         """Failed families are PyTorch's in what this step runs."""
@@ -217,6 +223,12 @@ class Run:
         names = smoke.excluded(self.excluded, step.name in TRAINS)
         _runtime.exclude(*names)
         os.environ["DEIT_FAST_EXCLUDE"] = ",".join(names)  # of processes that a step starts
+
+
+def broken(steps: list[dict]) -> list[str]:
+    """Parts of the smoke test that broke their process the last time that it ran."""
+    last = [row for row in steps if row["name"] == "smoke"][-1:]
+    return [part for row in last for part in row.get("broken", ())]
 
 
 def run(args) -> int:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import bare_copy
 import pytest
 import torch
 
-from benchmarks.lease import context, facts, sanitize, smoke
+from benchmarks.lease import context, facts, orchestrate, sanitize, smoke
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,18 @@ def test_families_that_broke_their_process():
     assert failed == {"layer_norm_mlp backward", "fp8", "int8"}
     assert smoke.excluded(failed, training=False) == ["fp8", "int8"]
     assert smoke.excluded(failed, training=True) == ["fp8", "int8", "linear"]
+
+
+def test_a_resumed_run_leaves_out_what_failed_before(ctx):
+    """The smoke test's rows and the parts that broke their process, whichever steps are asked."""
+    row = {"family": "attention", "op": "attention", "network": "B", "case": "", "batch": 32}
+    row |= {"dtype": "bf16", "backward": False, "status": "failed"}
+    ctx.write("smoke", **row)
+    ctx.write("step", name="smoke", status="failed", broken=["linear backward"])
+    ctx.write("step", name="race", status="failed", broken=["x"])
+    run = SimpleNamespace(_context=lambda name, deadline: ctx)
+    orchestrate.Run._learn_excluded(run)
+    assert run.excluded == {"attention", "linear backward"}
 
 
 def test_every_operation_is_a_part():
