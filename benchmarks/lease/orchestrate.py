@@ -21,6 +21,7 @@ FACTS = Step("facts", 30, "the device", "benchmarks.lease.facts:step")
 END = 3.0  # seconds before the end of the run at which the last step is killed
 TRAINS = ("agreement", "training", "compiled", "compiled-more")
 LEAST = 4.0  # seconds that a step must have to be begun
+WARM_UP = 30.0  # seconds that the race waits for its kernels: one by one they would take longer
 CLOCK_QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
@@ -171,6 +172,8 @@ class Run:
 
     def _step(self, step, background):
         scale = self.args.seconds / SECONDS
+        if step.name == "race" and not background.wait("kernels", WARM_UP * scale):
+            print(f"{'':14} the warm-up is not done: the race compiles what is left", flush=True)
         left = self.left()
         if left < LEAST * scale:
             outcome = runner.Outcome("not begun", 0.0, notes=["the run's time is over"])
@@ -240,6 +243,8 @@ def run(args) -> int:
             status = made.steps()
         seconds = time.monotonic() - made.began
         print(f"{made.folder}: {seconds:.0f} s")
+        if made.facts["hardware"]["gpu"]:
+            print(f"python -m benchmarks.take {made.folder}   takes it into the results")
         return status
     finally:
         shutil.rmtree(work, ignore_errors=True)
