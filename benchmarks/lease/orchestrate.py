@@ -21,7 +21,12 @@ FACTS = Step("facts", 30, "the device", "benchmarks.lease.facts:step")
 END = 3.0  # seconds before the end of the run at which the last step is killed
 TRAINS = ("agreement", "training", "compiled", "compiled-more")
 LEAST = 4.0  # seconds that a step must have to be begun
-WARM_UP = 30.0  # seconds that the race waits for its kernels: one by one they would take longer
+# What a step waits for, at most so many seconds: one by one the race's kernels would take longer,
+# and torch.compile stands still while something is timed
+WAITS = {
+    "race": ("kernels", 30.0), "compiled": ("torch.compile", 15.0),
+    "compiled-more": ("torch.compile", 45.0),
+}  # fmt: skip
 CLOCK_QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
@@ -172,8 +177,9 @@ class Run:
 
     def _step(self, step, background):
         scale = self.args.seconds / SECONDS
-        if step.name == "race" and not background.wait("kernels", WARM_UP * scale):
-            print(f"{'':14} the warm-up is not done: the race compiles what is left", flush=True)
+        name, seconds = WAITS.get(step.name, ("", 0.0))
+        if not background.wait(name, min(seconds * scale, self.left())):
+            print(f"{'':14} {name} in the background is not done yet", flush=True)
         left = self.left()
         if left < LEAST * scale:
             outcome = runner.Outcome("not begun", 0.0, notes=["the run's time is over"])
