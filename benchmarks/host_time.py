@@ -30,13 +30,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from torch import Tensor
 
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations, tensors
 from deit_fast.bench.modes import Mode
@@ -51,9 +53,10 @@ NETWORKS = {
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK_US = 20_000  # that a block of one call's repetitions should last
-# Batch sizes whose kernels are those of the first: 16 divides none of their row counts, and the
-# rules choose the tiles of few rows
+# Those of few rows share their tiles, those of many as well, and 16 divides no number of rows: of
+# each kind all but the first find their kernels compiled
 BATCHES = (2, 3, 4, 5, 6)
+MANY = (*range(33, 40), *range(41, 48), *range(49, 56))
 NEXT_CALLS = 5  # with which the first call of a batch size is compared
 
 
@@ -106,7 +109,7 @@ class StandIns:
     def working(self, contender: Contender) -> list[str]:
         """PyTorch's operators that would compute in a call."""
         with contender.within():
-            return self.operators.working(contender.call)
+            return self.operators.working(self.operators.seen(contender.call))
 
 
 def race(
@@ -115,23 +118,25 @@ def race(
     """Microseconds a call, of each round. Raises RuntimeError where a kernel was compiled."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     repeats = {
-        name: max(1, round(block_us / _block(contender, 1, clock)))
+        name: max(1, round(block_us / timed(contender, 1, clock)))
         for name, contender in contenders.items()
     }
     names, loads = list(contenders), gpu.loads()
     for i in range(rounds):
+        gc.collect()
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_block(contenders[name], repeats[name], clock))
+            timed(contenders[name], 1, clock)  # the others' memory and code have left the caches
+            times[name].append(timed(contenders[name], repeats[name], clock))
         gpu.forget()
     if gpu.loads() != loads:
         raise RuntimeError(f"{gpu.loads() - loads} kernels were compiled while calls were timed")
     return times
 
 
-def _block(contender, repeats, clock):
+def timed(contender: Contender, repeats: int, clock=time.process_time_ns) -> float:
+    """Microseconds a call, without the garbage collector."""
     call = contender.call
-    gc.collect()
     gc.disable()
     try:
         with contender.within():
@@ -143,20 +148,17 @@ def _block(contender, repeats, clock):
         gc.enable()
 
 
-def first_calls(step: Step, batch: Callable, gpu, clock=time.process_time_ns) -> list[float]:
-    """Microseconds that the first call of another batch size takes more than the next ones, for
-    each size of which no kernel was compiled. Raises RuntimeError where all needed one."""
+def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> list[float]:
+    """Microseconds that the first call of a batch size takes more than the next ones, for each size
+    of which no kernel was compiled. Raises RuntimeError where all needed one."""
     found = []
-    for i, size in enumerate(BATCHES):
-        images, loads = batch(size), gpu.loads()
-        first, *more = (
-            _block(Contender(lambda images=images: step(images)), 1, clock)
-            for _ in range(1 + NEXT_CALLS)
-        )
-        if i and gpu.loads() == loads:
+    for images in batches:
+        loads, contender = gpu.loads(), Contender(lambda images=images: step(images))
+        first, *more = (timed(contender, 1) for _ in range(1 + NEXT_CALLS))
+        if gpu.loads() == loads:
             found.append(first - median(more))
     if not found:
-        raise RuntimeError(f"every batch size of {BATCHES} had kernels of its own")
+        raise RuntimeError("every batch size had kernels of its own, want one that had none")
     return found
 
 
@@ -178,11 +180,12 @@ def network_rows(label: str, settings: dict, stand_ins: StandIns) -> list[dict]:
         "timm training": contender(train=True), "ours training": contender(train=True, fast=True),
     }  # fmt: skip
     step = Step(network, Mode("", weights, autocast=autocast, fast=True))
-    batches = {size: step.cast(network.images[:1].repeat(size, 1, 1, 1)) for size in BATCHES}
+    sizes = BATCHES if settings["quick"] else (*BATCHES, *MANY)
+    batches = [step.cast(network.images[:1].repeat(size, 1, 1, 1)) for size in sizes]
     with stand_ins.operators.idle():
         counts = {name: _prepared(name, c, stand_ins) for name, c in contenders.items()}
         times = race(contenders, settings["rounds"], settings["block_us"], gpu)
-        extra = first_calls(step, batches.__getitem__, gpu)
+        extra = first_calls(step, batches, gpu)
     pairs = {
         "inference": ("timm", "ours"), "forward + backward": ("timm training", "ours training"),
         "an engine's call": ("timm", "engine"),
@@ -207,7 +210,7 @@ def _prepared(name, contender, stand_ins):
 def operation_rows(op: str, settings: dict, stand_ins: StandIns) -> list[dict]:
     """Of DeiT-Ti's cases of an operation, forward and, where it trains, forward and backward."""
     cases = deit_cases(op, "Ti", 1)
-    cases = dict(list(cases.items())[: settings["cases"]])
+    cases = dict(list(cases.items())[: 1 if settings["quick"] else None])
     return [
         found
         for operation in operations(op)
@@ -225,10 +228,8 @@ def _case_rows(op, operation, case, arguments, settings, stand_ins):
         with torch.no_grad(), amp:
             yield
 
-    inputs = cast(
-        operation.inputs(**arguments, device="cpu"),
-        torch.float32 if settings["autocast"] else dtype,
-    )
+    inputs = operation.inputs(**arguments, device="cpu")
+    inputs = inputs if settings["autocast"] else cast(inputs, dtype)
     with stand_ins.operators.idle(), forward():
         results = tensors([operation.call(**inputs)])
     upstream = {f"upstream_{i}": torch.randn(y.shape).to(y.dtype) for i, y in enumerate(results)}
@@ -241,10 +242,11 @@ def _case_rows(op, operation, case, arguments, settings, stand_ins):
             Contender(lambda call=call, given=given: call(**given), forward) for call in calls
         )
         contenders = {"ours": ours}
+        with timm.within():  # at work: what it goes on with may depend on values
+            seen = stand_ins.operators.seen(timm.call)
         with stand_ins.operators.idle():
             counts = {"timm": None, "ours": _prepared(operation.name, ours, stand_ins)}
-            timm.call()
-            if not stand_ins.working(timm):
+            if not stand_ins.operators.working(seen):
                 contenders["timm"] = timm
                 counts["timm"] = stand_ins.launches(timm)
             times = race(contenders, settings["rounds"], settings["block_us"] / 4, stand_ins.gpu)
@@ -257,7 +259,8 @@ def row(network, call, timm, ours, timm_launches, launches) -> dict:
     ratio = None if timm is None else median(b / a for a, b in zip(timm, ours, strict=True))
     return {
         "network": network, "call": call, "timm_us": timm and summary(timm),
-        "ours_us": summary(ours), "ratio": ratio, "timm_launches": timm_launches and sum(timm_launches),
+        "ours_us": summary(ours), "ratio": ratio,
+        "timm_launches": timm_launches and sum(timm_launches),
         "ours_launches": launches and dict(zip(("triton", "pytorch"), launches, strict=True)),
     }  # fmt: skip
 
@@ -275,11 +278,12 @@ def measure(
     """Everything that the command prints. Raises RuntimeError where a stand-in cannot be had."""
     settings = {
         "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
-        "block_us": BLOCK_US / 4 if quick else BLOCK_US, "cases": 1 if quick else None,
+        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
     }  # fmt: skip
     stand_ins = StandIns.install()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "CUDA initialization")  # PyTorch finds the stand-in
     try:
         rows = [found for name in networks for found in network_rows(name, settings, stand_ins)]
         rows += [found for op in ops for found in operation_rows(op, settings, stand_ins)]
@@ -336,9 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--autocast", action="store_true", help="fp32 weights, products in --dtype")
     parser.add_argument("--rounds", type=int, default=None, help="default: 15; --quick: 3")
     parser.add_argument("--operations", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--quick", action="store_true", help="DeiT-Ti, the operations of its blocks"
-    )
+    parser.add_argument("--quick", action="store_true", help="DeiT-Ti, few operations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same as data")
     args = parser.parse_args(argv)
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 15

@@ -16,6 +16,7 @@
 #include <ATen/ops/mean_meta.h>
 #include <ATen/ops/mm_meta.h>
 #include <ATen/ops/mul_meta.h>
+#include <ATen/ops/sub_meta.h>
 #include <ATen/ops/sum_meta.h>
 #include <ATen/record_function.h>
 #include <c10/util/Exception.h>
@@ -82,7 +83,15 @@ Tensor &add_(Tensor &a, const Tensor &b, const at::Scalar &alpha) {
   op.meta(a, b, alpha);
   return a;
 }
+Tensor sub(const Tensor &a, const Tensor &b, const at::Scalar &alpha) {
+  return made<meta::structured_sub_Tensor>(a, b, alpha);
+}
 Tensor mul(const Tensor &a, const Tensor &b) { return made<meta::structured_mul_Tensor>(a, b); }
+Tensor &mul_out(const Tensor &a, const Tensor &b, Tensor &out) {
+  Idle<meta::structured_mul_Tensor> op(out);
+  op.meta(a, b);
+  return out;
+}
 Tensor div(const Tensor &a, const Tensor &b) { return made<meta::structured_div_Tensor>(a, b); }
 Tensor &div_(Tensor &a, const Tensor &b) {
   Idle<meta::structured_div_Tensor> op(a);
@@ -106,6 +115,12 @@ Tensor gelu_backward(const Tensor &dy, const Tensor &x, std::string_view form) {
 Tensor sum(const Tensor &x, at::OptionalIntArrayRef dim, bool keep,
            std::optional<at::ScalarType> dtype) {
   return made<meta::structured_sum_dim_IntList>(x, dim, keep, dtype);
+}
+Tensor &sum_out(const Tensor &x, at::OptionalIntArrayRef dim, bool keep,
+                std::optional<at::ScalarType> dtype, Tensor &out) {
+  Idle<meta::structured_sum_dim_IntList> op(out);
+  op.meta(x, dim, keep, dtype);
+  return out;
 }
 Tensor mean(const Tensor &x, at::OptionalIntArrayRef dim, bool keep,
             std::optional<at::ScalarType> dtype) {
@@ -189,7 +204,9 @@ void operators_install(void) {
                                               __FILE__, __LINE__);
   replaced->impl("add.Tensor", idle::add)
       .impl("add_.Tensor", idle::add_)
+      .impl("sub.Tensor", idle::sub)
       .impl("mul.Tensor", idle::mul)
+      .impl("mul.out", idle::mul_out)
       .impl("div.Tensor", idle::div)
       .impl("div_.Tensor", idle::div_)
       .impl("mm", idle::mm)
@@ -198,6 +215,7 @@ void operators_install(void) {
       .impl("gelu", idle::gelu)
       .impl("gelu_backward", idle::gelu_backward)
       .impl("sum.dim_IntList", idle::sum)
+      .impl("sum.IntList_out", idle::sum_out)
       .impl("mean.dim", idle::mean)
       .impl("copy_", idle::copy_)
       .impl("fill_.Scalar", idle::fill_)
