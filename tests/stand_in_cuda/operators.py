@@ -63,21 +63,17 @@ class Operators:
         finally:
             self.library.operators_remove()
 
-    def seen(self, call: Callable) -> list[str]:
-        """PyTorch's operators, whatever they do, in `call()`, which runs."""
+    def working(self, call: Callable) -> list[str]:
+        """The operators that compute in `call()`, which runs: within `idle()`, those that it does
+        not know."""
         self.library.operators_watch()
         try:
             call()
         finally:
-            names = self.library.operators_seen().decode().split()
-        return [name for name in names if name.startswith("aten::")]
-
-    @staticmethod
-    def working(names: list[str]) -> list[str]:
-        """Those of them that compute, within `idle()` as well if it is called there."""
+            seen = self.library.operators_seen().decode().split()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return [
-            name for name in names
-            if name not in FREE and has_kernel(name, "CPU")
+            name for name in seen
+            if name.startswith("aten::") and name not in FREE and has_kernel(name, "CPU")
             and "stand_in_cuda/operators.cpp" not in torch._C._dispatch_dump(name)
         ]  # fmt: skip
