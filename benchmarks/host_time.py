@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: {args.json.parent} is no folder")
     networks = args.networks or list(NETWORKS)[: 1 if args.quick else None]
-    ops = OPS[: 6 if args.quick else None] if args.operations else ()
+    ops = OPS[: 3 if args.quick else None] if args.operations else ()
     try:
         data = measure(networks, args.dtype, args.autocast, rounds, ops, args.quick)
     except (RuntimeError, ValueError) as error:
