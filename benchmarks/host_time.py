@@ -122,8 +122,8 @@ def race(
         for name, contender in contenders.items()
     }
     names, loads = list(contenders), gpu.loads()
+    gc.collect()
     for i in range(rounds):
-        gc.collect()
         first = i % len(names)
         for name in names[first:] + names[:first]:
             timed(contenders[name], 1, clock)  # the others' memory and code have left the caches
