@@ -119,14 +119,17 @@ class StandIn:
 
 def build(folder: Path) -> Path:
     """Compile the library into `folder`; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "libcuda.so.1"
-    source = HERE / "cuda.c"
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC").split()[0]
+    options = ["-Wl,-soname,libcuda.so.1", f"-I{nvidia.include_dirs[0]}"]
+    return compiled(HERE / "cuda.c", folder / "libcuda.so.1", compiler, *options)
+
+
+def compiled(source: Path, path: Path, compiler: str, *options: str) -> Path:
+    """`path`, the shared library that the compiler makes of `source`, if that is newer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
-        compiler = os.environ.get("CC") or sysconfig.get_config_var("CC").split()[0]
-        part = folder / f"libcuda.{os.getpid()}"
-        command = [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1"]
-        command += [f"-I{nvidia.include_dirs[0]}", str(source), "-o", str(part)]
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        command = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(part), *options]
         subprocess.run(command, check=True)
         part.replace(path)  # several processes may build it at once
     return path
