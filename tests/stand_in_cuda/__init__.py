@@ -124,6 +124,12 @@ def build(folder: Path) -> Path:
     return compiled(HERE / "cuda.c", folder / "libcuda.so.1", compiler, *options)
 
 
+def kept(source: Path, version: str) -> Path:
+    """A temporary folder for what is compiled of `source` for that version; checkouts differ."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    return Path(tempfile.gettempdir()) / f"stand_in_{source.stem}-{version}-{digest}"
+
+
 def compiled(source: Path, path: Path, compiler: str, *options: str) -> Path:
     """`path`, the shared library that the compiler makes of `source`, if that is newer."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +149,7 @@ def install(
     instead of all: with few of them, small batches get the tiles of large ones."""
     if _runtime.INTERPRET:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
-    digest = hashlib.sha256((HERE / "cuda.c").read_bytes()).hexdigest()[:8]
-    name = f"stand_in_cuda-{triton.__version__}-{digest}"  # two checkouts may differ
-    path = build(folder or Path(tempfile.gettempdir()) / name)
+    path = build(folder or kept(HERE / "cuda.c", triton.__version__))
     os.environ["TRITON_LIBCUDA_PATH"] = str(path.parent)
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # found loaded, by its soname
     every, shared = CHIPS[capability]

@@ -12,14 +12,13 @@ tensor's call does more is left out: the choice of a cuBLAS or cuDNN algorithm, 
 import ctypes
 import os
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from . import HERE, compiled
+from . import HERE, compiled, kept
 
 # with a kernel for the CPU that does what it does for a GPU: memory and views
 FREE = frozenset(
@@ -44,8 +43,8 @@ class Operators:
     """The library. folder: for it, kept between processes; default: one in the temporary folder."""
 
     def __init__(self, folder: Path | None = None):
-        kept = Path(tempfile.gettempdir()) / f"stand_in_operators-{torch.__version__}"
-        self.library = ctypes.PyDLL(str(build(folder or kept)))
+        folder = folder or kept(HERE / "operators.cpp", torch.__version__)
+        self.library = ctypes.PyDLL(str(build(folder)))
         self.library.operators_calls.restype = ctypes.c_long
         self.library.operators_seen.restype = ctypes.c_char_p
 
