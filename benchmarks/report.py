@@ -55,25 +55,23 @@ def readme_tables(chips: list[Chip]) -> str:
 
 
 def _readme_table(chip):
+    """Ratios are the engine's where it was measured: the plain call may wait for Python."""
     lines, runs = [], set()
     for entry in distinct([*ENTRIES, *RELATIVES]):
         rows = {name: chip.row(entry, mode, "batch") for name, mode in COLUMNS.items()}
-        ours = rows["deit_fast bf16"]
-        if ours is None or ours.status != "measured" or chip.is_old(ours):
+        both = (rows["deit_fast bf16, engine"], rows["deit_fast bf16"])
+        ours = [r for r in both if r and r.status == "measured" and not chip.is_old(r)]
+        if not ours:
             continue
+        ours = ours[0]
         speeds = [_speed(chip, r, ours) for r in rows.values()]
         runs.add(ours.runs)
-        engine = rows["deit_fast bf16, engine"]
         times = [
-            "–" if (x := ratio(fast, rows[base])) is None else f"{x:.2f}"
-            for fast, base in (
-                (ours, "eager bf16"),
-                (ours, "compile max-autotune bf16"),
-                (engine, "compile max-autotune bf16"),
-            )
+            "–" if (x := ratio(ours, rows[base])) is None else f"{x:.2f}"
+            for base in ("eager bf16", "compile max-autotune bf16")
         ]
         lines.append("| " + " | ".join([entry.network, str(ours.batch), *speeds, *times]) + " |")
-    headings = ["network", "batch", *COLUMNS, "/ eager", "/ compile", "engine / compile"]
+    headings = ["network", "batch", *COLUMNS, "ours / eager", "ours / compile"]
     return _markdown(chip, "images/s", runs, headings, lines)
 
 
