@@ -93,7 +93,7 @@ def jobs(steps: list[str], chip: _runtime.Chip, small: bool) -> list[tuple[str, 
     if {"agreement", "training"} & steps:
         found += [(f"training {n}", lambda n=n: _training(NETWORKS[n], small)) for n in networks]
     if "race" in steps:
-        found += _races(networks, chip)
+        found += [job for n in networks for job in _races(NETWORKS[n], chip)]
     if "quantized" in steps:
         found += [
             (f"{format} {n}", lambda n=n, f=format: _quantized(NETWORKS[n], f, small))
@@ -105,6 +105,8 @@ def jobs(steps: list[str], chip: _runtime.Chip, small: bool) -> list[tuple[str, 
         found += [
             (f"model {n}", lambda n=n, o=o: _relative(n, o, small)) for n, o in relatives.items()
         ]
+    if "tuner" in steps and chip.capability >= (8, 9):
+        found += _races(NETWORKS[networks[0]], chip, "fp8")
     if "sanitizer" in steps:
         found += [(f"sanitizer {op}", lambda op=op: sanitize.launch(op, CPU)) for op in OPS]
     return found
@@ -178,16 +180,17 @@ def _training(name, small):
         logits.float().sum().backward()
 
 
-def _races(networks, chip):
-    for network in networks:
-        with torch.device("meta"):
-            model = deit_fast.create_model(NETWORKS[network], depth=2)
-        made: dict = {}  # of the last task, in each process
-        few = chip._replace(processors=RACE_SMS)
-        for task in tune.tasks(model, RACE_BATCH, BF16, few, training=True):
-            for candidate in task.candidates:
-                if dict(candidate)["implementation"] != "torch":
-                    yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
+def _races(name, chip, format=None):
+    with torch.device("meta"):
+        model = deit_fast.create_model(name, depth=2)
+        if format is not None:
+            deit_fast.quantize(model, format)
+    made: dict = {}  # of the last task, in each process
+    few = chip._replace(processors=RACE_SMS)
+    for task in tune.tasks(model, RACE_BATCH, BF16, few, training=format is None):
+        for candidate in task.candidates:
+            if dict(candidate)["implementation"] != "torch":
+                yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
 
 
 def _candidate(task, candidate, made):

@@ -8,7 +8,10 @@ import bare_copy
 import pytest
 import torch
 
-from benchmarks.lease import context, facts, orchestrate, sanitize, smoke
+import deit_fast
+from benchmarks.lease import context, facts, orchestrate, race, sanitize, smoke
+from deit_fast import tune
+from deit_fast.kernels import _runtime
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,24 @@ def test_a_resumed_run_leaves_out_what_failed_before(ctx):
     run = SimpleNamespace(_context=lambda name, deadline: ctx)
     orchestrate.Run._learn_excluded(run)
     assert run.excluded == {"attention", "linear backward"}
+
+
+def test_the_tuner_goes_by_value():
+    """FLOPs, whatever the operation calls its sizes; a race is close by its next one's time."""
+    with torch.device("meta"), _runtime.pretend(_runtime.Chip("H", (9, 0), 132)):
+        model = deit_fast.create_model("deit_tiny_distilled", depth=2)
+    tasks = tune.tasks(model, 256, torch.bfloat16, _runtime.Chip("H", (9, 0), 132), True)
+    worths = {
+        (t.op, shape.get("epilogue"), shape["M"], shape.get("N")): race.worth(t)
+        for t in tasks
+        for shape in [dict(t.shape)]
+    }
+    M = 256 * 198
+    assert worths["linear", "gelu_backward", M, 768] == 2 * M * 192 * 768
+    assert worths["layer_norm_mlp", None, M, None] == 4 * M * 192 * 768
+    assert worths["attention", None, 256 * 3, 198] == 4 * 256 * 3 * 198 * 198 * 64
+    assert race.closeness({"ms": 0.9, "others": {"a": 1.0, "b": 2.0, "c": None}}) == 0.9
+    assert race.closeness({"ms": 0.9, "others": {"c": None}}) == 0.0
 
 
 def test_every_operation_is_a_part():

@@ -74,9 +74,7 @@ def test_readme_tables(folder, readme, capsys):
     assert report.main(args) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert (
-        "| DeiT-S distilled | 256 | 1,872 | 7,490 | 9,362 | 14,979 | – | 2.00 | 1.60 |" in text
-    )
+    assert "| DeiT-S distilled | 256 | 1,872 | 7,490 | 9,362 | 14,979 | – | 2.00 | 1.60 |" in text
     assert "NVIDIA Imaginary, torch 2.11.0, triton 3.6.0, 2026-11-21, commit aaaaaaa" in text
     assert "ResNet" not in text  # deit_fast has no figure for it
     assert report.main([*args, "--check"]) == 0
