@@ -23,8 +23,9 @@ import deit_fast
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels.cases import deit_cases
 
-from . import agreement, models, sanitize, smoke
+from . import agreement, kernels, models, sanitize, smoke
 
 # a race's configurations are given, so a few rows do: 16 divides them as it does the race's own
 RACE_BATCH, RACE_SMS = 16, 8
@@ -107,6 +108,12 @@ def jobs(steps: list[str], chip: _runtime.Chip, small: bool) -> list[tuple[str, 
         ]
     if "tuner" in steps and chip.capability >= (8, 9):
         found += _races(NETWORKS[networks[0]], chip, "fp8")
+    if "kernels" in steps:
+        found += [
+            (f"kernels {op} {n}", lambda op=op, n=n: _timed(op, n, small))
+            for n in networks
+            for op in kernels.DEIT_OPS
+        ]
     if "sanitizer" in steps:
         found += [(f"sanitizer {op}", lambda op=op: sanitize.launch(op, CPU)) for op in OPS]
     return found
@@ -128,13 +135,23 @@ def operation(op: str, network: str, backward: bool, small: bool) -> None:
     """Launch what the step "smoke" does of it."""
     for one in operations(op):
         for _, make, dtype in smoke.cases(one, op, network, backward, small, CPU):
-            with torch.no_grad():
-                inputs = cast(make(CPU), dtype)
-                results = one.call(**inputs)
-                if backward:
-                    results = results if isinstance(results, tuple) else (results,)
-                    upstream = {f"upstream_{i}": y for i, y in enumerate(results)}
-                    both_ways(one.call)(**inputs, **upstream)
+            _called(one, make(CPU), dtype, backward)
+
+
+@torch.no_grad()
+def _called(one, inputs, dtype, backward):
+    inputs = cast(inputs, dtype)
+    results = one.call(**inputs)
+    if backward:
+        results = results if isinstance(results, tuple) else (results,)
+        upstream = {f"upstream_{i}": y for i, y in enumerate(results)}
+        both_ways(one.call)(**inputs, **upstream)
+
+
+def _timed(op, network, small):
+    for one in operations(op):
+        for case in deit_cases(op, network, _batch(models.BATCH, small)).values():
+            _called(one, one.inputs(**case, device=CPU), BF16, op not in NO_BACKWARD)
 
 
 def _batch(batch, small):
