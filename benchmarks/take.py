@@ -66,12 +66,12 @@ def figures(lease: check.Lease) -> list[Figure]:
         predicted = gpu.ceilings.get(name) if gpu else None
         head = (row["run"], lease.header["commit"], f"ceiling {name}", unit)
         found.append(Figure(*head, predicted, row["value"]))
-    for _, row in lease.models.values():
+    for row in lease.models.values():
         if row.status == "measured":
             what = f"{row.network}, {row.mode}, {row.protocol} {row.asked_batch}"
             head = (row.run, row.commit, what, "images/s")
             found.append(Figure(*head, _predicted(row, limits, gpu), row.images_per_s))
-    for _, row in lease.kernels.values():
+    for row in lease.kernels.values():
         if row.status == "measured" and row.mode == "fused":
             what = " ".join(filter(None, (row.op, row.network, row.case, f"batch {row.batch}")))
             head = (row.run, row.commit, what, "ms")
@@ -111,14 +111,14 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
     chip's, or damaged."""
     in_table5 = {entry.measured_as for entry in table5.ENTRIES}
     rows: dict[str, list] = {"ceilings": []}
-    for _, row in lease.models.values():
+    for row in lease.models.values():
         name = "table5" if (row.timm_name, row.image_size) in in_table5 else "relatives"
         if row.protocol == "latency":
             name = "latency"
         elif MODES[row.mode].train:
             name = "train"
         rows.setdefault(name, []).append(row)
-    for _, row in lease.kernels.values():
+    for row in lease.kernels.values():
         rows.setdefault("kernels", []).append(row)
     every = [row for of in rows.values() for row in of]
     header = lease.header

@@ -25,13 +25,13 @@ MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1, "fp8": 3e-
 @dataclass(frozen=True)
 class Lease:
     """header: lease.json. rows: those of these kernels, by kind. models, kernels: the last of each
-    key that is plausible, with the step that measured it. doubts: of the others, what is wrong."""
+    key that is plausible. doubts: of the others, what is wrong."""
 
     folder: Path
     header: dict
     rows: dict[str, list[dict]]
-    models: dict[tuple, tuple[str, ModelRow]]
-    kernels: dict[tuple, tuple[str, KernelRow]]
+    models: dict[tuple, ModelRow]
+    kernels: dict[tuple, KernelRow]
     doubts: list[str]
 
     @property
@@ -78,7 +78,7 @@ def read(folder: Path) -> Lease:
                 )
                 into.pop(row.key, None)  # an earlier row of the key is not what counts
             elif row.status != "failed" or row.key not in into:
-                into[row.key] = (values["step"], row)
+                into[row.key] = row
     return lease
 
 
