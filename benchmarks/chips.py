@@ -20,7 +20,7 @@ class Gpu:
 
     @property
     def label(self) -> str:
-        """ "H100"."""
+        """Its short name: H100."""
         return self.chip.name.split()[1]
 
 

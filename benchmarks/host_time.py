@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations, tensors
+from benchmarks.table5 import DISTILLED
 from deit_fast.bench.modes import Mode
 from deit_fast.bench.networks import Network, Step
 from deit_fast.bench.timing import hardware
@@ -48,9 +49,7 @@ from deit_fast.kernels import _runtime
 from deit_fast.kernels.cases import deit_cases
 
 TESTS = Path(__file__).parents[1] / "tests"
-NETWORKS = {
-    "Ti": "deit_tiny_distilled", "S": "deit_small_distilled", "B": "deit_base_distilled",
-}  # fmt: skip
+NETWORKS = {name: DISTILLED[name] for name in ("Ti", "S", "B")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK_US = 20_000  # that a block of one call's repetitions should last
 # Those of few rows share their tiles, those of many as well, and 16 divides no number of rows: of

@@ -27,6 +27,7 @@ import deit_fast
 from benchmarks.chips import GPUS, H100, Gpu
 from benchmarks.costs import LEAST_US, Launch, launches
 from benchmarks.measured import Chip as Measured
+from benchmarks.table5 import DISTILLED as NETWORKS
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.launches import record
 from deit_fast.kernels import _runtime
@@ -34,10 +35,6 @@ from deit_fast.kernels.cases import DEIT
 from deit_fast.kernels.quantize import FORMATS
 
 RESULTS = Path(__file__).with_name("results")
-NETWORKS = {
-    "Ti": "deit_tiny_distilled", "S": "deit_small_distilled", "B": "deit_base_distilled",
-    "B-384": "deit_base_distilled_384",
-}  # fmt: skip
 MEASURED_AS = {
     None: "deit_fast_engine_bf16", "fp8": "deit_fast_engine_fp8", "int8": "deit_fast_int8",
 }  # fmt: skip

@@ -41,6 +41,10 @@ def _read(name):
 
 ENTRIES = tuple(_read("table5.csv"))
 RELATIVES = tuple(_read("relatives.csv"))
+DISTILLED = {
+    "Ti": "deit_tiny_distilled", "S": "deit_small_distilled", "B": "deit_base_distilled",
+    "B-384": "deit_base_distilled_384",
+}  # fmt: skip
 
 
 def select(names: list[str] | None) -> list[Entry]:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from benchmarks import chips, predict, report, table5
 from benchmarks.chips import Gpu
-from benchmarks.lease import check, race
+from benchmarks.lease import check, kernels, models, race
 from deit_fast import tune
-from deit_fast.bench import results
+from deit_fast.bench import results, timing
 from deit_fast.bench.modes import MODES
 from deit_fast.kernels import _runtime
 
@@ -82,10 +82,10 @@ def figures(lease: check.Lease) -> list[Figure]:
 def _predicted(row, limits, gpu: Gpu | None):
     if gpu is None or row.protocol != "batch":
         return None
-    short = row.network.removeprefix("DeiT-").removesuffix(" distilled")
-    if not row.network.endswith(" distilled"):
+    name, _, distilled = row.network.removeprefix("DeiT-").partition(" ")
+    if distilled != "distilled":
         return None
-    return predict.images_per_s(short, row.mode, row.batch, limits, gpu)
+    return predict.images_per_s(name, row.mode, row.batch, limits, gpu)
 
 
 def _predicted_ms(row, limits, gpu: Gpu | None):
@@ -124,14 +124,16 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
     header = lease.header
     newest = max(every, key=lambda row: row.run or "", default=None)
     build = newest.build if newest else results.build(header["hardware"])
-    most = max((row.runs for row in every), default=1)
     made = {}
     for name, new in rows.items():
         path = folder / f"{name}.json"
         before = results.load(path).rows if path.exists() else []
         made[path] = results.Results(
             header["hardware"], header["commit"], build, header["started"][:10],
-            {"runs": most, "warmup": 5, "timer": "cuda events"}, lease.ceilings, before,
+            {"runs": max((row.runs for row in new), default=timing.CEILING_RUNS),
+             "warmup": kernels.WARMUP if name == "kernels" else models.WARMUP[0],
+             "timer": "cuda events"},
+            lease.ceilings, before,
         )  # fmt: skip
         for row in new:
             made[path].put(row)

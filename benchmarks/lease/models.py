@@ -20,7 +20,7 @@ from .context import Context
 CLOCKS = "clocks.csv"
 ROUNDS = 2
 ROUND_SECONDS = 0.6  # of one mode's timed calls in one round
-FEWEST, MOST = 5, 30  # calls a round
+FEWEST, MOST, WARMUP = 5, 30, (5, 3)  # calls a round; before them, in the first and the second
 BATCH, TRAIN_BATCH, SMALL_BATCH = 256, 256, 2
 LATENCY_BATCHES = (1, 8, 32)
 DEITS = ("DeiT-B distilled", "DeiT-S distilled", "DeiT-Ti distilled")
@@ -249,7 +249,7 @@ def _alternate(ctx, network, running, protocol, base):
                 continue  # the baseline's first round is wanted even then
             with mode.step.mode.settings():
                 mode.times += clock(
-                    mode.step, mode.inputs, mode.runs, 3 if turn else 5, ctx.device
+                    mode.step, mode.inputs, mode.runs, WARMUP[turn], ctx.device
                 )  # fmt: skip
                 mode.clock = timing.last_sample(ctx.folder / CLOCKS)
                 if not turn:

@@ -12,6 +12,7 @@ from statistics import median
 import torch
 
 import deit_fast
+from benchmarks.table5 import DISTILLED
 from deit_fast import tune
 from deit_fast.bench import timing
 from deit_fast.kernels import _runtime, _tuned
@@ -48,7 +49,7 @@ def rest(ctx: Context) -> str:
     networks = ["Ti"] if ctx.small else list(NETWORKS)
     wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
     if not ctx.small:
-        wanted += _tasks(ctx, "deit_base_distilled_384", chip)
+        wanted += _tasks(ctx, DISTILLED["B-384"], chip)
     if chip.capability >= (8, 9):
         wanted += _tasks(ctx, NETWORKS[networks[0]], chip, "fp8")
     close = {

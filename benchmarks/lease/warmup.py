@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import deit_fast
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations
+from benchmarks.table5 import DISTILLED
 from deit_fast import tune
 from deit_fast.kernels import _runtime, _tuned
 from deit_fast.kernels.cases import deit_cases
@@ -30,11 +31,9 @@ from . import agreement, kernels, models, sanitize, smoke
 # a race's configurations are given, so a few rows do: 16 divides them as it does the race's own
 RACE_BATCH, RACE_SMS = 16, 8
 BF16, FP16 = torch.bfloat16, torch.float16
-NETWORKS = {
-    "B": "deit_base_distilled", "S": "deit_small_distilled", "Ti": "deit_tiny_distilled",
-}  # fmt: skip
+NETWORKS = {name: DISTILLED[name] for name in ("B", "S", "Ti")}
 RELATIVES = {
-    "deit_base_distilled_384": {"depth": 2}, "vit_base_patch16_224": {"depth": 2},
+    DISTILLED["B-384"]: {"depth": 2}, "vit_base_patch16_224": {"depth": 2},
     "cait_s24_224": {"depth": 1}, "tiny_vit_21m_224": {},
 }  # fmt: skip
 CPU = torch.device("cpu")
