@@ -1,8 +1,11 @@
 """Triton's interpreter, quicker and right. Imported for that alone.
 
 It looks through triton.language for what to exchange once a launch, not for each function that a
-kernel calls: that was half the time of most kernels. And its conversion to e4m3 loses the carry
-into the exponent (127 becomes 64), subnormal numbers and NaN: PyTorch's takes its place.
+kernel calls: that was half the time of most kernels.
+
+Its bf16 is mended: it multiplies bf16 operands of a product as the integers that hold their bits
+(triton issue 11584), and rounds fp32 to bf16 towards zero. And its conversion to e4m3 loses the
+carry into the exponent (127 becomes 64), subnormal numbers and NaN: PyTorch's takes its place.
 """
 
 import functools
@@ -41,12 +44,29 @@ interpreter._patch_lang = _exchange_once
 
 
 _convert = interpreter._convert_float
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _bf16_to_fp32(data):
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _fp32_to_bf16(data):
+    """To the nearest, to the even one of two; as the bits."""
+    bits = data.view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    return (np.where(np.isnan(data), bits | 0x400000, nearest) >> 16).astype(np.uint16)
 
 
 def _convert_float(data, source, target, rounding):
+    data = np.array(data)  # whole and in order
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return _bf16_to_fp32(data).view(np.uint32)
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return _fp32_to_bf16(data)
     if tl.float8e4nv not in (source, target):
         return _convert(data, source, target, rounding)
-    data = torch.from_numpy(np.array(data))
+    data = torch.from_numpy(data)
     data = data.view(torch.float8_e4m3fn) if source == tl.float8e4nv else data
     if target == tl.float8e4nv:
         return data.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
@@ -54,4 +74,15 @@ def _convert_float(data, source, target, rounding):
     return data.view(f"uint{8 * data.itemsize}")
 
 
+def _create_dot(self, a, b, *args, **kwargs):
+    a, b = (
+        interpreter.TensorHandle(_bf16_to_fp32(t.data), tl.float32)
+        if t.dtype.scalar == tl.bfloat16
+        else t
+        for t in (a, b)
+    )
+    return _dot(self, a, b, *args, **kwargs)
+
+
 interpreter._convert_float = _convert_float
+interpreter.InterpreterBuilder.create_dot = _create_dot

@@ -5,18 +5,23 @@ import copy
 import numpy as np
 import timm
 import torch
-from checking import assert_as_accurate
+from checking import assert_as_accurate, assert_close, seed, seeded
 from PIL import Image
 
 import deit_fast
-from deit_fast.bench.networks import randomize
+from deit_fast.bench import networks
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "num_classes": 11}
 
 
+def randomize(model, seed=0):
+    """Every parameter random, others for each --seed."""
+    return networks.randomize(model, seeded(seed))
+
+
 def pair(name="deit_tiny_distilled_patch16_224", backend="torch", **kwargs):
     """(timm's model, the accelerated copy), in eval mode."""
-    torch.manual_seed(0)
+    seed(0)
     reference = randomize(timm.create_model(name, **kwargs)).eval()
     fast = copy.deepcopy(reference)
     deit_fast.accelerate(fast, backend)
@@ -29,7 +34,7 @@ def tiny_pair(backend="torch", distilled=True, **kwargs):
 
 
 def images(model, batch=2, size=None):
-    torch.manual_seed(1)
+    seed(1)
     size = size or model.patch_embed.img_size
     return torch.randn(batch, model.patch_embed.proj.in_channels, *size)
 
@@ -53,7 +58,7 @@ def hooked(reference, fast, name):
 
         model.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), reference(x), atol=1e-5, rtol=1e-4)
+        assert_close(fast(x), reference(x))
     return seen.get(id(reference)), seen.get(id(fast))
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from modelling import picture, tiny_pair
+from checking import seeded
+from modelling import picture, randomize, tiny_pair
 from PIL import Image
 
 import deit_fast
-from deit_fast.bench.networks import randomize
 from deit_fast.cli import main
 from deit_fast.distill import analyse, evaluate, plots
 from deit_fast.distill.datasets import open_images
@@ -27,7 +27,7 @@ SIZE = {"img_size": 32, "num_classes": 5, "depth": 3}
 def folder(tmp_path_factory):
     """Five classes of four images."""
     root = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seeded(0))
     for i in range(20):
         picture(root / f"c{i // 4}" / f"{i:02}.png", random, (4, 4), (40, 40))
     return root
@@ -42,7 +42,7 @@ def models():
 def saved(models, tmp_path_factory):
     """{"two": distilled, "one": not, "convnet": of another kind} -> folder"""
     root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
+    torch.manual_seed(seeded(0))
     made = {
         "two": models[1],
         "one": tiny_pair(distilled=False, **SIZE)[1],
@@ -68,7 +68,7 @@ def assert_picture(path):
 
 
 def test_disagreement_by_brute_force():
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seeded(0))
     decided = {f"row {i}": random.integers(0, 3, 57) for i in range(4)}
     decided["row 4"] = decided["row 1"].copy()
     found = analyse.disagreement(decided)
@@ -391,7 +391,7 @@ def test_runs_that_differ_in_anything_are_apart(runs, tmp_path):
 
 
 def test_spread_is_the_samples(tmp_path):
-    random = np.random.default_rng(0).uniform(70, 80, 5)
+    random = np.random.default_rng(seeded(0)).uniform(70, 80, 5)
     folders = [
         write(tmp_path / str(i), PLAIN | {"seed": i},
               {"top1": {"class": x}, "top5": {"class": 99}}) for i, x in enumerate(random)

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from checking import seed
 from modelling import TINY
 from PIL import Image
 
@@ -30,7 +31,7 @@ CAT = str(DATA / "cat.jpg")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
+    seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     model = timm.create_model("deit_tiny_distilled_patch16_224")
     safetensors.torch.save_file(model.state_dict(), path)
@@ -230,7 +231,7 @@ def many_one(folder):
 
 
 def test_a_folder_is_a_model(tmp_path, capsys):
-    torch.manual_seed(3)
+    seed(3)
     model = deit_fast.deit_tiny_distilled(heads="distill", **TINY).eval()
     deit_fast.save_pretrained(model, tmp_path / "model")
     assert main(["classify", "--model", str(tmp_path / "model"), "--json", CAT]) == 0

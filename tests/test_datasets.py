@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checking import seeded
 from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset
@@ -22,8 +23,8 @@ from deit_fast.images import Unreadable
 
 CLASSES = [str(c) for c in range(11)]  # "10" comes after "9" in natural order alone
 LABELS = np.sort(np.arange(24) % 11)
-GRAY = np.random.default_rng(0).integers(0, 256, (24, 5, 6), dtype=np.uint8)
-COLOUR = np.random.default_rng(1).integers(0, 256, (24, 5, 6, 3), dtype=np.uint8)
+GRAY = np.random.default_rng(seeded(0)).integers(0, 256, (24, 5, 6), dtype=np.uint8)
+COLOUR = np.random.default_rng(seeded(1)).integers(0, 256, (24, 5, 6, 3), dtype=np.uint8)
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
@@ -160,7 +161,7 @@ def test_every_kind_gives_the_same(kind, tmp_path):
 @pytest.mark.parametrize("kind", COLOURED)
 def test_colour_and_any_order(kind, tmp_path):
     images = open_images(KINDS[kind](tmp_path / "data", COLOUR))
-    for i in np.random.default_rng(2).permutation(len(images)):
+    for i in np.random.default_rng(seeded(2)).permutation(len(images)):
         np.testing.assert_array_equal(np.asarray(images.image(i)), COLOUR[i])
 
 
@@ -388,7 +389,7 @@ def test_open_tar_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folders", "tar", "saved"])
 def test_unreadable(kind, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seeded(0)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     contents = [png(noise), b"no image", b"", png(noise)[:5000]]
     data = tmp_path / "data"
     if kind == "folders":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from checking import assert_close, seed, seeded
 from modelling import images as random_images
 from modelling import picture, tiny_pair
 from PIL import Image
@@ -26,7 +27,7 @@ BROKEN = "c2/ILSVRC2012_val_00000009.png"
 def folder(tmp_path_factory):
     """Seven classes of three images, numbered through from 1; the ninth can't be read."""
     root = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seeded(0))
     for i in range(21):
         path = root / f"c{i // 3}" / f"ILSVRC2012_val_{i + 1:08}.png"
         picture(path, random, (3, 4), (50 + i, 41))
@@ -67,11 +68,11 @@ def test_every_head_is_the_models_own_output(distilled):
         assert len(found) == (4 if distilled else 1)
         for head, logits in found.items():
             deit_fast.set_heads(fast, head if distilled else "joint")
-            torch.testing.assert_close(logits, fast(x), rtol=1e-4, atol=1e-5)
+            assert_close(logits, fast(x))
         of_timm = evaluate.head_logits(reference, x)
-        torch.testing.assert_close(of_timm, found, rtol=1e-4, atol=1e-5)
+        assert_close(of_timm, found)
         shown = of_timm["joint" if distilled else "class"]
-        torch.testing.assert_close(shown, reference(x), rtol=1e-4, atol=1e-5)
+        assert_close(shown, reference(x))
     assert len({logits.argmax(1).shape for logits in found.values()}) == 1
     for a in found:
         for b in found:
@@ -115,7 +116,7 @@ def test_some_of_the_images(folder, models):
 
 
 def test_counts_by_brute_force():
-    torch.manual_seed(0)
+    seed(0)
     logits, labels = torch.randn(200, 11), torch.randint(11, (200,))
     top = logits.topk(5).indices
     found = evaluate.Accuracy()

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from checking import assert_as_accurate
+from checking import assert_as_accurate, assert_close, seed
 from modelling import images, randomize, tiny_pair
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -28,12 +28,11 @@ from deit_fast.quantization import quantized_layers
 exporting = importlib.import_module("deit_fast.export")  # the name may be the function's, too
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL = {"embed_dim": 32, "num_heads": 1, "img_size": 32, "depth": 1}
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 ANY = ({0: torch.export.Dim("batch", min=1)},)
 
 
 def some_images(batch, dtype=FP32, uint8=False, device="cpu", size=32):
-    torch.manual_seed(batch)
+    seed(batch)
     if uint8:
         return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     return torch.randn(batch, 3, size, size).to(device, dtype)
@@ -65,7 +64,7 @@ def test_compiles_for_any_batch(backend, uint8):
     with torch.no_grad():
         for batch in (1, 2, 3):
             x = some_images(batch, uint8=uint8)
-            torch.testing.assert_close(compiled(x), reference(normalised(reference, x)), **CLOSE)
+            assert_close(compiled(x), reference(normalised(reference, x)))
     assert counter.frame_count == 2
 
 
@@ -80,7 +79,7 @@ def test_exports_for_any_and_for_a_fixed_batch(batch, backend, uint8):
         for size in (1, 3) if batch is None else (batch,):
             x = some_images(size, uint8=uint8)
             got = program.module()(x)
-            torch.testing.assert_close(got, reference(normalised(reference, x)), **CLOSE)
+            assert_close(got, reference(normalised(reference, x)))
     kernels = {"patch_embed", "layer_norm", "linear", "attention", "classifier"}
     assert our_operators(program) == (kernels if backend == "triton" else set())
 
@@ -189,7 +188,7 @@ def test_files_compute_what_timm_computes(format, heads, tmp_path):
     run = read(path, format)
     for batch in (1, 3, 7):  # 7: no size that export tries itself
         x = images(reference, batch)
-        torch.testing.assert_close(run(x), fused(reference, x, heads), **CLOSE)
+        assert_close(run(x), fused(reference, x, heads))
     assert report.path == path and report.bytes == path.stat().st_size > 10_000
     assert report.backend == "torch" and list(report.errors) == [1, 3]
     assert "batch dynamic" in str(report) and all(e < 1e-5 for e in report.errors.values())
@@ -205,7 +204,7 @@ def test_files_in_eight_bits(format, bits, tmp_path):
     report = export(fast, path, format, batch=2)
     x = images(fast)
     with torch.no_grad():
-        torch.testing.assert_close(read(path, format)(x), fast(x), **CLOSE)
+        assert_close(read(path, format)(x), fast(x))
     assert report.errors[2] < 1e-5 and len(quantized_layers(fast)) == 4
 
 
@@ -225,7 +224,7 @@ def test_a_fixed_batch_takes_no_other(format, tmp_path):
     run = read(path, format)
     x = images(reference, 3)
     with torch.no_grad():
-        torch.testing.assert_close(run(x[:2]), reference(x[:2]), **CLOSE)
+        assert_close(run(x[:2]), reference(x[:2]))
     with pytest.raises(Exception, match="(?i)dimension|shape|2"):
         run(x)
     assert list(report.errors) == [2] and "batch 2" in str(report)
@@ -257,7 +256,7 @@ def test_aoti_and_plain_programs_load_without_deit_fast(tmp_path):
     for found in torch.load(out):
         for got in found:
             want = fused(reference, x[: len(got)], "joint_softmax")
-            torch.testing.assert_close(got, want, **CLOSE)
+            assert_close(got, want)
     assert "compiled for this machine's cpu" in str(reports[0])
     assert all(r.backend == "torch" and "loads without deit_fast" in r.why for r in reports)
 
@@ -273,7 +272,7 @@ def test_kernels_stay_in_a_torch_export_file(tmp_path, device):
     x = images(reference, 5)
     with torch.no_grad():
         got = program.module()(x.to(device)).cpu()
-        torch.testing.assert_close(got, reference(x), **CLOSE)
+        assert_close(got, reference(x))
     assert export(fast, tmp_path / "b.pt2", "torch-export", backend="torch").backend == "torch"
     assert not our_operators(torch.export.load(tmp_path / "b.pt2"))
 
@@ -408,7 +407,7 @@ def test_a_compiled_model_is_exported_without_its_wrapper(tmp_path):
     x = images(reference, 2)
     with torch.no_grad():
         got = read(tmp_path / "tiny.pt2", "torch-export")(x)
-        torch.testing.assert_close(got, reference(x), **CLOSE)
+        assert_close(got, reference(x))
 
 
 def test_models_that_do_not_fit(tmp_path, monkeypatch):
@@ -454,7 +453,7 @@ def test_command(tmp_path, capsys):
     device = next(iter(program.state_dict.values())).device
     with torch.no_grad():
         got = program.module()(x.to(device)).cpu()
-    torch.testing.assert_close(got, fused(reference, x, "distill"), atol=1e-4, rtol=1e-3)
+    assert_close(got, fused(reference, x, "distill"))
 
 
 def test_command_with_another_dtype_batch_and_backend(tmp_path, capsys, monkeypatch):

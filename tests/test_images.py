@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from checking import assert_close
 from PIL import Image
 
 import deit_fast
@@ -42,7 +43,7 @@ def test_decoder_is_timms_evaluation_transform(name, path):
     pixels = Decoder(config(name))(path)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     got = normalize_reference(torch.from_numpy(pixels)[None], BASE["mean"], BASE["std"])[0]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr"])
@@ -55,7 +56,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     want = timm.data.create_transform(**config("DeiT"))(Image.open(path).convert("RGB"))
     pixels = torch.from_numpy(Decoder(config("DeiT"))(path))[None]
     got = normalize_reference(pixels, BASE["mean"], BASE["std"])[0]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert_close(got, want)
 
 
 def test_one_channel():

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from checking import assert_close, assert_equal, seed
 from huggingface_hub.errors import EntryNotFoundError
 from modelling import TINY, images, randomize
 from torch import nn
@@ -22,7 +23,7 @@ DISTILLED, PLAIN = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
 
 
 def tiny(name=DISTILLED, heads="joint", **kwargs):
-    torch.manual_seed(0)
+    seed(0)
     model = deit_fast.create_model(name, backend="torch", heads=heads, **TINY | kwargs)
     return randomize(model).eval()
 
@@ -212,7 +213,7 @@ def test_timm_loads_the_folder(name, options, tmp_path):
     assert type(timms) is model.timm_class
     x = images(model)
     with torch.no_grad():
-        torch.testing.assert_close(timms(x), model(x), atol=1e-5, rtol=1e-4)
+        assert_close(timms(x), model(x))
 
 
 def test_a_folder_that_timm_wrote_is_read(tmp_path):
@@ -320,7 +321,7 @@ def test_other_image_size_is_resized_from_the_stored_grid(tmp_path):
     save_pretrained(model, tmp_path)
     again = from_pretrained(tmp_path, img_size=64)
     want = resize_pos_embed(model.pos_embed, (2, 8), (4, 4), 2)
-    torch.testing.assert_close(again.pos_embed, want, rtol=0, atol=0)
+    assert_equal(again.pos_embed, want)
     assert not torch.equal(again.pos_embed, model.pos_embed)
     assert torch.equal(again.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from checking import relative_error
+from checking import assert_close, relative_error, seed, seeded
 from modelling import TINY, images, randomize, tiny_pair
 from torch.nn.utils import prune
 
@@ -89,7 +89,7 @@ VARIANTS = {
 def test_logits_are_those_of_the_definition(variant, format):
     """Closer by far to a model rounded layer by layer than either is to the unrounded one. What is
     left comes of sums in another order, which now and then round to the neighbour."""
-    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(seeded(1)))
     options = dict(VARIANTS[variant])
     exclude = options.pop("exclude", ())
     calibration = x if "calibrated" in format else None
@@ -280,7 +280,7 @@ def test_weights_of_another_format_are_refused():
 
 @pytest.mark.parametrize("format, attention", [("fp8", False), ("fp8", True), ("int8", False)])
 def test_folders(format, attention, tmp_path):
-    torch.manual_seed(0)
+    seed(0)
     model = deit_fast.create_model("deit_tiny_distilled_patch16_224", backend="torch", **TINY)
     randomize(model).eval().half()
     deit_fast.quantize(model, format, exclude="blocks.0.attn.*", attention=attention)
@@ -335,7 +335,7 @@ def test_a_sample_that_is_not_a_number_stays_alone():
             x[1, 0, 5, 5] = bad
             got = logits(fast, x)
             assert got[1].isnan().all(), (format, bad)
-            torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=1e-3, atol=1e-3)
+            assert_close(got[[0, 2]], want[[0, 2]])
 
 
 @pytest.mark.parametrize("offset", [0.1, 1.0])
@@ -537,7 +537,7 @@ def test_a_block_of_zeros(device):
         t.data.zero_()
     want = logits(fast.to(device), images(fast).to(device))
     deit_fast.quantize(fast, "fp8", exclude="*.mlp.*", attention=True)
-    torch.testing.assert_close(logits(fast, images(fast).to(device)), want)
+    assert_close(logits(fast, images(fast).to(device)), want)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from checking import assert_close, seed
 from torch.nn import functional as F
 
 import deit_fast
@@ -14,7 +15,7 @@ RECIPE = load("deit")
 
 
 def student(name="deit_tiny_distilled", **kwargs):
-    torch.manual_seed(0)
+    seed(0)
     size = {"embed_dim": 32, "depth": 1, "num_heads": 1, "patch_size": 8, "img_size": 16}
     return deit_fast.create_model(name, num_classes=CLASSES, **size | kwargs).eval()
 
@@ -50,7 +51,7 @@ def equations(method, z, d, y, t):
 @pytest.mark.parametrize("method", ["soft", "hard"])
 @pytest.mark.parametrize("token", ["class", "distill"])
 def test_the_papers_equations(method, token):
-    torch.manual_seed(1)
+    seed(1)
     z, d, t = torch.randn(3, 7, CLASSES).unbind()
     y, images = torch.randint(CLASSES, (7,)), torch.randn(7, 3, 16, 16)
     objective = Objective(RECIPE, method, Answers(t), student())
@@ -60,7 +61,7 @@ def test_the_papers_equations(method, token):
 
 
 def test_mixed_targets_are_not_smoothed_again():
-    torch.manual_seed(1)
+    seed(1)
     z, target = torch.randn(7, CLASSES), torch.rand(7, CLASSES).softmax(1)
     got = Objective(RECIPE, "none", None, student())(z, torch.zeros(7, 3, 16, 16), target)
     want = F.cross_entropy(z.double(), target.double())
@@ -76,7 +77,7 @@ def test_the_teacher_sees_its_own_normalisation():
         return (pixels - mean) / std
 
     Objective(RECIPE, "hard", teacher, model).teach(normalised(model.pretrained_cfg))
-    torch.testing.assert_close(teacher.seen, normalised(Answers.pretrained_cfg))
+    assert_close(teacher.seen, normalised(Answers.pretrained_cfg))
     same = student()
     images = torch.randn(2, 3, 16, 16)
     Objective(RECIPE, "hard", same, model).teach(images)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checking import assert_close, assert_equal
 from fake_cuda import FakeCuda
 from modelling import tiny_pair
 from torch import nn
@@ -227,7 +228,7 @@ def test_a_full_step_is_measured(vit, mode):
     assert row.status == "measured", row.note
     assert (row.protocol, row.batch, len(times)) == ("step", 3, 2)
     assert row.relative_error < 1e-5 if mode.endswith("fp32") else row.relative_error > 1e-4
-    torch.testing.assert_close(dict(vit.model.state_dict()), dict(before), rtol=0, atol=0)
+    assert_equal(dict(vit.model.state_dict()), dict(before))
 
 
 def test_ours_may_be_compiled_too(vit, monkeypatch):
@@ -247,7 +248,7 @@ def test_every_timed_step_updates_and_the_compared_ones_do_not(vit, monkeypatch)
     def clock(step, inputs, runs, warmup, device):
         start = [p.detach().clone() for p in step.model.parameters()]
         for p, q in zip(start, vit.model.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=0 if not steps else 1e-4)
+            assert_close(p, q)
         for _ in range(runs + warmup):
             step(inputs[0])
         steps.append(step)
@@ -408,9 +409,9 @@ def test_modes_share_the_weights_and_leave_them(vit):
     steps = [vit.step(MODES[name]) for name in ("eager_fp32", "deit_fast_fp32", "eager_bf16")]
     for step in steps:
         for name, value in step.model.state_dict().items():
-            torch.testing.assert_close(value, before[name].to(value.dtype), rtol=0, atol=0)
+            assert_equal(value, before[name].to(value.dtype))
     measure(vit, "eager_fp32_train")
-    torch.testing.assert_close(dict(vit.model.state_dict()), dict(before), rtol=0, atol=0)
+    assert_equal(dict(vit.model.state_dict()), dict(before))
 
 
 def test_every_part_matters_for_the_output(vit, convnet):
@@ -487,7 +488,7 @@ def test_an_engine_computes_what_the_model_does():
     for seed, batch in enumerate((8, 8, 8, 4)):
         images = random_images(batch, 224, network.device, seed).bfloat16()
         got = engine(images)
-        torch.testing.assert_close(got, plain(images), rtol=0, atol=0)
+        assert_equal(got, plain(images))
     row, times = measure(network, "deit_fast_engine_bf16")
     assert row.status == "measured" and row.peak_memory_gb > 0 and len(times) == 2
 

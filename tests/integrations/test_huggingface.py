@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checking import assert_as_accurate, relative_error
+from checking import assert_as_accurate, assert_close, assert_equal, relative_error, seed
 from modelling import randomize
 
 import deit_fast
@@ -27,14 +27,14 @@ TINY |= {"intermediate_size": 256, "id2label": dict(enumerate("abcdefghijk"))}
 
 def theirs(kind=KINDS[0], **options):
     config = transformers.DeiTConfig if kind.startswith("DeiT") else transformers.ViTConfig
-    torch.manual_seed(0)
+    seed(0)
     return randomize(getattr(transformers, kind)(config(**TINY | options))).eval()
 
 
 def images(model, batch=2):
     size = model.config.image_size
     size = (size, size) if isinstance(size, int) else size
-    torch.manual_seed(1)
+    seed(1)
     return torch.randn(batch, model.config.num_channels, *size)
 
 
@@ -108,10 +108,10 @@ def test_both_heads_are_where_they_belong():
     with torch.no_grad():
         want = model(images(model))
         deit_fast.set_heads(fast, "class")
-        torch.testing.assert_close(fast(images(model)), want.cls_logits, atol=1e-5, rtol=1e-4)
+        assert_close(fast(images(model)), want.cls_logits)
         deit_fast.set_heads(fast, "distill")
         got = fast(images(model))
-        torch.testing.assert_close(got, want.distillation_logits, atol=1e-5, rtol=1e-4)
+        assert_close(got, want.distillation_logits)
 
 
 def test_gradients_without_a_head_for_the_distillation_token():
@@ -123,7 +123,7 @@ def test_gradients_without_a_head_for_the_distillation_token():
     upstream = torch.randn(2, 11)
     want = torch.autograd.grad(model(x).logits, model.deit.embeddings.distillation_token, upstream)
     got = torch.autograd.grad(fast(x), fast.reg_token, upstream)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert_close(got, want)
 
 
 def test_device_dtype_mode_and_weights_of_its_own():
@@ -168,7 +168,7 @@ def test_models_of_the_paper_get_their_names(kind, width, heads, tmp_path):
     timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
         want = model(images(model, 1)).logits
-        torch.testing.assert_close(timms(images(model, 1)), want, atol=1e-4, rtol=1e-3)
+        assert_close(timms(images(model, 1)), want)
 
 
 def test_large_ones_too_by_their_config():
@@ -240,11 +240,11 @@ def test_a_config_with_nothing_but_what_differs(folder):
 
 def test_other_size_and_classes(folder):
     model = from_pretrained(folder, img_size=96)
-    torch.manual_seed(0)
+    seed(0)
     want = deit_fast.checkpoint.resize_pos_embed(
         theirs().deit.embeddings.position_embeddings, (4, 4), (6, 6), 2
     )
-    torch.testing.assert_close(model.pos_embed, want, rtol=0, atol=0)
+    assert_equal(model.pos_embed, want)
     with pytest.warns(UserWarning, match="head.weight, head.bias"):
         assert from_pretrained(folder, num_classes=3).head_dist.out_features == 3
 

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, NO_CODE, assert_as_accurate, check
+from checking import (
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    NO_CODE,
+    assert_as_accurate,
+    assert_close,
+    assert_equal,
+    check,
+)
 
 from deit_fast.kernels import cases, classifier, classifier_reference
 from deit_fast.kernels.cases import classifier_inputs as make_inputs
@@ -57,19 +66,19 @@ def test_fusions_are_what_they_say(device):
     for implementation in ("triton", "torch"):
         for fusion, expected in want.items():
             got = classifier(**inputs, fusion=fusion, implementation=implementation)
-            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            assert_close(got, expected)
 
 
 def test_prefix_rows_of_a_wider_buffer(device):
     inputs = make_inputs(4, 198, 64, 10, device=device)
     want = triton_classifier(**inputs)
     inputs["x"] = inputs["x"][:, :2]  # strided, not copied
-    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+    assert_equal(triton_classifier(**inputs), want)
     inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+    assert_equal(triton_classifier(**inputs), want)
     for name in ("norm_weight", "norm_bias", "head_bias", "dist_bias"):
         inputs[name] = inputs[name].repeat_interleave(2)[::2]
-    torch.testing.assert_close(triton_classifier(**inputs), want, rtol=0, atol=0)
+    assert_equal(triton_classifier(**inputs), want)
 
 
 def test_autocast(device):
@@ -101,9 +110,7 @@ def test_compiles_into_one_graph(device):
     inputs = make_inputs(3, 2, 64, 10, device=device)
     compiled = torch.compile(triton_classifier, fullgraph=True, backend=NO_CODE)
     for fusion in FUSIONS:
-        torch.testing.assert_close(
-            compiled(**inputs, fusion=fusion), triton_classifier(**inputs, fusion=fusion)
-        )
+        assert_close(compiled(**inputs, fusion=fusion), triton_classifier(**inputs, fusion=fusion))
 
 
 def test_bad_input_is_named():

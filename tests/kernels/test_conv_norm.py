@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, NO_CODE, check
+from checking import DOT_DTYPES, FP16, FP32, NO_CODE, assert_close, check
 
 from deit_fast.kernels import cases, conv_norm
 from deit_fast.kernels import conv_norm_reference as reference
@@ -38,10 +38,10 @@ def test_memory_formats(case, device):
         for name in {"x", "residual"} & inputs.keys():
             inputs[name] = inputs[name].contiguous(memory_format=layout)
         got = triton_conv_norm(**inputs)
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert_close(got, want)
         assert got.is_contiguous(memory_format=torch.channels_last)
     inputs["x"] = inputs["x"].transpose(2, 3).contiguous().transpose(2, 3)
-    torch.testing.assert_close(triton_conv_norm(**inputs), want, atol=1e-5, rtol=1e-5)
+    assert_close(triton_conv_norm(**inputs), want)
 
 
 @pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT], ids=str)
@@ -64,7 +64,7 @@ def test_autocast(device):
             got = triton_conv_norm(**inputs)
         want = reference(**inputs)
         assert got.dtype == FP16
-        torch.testing.assert_close(got.float(), want, atol=1e-2, rtol=1e-2)
+        assert_close(got.float(), want)
 
 
 @pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT, cases.CONV_NORM[5]], ids=str)
@@ -83,7 +83,7 @@ def test_compiles(case, device):
     inputs = make_inputs(**case, device=device)
     compiled = torch.compile(lambda: triton_conv_norm(**inputs), fullgraph=True, backend=NO_CODE)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(), triton_conv_norm(**inputs))
+        assert_close(compiled(), triton_conv_norm(**inputs))
 
 
 def test_errors(device):

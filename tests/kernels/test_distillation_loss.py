@@ -11,6 +11,8 @@ from checking import (
     NO_CODE,
     ROW_DTYPES,
     assert_as_accurate,
+    assert_close,
+    assert_equal,
     check,
     check_compiles,
     relative_error,
@@ -84,11 +86,11 @@ def test_equations_of_the_paper(implementation, device):
     hard = -d.double().softmax(1)[rows, t.argmax(1)].log().mean()
     loss = partial(distillation_loss, implementation=implementation)
     for distillation, want in (("soft", 0.9 * ce + 0.1 * 9 * kl), ("hard", ce / 2 + hard / 2)):
-        torch.testing.assert_close(loss(z, d, y, t, distillation), want.float())
-    torch.testing.assert_close(loss(z, None, y, distillation="none"), ce.float())
+        assert_close(loss(z, d, y, t, distillation), want.float())
+    assert_close(loss(z, None, y, distillation="none"), ce.float())
     smooth = torch.nn.functional.cross_entropy(z, y, label_smoothing=0.1)
     got = loss(z, None, y, distillation="none", label_smoothing=0.1, alpha=0.7)
-    torch.testing.assert_close(got, smooth)  # no teacher to give a weight to
+    assert_close(got, smooth)  # no teacher to give a weight to
 
 
 @pytest.mark.parametrize("distillation", ["soft", "hard"])
@@ -137,7 +139,7 @@ def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
     for got, want in zip(grads, true, strict=True):
         assert (want / 2**16).abs().median() < 1e-6
         # relative to each, down to fp16's own smallest steps
-        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=6e-8)
+        assert_close(got.double(), want)
 
 
 def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
@@ -161,7 +163,7 @@ def test_rows_of_a_wider_buffer(device):
         changed = inputs | {k: change(inputs[k]) for k in tensors}
         assert any(not changed[k].is_contiguous() for k in tensors)
         got = loss_and_gradients(triton_loss, changed)
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_equal(got, want)
 
     def wider(t):
         buffer = torch.full((5, 333), torch.nan, device=device)
@@ -173,11 +175,11 @@ def test_rows_of_a_wider_buffer(device):
     inputs = make_inputs(5, 100, "hard", device=device)
     want = triton_loss(**inputs)
     inputs["target"] = inputs["target"].repeat_interleave(2)[::2]
-    torch.testing.assert_close(triton_loss(**inputs), want, rtol=0, atol=0)
+    assert_equal(triton_loss(**inputs), want)
     row = inputs["teacher_logits"][:1]
     want = triton_loss(**inputs | {"teacher_logits": row.repeat(5, 1)})
     got = triton_loss(**inputs | {"teacher_logits": row.expand(5, 100)})
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_equal(got, want)
 
 
 @pytest.mark.parametrize("label", [-1, -100, 10, 2**32 + 1])
@@ -270,11 +272,11 @@ def test_gradients_nobody_wants_are_not_made(device):
     loss, dz, dd = _fwd(*tensors, *rest, False, False)
     assert dz.numel() == dd.numel() == 0
     want = loss_and_gradients(triton_loss, inputs)
-    torch.testing.assert_close(loss, want[0], rtol=0, atol=0)
+    assert_equal(loss, want[0])
     for i, name in enumerate(LOGITS):
         leaf = inputs[name].detach().requires_grad_()
         (got,) = torch.autograd.grad(triton_loss(**inputs | {name: leaf}), leaf)
-        torch.testing.assert_close(got, want[1 + i], rtol=0, atol=0)
+        assert_equal(got, want[1 + i])
         with torch.no_grad():
             assert not triton_loss(**inputs | {name: leaf}).requires_grad
 

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from checking import BF16, FP16, FP32, ROW_DTYPES, assert_as_accurate, check, check_compiles
+from checking import (
+    BF16,
+    FP16,
+    FP32,
+    ROW_DTYPES,
+    assert_as_accurate,
+    assert_close,
+    check,
+    check_compiles,
+)
 
 from deit_fast.kernels import (
     add_layer_norm,
@@ -50,8 +59,8 @@ def test_fp32_stream_in_half_precision_out(device):
     weight, bias = inputs["weight"], inputs["bias"]
     y, h = add_layer_norm(x, inputs["x"], weight, bias, implementation="triton")
     assert y.dtype == h.dtype == FP32  # the promoted dtype carries the stream
-    torch.testing.assert_close(h, x + inputs["x"])
-    torch.testing.assert_close(y, layer_norm_reference(h, weight, bias))
+    assert_close(h, x + inputs["x"])
+    assert_close(y, layer_norm_reference(h, weight, bias))
 
 
 def test_outlier_channels_and_large_mean(device):
@@ -67,10 +76,10 @@ def test_non_contiguous_input(device):
     residual = torch.randn(6, 128, device=device)[:, ::2]
     got = add_layer_norm(x, residual, inputs["weight"], inputs["bias"], implementation="triton")
     want = add_layer_norm_reference(x, residual, inputs["weight"], inputs["bias"])
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
     strided = [inputs[k].repeat_interleave(2)[::2] for k in ("weight", "bias")]
     got = add_layer_norm(x, residual, *strided, implementation="triton")
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
@@ -80,7 +89,7 @@ def test_weights_of_another_dtype(implementation, device):
     want = layer_norm(x.half().float(), **inputs, implementation="torch")
     got = layer_norm(x.half(), **inputs, implementation=implementation)
     assert got.dtype == FP16
-    torch.testing.assert_close(got, want.half(), atol=2e-3, rtol=2e-3)
+    assert_close(got, want.half())
 
 
 def test_nan_stays_in_its_row(device):
@@ -108,7 +117,7 @@ def test_quantized(case, dtype, format, device):
     rows = inputs["x"].numel() // inputs["x"].shape[-1]
     assert q.values.shape == inputs["x"].shape and q.values.dtype == FORMATS[format]
     assert q.scales.shape == want.scales.shape == (1, rows)
-    torch.testing.assert_close(q.scales, want.scales, rtol=1e-4, atol=1e-9)
+    assert_close(q.scales, want.scales)
     exact = layer_norm_reference(**{k: t.double() for k, t in inputs.items()})
     half = 0.5 if format == "int8" else 16.0
     allowed = (half + 0.02) * q.scales.view(*inputs["x"].shape[:-1], 1) + 1e-5
@@ -158,7 +167,7 @@ def test_quantized_op_contract(format, device):
         return dequantize(layer_norm_quantized(x.cos(), weight, bias, 1e-6, format, "triton")).sin()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs), f(**inputs))
+    assert_close(compiled(**inputs), f(**inputs))
     on_meta = {k: t.to("meta") for k, t in inputs.items()}
     assert f(**on_meta).shape == (6, 64) and f(**on_meta).is_meta
 

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+from checking import (
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    assert_as_accurate,
+    assert_close,
+    check,
+    check_compiles,
+    seed,
+)
 
 from deit_fast.kernels import (
     _runtime,
@@ -68,11 +77,11 @@ def test_without_gradients_it_is_the_parts(device, monkeypatch):
     monkeypatch.setattr(module, "_train", None)
     inputs = make_inputs(2, 2, 20, 64, 32, device=device)
     got = pre_norm(triton_layer_norm_attention)(**inputs)
-    torch.testing.assert_close(got, pre_norm(layer_norm_attention_reference)(**inputs))
+    assert_close(got, pre_norm(layer_norm_attention_reference)(**inputs))
     inputs["x"].requires_grad_()  # a residual that is not x
     other = torch.randn_like(inputs["x"])
     got = triton_layer_norm_attention(**inputs, residual=other)
-    torch.testing.assert_close(got, layer_norm_attention_reference(**inputs, residual=other))
+    assert_close(got, layer_norm_attention_reference(**inputs, residual=other))
 
 
 def test_autocast_keeps_the_stream_in_fp32(device):
@@ -119,7 +128,7 @@ def test_second_derivative(device):
 
     def second(fn):
         y = pre_norm(fn)(**inputs)
-        torch.manual_seed(2)
+        seed(2)
         grads = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
@@ -128,7 +137,7 @@ def test_second_derivative(device):
             return layer_norm_attention_reference(x, **rest)
 
     got, want = second(triton_layer_norm_attention), second(reference)
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert_close(got, want)
 
 
 def test_empty_batch(device):

@@ -4,7 +4,18 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, NO_CODE, assert_as_accurate, check, check_compiles
+from checking import (
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    NO_CODE,
+    assert_as_accurate,
+    assert_close,
+    assert_equal,
+    check,
+    check_compiles,
+    seed,
+)
 
 from deit_fast.kernels import _tuned, cases, layer_norm_mlp, layer_norm_mlp_reference
 from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
@@ -76,12 +87,12 @@ def test_second_derivative(device):
 
     def second(fn):
         y = pre_norm(fn)(**inputs)
-        torch.manual_seed(2)
+        seed(2)
         grads = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
     got, want = second(triton_layer_norm_mlp), second(layer_norm_mlp_reference)
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert_close(got, want)
 
 
 def test_autocast_keeps_the_stream_in_fp32(device):
@@ -114,10 +125,10 @@ def test_fused_and_parts_leave_the_same_moments(device):
     with torch.no_grad():
         y, moments = fused(**inputs, return_moments=True)
         others = triton_layer_norm_mlp(**inputs, return_moments=True)
-    torch.testing.assert_close(y, others[0], rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(moments, others[1], rtol=1e-2, atol=1e-2)
+    assert_close(y, others[0])
+    assert_close(moments, others[1])
     parts = y.double().view(-1, 3, 64)
-    torch.testing.assert_close(moments[:, 0].t().double(), parts.mean(2), rtol=1e-5, atol=1e-5)
+    assert_close(moments[:, 0].t().double(), parts.mean(2))
     assert fused(**half_inputs(20, 1, 64, device), return_moments=True)[1] is None
 
 
@@ -141,7 +152,7 @@ def test_fused_op(device):
     tensors = [t.flatten(0, -2) if t.dim() == 3 else t for t in inputs.values()]
     torch.library.opcheck(_fwd.op, (*tensors, 1e-6, False))
     compiled = torch.compile(fused, fullgraph=True, backend=NO_CODE)(**inputs)
-    torch.testing.assert_close(compiled, fused(**inputs), rtol=0, atol=0)
+    assert_equal(compiled, fused(**inputs))
     empty = fused(**inputs | {k: inputs[k][:0] for k in ("x", "residual")})
     assert empty.shape == (0, 10, 192)
 

@@ -5,7 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from checking import BF16, DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+from checking import (
+    BF16,
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    assert_as_accurate,
+    assert_close,
+    assert_equal,
+    check,
+    check_compiles,
+    seed,
+)
 
 from deit_fast.kernels import _tuned, cases, linear, linear_reference
 from deit_fast.kernels._runtime import Chip, pretend
@@ -70,7 +81,7 @@ def test_gelu_backward_in_every_configuration(config, dtype, device):
         and torch.cuda.get_device_capability() < (9, 0)
     ):
         pytest.skip("this chip has no tensor descriptors")
-    torch.manual_seed(0)
+    seed(0)
     dy, weight = torch.randn(150, 72, device=device), torch.randn(72, 200, device=device) / 8
     operands = [t.to(dtype) for t in (dy, weight, torch.randn(150, 200, device=device))]
 
@@ -109,9 +120,9 @@ def test_moments_of_the_rounded_result(config, dtype, implementation, device):
         y, moments = linear(**inputs, implementation=implementation, return_moments=True)
     parts = y.double().view(-1, 3, 64)
     assert moments.shape == (3, 2, parts.shape[0])
-    torch.testing.assert_close(moments[:, 0].t().double(), parts.mean(2), rtol=1e-6, atol=1e-5)
+    assert_close(moments[:, 0].t().double(), parts.mean(2))
     squares = (parts - parts.mean(2, keepdim=True)).square().sum(2)
-    torch.testing.assert_close(moments[:, 1].t().double(), squares, rtol=1e-5, atol=1e-3)
+    assert_close(moments[:, 1].t().double(), squares)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -154,13 +165,13 @@ def test_moments_only_where_they_serve(device):
 
 def test_operands_that_tensor_descriptors_cannot_address(device):
     """A base that is not a multiple of 16 bytes, and rows that are not."""
-    torch.manual_seed(0)
+    seed(0)
     flat = torch.randn(40 * 64 + 1, device=device).half()
     weight = torch.randn(128, 64, device=device).half()
     for x, w in ((flat[1:].view(40, 64), weight), (flat[: 40 * 60].view(40, 60), weight[:, :60])):
         with _tuned.forced("linear", {"implementation": "triton", **HOPPER_CONFIGS[4]}):
             got = linear(x, w, implementation="triton")
-        torch.testing.assert_close(got.float(), x.float() @ w.float().t(), rtol=2e-3, atol=2e-2)
+        assert_close(got.float(), x.float() @ w.float().t())
 
 
 def test_gelu_of_half_precision_is_within_its_rounding(device):
@@ -204,7 +215,7 @@ def test_row_scale_of_zero_leaves_the_residual(device):
     inputs = make_inputs(M=12, S=3, K=64, N=48, residual=True, row_scale=True, device=device)
     inputs["row_scale"] = torch.tensor([0.0, 2.0, 0.0], device=device)
     y = linear(**inputs, implementation="triton")
-    torch.testing.assert_close(y[[0, 2]], inputs["residual"][[0, 2]], rtol=0, atol=0)
+    assert_equal(y[[0, 2]], inputs["residual"][[0, 2]])
     assert (y[1] != inputs["residual"][1]).all()
 
 
@@ -213,7 +224,7 @@ def test_non_contiguous_input(device):
     weight = torch.randn(40, 24, device=device).t()
     residual = torch.randn(6, 48, device=device)[:, ::2]
     got = linear(x, weight, residual=residual, implementation="triton")
-    torch.testing.assert_close(got, linear_reference(x, weight, residual=residual))
+    assert_close(got, linear_reference(x, weight, residual=residual))
 
 
 def test_strided_vectors(device):
@@ -223,7 +234,7 @@ def test_strided_vectors(device):
     inputs |= {k: inputs[k].repeat_interleave(2)[::2] for k in ("bias", "layer_scale")}
     inputs["row_scale"] = torch.full((1,), 0.5, device=device).expand(4)
     got = linear(**inputs, implementation="triton")
-    torch.testing.assert_close(got, linear_reference(**inputs))
+    assert_close(got, linear_reference(**inputs))
 
 
 def test_empty_batch_with_stochastic_depth(device):
@@ -261,9 +272,9 @@ def test_second_derivative_where_only_the_residual_has_one(device):
     residual = inputs["residual"].requires_grad_()
     y = linear(**inputs, implementation="triton")
     (first,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
-    torch.testing.assert_close(first, 2 * y)
+    assert_close(first, 2 * y)
     (second,) = torch.autograd.grad(first.sum(), residual)
-    torch.testing.assert_close(second, torch.full_like(second, 2.0))
+    assert_close(second, torch.full_like(second, 2.0))
 
 
 def test_op_contract(device):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, assert_close, check, check_compiles
 
 from deit_fast.kernels import cases, patch_embed, patch_embed_reference
 from deit_fast.kernels.cases import MEAN, STD
@@ -32,7 +32,7 @@ def test_deit_tiny_shape(device):
     inputs = make_inputs(1, (224, 224), (16, 16), 3, 192, 2, True, uint8=True, device=device)
     got = triton_patch_embed(**inputs)
     assert got.shape == (1, 198, 192)
-    torch.testing.assert_close(got, patch_embed_reference(**inputs), atol=2e-5, rtol=1e-5)
+    assert_close(got, patch_embed_reference(**inputs))
 
 
 def test_normalization_is_torchvisions():
@@ -40,7 +40,7 @@ def test_normalization_is_torchvisions():
 
     image = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
     want = normalize(image.permute(0, 3, 1, 2).float() / 255, MEAN[:3], STD[:3])
-    torch.testing.assert_close(normalize_reference(image, MEAN[:3], STD[:3]), want)
+    assert_close(normalize_reference(image, MEAN[:3], STD[:3]), want)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -60,7 +60,7 @@ def test_channels_last_and_cropped_images(device):
         torch.nn.functional.pad(image, (3, 2, 1, 0))[:, :, 1:, 3:-2],
     ):
         assert not view.is_contiguous()
-        torch.testing.assert_close(triton_patch_embed(view, **inputs), want, atol=2e-5, rtol=1e-5)
+        assert_close(triton_patch_embed(view, **inputs), want)
 
 
 def test_nan_pixel_stays_in_its_token(device):
@@ -86,7 +86,7 @@ def test_prefix_tokens_carry_their_dtype(device):
     with torch.autocast(device, FP16):
         got, want = triton_patch_embed(**inputs), patch_embed_reference(**inputs)
     assert got.dtype == want.dtype == FP32
-    torch.testing.assert_close(got, want, atol=5e-3, rtol=5e-3)
+    assert_close(got, want)
 
 
 def test_op_contract(device):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import FP32, ROW_DTYPES
+from checking import FP32, ROW_DTYPES, assert_close
 
 from deit_fast.kernels import (
     Quantized,
@@ -48,7 +48,7 @@ def assert_same_but_for_ties(got, want):
     """1 / scale is rounded before it multiplies: a value close to the middle of two may go either
     way, so one step, and seldom."""
     assert got.values.dtype == want.values.dtype and got.scales.shape == want.scales.shape
-    torch.testing.assert_close(got.scales, want.scales, rtol=1e-6, atol=0)
+    assert_close(got.scales, want.scales)
     if got.values.numel():
         apart = (got.values.float() - want.values.float()).abs()
         assert (apart <= steps(Quantized(want.values, torch.ones(1, 1, device=apart.device)))).all()
@@ -175,7 +175,7 @@ def test_compiles_into_one_graph(format, device):
         return dequantize(triton_quantize(x.cos(), format, 2)).sin()
 
     x = torch.randn(6, 64, device=device)
-    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+    assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
 @BOTH

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import BF16, FP16, FP32, relative_error
+from checking import BF16, FP16, FP32, assert_close, relative_error, seed
 
 from deit_fast.kernels import (
     Quantized,
@@ -196,7 +196,7 @@ def test_a_table_may_not_name_what_spills_or_cannot_be():
 @FORMAT
 def test_int8_is_exact_and_fp8_nearly(of, device):
     """Whole numbers, of which fp32 holds every sum: no error at all, whatever the order."""
-    torch.manual_seed(0)
+    seed(0)
     x, w = (torch.randint(-8, 9, (n, 160), device=device).float() for n in (70, 72))
     one = [torch.ones(1, n, device=device) for n in (70, 72)]
     operands = [Quantized(t.to(FORMATS[of]), s) for t, s in zip((x, w), one, strict=True)]
@@ -210,7 +210,7 @@ def test_int8_is_exact_and_fp8_nearly(of, device):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_stays_alone(bad, parts, implementation, of, device):
     """Through one product whose result is in eight bits and the next, whose is not."""
-    torch.manual_seed(0)
+    seed(0)
     x = torch.randn(20, 128, device=device)
     weight, back = (
         quantize_reference(torch.randn(s, device=device), of) for s in ((128, 128), (40, 128))
@@ -234,7 +234,7 @@ def test_a_row_that_is_not_finite_stays_alone(bad, parts, implementation, of, de
 
 def test_nan_in_values_with_one_scale(device):
     """e4m3 says NaN itself; what is too large saturates."""
-    torch.manual_seed(0)
+    seed(0)
     weight = quantize_reference(torch.randn(64, 64, device=device), "fp8")
     x = Quantized(
         torch.randn(5, 64, device=device).to(FORMATS["fp8"]), torch.ones(1, 1, device=device)
@@ -250,7 +250,7 @@ def test_nan_in_values_with_one_scale(device):
 
 def test_operands_that_tensor_descriptors_cannot_address(device):
     """A base that is not a multiple of 16 bytes, and rows that are not."""
-    torch.manual_seed(0)
+    seed(0)
     flat = torch.randint(-127, 128, (40 * 96 + 1,), device=device, dtype=torch.int8)
     weight = torch.randint(-127, 128, (128, 96), device=device, dtype=torch.int8)
     one = torch.ones(1, 40, device=device), torch.ones(1, 128, device=device)
@@ -328,7 +328,7 @@ def test_compiles_into_one_graph(of, device):
         return triton_linear(hidden, weight, bias, dtype=FP32).sin()
 
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(*x, bias)
-    torch.testing.assert_close(got, f(*x, bias))
+    assert_close(got, f(*x, bias))
 
 
 @FORMAT

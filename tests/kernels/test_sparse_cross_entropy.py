@@ -10,6 +10,8 @@ from checking import (
     FP32,
     ROW_DTYPES,
     assert_as_accurate,
+    assert_close,
+    assert_equal,
     check,
     check_compiles,
     relative_error,
@@ -65,11 +67,11 @@ def test_it_is_the_dense_formula(implementation, K, device):
         target[b] = (1 - probs[b].sum()) / (9 - K) if K < 9 else torch.nan
         for k in range(K):
             target[b, indices[b, k]] = probs[b, k]
-    torch.testing.assert_close(dense_target(indices, probs, 9).cpu(), target)
+    assert_close(dense_target(indices, probs, 9).cpu(), target)
     assert target.sum(1).tolist() == pytest.approx([1.0] * 3)
     want = F.cross_entropy(z.cpu(), target)
     got = sparse_cross_entropy(**inputs, implementation=implementation)
-    torch.testing.assert_close(got.cpu(), want.float())
+    assert_close(got.cpu(), want.float())
 
 
 @both
@@ -83,10 +85,10 @@ def test_stored_probabilities_above_one_leave_no_rest(implementation, device):
     loss = partial(sparse_cross_entropy, implementation=implementation)
     want = -(target * inputs["logits"].double().log_softmax(1)).sum(1).mean()
     got, grad = loss_and_gradient(loss, inputs)
-    torch.testing.assert_close(got, want.float())
+    assert_close(got, want.float())
     p = inputs["logits"].double().softmax(1)
     want = (p * target.sum(1, keepdim=True) - target) / 2
-    torch.testing.assert_close(grad, want.float(), atol=1e-7, rtol=1e-5)
+    assert_close(grad, want.float())
 
 
 def test_mixed_dtypes(device):
@@ -123,7 +125,7 @@ def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
     _, true = loss_and_gradient(sparse_cross_entropy_reference, in_fp64(inputs), 2.0**16)
     assert (true / 2**16).abs().median() < 1e-6
     # relative to each, down to fp16's own smallest steps
-    torch.testing.assert_close(got.double(), true, rtol=1e-3, atol=6e-8)
+    assert_close(got.double(), true)
 
 
 def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
@@ -145,7 +147,7 @@ def test_rows_of_a_wider_buffer(device):
         changed = {k: change(t) for k, t in inputs.items()}
         assert all(not t.is_contiguous() for t in changed.values())
         got = loss_and_gradient(triton_loss, changed)
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_equal(got, want)
 
     def wider(t):
         fill = torch.nan if t.is_floating_point() else 10**9
@@ -158,7 +160,7 @@ def test_rows_of_a_wider_buffer(device):
     row = inputs["probs"][:1]
     want = triton_loss(**inputs | {"probs": row.repeat(5, 1)})
     got = triton_loss(**inputs | {"probs": row.expand(5, 7)})
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_equal(got, want)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**31 + 3, 2**32 + 1, 2**40])
@@ -237,7 +239,7 @@ def test_a_gradient_nobody_wants_is_not_made(device):
     loss, dz = _fwd(*inputs.values(), False)
     assert dz.numel() == 0
     want, _ = loss_and_gradient(triton_loss, inputs)
-    torch.testing.assert_close(loss, want, rtol=0, atol=0)
+    assert_equal(loss, want)
     with torch.no_grad():
         assert not triton_loss(
             **inputs | {"logits": inputs["logits"].clone().requires_grad_()}

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, assert_as_accurate, check, check_compiles
+from checking import (
+    DOT_DTYPES,
+    FP16,
+    FP32,
+    assert_as_accurate,
+    assert_close,
+    assert_equal,
+    check,
+    check_compiles,
+)
 
 from deit_fast.kernels import (
     cases,
@@ -58,7 +67,7 @@ def test_it_attends_per_head_where_nothing_is_mixed(H, device):
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     got = triton_attention(inputs["qkv"], eye, zero, eye, zero)
     assert got.is_contiguous()
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
 
 
 def test_without_biases(device):
@@ -84,7 +93,7 @@ def test_sixteen_heads_train_with_pytorch_where_memory_is_short(capability, devi
         with pytest.raises(ValueError, match="gradients of 16 heads want 109 KB"):
             triton_attention(*leaves)
         with torch.no_grad():
-            torch.testing.assert_close(triton_attention(*leaves), got, atol=5e-3, rtol=5e-3)
+            assert_close(triton_attention(*leaves), got)
     with pretend(Chip("H200", (9, 0), 132)):
         assert triton_attention(*leaves).grad_fn is not None
 
@@ -96,15 +105,15 @@ def test_the_bias_before_the_softmax_changes_nothing(device):
     (grad,) = torch.autograd.grad(got.square().sum(), bias)
     assert grad.shape == bias.shape and not grad.any()
     inputs["proj_l_bias"] = bias + 3 * torch.randn(4, device=device)
-    torch.testing.assert_close(triton_attention(**inputs), got, rtol=0, atol=0)
-    torch.testing.assert_close(talking_heads_attention_reference(**inputs), got)
+    assert_equal(triton_attention(**inputs), got)
+    assert_close(talking_heads_attention_reference(**inputs), got)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
 def test_scale_argument(scale, device):
     inputs = make_inputs(1, 4, 9, 48, device)
     want = talking_heads_attention_reference(**inputs, scale=scale)
-    torch.testing.assert_close(triton_attention(**inputs, scale=scale), want)
+    assert_close(triton_attention(**inputs, scale=scale), want)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
@@ -138,7 +147,7 @@ def test_any_strides(device):
         assert not view.is_contiguous()
         weight = inputs["proj_l_weight"].t().contiguous().t()
         got = triton_attention(**inputs | {"qkv": view, "proj_l_weight": weight})
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_equal(got, want)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
@@ -147,7 +156,7 @@ def test_nan_stays_in_its_sample(part, device):
     inputs["qkv"][0, 4, part, 1] = torch.nan
     o, want = triton_attention(**inputs), talking_heads_attention_reference(**inputs)
     assert o[want.isnan()].isnan().all() and want[0].isnan().any()
-    torch.testing.assert_close(o[1], want[1])
+    assert_close(o[1], want[1])
 
 
 def test_autocast(device):
@@ -179,7 +188,7 @@ def test_second_derivatives(device):
         penalty = sum(g.square().sum() for g in grads)
         found.append(torch.autograd.grad(penalty, leaves))
     assert len(found[0]) == 5
-    torch.testing.assert_close(found[0], found[1], atol=1e-2, rtol=1e-3)
+    assert_close(found[0], found[1])
 
 
 def test_op_contract(device):

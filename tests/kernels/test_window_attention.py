@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import DOT_DTYPES, FP16, FP32, check, check_compiles
+from checking import DOT_DTYPES, FP16, FP32, assert_close, assert_equal, check, check_compiles
 from timm.models.tiny_vit import Attention
 
 from deit_fast.kernels import attention_reference, cases, window_attention
@@ -45,7 +45,7 @@ def test_reference_by_hand():
         for x in range(0, 6, 2):
             q, k, v = qkv[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 3, 32).unbind(3)
             want = attention_reference(q, k, v, bias=table)
-            torch.testing.assert_close(got[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 32), want)
+            assert_close(got[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 32), want)
 
 
 def test_windows_of_one_token(device):
@@ -73,7 +73,7 @@ def test_biases_that_do_not_learn(device, monkeypatch):
     (got,) = torch.autograd.grad(triton_attention(**inputs).sum(), qkv)
     assert asked == [False]
     (want,) = torch.autograd.grad(reference(**inputs).sum(), qkv)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert_close(got, want)
     o, lse = _fwd(qkv.detach(), biases, 7, 0.2, True)
     assert _bwd(o, qkv.detach(), biases, o, lse, 7, 0.2, False)[1].numel() == 0
 
@@ -82,7 +82,7 @@ def test_biases_that_do_not_learn(device, monkeypatch):
 def test_scale(scale, device):
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     got = triton_attention(**inputs, scale=scale)
-    torch.testing.assert_close(got, reference(**inputs, scale=scale))
+    assert_close(got, reference(**inputs, scale=scale))
 
 
 def test_non_contiguous_input(device):
@@ -91,7 +91,7 @@ def test_non_contiguous_input(device):
     inputs["qkv"] = inputs["qkv"].transpose(1, 2).contiguous().transpose(1, 2)
     inputs["biases"] = inputs["biases"].t().contiguous().t()
     got = triton_attention(**inputs)
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
     assert got.is_contiguous()
 
 
@@ -111,7 +111,7 @@ def test_biases_far_above_zero(device):
         torch.autograd.grad(fn(qkv, biases, 7), (qkv, biases), upstream)
         for fn in (triton_attention, reference)
     )
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert_close(got, want)
 
 
 def test_nan_stays_in_its_window_and_head(device):
@@ -128,7 +128,7 @@ def test_autocast(device):
         got = triton_attention(**inputs)
     assert got.dtype == FP16
     want = triton_attention(inputs["qkv"].half(), inputs["biases"], 7)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_equal(got, want)
 
 
 def test_second_derivative(device):
@@ -145,7 +145,7 @@ def test_second_derivative(device):
         o = (s.softmax(-1) @ v).view(1, 2, 1, 2, 2, 32)
         return o.permute(0, 3, 1, 4, 2, 5).reshape(1, 2, 4, 1, 32)
 
-    torch.testing.assert_close(second(triton_attention), second(explicit), atol=1e-4, rtol=1e-4)
+    assert_close(second(triton_attention), second(explicit))
 
 
 def test_opcheck(device):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from checking import FP16, NO_CODE, assert_as_accurate
+from checking import FP16, NO_CODE, assert_as_accurate, assert_close, assert_equal, seed
 from modelling import assert_same_logits, hooked, images, pair, randomize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +17,6 @@ from deit_fast.kernels._runtime import Chip
 
 NAMES = timm.list_models("cait_*")
 H200 = Chip("NVIDIA H200", (9, 0), 132)
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def tiny_cait(backend="torch", heads=4, **kwargs):
@@ -37,7 +36,7 @@ def test_ten_models_have_the_head_counts_that_are_tested():
 @pytest.mark.parametrize("name", NAMES)
 def test_named_models_equal_timms(name):
     options = {"depth": 1, "depth_token_only": 1}
-    torch.manual_seed(0)
+    seed(0)
     reference = randomize(timm.create_model(name, **options)).eval()
     fast = deit_fast.create_model(name, backend="torch", **options).eval()
     assert type(fast) is layers.Cait and fast.state_dict().keys() == reference.state_dict().keys()
@@ -122,7 +121,7 @@ def test_half_precision_weights(heads, device):
 
 
 def gradients(model, x, upstream):
-    torch.manual_seed(3)  # for the samples that are dropped
+    seed(3)  # for the samples that are dropped
     y, parameters = model(x), dict(model.named_parameters())
     grads = torch.autograd.grad(y, list(parameters.values()), upstream)
     return {"logits": y} | dict(zip(parameters, grads, strict=True))
@@ -139,7 +138,7 @@ def test_gradients(backend, device):
     exact = gradients(copy.deepcopy(reference).double(), x.double(), upstream.double())
     for name, true in exact.items():
         if name.endswith("proj_l.bias"):
-            torch.testing.assert_close(got[name], torch.zeros_like(got[name]), **CLOSE)
+            assert_close(got[name], torch.zeros_like(got[name]))
         elif name.endswith("attn.k.bias"):
             queries = exact[name.replace(".k.", ".q.")]
             assert true.norm() < 1e-10 * queries.norm()
@@ -157,7 +156,7 @@ def test_stochastic_depth_drops_the_samples_that_timm_drops(checkpointing):
     runs = []
     fast.blocks[0].register_forward_pre_hook(lambda *args: runs.append(1))
     got, want = (gradients(m, x, upstream) for m in (fast, reference))
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert_close(got, want)
     assert len(runs) == 1 + checkpointing
     assert not torch.allclose(got["logits"], fast.eval()(x))
 
@@ -165,7 +164,7 @@ def test_stochastic_depth_drops_the_samples_that_timm_drops(checkpointing):
 def test_evaluation_drops_nothing():
     reference, fast = tiny_cait(drop_path_rate=0.5, drop_rate=0.5, pos_drop_rate=0.5)
     x = images(reference)
-    torch.testing.assert_close(fast.eval()(x), reference.eval()(x), **CLOSE)
+    assert_close(fast.eval()(x), reference.eval()(x))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -192,12 +191,12 @@ def test_compiles_into_one_graph(device):
     compiled = torch.compile(fast, fullgraph=True, backend=NO_CODE)
     with torch.no_grad():
         for batch in (x, torch.cat((x, x[:1]))):  # the second with a dynamic batch size
-            torch.testing.assert_close(compiled(batch), reference(batch), **CLOSE)
+            assert_close(compiled(batch), reference(batch))
     torch.compiler.reset()
     compiled = torch.compile(fast, fullgraph=True)
     want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
     got = torch.autograd.grad(compiled(x).sum(), list(fast.parameters()))
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -208,11 +207,11 @@ def test_copies_and_state_dict(backend, device):
         want = fast(x)
         for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert type(copied) is layers.Cait and copied.blocks[0].backend == backend
-            torch.testing.assert_close(copied(x), want, rtol=0, atol=0)
+            assert_equal(copied(x), want)
         other = randomize(tiny_cait(backend)[1], seed=5).to(device)
         assert not torch.allclose(other(x), want)
         other.load_state_dict(fast.state_dict())
-        torch.testing.assert_close(other(x), want, rtol=0, atol=0)
+        assert_equal(other(x), want)
 
 
 def test_distributed_data_parallel_finds_every_gradient(tmp_path, device):
@@ -235,9 +234,9 @@ def test_uint8_images(backend, device):
     mean, std = (torch.tensor(reference.pretrained_cfg[k], device=device) for k in ("mean", "std"))
     floats = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(fast(image), reference(floats), **CLOSE)
+        assert_close(fast(image), reference(floats))
         fast.patch_embed.register_forward_hook(lambda *args: None)  # then it is called
-        torch.testing.assert_close(fast(image), reference(floats), **CLOSE)
+        assert_close(fast(image), reference(floats))
 
 
 HOOKED = (
@@ -250,27 +249,25 @@ HOOKED = (
 def test_hooks_on_the_models_own_modules_fire(name):
     want, got = hooked(*tiny_cait(), name)
     assert want is not None
-    torch.testing.assert_close(got, want, **CLOSE)
+    assert_close(got, want)
 
 
 def test_features_intermediates_and_surgery():
     reference, fast = tiny_cait()
     x = images(reference)
     models = (fast, reference)
-    torch.testing.assert_close(*(m.forward_features(x) for m in models), **CLOSE)
+    assert_close(*(m.forward_features(x) for m in models))
     for options in ({}, {"norm": True, "output_fmt": "NLC"}, {"indices": 1}):
-        torch.testing.assert_close(
-            *(m.forward_intermediates(x, **options) for m in models), **CLOSE
-        )
+        assert_close(*(m.forward_intermediates(x, **options) for m in models))
     want = reference.forward_head(reference.forward_features(x), pre_logits=True)
-    torch.testing.assert_close(fast.forward_pre_logits(x), want, **CLOSE)
+    assert_close(fast.forward_pre_logits(x), want)
     for model in models:
-        torch.manual_seed(2)
+        seed(2)
         model.reset_classifier(5, "avg")
-    torch.testing.assert_close(*(m(x) for m in models), **CLOSE)
+    assert_close(*(m(x) for m in models))
     for model in models:
         model.prune_intermediate_layers(1)
-    torch.testing.assert_close(*(m(x) for m in models), **CLOSE)
+    assert_close(*(m(x) for m in models))
 
 
 def test_modules_by_themselves(device):
@@ -306,7 +303,7 @@ def test_export_with_a_dynamic_batch_and_the_meta_device():
     x = images(reference)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(fast, (x,), dynamic_shapes=({0: batch},)).module()
-    torch.testing.assert_close(exported(x[:1]), reference(x[:1]), **CLOSE)
+    assert_close(exported(x[:1]), reference(x[:1]))
     with torch.no_grad():
         assert fast.to("meta")(x.to("meta")).shape == (2, 11)
 
@@ -317,9 +314,9 @@ def test_awkward_batches(device):
     with torch.no_grad():
         want = reference(x)
         assert fast(x[:0]).shape == (0, 11)
-        torch.testing.assert_close(fast(x[:1]), want[:1], **CLOSE)
-        torch.testing.assert_close(fast(x.to(memory_format=torch.channels_last)), want, **CLOSE)
+        assert_close(fast(x[:1]), want[:1])
+        assert_close(fast(x.to(memory_format=torch.channels_last)), want)
         x[1, 0, 0, 0] = torch.nan
         got = fast(x)
     assert got[1].isnan().all()
-    torch.testing.assert_close(got[[0, 2]], want[[0, 2]], **CLOSE)
+    assert_close(got[[0, 2]], want[[0, 2]])

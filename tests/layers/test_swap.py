@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from checking import assert_close, assert_equal
 from modelling import TINY, images, tiny_pair
 from torch import nn
 from torch.nn.utils import prune
@@ -51,7 +52,7 @@ def test_what_is_left_says_why(options, name, reason):
     reasons = {left.name: left.reason for left in report.left}
     assert reason in reasons[name]
     assert reason in str(report)
-    torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-4)
+    assert_close(model(x), want)
 
 
 def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_left():
@@ -92,7 +93,7 @@ def test_restore_is_exact():
         assert module.__dict__.keys() == reference.get_submodule(name).__dict__.keys(), name
     assert all(p is parameters[name] for name, p in fast.named_parameters())
     x = images(reference)
-    torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
+    assert_equal(fast(x), reference(x))
     deit_fast.restore(nn.LayerNorm(3))  # nothing to undo is no error
 
     torchs = nn.Sequential(nn.LayerNorm(4))
@@ -146,7 +147,7 @@ def test_a_pruned_layer_is_refused_not_skipped():
     report = deit_fast.accelerate(other)
     assert [m.name for m in report.left] == ["blocks.0.attn", "blocks.0"]
     x = images(reference)
-    torch.testing.assert_close(other(x), reference(x), atol=1e-5, rtol=1e-4)
+    assert_close(other(x), reference(x))
 
 
 def test_classes_build_as_timms_do():
@@ -159,7 +160,7 @@ def test_classes_build_as_timms_do():
     reference.load_state_dict(model.state_dict())
     assert type(model.blocks[0]) is layers.Block and type(model.blocks[0].attn) is layers.Attention
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-4)
+    assert_close(model(x), reference(x))
     assert type(deit_fast.restore(model).blocks[0].mlp) is timm.layers.Mlp
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from checking import seed
 
 import deit_fast
 import stand_in_cuda
@@ -85,7 +86,7 @@ class Exercise:
     def models(self, quick: bool) -> None:
         """Every family: inference in half precision, training, autocast, quantized formats."""
         for name, (timm_name, options) in MODELS.items():
-            torch.manual_seed(0)
+            seed(0)
             model = deit_fast.create_model(timm_name, **options)
             size = model.patch_embed.img_size if hasattr(model.patch_embed, "img_size") else (224,)
             images = torch.randn(2 if name == "tiny_vit" else BATCH, 3, size[0], size[0])
