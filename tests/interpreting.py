@@ -45,6 +45,7 @@ interpreter._patch_lang = _exchange_once
 
 _convert = interpreter._convert_float
 _dot = interpreter.InterpreterBuilder.create_dot
+_cast_once = interpreter.InterpreterBuilder.cast_impl
 
 
 def _bf16_to_fp32(data):
@@ -74,6 +75,16 @@ def _convert_float(data, source, target, rounding):
     return data.view(f"uint{8 * data.itemsize}")
 
 
+def _cast(self, source, target):
+    """Its casts between bf16 and what is not fp32 take the bits for integers."""
+    if tl.bfloat16 in (source.dtype.scalar, target.scalar) and source.dtype.scalar != target.scalar:
+        if source.dtype.scalar != tl.float32:
+            source = _cast_once(self, source, tl.float32)
+        if target.scalar == tl.float32:
+            return source
+    return _cast_once(self, source, target)
+
+
 def _create_dot(self, a, b, *args, **kwargs):
     a, b = (
         interpreter.TensorHandle(_bf16_to_fp32(t.data), tl.float32)
@@ -86,3 +97,4 @@ def _create_dot(self, a, b, *args, **kwargs):
 
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _create_dot
+interpreter.InterpreterBuilder.cast_impl = _cast
