@@ -28,6 +28,9 @@ PEAK = 10
 # What cancels to nothing leaves this many eps of the terms
 CANCELLED = 32
 
+# Scores are written with six digits; the last one may be rounded either way
+SIXTH_DIGIT = 1.01e-6
+
 SEED = int(os.environ.get("DEIT_FAST_TEST_SEED", "0"))  # from --seed; also in processes of tests
 
 
@@ -155,6 +158,11 @@ def assert_within(got, want, share, what=""):
     got, want = (torch.as_tensor(t).detach().double() for t in (got, want))
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} != {tuple(want.shape)}"
     assert_at_most(size(got - want), share * size(want), what)
+
+
+def assert_differ(got, want, what=""):
+    """By a thousandth at least, which is far above rounding: what was changed is seen."""
+    assert relative_error(got, want) > 1e-3, f"{what}: the same"
 
 
 def as_list(outputs):

@@ -90,9 +90,9 @@ def test_formats_say_the_same(tmp_path):
         assert [int(a["class_1"]), int(a["class_2"])] == c["classes"]
         assert [p["label"] for p in b["predictions"]] == c["labels"]
         assert [a["label_1"], a["label_2"]] == c["labels"] == [LABELS[k] for k in c["classes"]]
-        assert [p["score"] for p in b["predictions"]] == pytest.approx(c["scores"], abs=1e-6)
-        assert [float(a["score_1"]), float(a["score_2"])] == pytest.approx(c["scores"], abs=1e-6)
-        assert c["scores"] == pytest.approx([0.5 + i / 100, i / 1000], abs=1e-6)
+        assert [p["score"] for p in b["predictions"]] == pytest.approx(c["scores"])
+        assert [float(a["score_1"]), float(a["score_2"])] == pytest.approx(c["scores"])
+        assert c["scores"] == pytest.approx([0.5 + i / 100, i / 1000])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl", "a.parquet"]
 
 
