@@ -263,7 +263,11 @@ def test_every_timed_step_updates_and_the_compared_ones_do_not(vit, monkeypatch)
     def clock(step, inputs, runs, warmup, device):
         start = [p.detach().clone() for p in step.model.parameters()]
         for p, q in zip(start, vit.model.parameters(), strict=True):
-            assert_close(p, q)
+            if steps:  # one, of AdamW, moves each number by the learning rate
+                moved = (p - q).abs().max().item()
+                assert_at_most(moved, 2 * networks.LEARNING_RATE, "the step before")
+            else:
+                assert_equal(p, q)
         for _ in range(runs + warmup):
             step(inputs[0])
         steps.append(step)

@@ -64,7 +64,7 @@ def test_autocast(device):
             got = triton_conv_norm(**inputs)
         want = reference(**inputs)
         assert got.dtype == FP16
-        assert_close(got.float(), want)
+        assert_close(got.float(), want, dtype=FP16)
 
 
 @pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT, cases.CONV_NORM[5]], ids=str)

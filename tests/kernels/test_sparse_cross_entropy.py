@@ -124,8 +124,9 @@ def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
     _, got = loss_and_gradient(triton_loss, inputs, 2.0**16)
     _, true = loss_and_gradient(sparse_cross_entropy_reference, in_fp64(inputs), 2.0**16)
     assert (true / 2**16).abs().median() < 1e-6
-    # relative to each, down to fp16's own smallest steps
-    assert_close(got.double(), true)
+    small = true.abs() < true.abs().median()
+    for some in (small, ~small):
+        assert_close(got.double()[some], true[some], dtype=FP16)
 
 
 def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
