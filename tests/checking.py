@@ -157,6 +157,11 @@ def assert_within(got, want, share, what=""):
     assert_at_most(size(got - want), share * size(want), what)
 
 
+def assert_differ(got, want, what=""):
+    """By a thousandth at least, which is far above rounding: what was changed is seen."""
+    assert relative_error(got, want) > 1e-3, f"{what}: the same"
+
+
 def as_list(outputs):
     return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
