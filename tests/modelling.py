@@ -58,10 +58,6 @@ def assert_same_logits(reference, fast, x):
     assert_as_accurate(fast(x), want, true, "with gradients on")
 
 
-# Softmax takes no notice of what all scores of a row share: what a bias of keys adds to them,
-# and the bias of the talking heads' product before it
-ZERO = {"attn.k.bias": "attn.q.bias", "attn.proj_l.bias": "attn.proj_l.weight"}
-
 # (dtype of the weights, dtype of autocast): what inference and training are run in
 PRECISIONS = {
     "fp32": (None, None), "fp16": (FP16, None), "bf16": (BF16, None),
@@ -88,12 +84,12 @@ def gradients(model, x, dtype=None, draw=3):
     return named | {f"output {i}": t.detach() for i, t in enumerate(outputs)}
 
 
-def assert_training_as_accurate(reference, fast, x, dtype=None, zero=ZERO):
+def assert_training_as_accurate(reference, fast, x, dtype=None):
     """Every parameter's error at most twice timm's own, both against timm in fp64."""
     ours, timms = gradients(fast, x, dtype), gradients(reference, x, dtype)
     true = gradients(copy.deepcopy(reference).double(), x)
     computed = dtype or next(reference.parameters()).dtype
-    assert_gradients_as_accurate(ours, timms, true, zero, dtype=computed)
+    assert_gradients_as_accurate(ours, timms, true, dtype=computed)
 
 
 def assert_precision(reference, fast, x, precision, device, train=True):
