@@ -134,7 +134,7 @@ def test_precisions(precision, backend, device):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_sixteen_heads(precision, device):
     """Only in half precision the kernels take them."""
-    reference, fast = tiny_cait("triton", 16, depth=1, depth_token_only=1)
+    reference, fast = tiny_cait("triton", 16, depth=1, depth_token_only=1, img_size=32)
     assert_precision(reference, fast, images(reference), precision, device)
 
 
