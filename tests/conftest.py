@@ -23,6 +23,8 @@ torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
 import interpreting  # noqa: E402, F401  (not before the interpreter is chosen)
 
+pytest_plugins = ["selection"]
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
