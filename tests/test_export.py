@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import selection
 import timm
 import torch
 from checking import assert_as_accurate, assert_close, seed
@@ -28,6 +29,7 @@ from deit_fast.quantization import quantized_layers
 exporting = importlib.import_module("deit_fast.export")  # the name may be the function's, too
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL = {"embed_dim": 32, "num_heads": 1, "img_size": 32, "depth": 1}
+ONNX = pytest.param("onnx", marks=pytest.mark.slow)
 ANY = ({0: torch.export.Dim("batch", min=1)},)
 
 
@@ -159,14 +161,14 @@ def test_half_precision_kernels_for_any_batch(device):
 def read(path, format):
     """The file as its reader would load it: a function of a tensor."""
     if format == "onnx":
-        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        session = importlib.import_module("onnxruntime").InferenceSession(path)
         return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
     return torch.export.load(path).module()
 
 
 def target(folder, format):
     if format == "onnx":
-        pytest.importorskip("onnxruntime")
+        selection.extra("export", "onnx", "onnxscript", "onnxruntime")
     return folder / f"tiny{exporting.FORMATS[format]}"
 
 
@@ -179,7 +181,7 @@ def fused(reference, x, heads):
 
 
 @pytest.mark.parametrize("heads", ["joint_softmax", "distill"])
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+@pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_files_compute_what_timm_computes(format, heads, tmp_path):
     reference, fast = tiny_pair("auto", **SMALL)
     deit_fast.set_heads(fast, heads)
@@ -195,7 +197,10 @@ def test_files_compute_what_timm_computes(format, heads, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("format, bits", [("torch-export", "fp8"), ("onnx", "int8")])
+@pytest.mark.parametrize("format, bits", [
+    ("torch-export", "fp8"),
+    pytest.param("onnx", "int8", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_files_in_eight_bits(format, bits, tmp_path):
     """They compute what the model does, which stays in eight bits, and hold it in eight bits."""
     _, fast = tiny_pair("auto", **SMALL)
@@ -208,6 +213,7 @@ def test_files_in_eight_bits(format, bits, tmp_path):
     assert report.errors[2] < 1e-5 and len(quantized_layers(fast)) == 4
 
 
+@pytest.mark.slow
 def test_fp8_has_no_onnx(tmp_path):
     _, fast = tiny_pair("auto", **SMALL)
     deit_fast.quantize(fast, "fp8", exclude="*.qkv")
@@ -216,7 +222,7 @@ def test_fp8_has_no_onnx(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+@pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_a_fixed_batch_takes_no_other(format, tmp_path):
     reference, fast = tiny_pair(distilled=False, **SMALL)
     path = target(tmp_path, format)
@@ -230,8 +236,10 @@ def test_a_fixed_batch_takes_no_other(format, tmp_path):
     assert list(report.errors) == [2] and "batch 2" in str(report)
 
 
+@pytest.mark.slow
 def test_aoti_and_plain_programs_load_without_deit_fast(tmp_path):
     """In a process of their own. One AOTInductor compilation: it takes half a minute."""
+    selection.compiler()
     reference, fast = tiny_pair("triton", **SMALL)
     deit_fast.set_heads(fast, "joint_softmax")
     paths = [tmp_path / "tiny-aoti.pt2", tmp_path / "tiny-plain.pt2"]
@@ -277,7 +285,10 @@ def test_kernels_stay_in_a_torch_export_file(tmp_path, device):
     assert not our_operators(torch.export.load(tmp_path / "b.pt2"))
 
 
-@pytest.mark.parametrize("format, dtype", [("onnx", FP16), ("torch-export", BF16)], ids=str)
+@pytest.mark.parametrize("format, dtype", [
+    pytest.param("onnx", FP16, marks=pytest.mark.slow),
+    ("torch-export", BF16),
+], ids=str)  # fmt: skip
 def test_half_precision(format, dtype, tmp_path):
     reference, fast = tiny_pair(**SMALL)
     path = target(tmp_path, format)
@@ -290,7 +301,7 @@ def test_half_precision(format, dtype, tmp_path):
         assert_as_accurate(got, want, true, factor=3.0)  # onnxruntime rounds elsewhere
 
 
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+@pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_the_model_stays_what_it_is(format, tmp_path, device):
     _, fast = tiny_pair("triton", **SMALL)
     fast = fast.to(device)
@@ -313,10 +324,12 @@ def test_the_model_stays_what_it_is(format, tmp_path, device):
         assert p.requires_grad
 
 
+@pytest.mark.slow
 def test_onnx_holds_standard_operators_names_and_no_paths(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    _, fast = tiny_pair("triton", **SMALL)
     path = target(tmp_path, "onnx")
+    import onnx
+
+    _, fast = tiny_pair("triton", **SMALL)
     export(fast, path, "onnx")
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -334,7 +347,7 @@ def test_onnx_holds_standard_operators_names_and_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [1.001, torch.nan])
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+@pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_a_file_that_disagrees_is_not_kept(format, scale, tmp_path, monkeypatch):
     """Caught by running the file: what is written is another model's program."""
     real = exporting._trace
@@ -365,7 +378,7 @@ def test_a_file_wrong_for_many_images_alone_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+@pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_a_full_disk_leaves_the_earlier_file(format, tmp_path):
     """As far as a limit on the size of files shows it. PyTorch's own writer ends the process."""
     _, fast = tiny_pair(**SMALL)
@@ -389,10 +402,12 @@ def test_what_the_exporter_can_not_trace_is_one_line(tmp_path):
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+@pytest.mark.parametrize("missing", ["onnx", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("onnxscript", "onnxruntime")
+)])  # fmt: skip
 def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
+    if missing != "onnx":  # which is looked for first
+        selection.extra("export", "onnx", "onnxscript", "onnxruntime")
     monkeypatch.setitem(sys.modules, missing, None)
     want = rf"onnx: needs {missing} .*: pip install 'deit_fast\[export\]'"
     _, fast = tiny_pair(**SMALL)
@@ -410,8 +425,8 @@ def test_a_compiled_model_is_exported_without_its_wrapper(tmp_path):
         assert_close(got, reference(x))
 
 
-def test_models_that_do_not_fit(tmp_path, monkeypatch):
-    pt2, onnx = tmp_path / "a.pt2", tmp_path / "a.onnx"
+def test_models_that_do_not_fit(tmp_path):
+    pt2 = tmp_path / "a.pt2"
     _, fast = tiny_pair(**SMALL)
     with pytest.raises(ValueError, match="backend: 'triton', want one of"):
         export(fast, pt2, "torch-export", backend="triton")
@@ -421,7 +436,13 @@ def test_models_that_do_not_fit(tmp_path, monkeypatch):
         export(timm.create_model("resnet18").eval(), pt2, "torch-export")
     with pytest.raises(ValueError, match="float32 on meta, want a float model with data"):
         export(tiny_pair(**SMALL)[1].to("meta"), pt2, "torch-export")
-    pytest.importorskip("onnxruntime")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_models_that_do_not_fit_onnx(tmp_path, monkeypatch):
+    selection.extra("export", "onnx", "onnxscript", "onnxruntime")
+    onnx = tmp_path / "a.onnx"
     with pytest.raises(ValueError, match="onnx: bfloat16 model, want float32 or float16"):
         export(tiny_pair(**SMALL)[1].bfloat16(), onnx, "onnx")
     monkeypatch.setattr(exporting, "ONNX_LIMIT", 100_000)

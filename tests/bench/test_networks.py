@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 
 import pytest
+import selection
 import torch
 from checking import assert_close, assert_equal
 from fake_cuda import FakeCuda
@@ -176,7 +177,7 @@ def test_torchao_is_asked_for_float8_by_row(vit, monkeypatch):
 
 @pytest.mark.gpu
 def test_torchao_agrees_and_is_timed():
-    pytest.importorskip("torchao")
+    selection.extra("torchao", "torchao")
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
     if reason := network.why_not(MODES["torchao_fp8_compile"]):
         pytest.skip(reason)
@@ -210,8 +211,10 @@ def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
     assert row.images_per_s == pytest.approx(5e3 * 3 / sum(times))
 
 
+@pytest.mark.slow
 def test_compiled_rows_agree():
     """Two blocks: compiling takes its time."""
+    selection.compiler()
     shallow = Network("deit_tiny_distilled", 32, CPU, options={"depth": 2})
     row, _ = measure(shallow, "compile_bf16")
     assert row.status == "measured", row.note

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import selection
 import timm
 import torch
 from checking import (
@@ -175,6 +176,14 @@ def test_compiles_into_one_graph(device):
     with torch.no_grad():
         for batch in (x, torch.cat((x, x[:1]))):  # the second with a dynamic batch size
             assert_close(compiled(batch), reference(batch))
+
+
+@pytest.mark.slow
+def test_compiles_to_code_with_gradients(device):
+    selection.compiler()
+    reference, fast = tiny_cait("triton", depth=1, depth_token_only=1)
+    reference, fast = reference.to(device), fast.to(device)
+    x = images(reference).to(device)
     torch.compiler.reset()
     compiled = torch.compile(fast, fullgraph=True)
     want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))

@@ -5,6 +5,7 @@ import pickle
 import sys
 
 import pytest
+import selection
 import timm
 import torch
 from checking import (
@@ -291,9 +292,13 @@ def test_masks_given_at_run_time_go_through_timm():
         assert_close(fast(x, is_causal=True), causal)
 
 
-@pytest.mark.parametrize("backend, compiler", [("torch", NO_CODE), ("triton", "inductor")])
+@pytest.mark.parametrize("backend, compiler", [
+    ("torch", NO_CODE), pytest.param("triton", "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiles_into_one_graph(backend, compiler, device):
     """Inductor has the kernels to call; without any there are PyTorch's operators alone."""
+    if compiler == "inductor":
+        selection.compiler()
     reference, fast = tiny_pair(backend)
     reference, fast = reference.to(device), fast.to(device)
     x = images(reference).to(device)

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import selection
 import timm
 import torch
 from checking import (
@@ -172,7 +173,9 @@ def test_half_precision(device):
         assert_as_accurate(fast(x), reference(x), exact)
 
 
+@pytest.mark.slow
 def test_compiles(device):
+    selection.compiler()
     _, fast = small("triton", device)
     x = images(1, device=device)
     compiled = torch.compile(fast, fullgraph=True)
