@@ -21,9 +21,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait f
     os.environ["OMP_NUM_THREADS"] = str(threads)  # and so do the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
+import checking  # noqa: E402
 import interpreting  # noqa: E402, F401  (not before the interpreter is chosen)
 
-pytest_plugins = ["selection"]
+from deit_fast.kernels import cases  # noqa: E402
+
+pytest_plugins = ["tiers", "selection"]
 
 
 def pytest_collection_modifyitems(items):
@@ -38,6 +41,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def draws_by_seed(monkeypatch):
+    """What no test seeds, and what `deit_fast.kernels.cases` makes."""
+    checking.seed(0)
+    monkeypatch.setattr(cases, "SEED", checking.seeded(0))
 
 
 @pytest.fixture(autouse=True)

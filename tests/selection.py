@@ -63,6 +63,7 @@ def _is_a_case(item):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tiers.py, which is named before this
 def pytest_collection_modifyitems(config, items):
     cases, others = [], []
     for item in items:
