@@ -11,7 +11,7 @@ import pytest
 import selection
 import timm.data
 import torch
-from checking import seeded
+from checking import FP64, assert_close, seeded
 from modelling import picture, randomize, tiny_pair
 from PIL import Image
 
@@ -75,7 +75,7 @@ def test_disagreement_by_brute_force():
     found = analyse.disagreement(decided)
     rows = list(decided.values())
     want = [[sum(int(x != y) for x, y in zip(a, b, strict=True)) / 57 for b in rows] for a in rows]
-    np.testing.assert_allclose(found, want, atol=1e-12)
+    assert_close(torch.from_numpy(found), torch.tensor(want, dtype=FP64))
     assert (found == found.T).all() and not found.diagonal().any()
     assert found[1, 4] == 0 and found[0, 1] > 0.3
     with pytest.raises(ValueError, match="none that every model could read"):
@@ -148,7 +148,7 @@ def test_disagreement_command(folder, saved, tmp_path, capsys):
             with torch.no_grad():
                 rows.append(model(x).argmax(1).numpy())
     want = np.array([[np.mean(a != b) for b in rows] for a in rows])
-    np.testing.assert_allclose(result["disagreement"], want, atol=1e-12)
+    assert_close(torch.tensor(result["disagreement"], dtype=FP64), torch.from_numpy(want))
     assert len(np.unique(want)) > 5
     with open(out / "disagreement.csv", newline="") as file:
         header, *lines = csv.reader(file)
@@ -224,7 +224,7 @@ def test_cosines_by_hand(folder, models, fast):
         found = analyse.token_similarity(models[fast], images, count=count, batch_size=7)
         assert list(found.cosines) == ["input", "block 1", "block 2", "block 3", "norm"]
         want = by_hand(models[0], images, numbers)
-        assert list(found.cosines.values()) == pytest.approx(want, abs=2e-5)
+        assert_close(torch.tensor(list(found.cosines.values())), torch.tensor(want))
         assert found.images == len(numbers) and found.skipped == []
         assert len({round(cosine, 3) for cosine in want}) == 5
     assert not any(m._forward_hooks for m in models[fast].modules())
@@ -281,7 +281,7 @@ def test_tokens_command(folder, models, saved, tmp_path, capsys):
     with open(out / "tokens.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["after", "cosine"] and [row[0] for row in rows[1:]] == places
-    assert [float(row[1]) for row in rows[1:]] == pytest.approx(want, abs=2e-5)
+    assert_close(torch.tensor([float(row[1]) for row in rows[1:]]), torch.tensor(want))
     for place, cosine in zip(places, want, strict=True):
         assert re.search(rf"^ ?{place} +{cosine:.4f} *$", printed, re.M), printed
     assert_picture(out / "tokens.png")

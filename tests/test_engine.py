@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm
 import torch
-from checking import assert_close, seeded
+from checking import assert_close, assert_differ, seeded
 from fake_cuda import FakeCuda, Race, Stream
 from modelling import TINY, tiny_pair
 
@@ -117,7 +117,7 @@ def test_callers_on_streams_of_their_own(fake):
         results.append((fake.caller, run(images), want))
     for stream, got, want in results:  # an overwritten one would differ
         with fake.on(stream):
-            assert torch.allclose(got, want, atol=1e-5)
+            assert_close(got, want)
 
 
 def test_the_next_images_are_copied_while_the_last_are_computed(fake, monkeypatch):
@@ -246,7 +246,7 @@ def test_weights_changed_in_place_are_seen(request, graphs):
         for p, q in zip(m.parameters(), other.parameters(), strict=True):
             p.copy_(q + 0.1)
     after = run(floats(2))
-    assert not torch.allclose(before, after)
+    assert_differ(after, before)
     assert_answers(after, m, floats(2))
 
 
@@ -276,26 +276,27 @@ def test_refresh_sees_other_heads(fake):
     deit_fast.set_heads(m, "distill")
     run.refresh()
     assert_answers(run(floats(2)), m, floats(2))
-    assert not torch.allclose(m.head(torch.ones(64)), m.head_dist(torch.ones(64)))
+    assert_differ(m.head(torch.ones(64)), m.head_dist(torch.ones(64)))
 
 
 def test_threads_get_their_own_answers():
     m = model()
     run = InferenceEngine(m, batch_size=4)
     want = {count: answers(m, floats(count)) for count in range(1, 9)}
-    wrong = []
+    found = []
 
     def call(count):
         for _ in range(20):
-            if not torch.allclose(run(floats(count)), want[count], atol=1e-5):
-                wrong.append(count)
+            found.append((count, run(floats(count))))
 
     threads = [threading.Thread(target=call, args=(count,)) for count in want]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert not wrong
+    assert len(found) == 20 * len(want)
+    for count, got in found:
+        assert_close(got, want[count])
 
 
 def test_one_call_at_a_time():
@@ -461,20 +462,22 @@ def test_real_graphs_see_weights_and_serve_threads():
     assert_close(run(floats(3)), answers(m, floats(3).cuda()))
     want = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
     torch.cuda.synchronize()
-    wrong = []
+    found = []
 
     def call(count):
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(50):
-                if not torch.allclose(run(floats(count).pin_memory()), want[count], atol=1e-4):
-                    wrong.append(count)
+                found.append((count, run(floats(count).pin_memory())))
 
     threads = [threading.Thread(target=call, args=(count,)) for count in want]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert not wrong
+    torch.cuda.synchronize()
+    assert len(found) == 50 * len(want)
+    for count, got in found:
+        assert_close(got, want[count])
     m.half()
     with pytest.raises(RuntimeError, match="refresh"):
         run(floats(1))

@@ -83,7 +83,7 @@ def test_formats_say_the_same(tmp_path):
             assert a["class_1"] == "" and "predictions" not in b
             continue
         assert a["error"] == "" and "error" not in b
-        classes, scores = [i % 10, (i + 1) % 10], pytest.approx([0.5 + i / 100, i / 1000], abs=1e-6)
+        classes, scores = [i % 10, (i + 1) % 10], pytest.approx([0.5 + i / 100, i / 1000])
         labels = [LABELS[k] for k in classes]
         assert [p["class"] for p in b["predictions"]] == classes
         assert [int(a["class_1"]), int(a["class_2"])] == classes
@@ -111,7 +111,7 @@ def test_parquet_says_what_jsonl_does(tmp_path):
             continue
         for name, column in (("class", "classes"), ("label", "labels")):
             assert [p[name] for p in a["predictions"]] == b[column]
-        assert [p["score"] for p in a["predictions"]] == pytest.approx(b["scores"], abs=1e-6)
+        assert [p["score"] for p in a["predictions"]] == pytest.approx(b["scores"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
 
 

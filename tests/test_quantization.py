@@ -10,7 +10,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from checking import assert_close, relative_error, seed, seeded
+from checking import (
+    BLOCK_IN_EIGHT_BITS,
+    LOGITS_IN_EIGHT_BITS,
+    NEIGHBOURS,
+    assert_close,
+    assert_differ,
+    assert_within,
+    relative_error,
+    seed,
+    seeded,
+)
 from modelling import TINY, images, randomize, tiny_pair
 from torch.nn.utils import prune
 
@@ -72,6 +82,11 @@ def logits(model, x):
         return model(x)
 
 
+def features(model, x):
+    with torch.no_grad():
+        return model.forward_features(x)
+
+
 VARIANTS = {
     "distilled": {},
     "plain": {"distilled": False},
@@ -89,10 +104,10 @@ VARIANTS = {
 def test_logits_are_those_of_the_definition(variant, format):
     """Closer by far to a model rounded layer by layer than either is to the unrounded one. What is
     left comes of sums in another order, which now and then round to the neighbour."""
-    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(seeded(1)))
+    x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(seeded(1)))
     options = dict(VARIANTS[variant])
     exclude = options.pop("exclude", ())
-    calibration = x if "calibrated" in format else None
+    calibration = x[:3] if "calibrated" in format else None
     reference, fast = tiny_pair("torch", **options)
     for model in (reference, fast):
         model.blocks[1].attn.scale, model.blocks[1].attn.fused_attn = 0.3, False
@@ -103,36 +118,36 @@ def test_logits_are_those_of_the_definition(variant, format):
     ]
     left = {n for n in LAYERS for p in exclude if fnmatch.fnmatchcase(n, p)}
     assert quantized_layers(fast).keys() == set(LAYERS) - left
-    want = logits(simulated(reference, fast), x)
-    rounding = relative_error(want, logits(reference, x))
-    error = relative_error(logits(fast, x), want)
-    assert 1e-3 < rounding < 0.2
-    assert error < 0.4 * rounding
-    with torch.no_grad():  # all tokens, through the same blocks
-        got = fast.forward_features(x)
-        assert relative_error(got, simulated(reference, fast).forward_features(x)) < 0.4 * rounding
+    defined = simulated(reference, fast)
+    for read in (logits, features):  # all tokens go through the same blocks
+        got, want, exact = (read(model, x) for model in (fast, defined, reference))
+        assert_differ(want, exact)
+        assert_within(want, exact, LOGITS_IN_EIGHT_BITS)
+        assert_within(got, want, NEIGHBOURS * relative_error(want, exact))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("format", ["fp8", "attention fp8", "int8"])
 def test_kernels_serve_the_model(format, dtype, device):
     """Triton and PyTorch agree as far as rounding to the neighbour lets them; fp16 is rounded more
-    often, and softmax in fp8 by the kernel alone."""
+    often, and softmax in fp8 by the kernel alone. All tokens say how far, the logits are few."""
     attention = "attention" in format
     _, fast = tiny_pair("triton", img_size=32)
     deit_fast.quantize(fast, format.split()[-1], attention=attention)
     x = images(fast).to(device, dtype)
     fast.to(device, dtype)
-    got = logits(fast, x)
+    got, got_logits = features(fast, x), logits(fast, x)
     deit_fast.accelerate(fast, "torch")
-    want = logits(fast, x)
+    want, want_logits = features(fast, x), logits(fast, x)
     undo(fast)
-    exact = logits(fast, x)
-    assert got.dtype == dtype
+    exact = features(fast, x)
+    assert got.dtype == got_logits.dtype == dtype
     rounding = relative_error(want, exact)
     exactly = dtype == torch.float32 and not attention
-    assert relative_error(got, want) < rounding / (2 if exactly else 1) < 0.2
-    assert relative_error(got, exact) < 1.25 * rounding
+    assert_within(want, exact, LOGITS_IN_EIGHT_BITS)
+    assert_within(got, want, rounding / (2 if exactly else 1))
+    assert_within(got, exact, 1.25 * rounding)
+    assert_within(got_logits, want_logits, LOGITS_IN_EIGHT_BITS)
 
 
 def test_what_was_done_is_reported():
@@ -153,7 +168,7 @@ def test_widths_without_whole_parts_are_left(format, left):
     assert [m.name for m in report.left] == [f"blocks.{i}.{n}" for i in (0, 1) for n in left]
     assert all("multiple of" in m.reason for m in report.left)
     x = images(reference)
-    assert relative_error(logits(fast, x), logits(reference, x)) < 0.2
+    assert_within(logits(fast, x), logits(reference, x), LOGITS_IN_EIGHT_BITS)
     if left:  # and no folder may say otherwise
         _, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
         with pytest.raises(ValueError, match="blocks.1.attn.proj heads of 48 features"):
@@ -208,7 +223,7 @@ def test_dtypes_survive_a_change_of_the_models(format, qkv_bias, device):
     assert all(torch.equal(state[name].cpu(), t) for name, t in kept.items())
     assert torch.equal(state["blocks.0.attn.qkv.weight"].cpu().float(), values.float())
     got = logits(fast, x.to(device, torch.float16)).cpu()
-    assert relative_error(got, logits(reference, x)) < 0.2
+    assert_within(got, logits(reference, x), LOGITS_IN_EIGHT_BITS)
     meta = copy.deepcopy(fast).to("meta")
     assert meta.blocks[0].attn.qkv.weight.is_meta and meta.blocks[0].attn.qkv.weight_scale.is_meta
     deit_fast.restore(fast)
@@ -321,9 +336,10 @@ def test_copies_pickles_and_compilation(format):
         assert not quantized_layers(deit_fast.restore(again))
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-    assert relative_error(logits(compiled, x), want) < 1e-2
+    assert_close(logits(compiled, x), want)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert relative_error(fast(x), want) < 0.1
+        # rounded to bf16 first: more numbers go to a neighbour
+        assert_within(fast(x), want, LOGITS_IN_EIGHT_BITS / 2)
 
 
 def test_a_sample_that_is_not_a_number_stays_alone():
@@ -399,7 +415,7 @@ def test_calibration_reads_images_in_every_way():
         assert [m.training for m in model.modules()] == before
         assert not any(m._forward_hooks for m in model.modules())
         scales.append(model.blocks[1].mlp.fc2.input_scale.item())
-    assert scales == pytest.approx([2 * max(seen) / 448] * 4, rel=1e-4)
+    assert_close(torch.tensor(scales), torch.tensor([2 * max(seen) / 448] * 4))
     as_bytes = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     assert "from 2 images" in str(deit_fast.quantize(copy.deepcopy(fast), "fp8", as_bytes))
 
@@ -492,10 +508,11 @@ def test_a_layer_alone():
         reference, fast = quantized_pair(format)
         x, mask = torch.randn(2, 18, 64), torch.rand(18, 18) > 0.2
         got = fast.blocks[0](x, attn_mask=mask)
-        assert relative_error(got, reference.blocks[0](x, attn_mask=mask)) < 0.1
+        assert_within(got, reference.blocks[0](x, attn_mask=mask), BLOCK_IN_EIGHT_BITS)
         for name in ("attn", "mlp"):
             got, want = (getattr(m.blocks[0], name)(x) for m in (fast, reference))
-            assert 1e-3 < relative_error(got, want) < 0.1
+            assert_differ(got, want, name)
+            assert_within(got, want, BLOCK_IN_EIGHT_BITS, name)
         assert type(fast.blocks[0].attn.qkv) is QuantizedLinear
         layer = fast.blocks[0].attn.qkv
         for backend in ("auto", "torch"):
@@ -504,7 +521,7 @@ def test_a_layer_alone():
         want = (
             dequantize(quantize_reference(x, format)) @ dequantize(layer.operand).t() + layer.bias
         )
-        assert relative_error(layer(x), want) < 1e-5
+        assert_close(layer(x), want)
 
 
 def test_gradients_are_refused_when_they_are_asked_for():
@@ -515,7 +532,8 @@ def test_gradients_are_refused_when_they_are_asked_for():
     torch._dynamo.reset()
     for model in (fast, torch.compile(fast, fullgraph=True, backend="aot_eager")):
         y = model(x)
-        assert y.requires_grad and relative_error(y, want) < 1e-2
+        assert y.requires_grad
+        assert_close(y, want)
         with pytest.raises(RuntimeError, match="eight bits are for inference"):
             y.sum().backward()
 
@@ -527,7 +545,7 @@ def test_one_layer_restored_by_itself():
     deit_fast.quantize(fast, "fp8", attention=True)
     fast.blocks[0].attn.proj.restore()
     x = images(fast)
-    assert relative_error(logits(fast, x), logits(reference, x)) < 0.2
+    assert_within(logits(fast, x), logits(reference, x), LOGITS_IN_EIGHT_BITS)
 
 
 def test_a_block_of_zeros(device):

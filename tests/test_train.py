@@ -15,7 +15,7 @@ import selection
 import small_runs
 import timm
 import torch
-from checking import assert_close, seeded
+from checking import APART, FP32, assert_close, assert_within, seeded
 from small_runs import options_of, pictures, run, same
 
 import deit_fast
@@ -146,12 +146,13 @@ def test_seeds_change_everything(data, whole, tmp_path):
 
 
 def test_parts_of_a_batch_add_up(data, tmp_path):
-    """Without dropout, whose numbers depend on the parts."""
-    still = {"drop": 0.0, "drop_path": 0.0}
+    """Without dropout, whose numbers depend on the parts; and by SGD: AdamW makes a whole step of a
+    gradient that is nothing but roundings, as that of the keys' bias is."""
+    still = {"drop": 0.0, "drop_path": 0.0, "opt": "sgd", "lr": 0.05}
     one, two = (run(data, tmp_path / str(accum), accum=accum, recipe_of=still) for accum in (1, 2))
     for name, tensor in one["model"].items():
-        assert_close(tensor, two["model"][name])
-    assert one["rows"][-1]["loss"] == pytest.approx(two["rows"][-1]["loss"], rel=1e-5)
+        assert_close(two["model"][name], tensor, name)
+    assert_within(two["rows"][-1]["loss"], one["rows"][-1]["loss"], APART[FP32])
 
 
 def test_killed_again_and_again(data, tmp_path):
@@ -524,7 +525,7 @@ def test_fine_tuning_at_another_resolution(data, whole, tmp_path):
     grid = old[:, 2:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
     bilinear = torch.nn.functional.interpolate(grid, (4, 4), mode="bilinear")
     assert bilinear.flatten(2).norm(dim=1).mean().item() < 0.9 * norm(old)
-    assert abs(norm(new) / norm(old) - 1) < 0.1
+    assert_within(norm(new), norm(old), 0.1, "norms that bicubic keeps")
 
 
 def test_another_number_of_classes(whole, tmp_path):
@@ -610,9 +611,10 @@ def test_mixed_precision_goes_on_bit_for_bit(amp, data, tmp_path):
 
 
 def test_torchrun(data, tmp_path):
-    """Two processes: the same images an update as one, the same numbers to evaluate."""
+    """Two processes: the same images an update as one, the same numbers to evaluate. By SGD, as in
+    test_parts_of_a_batch_add_up."""
     common = ["-m", "deit_fast", "train", str(data), "--workers", "0"]
-    common += options_of(**{"drop-path": 0, "mixup-prob": 0})
+    common += options_of(**{"drop-path": 0, "mixup-prob": 0, "opt": "sgd", "lr": 0.05})
     assert main([*common[2:], "--out", str(tmp_path / "one")]) == 0
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*ranks, *common, "--out", str(tmp_path / "two")]
@@ -621,9 +623,9 @@ def test_torchrun(data, tmp_path):
     one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     assert two["rows"][-1]["scores"]["images"] == 24
     for a, b in zip(one["rows"], two["rows"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert_within(b["loss"], a["loss"], APART[FP32])
     for name, tensor in one["model"].items():
-        assert_close(tensor, two["model"][name])
+        assert_close(two["model"][name], tensor, name)
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
 
 

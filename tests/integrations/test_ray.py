@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import selection
+import torch
+from checking import assert_close
 from modelling import tiny_pair
 from PIL import Image
 
@@ -75,6 +76,6 @@ def test_equals_one_machine(folder, tmp_path):
                 if other.get(name) is None:
                     assert row.get(name) is None
                 else:
-                    np.testing.assert_allclose(row[name], other[name], atol=1e-5)
+                    assert_close(torch.tensor(row[name]), torch.tensor(other[name]), name)
             assert row["error"] or set(row) == set(other)
         assert not want

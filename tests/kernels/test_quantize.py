@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from checking import FP32, ROW_DTYPES, assert_close
+from checking import FP32, ROW_DTYPES, assert_at_most, assert_close
 
 from deit_fast.kernels import (
     Quantized,
@@ -52,7 +52,7 @@ def assert_same_but_for_ties(got, want):
     if got.values.numel():
         apart = (got.values.float() - want.values.float()).abs()
         assert (apart <= steps(Quantized(want.values, torch.ones(1, 1, device=apart.device)))).all()
-        assert (apart > 0).float().mean() < 0.01
+        assert_at_most((apart > 0).float().mean().item(), 0.01, "share of ties")
 
 
 @FORMAT
@@ -134,7 +134,7 @@ def test_one_huge_outlier_costs_its_own_part_only(format, implementation, device
     x[2, 100] = 3e38
     q = quantize(x, format, 4, implementation)
     assert_rounds_to_nearest(q, x)
-    assert dequantize(q)[2, 100].item() == pytest.approx(3e38, rel=1e-6)
+    assert dequantize(q)[2, 100].item() == pytest.approx(3e38)
     other = torch.ones_like(x, dtype=bool)
     other[2, 64:128] = False
     assert torch.equal(q.values[other].float(), clean.values[other].float())

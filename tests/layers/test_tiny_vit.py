@@ -114,8 +114,8 @@ def step(model, x):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients(precision, training, backend, device):
-    """Statistics too, and stochastic depth drawn as timm draws it. Backward of batch norm takes away
-    what the samples share, and leaves what each order of sums rounded: in fp32 that counts."""
+    """Statistics too, and stochastic depth drawn as timm draws it. In fp32 batch norm counts: its
+    backward takes away what the samples share, and leaves what each order of sums rounded."""
     weights, dtype = PRECISIONS[precision]
     options = {"depths": (2, 1), "drop_path_rate": 0.6}
     reference, fast = (m.to(weights).train(training) for m in small(backend, device, **options))
