@@ -221,7 +221,7 @@ def test_compiled_training_step(dtype, device):
     assert_close(gradients(fast, x, dtype), want)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("Inductor's own graphs, and its memory of them")
 @pytest.mark.parametrize("dtype", [None, BF16], ids=["fp32", "autocast bf16"])
 def test_a_training_step_in_cuda_graphs(dtype, device):
     """The first calls warm up and record, the others replay."""

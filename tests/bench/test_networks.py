@@ -187,7 +187,7 @@ def test_torchao_is_asked_for_float8_by_row(vit, monkeypatch):
         assert found == [(inference, False)], mode
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torchao's products in fp8")
 def test_torchao_agrees_and_is_timed():
     selection.extra("torchao", "torchao")
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
@@ -406,7 +406,7 @@ def test_a_batch_too_large_is_halved_and_said(vit, monkeypatch):
     assert (row.status, row.batch) == ("failed", 1)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("memory that really runs out")
 def test_running_out_of_memory_leaves_none_behind():
     device = torch.device("cuda")
     network = Network("deit_tiny", 224, device)
@@ -494,7 +494,7 @@ def test_an_engine_needs_a_gpu(vit):
         assert vit.why_not(mode) == "an engine has its graphs on a CUDA device"
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("an engine's real graphs")
 def test_an_engine_computes_what_the_model_does():
     """For new images and for another batch, too; its memory counts."""
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))

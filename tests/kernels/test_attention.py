@@ -405,9 +405,9 @@ def test_products_in_fp8_that_do_not_fit(device):
     )  # fmt: skip
 
 
-def test_quantized_bad_input_is_named():
-    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
-    one = torch.ones(1, 1)
+def test_quantized_bad_input_is_named(device):
+    q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
+    one = torch.ones(1, 1, device=device)
     for implementation in ("auto", "triton", "torch"):
         for arguments, options, error, message in (
             ((q.double(), k, v), {}, TypeError, "attention_quantized: q has dtype torch.float64"),
@@ -446,12 +446,12 @@ def test_compiles_into_one_graph(device):
     check_compiles(f, [qkv])
 
 
-def test_bad_input_is_named():
-    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
+def test_bad_input_is_named(device):
+    q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
     with pytest.raises(ValueError, match=r"v has shape \(1, 5, 2, 32\), want \(1, 7, 2, 32\)"):
         attention(q, k, v[:, :5])
     with pytest.raises(ValueError, match=r"bias has shape \(2, 5, 5\), want \(2, 5, 7\)"):
-        attention(q, k, v, bias=torch.zeros(2, 5, 5))
+        attention(q, k, v, bias=torch.zeros(2, 5, 5, device=device))
     with pytest.raises(TypeError, match="k has dtype torch.float16, want torch.float32"):
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match="head dimension 31"):

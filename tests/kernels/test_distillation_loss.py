@@ -335,8 +335,8 @@ def test_compiles_into_one_graph(distillation, compiler, device):
     check_compiles(f, logits, compiler)
 
 
-def test_bad_input_is_named():
-    inputs = make_inputs(3, 10)
+def test_bad_input_is_named(device):
+    inputs = make_inputs(3, 10, device=device)
     z, d, y, t = (inputs[k] for k in (*LOGITS, "target", "teacher_logits"))
     with pytest.raises(ValueError, match="distillation 'kl', want one of"):
         distillation_loss(z, d, y, t, "kl")
@@ -370,7 +370,7 @@ def test_bad_input_is_named():
             distillation_loss(z, d, y, t, temperature=temperature)
     with pytest.raises(ValueError, match="label_smoothing 1.5, want 0 to 1"):
         distillation_loss(z, d, y, t, label_smoothing=1.5)
-    mixed = make_inputs(3, 10, soft_target=True)["target"]
+    mixed = make_inputs(3, 10, soft_target=True, device=device)["target"]
     with pytest.raises(ValueError, match="label_smoothing 0.1 with soft targets, want 0: Mixup"):
         distillation_loss(z, d, mixed, t, label_smoothing=0.1)
     with pytest.raises(ValueError, match="implementation: 'cuda'"):

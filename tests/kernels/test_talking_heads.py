@@ -211,8 +211,8 @@ def test_compiles_into_one_graph(device):
     check_compiles(f, [qkv, *weights])
 
 
-def test_bad_input_is_named():
-    inputs = make_inputs(1, 4, 5, 48)
+def test_bad_input_is_named(device):
+    inputs = make_inputs(1, 4, 5, 48, device=device)
 
     def call(implementation="auto", **changed):
         return talking_heads_attention(**inputs | changed, implementation=implementation)
@@ -220,9 +220,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"qkv has shape \(1, 5, 12, 48\), want \(B, N, 3, H, d"):
         call(qkv=inputs["qkv"].flatten(2, 3))
     with pytest.raises(ValueError, match=r"proj_w_weight has shape \(4, 3\), want \(4, 4\)"):
-        call(proj_w_weight=torch.zeros(4, 3))
+        call(proj_w_weight=torch.zeros(4, 3, device=device))
     with pytest.raises(ValueError, match=r"proj_l_bias has shape \(3,\), want \(4,\)"):
-        call(proj_l_bias=torch.zeros(3))
+        call(proj_l_bias=torch.zeros(3, device=device))
     with pytest.raises(
         TypeError, match="proj_l_weight has dtype torch.float16, want torch.float32"
     ):
@@ -230,7 +230,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="head dimension 40, the kernel takes"):
         call("triton", qkv=inputs["qkv"][..., :40])
     for heads, dtype in ((9, FP32), (17, FP16)):
-        wide = {name: t.to(dtype) for name, t in make_inputs(1, heads, 2, 32).items()}
+        wide = make_inputs(1, heads, 2, 32, device)
+        wide = {name: t.to(dtype) for name, t in wide.items()}
         with pytest.raises(ValueError, match=f"{heads} heads in {dtype}, the kernel takes 1 to"):
             call("triton", **wide)
     assert call(qkv=inputs["qkv"][..., :40]).shape == (1, 5, 4, 40)

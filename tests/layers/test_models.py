@@ -373,7 +373,7 @@ def test_bad_images_are_named(backend, device):
             fast(torch.zeros(2, 3, 64, 64, device=device, dtype=torch.uint8))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a real capture, and what the rule takes of this chip")
 @pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
 def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
     reference, fast = tiny_pair("auto", embed_dim=128)
@@ -396,11 +396,11 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
             assert_close(fast.double()(x.double()), exact)
 
 
-def test_folded_layer_norms_and_moments_through_the_whole_model(monkeypatch):
+def test_folded_layer_norms_and_moments_through_the_whole_model(device, monkeypatch):
     """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
     from the product before, the first apart; the logits err no more than timm's."""
-    reference, fast = tiny_pair("triton", depth=2)
-    x = images(reference, batch=86).half()  # rows enough to fold without moments
+    reference, fast = (m.to(device) for m in tiny_pair("triton", depth=2))
+    x = images(reference, batch=86).to(device).half()  # rows enough to fold without moments
     seen = []
     module = sys.modules["deit_fast.kernels.layer_norm_linear"]
     real = module._fwd
@@ -426,9 +426,9 @@ def test_folded_layer_norms_and_moments_through_the_whole_model(monkeypatch):
     assert not seen
 
 
-def test_hooks_on_blocks_fire_between_moments():
-    reference, fast = tiny_pair("triton", depth=3)
-    x = images(reference, batch=32).half()
+def test_hooks_on_blocks_fire_between_moments(device):
+    reference, fast = (m.to(device) for m in tiny_pair("triton", depth=3))
+    x = images(reference, batch=32).to(device).half()
     fast.half(), reference.half()
     for model in (fast, reference):
         model.blocks[1].register_forward_hook(lambda module, args, out: out * 1.5)

@@ -203,10 +203,10 @@ def test_copies():
         assert torch.equal(other(x), want)
 
 
-def test_weights_may_change():
+def test_weights_may_change(device):
     """Nothing that was folded is kept."""
-    reference, fast = small("triton")
-    x = images(1)
+    reference, fast = small("triton", device)
+    x = images(1, device=device)
     with torch.no_grad():
         fast(x)
         for model in (reference, fast):
@@ -229,13 +229,13 @@ def test_hooks_see_what_timms_see(part):
 
 
 @pytest.mark.parametrize("change", ["bias", "padding", "fused", "no statistics"])
-def test_convolutions_that_change_afterwards(change):
+def test_convolutions_that_change_afterwards(change, device):
     """After the swap: what no longer is the operation runs as it is."""
-    x, found = images(), []
-    for model in small("triton"):
+    x, found = images(device=device), []
+    for model in small("triton", device):
         part = model.stages[0].blocks[0].conv2
         if change == "bias":
-            part.conv.bias = nn.Parameter(torch.arange(64.0))
+            part.conv.bias = nn.Parameter(torch.arange(64.0, device=device))
         if change == "padding":
             part.conv.padding_mode = "reflect"
         if change == "fused":
@@ -293,10 +293,10 @@ def test_what_stays_with_timm(options, name, reason):
         assert_close(fast(images()), reference(images()))
 
 
-def test_a_window_alone():
+def test_a_window_alone(device):
     """timm's own call of the attention, which hands it windows."""
-    reference, fast = small("triton")
-    x = torch.randn(3, 16, 64)
+    reference, fast = small("triton", device)
+    x = torch.randn(3, 16, 64, device=device)
     a, b = (m.stages[1].blocks[0].attn for m in (reference, fast))
     with torch.no_grad():
         assert_close(b(x), a(x))
