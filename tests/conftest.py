@@ -21,21 +21,50 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait f
     os.environ["OMP_NUM_THREADS"] = str(threads)  # and so do the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 
-import interpreting  # noqa: E402, F401  (not before the interpreter is chosen)
+import checking  # noqa: E402
+import interpreting  # noqa: E402  (not before the interpreter is chosen)
+
+from deit_fast.kernels import _runtime, cases  # noqa: E402
+
+pytest_plugins = ["tiers", "selection"]
+
+# mark -> whether its tests can run here
+CAN_RUN = {"gpu": torch.cuda.is_available(), "cpu": not torch.cuda.is_available()}
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device: shows what the interpreter cannot")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for kind, can_run in CAN_RUN.items():
+            mark = item.get_closest_marker(kind)
+            if mark and not (len(mark.args) == 1 and isinstance(mark.args[0], str)):
+                raise pytest.UsageError(f"{item.nodeid}: the mark {kind} without its reason")
+            if mark and not can_run:
+                item.add_marker(pytest.mark.skip(reason=f"{kind.upper()}: {mark.args[0]}"))
 
 
-@pytest.fixture
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Kernels are interpreted for tests that ask for `device`, or are of a CPU alone. To the others
+    this is a machine with a GPU: there a kernel takes no CPU tensor."""
+    interpreted = os.environ.get("TRITON_INTERPRET")
+    if not interpreted or "device" in item.fixturenames or item.get_closest_marker("cpu"):
+        return (yield)
+    with interpreting.refused(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_runtime, "INTERPRET", False)
+        patch.delenv("TRITON_INTERPRET")
+        return (yield)
+
+
+@pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def draws_by_seed(monkeypatch):
+    """What no test seeds, and what `deit_fast.kernels.cases` makes."""
+    checking.seed(0)
+    monkeypatch.setattr(cases, "SEED", checking.seeded(0))
 
 
 @pytest.fixture(autouse=True)

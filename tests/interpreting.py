@@ -1,4 +1,4 @@
-"""Triton's interpreter, quicker and right. Imported for that alone.
+"""Triton's interpreter, quicker and right as soon as this is imported; and `refused()`.
 
 It looks through triton.language for what to exchange once a launch, not for each function that a
 kernel calls: that was half the time of most kernels.
@@ -9,6 +9,8 @@ carry into the exponent (127 becomes 64), subnormal numbers and NaN: PyTorch's t
 """
 
 import functools
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -98,3 +100,17 @@ def _create_dot(self, a, b, *args, **kwargs):
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
+
+
+@contextmanager
+def refused():
+    """Within it launching a kernel raises, as it would for CPU tensors beside a GPU."""
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError(
+            f"{self.fn.__name__} got CPU tensors: a machine with a GPU interprets nothing. Ask for "
+            'the fixture `device` and put them there, or mark the test cpu("why")'
+        )
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", refuse):
+        yield

@@ -1,11 +1,21 @@
 """Pairs of models with the same random weights: timm's and the accelerated one."""
 
+import contextlib
 import copy
 
 import numpy as np
 import timm
 import torch
-from checking import assert_as_accurate, assert_close, seed, seeded
+from checking import (
+    BF16,
+    FP16,
+    as_list,
+    assert_as_accurate,
+    assert_close,
+    assert_gradients_as_accurate,
+    seed,
+    seeded,
+)
 from PIL import Image
 
 import deit_fast
@@ -46,6 +56,59 @@ def assert_same_logits(reference, fast, x):
         true, want = exact(x.double()), reference(x)
         assert_as_accurate(fast(x), want, true, "inference")
     assert_as_accurate(fast(x), want, true, "with gradients on")
+
+
+# (dtype of the weights, dtype of autocast): what inference and training are run in
+PRECISIONS = {
+    "fp32": (None, None), "fp16": (FP16, None), "bf16": (BF16, None),
+    "autocast fp16": (None, FP16), "autocast bf16": (None, BF16),
+}  # fmt: skip
+
+
+def autocast(device, dtype):
+    return torch.autocast(device, dtype) if dtype else contextlib.nullcontext()
+
+
+def gradients(model, x, dtype=None, draw=3):
+    """Of every parameter, by name, and the outputs: random upstream gradients (which bf16 holds)
+    for each output; `dtype` of autocast, `draw` the seed of what is dropped."""
+    weight = next(model.parameters())
+    seed(draw)  # of stochastic depth and dropout
+    with autocast(x.device.type, dtype):
+        outputs = as_list(model(x.to(weight.dtype)))
+    generator = torch.Generator().manual_seed(seeded(2))
+    upstream = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
+    upstream = [u.to(t) for u, t in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(model.parameters()), upstream, allow_unused=True)
+    named = dict(zip(dict(model.named_parameters()), grads, strict=True))
+    return named | {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+
+
+def assert_training_as_accurate(reference, fast, x, dtype=None):
+    """Every parameter's error at most twice timm's own, both against timm in fp64."""
+    ours, timms = gradients(fast, x, dtype), gradients(reference, x, dtype)
+    true = gradients(copy.deepcopy(reference).double(), x)
+    computed = dtype or next(reference.parameters()).dtype
+    assert_gradients_as_accurate(ours, timms, true, dtype=computed)
+
+
+def assert_precision(reference, fast, x, precision, device, train=True):
+    """Inference, with and without gradients, and a training step, in one of PRECISIONS."""
+    weights, dtype = PRECISIONS[precision]
+    models = reference, fast = (m.to(device, weights) for m in (reference, fast))
+    x = x.to(device, weights)
+    with torch.no_grad():
+        true = copy.deepcopy(reference).double()(x.double())
+        with autocast(x.device.type, dtype):
+            want, got = reference(x), fast(x)
+    with autocast(x.device.type, dtype):
+        graded = fast(x)
+    for result in (got, graded):
+        assert result.dtype == want.dtype
+        assert_as_accurate(result, want, true, precision)
+    for model in models:
+        model.train(train)
+    assert_training_as_accurate(reference, fast, x, dtype)
 
 
 def hooked(reference, fast, name):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import selection
 import timm.data
 import torch
 from checking import FP64, assert_close, seeded
@@ -16,7 +17,7 @@ from PIL import Image
 
 import deit_fast
 from deit_fast.cli import main
-from deit_fast.distill import analyse, evaluate, plots
+from deit_fast.distill import analyse, evaluate
 from deit_fast.distill.datasets import open_images
 from deit_fast.engine import data_config
 
@@ -121,7 +122,9 @@ def test_specifications(models, tmp_path, monkeypatch):
         analyse.rows_of("m", one, [None, "distill"])
 
 
+@pytest.mark.slow
 def test_disagreement_command(folder, saved, tmp_path, capsys):
+    selection.extra("train", "matplotlib")
     two, one, convnet = (saved[name] for name in ("two", "one", "convnet"))
     out = tmp_path / "new" / "table4"
     command = disagreement(folder, "--out", str(out))
@@ -256,7 +259,9 @@ def test_tokens_errors(folder, models, tmp_path):
         analyse.token_similarity(models[1], open_images(tmp_path))
 
 
+@pytest.mark.slow
 def test_tokens_command(folder, models, saved, tmp_path, capsys):
+    selection.extra("train", "matplotlib")
     out = tmp_path / "tokens"
     command = [
         "analyse",
@@ -286,8 +291,8 @@ def test_tokens_command(folder, models, saved, tmp_path, capsys):
 
 def test_without_matplotlib_nothing_is_run(folder, saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "deit_fast.distill.plots")
-    monkeypatch.delattr("deit_fast.distill.plots")
+    monkeypatch.delitem(sys.modules, "deit_fast.distill.plots", raising=False)
+    monkeypatch.delattr("deit_fast.distill.plots", raising=False)
     command = [
         "analyse",
         "tokens",
@@ -305,8 +310,12 @@ def test_without_matplotlib_nothing_is_run(folder, saved, tmp_path, capsys, monk
     assert main([*command]) == 0
 
 
+@pytest.mark.slow
 def test_plots_show_the_values(tmp_path):
     """Other values, another picture; the same ones, the same."""
+    selection.extra("train", "matplotlib")
+    from deit_fast.distill import plots
+
     pictures = []
     for i, high in enumerate((0.5, 0.5, 0.25)):
         plots.matrix(["a", "b"], np.array([[0, high], [high, 0]]), "t", tmp_path / f"{i}.png")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import selection
 import torch
 from checking import seeded
 from PIL import Image
@@ -87,7 +88,9 @@ def as_idx(path, pixels, suffix=""):
 
 
 def table(pixels, label=None, labels=LABELS, keys=("image", "label")):
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     rows = [{"bytes": one if isinstance(one, bytes) else png(one), "path": None} for one in pixels]
     features = {keys[0]: datasets.Image(), keys[1]: label or datasets.Value("int32")}
     content = {keys[0]: rows, keys[1]: list(labels)}
@@ -95,7 +98,9 @@ def table(pixels, label=None, labels=LABELS, keys=("image", "label")):
 
 
 def as_saved(path, pixels, names=CLASSES, **options):
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     table(pixels, datasets.ClassLabel(names=names), **options).save_to_disk(path)
     return path
 
@@ -119,12 +124,18 @@ KINDS = {
     "idx, gzip": lambda path, pixels: as_idx(path, pixels, ".gz"),
 }
 COLOURED = [kind for kind in KINDS if "idx" not in kind]
+EXTRA = ("saved", "parquet")  # written by an extra's package
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     if find_spec("datasets"):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def each(*kinds):
+    marked = [pytest.param(k, marks=pytest.mark.slow if k in EXTRA else ()) for k in kinds]
+    return pytest.mark.parametrize("kind", marked)
 
 
 def pixels(images):
@@ -141,7 +152,7 @@ def fails(path, *want, split=None, error=ValueError, **options):
     return said
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each(*KINDS)
 def test_every_kind_gives_the_same(kind, tmp_path):
     path = KINDS[kind](tmp_path / "data", GRAY)
     images = open_images(path, mode="L")
@@ -158,7 +169,7 @@ def test_every_kind_gives_the_same(kind, tmp_path):
     np.testing.assert_array_equal(np.asarray(rgb), np.repeat(GRAY[3][..., None], 3, 2))
 
 
-@pytest.mark.parametrize("kind", COLOURED)
+@each(*COLOURED)
 def test_colour_and_any_order(kind, tmp_path):
     images = open_images(KINDS[kind](tmp_path / "data", COLOUR))
     for i in np.random.default_rng(seeded(2)).permutation(len(images)):
@@ -168,9 +179,9 @@ def test_colour_and_any_order(kind, tmp_path):
 NAMED = ["ant", "Bee", "bee", "bee2", "bee10", "cat", "dog", "eel", "fly", "gnu", "hen"]
 
 
-@pytest.mark.parametrize("make", [as_folders, as_tar_of_folders, as_saved])
-def test_named_classes(make, tmp_path):
-    path = make(tmp_path / "data", COLOUR, NAMED)
+@each("folders", "tar of folders", "saved")
+def test_named_classes(kind, tmp_path):
+    path = KINDS[kind](tmp_path / "data", COLOUR, NAMED)
     images = open_images(path)
     assert images.classes == NAMED
     np.testing.assert_array_equal(images.labels, LABELS)
@@ -182,7 +193,7 @@ def test_named_classes(make, tmp_path):
     fails(path, "missing nothing", "extra fly", classes=[c for c in NAMED if c != "fly"])
 
 
-@pytest.mark.parametrize("kind", ["webdataset, cls", "parquet", "idx"])
+@each("webdataset, cls", "parquet", "idx")
 def test_numbered_classes(kind, tmp_path):
     path = KINDS[kind](tmp_path / "data", GRAY)
     images = open_images(path, classes=[*NAMED, "more"])
@@ -229,7 +240,7 @@ def test_splits_by_folder(tmp_path):
     as_folders(tmp_path / "test", COLOUR)
     as_webdataset(tmp_path / "valid", COLOUR[:17], "cls")
     assert len(open_images(tmp_path, "validation")) == 17  # before test
-    as_saved(tmp_path / "val", COLOUR[:19], labels=LABELS[:19])
+    as_webdataset(tmp_path / "val", COLOUR[:19], "cls")
     assert len(open_images(tmp_path, "validation")) == 19
     tar(tmp_path / "leftover.tar", {})
     assert len(open_images(tmp_path, "train")) == 24
@@ -239,35 +250,49 @@ def test_splits_by_folder(tmp_path):
 
 
 def test_splits_by_file(tmp_path):
-    shards, tables, mnist = tmp_path / "tar", tmp_path / "parquet", tmp_path / "idx"
+    shards, mnist = tmp_path / "tar", tmp_path / "idx"
     for count, word in ((3, "train"), (2, "validation"), (1, "test")):
         samples = {f"{i}.png": png(GRAY[i]) for i in range(count)}
         samples |= {f"{i}.cls": b"0" for i in range(count)}
         tar(shards / f"imagenet-{word}-0000.tar", samples)
-        tables.mkdir(exist_ok=True)
-        some = table(GRAY[:count], labels=[0] * count)
-        some.to_parquet(tables / f"{word}-00000-of-00001.parquet")
     for count, word in ((3, "train"), (2, "t10k")):
         idx(mnist / f"{word}-images.idx3-ubyte", GRAY[:count])
         idx(mnist / f"{word}-labels.idx1-ubyte", np.zeros(count))
-    for path in (shards, tables, mnist):
+    for path in (shards, mnist):
         assert len(open_images(path, "train")) == 3
         assert len(open_images(path, "validation")) == 2
         fails(path, "say which", "train")
     assert len(open_images(shards / "imagenet-test-0000.tar")) == 1
     assert len(open_images(mnist / "t10k-images.idx3-ubyte")) == 2
-    assert len(open_images(tables / "test-00000-of-00001.parquet")) == 1
     fails(shards / "imagenet-test-0000.tar", "'train'", "one file", split="train")
 
 
+@pytest.mark.slow
+def test_splits_by_parquet_file(tmp_path):
+    path = tmp_path / "data"
+    path.mkdir()
+    for count, word in ((3, "train"), (2, "validation"), (1, "test")):
+        some = table(GRAY[:count], labels=[0] * count)
+        some.to_parquet(path / f"{word}-00000-of-00001.parquet")
+    assert len(open_images(path, "train")) == 3
+    assert len(open_images(path, "validation")) == 2
+    fails(path, "say which", "train")
+    assert len(open_images(path / "test-00000-of-00001.parquet")) == 1
+
+
+@pytest.mark.slow
 def test_splits_of_save_to_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     both = {"train": table(GRAY), "test": table(GRAY[:9], labels=LABELS[:9])}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "data")
     assert len(open_images(tmp_path / "data", "train")) == 24
     assert len(open_images(tmp_path / "data", "validation")) == 9
     fails(tmp_path / "data", "say which", "test, train")
     fails(tmp_path / "data" / "test", "no split 'train'", split="train")
+    as_saved(tmp_path / "folders" / "val", COLOUR[:19], labels=LABELS[:19])
+    assert len(open_images(tmp_path / "folders", "validation")) == 19
 
 
 def test_nothing_there(tmp_path):
@@ -363,7 +388,7 @@ class Pixels(Dataset):
         return torch.from_numpy(np.array(self.images.image(i)))
 
 
-@pytest.mark.parametrize("kind", ["webdataset, cls", "saved"])
+@each("webdataset, cls", "saved")
 def test_workers(kind, tmp_path):
     images = open_images(KINDS[kind](tmp_path / "data", COLOUR))
     images.image(0)  # opens a file, which the workers then inherit
@@ -387,7 +412,7 @@ def test_open_tar_files(tmp_path):
     np.testing.assert_array_equal(np.asarray(again.image(5)), COLOUR[5])
 
 
-@pytest.mark.parametrize("kind", ["folders", "tar", "saved"])
+@each("folders", "tar", "saved")
 def test_unreadable(kind, tmp_path):
     noise = np.random.default_rng(seeded(0)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     contents = [png(noise), b"no image", b"", png(noise)[:5000]]
@@ -412,8 +437,11 @@ def test_unreadable(kind, tmp_path):
             images.image(0)
 
 
+@pytest.mark.slow
 def test_arrow_keys_and_labels(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     path = as_parquet(tmp_path / "data", GRAY, keys=("picture", "fine"))
     fails(path, "image_key: no column 'image', there is picture, fine")
     fails(path, "label_key: no column 'label'", image_key="picture")
@@ -436,8 +464,11 @@ def test_arrow_keys_and_labels(tmp_path):
         assert "arquet" in fails(path, "can't be read: ", image_key="picture", label_key="fine")
 
 
+@pytest.mark.slow
 def test_arrow_images_in_other_columns(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     raw = [png(one) for one in GRAY[:2]]
     datasets.Dataset.from_dict({"image": raw, "label": [0, 1]}).to_parquet(tmp_path / "a.parquet")
     np.testing.assert_array_equal(pixels(open_images(tmp_path, mode="L")), GRAY[:2])
@@ -449,6 +480,13 @@ def test_arrow_images_in_other_columns(tmp_path):
 
 
 def test_without_datasets(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    fails(tmp_path, "pip install 'deit_fast[train]'", error=RuntimeError)
+
+
+@pytest.mark.slow
+def test_without_datasets_nothing_saved_is_read(tmp_path, monkeypatch):
     path = as_saved(tmp_path / "data", GRAY)
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(path, "pip install 'deit_fast[train]'", error=RuntimeError)
@@ -488,9 +526,10 @@ def test_idx_errors(tmp_path):
     fails(empty, "no image")
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Fashion-MNIST (FASHION_MNIST names it)")
+@pytest.mark.slow
 @pytest.mark.parametrize("split, count", [("train", 60000), ("validation", 10000)])
 def test_fashion_mnist(split, count):
+    selection.data(FASHION, "Fashion-MNIST")
     images = open_images(FASHION, split, mode="L")
     assert len(images) == count and images.classes == CLASSES[:10]
     assert np.bincount(images.labels).tolist() == [count // 10] * 10

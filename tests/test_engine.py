@@ -438,7 +438,7 @@ def test_images_that_are_none(images, error, message):
         InferenceEngine(model(), 2)(images)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("real streams, graphs and pinned memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_real_graphs(dtype):
     m = model(backend="auto").to("cuda", dtype)
@@ -452,7 +452,7 @@ def test_real_graphs(dtype):
     assert run.memory.workspace > 0
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("real streams, graphs and pinned memory")
 def test_real_graphs_see_weights_and_serve_threads():
     m = model(backend="auto").cuda()
     run = InferenceEngine(m, batch_size=4)

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import selection
 from checking import SIXTH_DIGIT, assert_at_most
 
 import deit_fast
@@ -52,7 +53,10 @@ def test_swap_into_timm():
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("fastapi")
+    selection.extra("serve", "fastapi", "uvicorn")
+    selection.extra("all", "httpx")
+    import httpx
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -61,7 +65,6 @@ def server():
     options += ["--max-bytes", 300_000]
     process = subprocess.Popen([*command, *map(str, options)], stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
-    httpx = pytest.importorskip("httpx")
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -85,6 +88,7 @@ def expected():
     return [entry["predictions"] for entry in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_server_under_load(server):
     """Many clients at once: no answer is lost, and none is another's."""
     import httpx
@@ -126,6 +130,7 @@ def test_server_under_load(server):
     assert 96 / 8 <= after["batches"] - before["batches"] < 96, "requests were not batched"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, body, status, message",
     [
@@ -145,6 +150,7 @@ def test_bad_requests(server, path, body, status, message):
     assert answer.status_code == status and message in answer.text
 
 
+@pytest.mark.slow
 def test_a_body_of_unknown_length_is_cut_off(server):
     import httpx
 
@@ -165,6 +171,7 @@ def test_a_body_of_unknown_length_is_cut_off(server):
     assert httpx.get(f"{server}/health").json()["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_harms_nobody(server):
     import httpx
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import selection
 
 from deit_fast import outputs
 from deit_fast.bulk import Batch
@@ -68,57 +69,94 @@ def state_of(folder):
 
 
 def test_formats_say_the_same(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    for suffix in ("csv", "jsonl", "parquet"):
+    for suffix in ("csv", "jsonl"):
         run(tmp_path / f"a.{suffix}")
     with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
         from_csv = list(csv.DictReader(file))
     from_jsonl = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
-    from_parquet = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert [row["image"] for row in from_csv] == PATHS
     assert [row["image"] for row in from_jsonl] == PATHS
-    assert [row["image"] for row in from_parquet][:5] == PATHS[:5]
-    assert from_parquet[5]["image"] == "\\udcff.jpg"
-    for i, (a, b, c) in enumerate(zip(from_csv, from_jsonl, from_parquet, strict=True)):
+    for i, (a, b) in enumerate(zip(from_csv, from_jsonl, strict=True)):
         assert None not in a and None not in a.values()  # a cell for each column
         if PATHS[i] in BROKEN:
-            assert a["error"] == b["error"] == c["error"] == "is broken"
-            assert a["class_1"] == "" and "predictions" not in b and c["classes"] is None
+            assert a["error"] == b["error"] == "is broken"
+            assert a["class_1"] == "" and "predictions" not in b
             continue
-        assert a["error"] == "" and "error" not in b and c["error"] is None
-        assert [p["class"] for p in b["predictions"]] == c["classes"] == [i % 10, (i + 1) % 10]
-        assert [int(a["class_1"]), int(a["class_2"])] == c["classes"]
-        assert [p["label"] for p in b["predictions"]] == c["labels"]
-        assert [a["label_1"], a["label_2"]] == c["labels"] == [LABELS[k] for k in c["classes"]]
-        assert [p["score"] for p in b["predictions"]] == pytest.approx(c["scores"])
-        assert [float(a["score_1"]), float(a["score_2"])] == pytest.approx(c["scores"])
-        assert c["scores"] == pytest.approx([0.5 + i / 100, i / 1000])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl", "a.parquet"]
+        assert a["error"] == "" and "error" not in b
+        classes, scores = [i % 10, (i + 1) % 10], pytest.approx([0.5 + i / 100, i / 1000])
+        labels = [LABELS[k] for k in classes]
+        assert [p["class"] for p in b["predictions"]] == classes
+        assert [int(a["class_1"]), int(a["class_2"])] == classes
+        assert [p["label"] for p in b["predictions"]] == [a["label_1"], a["label_2"]] == labels
+        assert [p["score"] for p in b["predictions"]] == scores
+        assert [float(a["score_1"]), float(a["score_2"])] == scores
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl"]
+
+
+@pytest.mark.slow
+def test_parquet_says_what_jsonl_does(tmp_path):
+    selection.extra("parquet", "pyarrow")
+    from pyarrow import parquet
+
+    for suffix in ("jsonl", "parquet"):
+        run(tmp_path / f"a.{suffix}")
+    from_jsonl = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
+    from_parquet = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["image"] for row in from_parquet][:5] == PATHS[:5]
+    assert from_parquet[5]["image"] == "\\udcff.jpg"
+    for a, b in zip(from_jsonl, from_parquet, strict=True):
+        assert a.get("error") == b["error"]
+        if b["error"]:
+            assert b["classes"] is b["labels"] is b["scores"] is None
+            continue
+        for name, column in (("class", "classes"), ("label", "labels")):
+            assert [p[name] for p in a["predictions"]] == b[column]
+        assert [p["score"] for p in a["predictions"]] == pytest.approx(b["scores"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
 
 
 def test_embeddings(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     run(tmp_path / "a.npy", embed=True)
-    run(tmp_path / "b.parquet", embed=True)
     matrix = np.load(tmp_path / "a.npy")
     assert matrix.dtype == np.float32 and matrix.shape == (19, 3)
     with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
         table = list(csv.DictReader(file))
-    rows = parquet.read_table(tmp_path / "b.parquet").to_pylist()
     assert [row["image"] for row in table] == PATHS
-    for i, (row, other) in enumerate(zip(table, rows, strict=True)):
+    for i, row in enumerate(table):
         if PATHS[i] in BROKEN:
             assert (row["row"], row["error"]) == ("", "is broken")
-            assert other["embedding"] is None and other["error"] == "is broken"
         else:
-            assert row["error"] == "" and other["error"] is None
-            assert matrix[int(row["row"])].tolist() == [i, i / 2, -i] == other["embedding"]
+            assert row["error"] == ""
+            assert matrix[int(row["row"])].tolist() == [i, i / 2, -i]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.npy"])
+@pytest.mark.slow
+def test_embeddings_in_parquet(tmp_path):
+    selection.extra("parquet", "pyarrow")
+    from pyarrow import parquet
+
+    run(tmp_path / "a.parquet", embed=True)
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    for i, (path, row) in enumerate(zip(PATHS, rows, strict=True)):
+        if path in BROKEN:
+            assert row["embedding"] is None and row["error"] == "is broken"
+        else:
+            assert row["error"] is None and row["embedding"] == [i, i / 2, -i]
+
+
+def test_without_pyarrow_no_parquet_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'deit_fast\[parquet\]'"):
+        run(tmp_path / "a.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.jsonl", pytest.param("a.parquet", marks=pytest.mark.slow), "a.npy"]
+)
 def test_no_image_at_all_is_readable(tmp_path, name):
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
+        selection.extra("parquet", "pyarrow")
     embed = name == "a.npy"
     one = job(tmp_path / name, embed)
     one.begin([PATHS[1], PATHS[7]])

@@ -558,7 +558,7 @@ def test_a_block_of_zeros(device):
     assert_close(logits(fast, images(fast).to(device)), want)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a real capture of a model in eight bits")
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_cuda_graph(format):
     _, fast = tiny_pair("auto")

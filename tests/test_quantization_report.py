@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import selection
 import torch
 from checking import (
     APART,
@@ -261,9 +262,10 @@ class Once(nn.Module):
         return self.said[x.data_ptr()]
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Fashion-MNIST (FASHION_MNIST names it)")
+@pytest.mark.slow
 def test_top1_on_the_whole_test_set_of_fashion_mnist():
     """Within 0.1 point of fp32, however the scales were found."""
+    selection.data(FASHION, "Fashion-MNIST")
     torch.use_deterministic_algorithms(False)  # memory full of NaN costs too much time here
     model = deit_fast.deit_nano_fashion(pretrained=True).eval()
     test, train = (open_images(FASHION, split, mode="L") for split in ("validation", "train"))

@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import selection
 
 from benchmarks.lease import bare
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 PYTHON = os.environ.get("LEASE_PYTHON", sys.executable)  # of another environment
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """Runs Python on a copy of the package; nothing need be installed."""
+    selection.compiler()
     folder = tmp_path_factory.mktemp("path")
     bare.copy(folder)
     path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
@@ -62,14 +65,14 @@ def test_every_model(started, tmp_path):
     assert {"_window_attention_kernel", "_talking_heads_kernel"} <= set(found["kernels"])
 
 
-@pytest.mark.skipif("LEASE_PYTHON" not in os.environ, reason="minutes; LEASE_PYTHON asks for it")
+@pytest.mark.skipif("LEASE_PYTHON" not in os.environ, reason="LEASE_PYTHON asks for it: minutes")
 def test_every_configuration(started, tmp_path):
     """All that a tuner races."""
     found = exercised(started, tmp_path, "9.0", "race", "--quick")
     assert len(found["counts"]) > 150
 
 
-@pytest.mark.skipif("STAND_IN" not in os.environ, reason="minutes; STAND_IN lists chips: 8.6 12.0")
+@pytest.mark.skipif("STAND_IN" not in os.environ, reason="STAND_IN lists chips, 8.6 12.0: minutes")
 def test_other_chips(started, tmp_path):
     """Everything, in every dtype of theirs."""
     for capability in os.environ["STAND_IN"].split():

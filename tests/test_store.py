@@ -18,6 +18,7 @@ import forked
 import killed_writer
 import numpy as np
 import pytest
+import selection
 import timm
 import torch
 from checking import APART, BF16, FP16, FP32, assert_at_most, assert_close, assert_within, seeded
@@ -218,7 +219,7 @@ def seen_by(model, kept):
     return model
 
 
-@pytest.mark.parametrize("kind", ["files", "idx"])
+@pytest.mark.parametrize("kind", ["files", pytest.param("idx", marks=pytest.mark.slow)])
 def test_students_see_the_very_bits_that_the_teacher_saw(kind, tmp_path, monkeypatch):
     """Real pictures, everything of the recipe that is random, Mixup and CutMix in pairs; in any
     order, in batches of any size, by any number of workers."""
@@ -226,8 +227,7 @@ def test_students_see_the_very_bits_that_the_teacher_saw(kind, tmp_path, monkeyp
         data, count, size, chans = real_pictures(tmp_path / "data"), None, 48, 3
         classes = 2
     else:
-        if not FASHION.is_dir():
-            pytest.skip("needs Fashion-MNIST: apt install dataset-fashion-mnist")
+        selection.data(FASHION, "Fashion-MNIST")
         data, count, size, chans, classes = FASHION, 30, 28, 1, 10
     net = convnet(tmp_path / "net", classes, in_chans=chans)
     kept, load = [], module.load_teacher

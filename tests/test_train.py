@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import selection
 import small_runs
 import timm
 import torch
@@ -407,9 +408,12 @@ def test_refused(change, message, data, tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_hugging_face_dataset_with_columns_of_its_own(data, tmp_path):
     """As CIFAR's: "img" and "fine_label"."""
-    datasets = pytest.importorskip("datasets")
+    selection.extra("train", "datasets")
+    import datasets
+
     features = datasets.Features(
         img=datasets.Image(), fine_label=datasets.ClassLabel(names=["a", "b", "c"])
     )
@@ -570,8 +574,11 @@ def test_convnets_are_trained_on(data, tmp_path):
         run(data, tmp_path / "second", model=None, start=other, img_size=32, **plain)
 
 
+@pytest.mark.slow
 def test_tensorboard(data, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    selection.extra("train", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from deit_fast.distill.recipe import load
     from deit_fast.distill.train import train
 
@@ -585,7 +592,7 @@ def test_tensorboard(data, tmp_path):
     train(small_runs.settings(data), chosen, tmp_path, tensorboard=True, report=keep)
     path.write_bytes(kept[0])  # as if killed in the second epoch: the rest is logged again
     train(small_runs.settings(data), chosen, tmp_path, tensorboard=True)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     for name in ("loss", "lr", "top1/joint", "ema/top5/class"):

@@ -4,59 +4,17 @@ The judge is timm in fp64. Triton runs in the interpreter on shallow and narrow 
 have 64 features as DeiT's do; the PyTorch backend runs the models themselves.
 """
 
-import contextlib
-import copy
-
 import pytest
 import torch
-from checking import BF16, FP16, as_list, assert_as_accurate, assert_close, assert_differ, seeded
-from modelling import images, pair, tiny_pair
+from checking import BF16, FP16, as_list, assert_close, assert_differ, seeded
+from modelling import assert_training_as_accurate, autocast, gradients, images, pair, tiny_pair
 
 import deit_fast
 
 BACKENDS = ["torch", "triton"]
 # The first block never drops and the last runs in parts: the second shows stochastic depth.
 DEEPER = {"depth": 3, "num_heads": 1, "img_size": 48, "init_values": 0.5}
-# Triton's interpreter computes bf16 dots wrongly (triton issue 11584)
-LOW = [
-    (backend, dtype)
-    if (backend, dtype) != ("triton", BF16)
-    else pytest.param(backend, dtype, marks=pytest.mark.gpu)
-    for backend in BACKENDS
-    for dtype in (FP16, BF16)
-]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device, dtype) if dtype else contextlib.nullcontext()
-
-
-def gradients(model, x, dtype=None, seed=3):
-    """Of every parameter, by name, and the outputs: random upstream gradients (which bf16 holds)
-    for each output; `dtype` of autocast."""
-    weight = next(model.parameters())
-    torch.manual_seed(seeded(seed))  # of stochastic depth and dropout
-    with autocast(x.device.type, dtype):
-        outputs = as_list(model(x.to(weight.dtype)))
-    generator = torch.Generator().manual_seed(seeded(2))
-    upstream = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
-    upstream = [u.to(t) for u, t in zip(upstream, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(model.parameters()), upstream, allow_unused=True)
-    assert all(g is not None for g in grads)
-    names = (name for name, _ in model.named_parameters())
-    named = dict(zip(names, grads, strict=True))
-    return named | {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-
-
-def assert_gradients_as_accurate(reference, fast, x, dtype=None):
-    """Every parameter's error at most twice timm's own, both against timm in fp64."""
-    exact = copy.deepcopy(reference).double()
-    ours, timms = gradients(fast, x, dtype), gradients(reference, x, dtype)
-    true = gradients(exact, x)
-    assert ours.keys() == timms.keys() == true.keys()
-    for name, want in true.items():
-        assert ours[name].dtype == timms[name].dtype, name
-        assert_as_accurate(ours[name], timms[name], want, name)
+LOW = [(backend, dtype) for backend in BACKENDS for dtype in (FP16, BF16)]
 
 
 def set_mode(models, mode):
@@ -87,7 +45,7 @@ def test_gradients_of_named_models_in_triton(name, device):
     reference, fast = pair(deit_fast.NAMES[name], "triton", depth=2, num_classes=11, **options)
     set_mode((reference, fast), modes(name)[-1] if "distilled" in name else "train")
     x = images(reference, batch=1).to(device)
-    assert_gradients_as_accurate(reference.to(device), fast.to(device), x)
+    assert_training_as_accurate(reference.to(device), fast.to(device), x)
 
 
 # fp64 takes a CPU long for the 12 blocks of the wider models: 2 of full width stand for them. Modes
@@ -104,7 +62,7 @@ def test_gradients_of_named_models_in_pytorch(name, mode):
     options = {} if "tiny" in name else {"depth": 2}
     reference, fast = pair(deit_fast.NAMES[name], "torch", **options)
     set_mode((reference, fast), mode)
-    assert_gradients_as_accurate(reference, fast, images(reference, batch=1))
+    assert_training_as_accurate(reference, fast, images(reference, batch=1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,7 +71,7 @@ def test_gradients_with_layer_scale(mode, backend, device):
     reference, fast = tiny_pair(backend, init_values=1e-4)
     set_mode((reference, fast), mode)
     x = images(reference).to(device)
-    assert_gradients_as_accurate(reference.to(device), fast.to(device), x)
+    assert_training_as_accurate(reference.to(device), fast.to(device), x)
 
 
 def test_gradients_without_qkv_bias_for_a_pooled_mean(device):
@@ -122,7 +80,7 @@ def test_gradients_without_qkv_bias_for_a_pooled_mean(device):
     reference, fast = tiny_pair("triton", **options)
     set_mode((reference, fast), "train")
     x = images(reference).to(device)
-    assert_gradients_as_accurate(reference.to(device), fast.to(device), x)
+    assert_training_as_accurate(reference.to(device), fast.to(device), x)
 
 
 def test_autocast_rounds_no_gradient_of_a_bias(device):
@@ -144,7 +102,7 @@ def test_autocast_gradients(backend, dtype, device):
     reference, fast = reference.to(device), fast.to(device)
     set_mode((reference, fast), "distilled training")
     x = images(reference, batch=4).to(device)
-    assert_gradients_as_accurate(reference, fast, x, dtype)
+    assert_training_as_accurate(reference, fast, x, dtype)
     streams = []
     fast.blocks[1].register_forward_hook(lambda module, args, y: streams.append((args[0], y)))
     got = gradients(fast, x, dtype)
@@ -158,7 +116,7 @@ def test_gradients_of_half_precision_weights(backend, dtype, device):
     reference, fast = reference.to(device, dtype), fast.to(device, dtype)
     set_mode((reference, fast), "distilled training")
     x = images(reference, batch=4).to(device, dtype)
-    assert_gradients_as_accurate(reference, fast, x)
+    assert_training_as_accurate(reference, fast, x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -263,7 +221,7 @@ def test_compiled_training_step(dtype, device):
     assert_close(gradients(fast, x, dtype), want)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("Inductor's own graphs, and its memory of them")
 @pytest.mark.parametrize("dtype", [None, BF16], ids=["fp32", "autocast bf16"])
 def test_a_training_step_in_cuda_graphs(dtype, device):
     """The first calls warm up and record, the others replay."""

@@ -49,8 +49,11 @@ def curve(backend, dtype=None, steps=50, device="cpu"):
 @pytest.mark.parametrize(
     "backend, dtype, steps",
     [("torch", dtype, 50) for dtype in (None, BF16, FP16)]
-    + [("triton", dtype, 4) for dtype in (None, FP16)]
-    + [pytest.param("triton", d, 50, marks=pytest.mark.gpu) for d in (None, BF16, FP16)],
+    + [("triton", dtype, 4) for dtype in (None, BF16, FP16)]
+    + [
+        pytest.param("triton", dtype, 50, marks=pytest.mark.gpu("a whole curve of the kernels"))
+        for dtype in (None, BF16, FP16)
+    ],
 )
 def test_loss_curves_follow_timms(backend, dtype, steps, device):
     """fp32 stays nearer to timm's fp32 curve than timm's own in bf16 does; half precision within

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import selection
 import torch
 
 import deit_fast
@@ -34,12 +35,14 @@ def started(*command, **env):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What the quick run printed, and its data."""
+    selection.compiler()
     file = tmp_path_factory.mktemp("host_time") / "data.json"
     done = started("-m", "benchmarks.host_time", "--quick", "--rounds", 2, "--json", file)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_every_row_has_its_figures(quick):
     _, data = quick
     rows = {row["call"]: row for row in data["rows"]}
@@ -60,6 +63,7 @@ def test_every_row_has_its_figures(quick):
     assert rows["an engine's call"]["ratio"] < rows["inference"]["ratio"]
 
 
+@pytest.mark.slow
 def test_the_launches_are_the_models(quick):
     """Ours as a forward pass on the meta device has them, timm's as they can be counted by hand."""
     rows = {row["call"]: row for row in quick[1]["rows"]}
@@ -78,6 +82,7 @@ def test_the_launches_are_the_models(quick):
     assert rows["linear qkv, forward"]["timm_launches"] == 1
 
 
+@pytest.mark.slow
 def test_the_table_is_the_data(quick):
     out, data = quick
     assert out == host_time.markdown(data) + "\n"
@@ -211,7 +216,9 @@ print("idle")
 """
 
 
+@pytest.mark.slow
 def test_idle_operators_keep_shapes_and_autograd(tmp_path):
+    selection.compiler()
     script = tmp_path / "script.py"
     script.write_text(IDLE)
     done = started(script)

@@ -5,19 +5,22 @@ import os
 
 import bare_copy
 import pytest
+import selection
 
 from benchmarks.lease import context
 from benchmarks.lease.plan import NAMES
 from deit_fast import tune
 from deit_fast.kernels import _runtime
 
+pytestmark = pytest.mark.slow
 whole = pytest.mark.skipif(
-    "LEASE_PYTHON" not in os.environ, reason="minutes; LEASE_PYTHON names an interpreter for it"
+    "LEASE_PYTHON" not in os.environ, reason="LEASE_PYTHON names an interpreter: minutes"
 )
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
+    selection.compiler()
     return bare_copy.make(tmp_path_factory.mktemp("bare"))
 
 

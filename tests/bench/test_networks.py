@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 
 import pytest
+import selection
 import torch
 from checking import (
     APART,
@@ -186,9 +187,9 @@ def test_torchao_is_asked_for_float8_by_row(vit, monkeypatch):
         assert found == [(inference, False)], mode
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torchao's products in fp8")
 def test_torchao_agrees_and_is_timed():
-    pytest.importorskip("torchao")
+    selection.extra("torchao", "torchao")
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
     if reason := network.why_not(MODES["torchao_fp8_compile"]):
         pytest.skip(reason)
@@ -222,8 +223,10 @@ def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
     assert row.images_per_s == pytest.approx(5e3 * 3 / sum(times))
 
 
+@pytest.mark.slow
 def test_compiled_rows_agree():
     """Two blocks: compiling takes its time."""
+    selection.compiler()
     shallow = Network("deit_tiny_distilled", 32, CPU, options={"depth": 2})
     row, _ = measure(shallow, "compile_bf16")
     assert row.status == "measured", row.note
@@ -407,7 +410,7 @@ def test_a_batch_too_large_is_halved_and_said(vit, monkeypatch):
     assert (row.status, row.batch) == ("failed", 1)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("memory that really runs out")
 def test_running_out_of_memory_leaves_none_behind():
     device = torch.device("cuda")
     network = Network("deit_tiny", 224, device)
@@ -495,7 +498,7 @@ def test_an_engine_needs_a_gpu(vit):
         assert vit.why_not(mode) == "an engine has its graphs on a CUDA device"
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("an engine's real graphs")
 def test_an_engine_computes_what_the_model_does():
     """For new images and for another batch, too; its memory counts."""
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))

@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
 import pytest
+import selection
 from making import kernel_row, model_row, results_of
 
 from benchmarks import measured, report, table5
@@ -67,7 +67,13 @@ def test_the_readme_of_this_checkout_is_what_its_files_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_readme_tables(folder, readme, capsys):
+@pytest.fixture
+def drawing():
+    selection.extra("bench", "matplotlib")
+
+
+@pytest.mark.slow
+def test_readme_tables(folder, readme, drawing, capsys):
     args = ["--results", str(folder), "--readme", str(readme)]
     assert report.main([*args, "--check"]) == 1
     assert "old" in readme.read_text() and not list(folder.glob("*/*.html"))
@@ -82,7 +88,8 @@ def test_readme_tables(folder, readme, capsys):
     assert report.main([*args, "--check"]) == 1
 
 
-def test_a_cpu_claims_nothing_in_the_readme(folder, readme):
+@pytest.mark.slow
+def test_a_cpu_claims_nothing_in_the_readme(folder, readme, drawing):
     (path,) = folder.glob("*/table5.json")
     results_of(*everything(), gpu=None).save(path)
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
@@ -234,7 +241,8 @@ def test_other_tables_say_what_failed_too():
     assert "| 256 | 100 | – | – | failed | 280 | – |" in report.readme_tables([made(*rows)])
 
 
-def test_a_mode_that_is_not_to_be_had_has_no_column(tmp_path, readme):
+@pytest.mark.slow
+def test_a_mode_that_is_not_to_be_had_has_no_column(tmp_path, readme, drawing):
     """A mode that failed has one."""
     rows = []
     for protocol in ("batch", "paper", "latency", "host"):
@@ -257,7 +265,8 @@ def test_a_mode_that_is_not_to_be_had_has_no_column(tmp_path, readme):
     assert "Training" not in text and "eager_tf32, batch 8: unavailable" in text
 
 
-def test_the_page_shows_eight_bits(tmp_path, readme):
+@pytest.mark.slow
+def test_the_page_shows_eight_bits(tmp_path, readme, drawing):
     none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
     rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
     results_of(*rows).save(tmp_path / "imaginary" / "table5.json")
@@ -320,7 +329,8 @@ def test_nothing_is_said_of_training_that_did_not_run():
     assert "| 1.40 | – | 9.00 | 8.00 |" in report.readme_tables([no_mark])
 
 
-def test_the_page_shows_training(tmp_path, readme):
+@pytest.mark.slow
+def test_the_page_shows_training(tmp_path, readme, drawing):
     step = {"protocol": "step", "batch": 64, "asked_batch": 64}
     results_of(*training(200.0, 280.0), *training(200.0, 250.0, **step)).save(
         tmp_path / "imaginary" / "train.json"
@@ -364,11 +374,12 @@ def test_rank_correlation():
 
 
 @pytest.fixture
-def page(folder, readme):
+def page(folder, readme, drawing):
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
     return folder / "imaginary" / "report.html"
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_holds_every_row(page):
     text = page.read_text()
     cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", text)]
@@ -386,7 +397,8 @@ def test_the_page_stands_alone_and_holds_every_row(page):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in images)
 
 
-def test_a_chip_with_little_still_has_a_page(tmp_path, readme):
+@pytest.mark.slow
+def test_a_chip_with_little_still_has_a_page(tmp_path, readme, drawing):
     results_of(model_row(RESNET)).save(tmp_path / "imaginary" / "table5.json")
     assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
     text = (tmp_path / "imaginary" / "report.html").read_text()
@@ -394,12 +406,10 @@ def test_a_chip_with_little_still_has_a_page(tmp_path, readme):
     assert report.NOTHING in readme.read_text()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium, to open the page in a real browser")
+@pytest.mark.slow
 def test_in_a_real_browser(page, tmp_path):
     """No script error; a click on a heading sorts, a second one turns the order."""
+    chromium = selection.tool("chromium", "google-chrome")
     copy = tmp_path / "clicked.html"
     script = """<script>
 const table = document.querySelector("section:nth-of-type(2) table");
@@ -416,7 +426,7 @@ document.title = JSON.stringify(found);
     copy.write_text(page.read_text().replace("</html>", script + "</html>"))
     shot = tmp_path / "page.png"
     common = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
         "--window-size=1300,3000",

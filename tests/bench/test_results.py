@@ -1,6 +1,7 @@
 """The results file: nothing lost, nothing half written, nothing misread; and its schema."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
@@ -68,12 +69,10 @@ def test_the_schema_refuses(file, change):
     assert not VALIDATOR.is_valid(content)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks" / "results").glob("*/*.json")), ids=lambda p: p.stem
-)
-def test_committed_results_fit_the_schema(path):
-    VALIDATOR.validate(json.loads(path.read_text()))
-    results.load(path)
+def test_committed_results_fit_the_schema():
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        VALIDATOR.validate(json.loads(path.read_text()))
+        results.load(path)
 
 
 def test_another_chips_file_is_refused(file):
@@ -234,8 +233,9 @@ def test_sources_are_all_of_deit_fasts(copied):
 
 
 def test_commit_is_the_checkouts_or_the_environments(tmp_path, monkeypatch):
+    git = shutil.which("git") or "false"
     head = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        [git, "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     assert results.commit().removesuffix("-dirty") == (head or "unknown")
     monkeypatch.setattr(results.deit_fast, "__file__", str(tmp_path / "__init__.py"))

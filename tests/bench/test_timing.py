@@ -36,7 +36,7 @@ def test_clocks_warm_up_rotate_and_count(clock):
     assert min(times[1], times[3]) >= 20 > max(times[0], times[2]) >= 2
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("the clocks of a device")
 @pytest.mark.parametrize("clock", [timing.throughput_ms, timing.latency_ms, timing.kernel_ms])
 def test_device_clocks_agree_on_a_large_copy(clock):
     device = torch.device("cuda")

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import selection
 import timm
 import torch
 from checking import assert_as_accurate, assert_at_most, assert_close, assert_equal, seed
@@ -17,12 +18,19 @@ from deit_fast import layers
 from deit_fast.integrations.huggingface import convert, from_transformers
 from deit_fast.pretrained import from_pretrained, save_pretrained
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 KINDS = ["DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"]
 KINDS += ["ViTForImageClassification"]
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
 TINY |= {"intermediate_size": 256, "id2label": dict(enumerate("abcdefghijk"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hugging_face():
+    global transformers
+    selection.extra("hf", "transformers")
+    import transformers
 
 
 def theirs(kind=KINDS[0], **options):

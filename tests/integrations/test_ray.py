@@ -5,10 +5,10 @@ import pickle
 import random
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import selection
 import torch
 from checking import assert_close
 from modelling import tiny_pair
@@ -57,8 +57,9 @@ def on_one_machine(folder, embed):
     return found
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
+@pytest.mark.slow
 def test_equals_one_machine(folder, tmp_path):
+    selection.extra("ray", "ray", "pyarrow")
     answers = on_the_cluster(folder, tmp_path)
     assert answers["model"] == ("torch", False)
     assert "inputs: no images found" in answers["empty"]

@@ -16,6 +16,7 @@ from checking import (
     relative_error,
     seed,
 )
+from selection import where
 
 from deit_fast.kernels import (
     _tuned,
@@ -65,10 +66,9 @@ def test_no_less_accurate_than_torch(case, bias, dtype, device):
 @pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [(198, 198), (40, 578), (2, 198)], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+@where(lambda config, shape, dtype: config in configs(dtype, *shape, 64))
 def test_every_configuration_a_table_may_name(config, shape, dtype, device):
     N, L = shape
-    if config not in configs(dtype, N, L, 64):
-        pytest.skip("no table may name it for this shape")
     inputs = make_inputs(1, 2, N, max(N, L), 64, packed=True, device=device)
     with _tuned.forced("attention", {"implementation": "triton", **config}):
         check(triton_attention, attention_reference, inputs, dtype, grads=False)
@@ -262,12 +262,15 @@ def test_quantized(case, dtype, format, out_scale, device):
     assert_quantized(q, k, v, format, out_scale, device)
 
 
+def some_queries(config):
+    return 70 if config["BLOCK_M"] > 16 else 2
+
+
 @QUANTIZED
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+@where(lambda config: config in configs(FP16, some_queries(config), 198, 64))
 def test_quantized_in_every_configuration(config, format, out_scale, device):
-    N = 70 if config["BLOCK_M"] > 16 else 2
-    if config not in configs(FP16, N, 198, 64):
-        pytest.skip("no table may name it for this shape")
+    N = some_queries(config)
     inputs = make_inputs(1, 2, N, 198, 64, packed=True, device=device)
     q, k, v = (t.half() for t in inputs.values())
     with _tuned.forced("attention", {"implementation": "triton", **config}):
@@ -402,9 +405,9 @@ def test_products_in_fp8_that_do_not_fit(device):
     )  # fmt: skip
 
 
-def test_quantized_bad_input_is_named():
-    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
-    one = torch.ones(1, 1)
+def test_quantized_bad_input_is_named(device):
+    q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
+    one = torch.ones(1, 1, device=device)
     for implementation in ("auto", "triton", "torch"):
         for arguments, options, error, message in (
             ((q.double(), k, v), {}, TypeError, "attention_quantized: q has dtype torch.float64"),
@@ -443,12 +446,12 @@ def test_compiles_into_one_graph(device):
     check_compiles(f, [qkv])
 
 
-def test_bad_input_is_named():
-    q, k, v = make_inputs(1, 2, 5, 7, 32).values()
+def test_bad_input_is_named(device):
+    q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
     with pytest.raises(ValueError, match=r"v has shape \(1, 5, 2, 32\), want \(1, 7, 2, 32\)"):
         attention(q, k, v[:, :5])
     with pytest.raises(ValueError, match=r"bias has shape \(2, 5, 5\), want \(2, 5, 7\)"):
-        attention(q, k, v, bias=torch.zeros(2, 5, 5))
+        attention(q, k, v, bias=torch.zeros(2, 5, 5, device=device))
     with pytest.raises(TypeError, match="k has dtype torch.float16, want torch.float32"):
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match="head dimension 31"):

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import selection
 import torch
 from checking import (
     BF16,
@@ -318,8 +319,13 @@ def test_op_contract(distillation, soft_target, device):
         torch.library.opcheck(_fwd.op, (*tensors, distillation, 0.4, 2.0, 0.0, False, False))
 
 
-@pytest.mark.parametrize("distillation", ["soft", "hard"])
-def test_compiles_into_one_graph(distillation, device):
+@pytest.mark.parametrize(
+    "distillation, compiler",
+    [pytest.param("soft", "inductor", marks=pytest.mark.slow), ("hard", NO_CODE)],
+)
+def test_compiles_into_one_graph(distillation, compiler, device):
+    if compiler == "inductor":
+        selection.compiler()
     inputs = make_inputs(5, 100, distillation, device=device)
     logits = [inputs.pop(k) for k in LOGITS]
 
@@ -327,11 +333,11 @@ def test_compiles_into_one_graph(distillation, device):
         loss = triton_loss(z.sin(), d.cos(), label_smoothing=0.1, **inputs)
         return loss * 3 + triton_loss(z, None, inputs["target"], distillation="none")
 
-    check_compiles(f, logits, "inductor" if distillation == "soft" else NO_CODE)
+    check_compiles(f, logits, compiler)
 
 
-def test_bad_input_is_named():
-    inputs = make_inputs(3, 10)
+def test_bad_input_is_named(device):
+    inputs = make_inputs(3, 10, device=device)
     z, d, y, t = (inputs[k] for k in (*LOGITS, "target", "teacher_logits"))
     with pytest.raises(ValueError, match="distillation 'kl', want one of"):
         distillation_loss(z, d, y, t, "kl")
@@ -365,7 +371,7 @@ def test_bad_input_is_named():
             distillation_loss(z, d, y, t, temperature=temperature)
     with pytest.raises(ValueError, match="label_smoothing 1.5, want 0 to 1"):
         distillation_loss(z, d, y, t, label_smoothing=1.5)
-    mixed = make_inputs(3, 10, soft_target=True)["target"]
+    mixed = make_inputs(3, 10, soft_target=True, device=device)["target"]
     with pytest.raises(ValueError, match="label_smoothing 0.1 with soft targets, want 0: Mixup"):
         distillation_loss(z, d, mixed, t, label_smoothing=0.1)
     with pytest.raises(ValueError, match="implementation: 'cuda'"):

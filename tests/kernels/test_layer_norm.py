@@ -212,8 +212,8 @@ def test_compiles_into_one_graph(device):
     check_compiles(f, leaves)
 
 
-def test_bad_input_is_named():
-    x, weight, bias = make_inputs((6, 64)).values()
+def test_bad_input_is_named(device):
+    x, weight, bias = make_inputs((6, 64), device=device).values()
     with pytest.raises(ValueError, match=r"residual has shape \(3, 64\), want \(6, 64\)"):
         add_layer_norm(x, x[:3], weight, bias)
     with pytest.raises(ValueError, match=r"weight has shape \(3,\), want \(64,\)"):

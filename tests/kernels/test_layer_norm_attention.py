@@ -149,15 +149,15 @@ def test_empty_batch(device):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_bad_input_is_named(grad):
-    inputs = make_inputs(2, 2, 5, 64, 32, scales=False)
+def test_bad_input_is_named(grad, device):
+    inputs = make_inputs(2, 2, 5, 64, 32, scales=False, device=device)
     inputs["x"].requires_grad_(grad)
     fn = triton_layer_norm_attention
     with pytest.raises(ValueError, match=r"\(2, 5, 64\) and qkv_weight \(191, 64\)"):
         fn(**inputs | {"qkv_weight": inputs["qkv_weight"][:-1]})
     with pytest.raises(ValueError, match=r"(norm_weight|weight) has shape \(63,\), want \(64,\)"):
-        fn(**inputs | {"norm_weight": torch.zeros(63)})
+        fn(**inputs | {"norm_weight": torch.zeros(63, device=device)})
     with pytest.raises(ValueError, match=r"bias has shape \(63,\), want \(64,\)"):
-        fn(**inputs | {"proj_bias": torch.zeros(63)})
+        fn(**inputs | {"proj_bias": torch.zeros(63, device=device)})
     with pytest.raises(TypeError, match="dtype torch.float16, want torch.float32"):
         fn(**inputs | {"proj_weight": inputs["proj_weight"].half()})

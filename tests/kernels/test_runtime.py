@@ -100,11 +100,12 @@ def test_the_chip_is_a_constant_under_compile(monkeypatch):
     assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
 
 
-@pytest.mark.gpu
-def test_the_device_of_the_tensor_decides():
-    x = torch.zeros(1, device="cuda")
-    assert _runtime.resolve("layer_norm", x, "auto") == "triton"
-    assert _runtime.resolve("layer_norm", x.cpu(), "auto") == "torch"
+def test_the_device_of_the_tensor_decides(monkeypatch):
+    monkeypatch.setattr(_runtime, "_cuda_chip", lambda index: _runtime.Chip("H100", H100, 132))
+    with FakeTensorMode():
+        on_gpu, on_cpu = (torch.zeros(1, device=device) for device in ("cuda:0", "cpu"))
+    assert on_gpu.is_cuda and _runtime.resolve("layer_norm", on_gpu, "auto") == "triton"
+    assert _runtime.resolve("layer_norm", on_cpu, "auto") == "torch"
 
 
 class Straight(Exception):
@@ -157,7 +158,7 @@ def test_an_operator_is_dispatched_where_something_watches(call, device):
     assert compiled(*torch.randn(2, 4, 32, device=device)).shape == (4, 4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for the device")
+@pytest.mark.cpu("the interpreter stands in for the device")
 def test_an_operator_is_dispatched_on_the_meta_device(call, monkeypatch):
     assert call(on="meta").shape == (4, 8)
 

@@ -69,6 +69,7 @@ def test_the_users_table_comes_before_the_shipped_one(write, tmp_path, monkeypat
     assert find(1000) == CUBLAS and find(9000) == triton
 
 
+@pytest.mark.cpu("the table's chip is pretended")
 def test_the_table_serves_the_operation(write, monkeypatch):
     """auto follows it; an implementation that is asked for only takes its configuration."""
     seen = []

@@ -176,7 +176,7 @@ def test_backend_names_and_environment(monkeypatch):
         deit_fast.accelerate(fast)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows a machine without a GPU")
+@pytest.mark.cpu("a machine without a GPU")
 def test_triton_without_a_gpu_raises_and_changes_nothing():
     code = (
         "import timm, deit_fast\n"
