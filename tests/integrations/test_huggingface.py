@@ -69,10 +69,10 @@ def test_same_logits(kind, attention):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_logits_in_triton(kind):
-    model = theirs(kind, num_hidden_layers=1)
+def test_same_logits_in_triton(kind, device):
+    model = theirs(kind, num_hidden_layers=1).to(device)
     fast = from_transformers(model, backend="triton")
-    x = images(model)
+    x = images(model).to(device)
     true = copy.deepcopy(model).double()(x.double()).logits
     with torch.no_grad():
         assert_as_accurate(fast(x), model(x).logits, true)
