@@ -83,7 +83,7 @@ run_stage() {
     case $1 in
     correctness)
         # what no CPU can show; everything else is CI's
-        "$python" -m pytest -q -n 8 -m gpu tests/kernels tests/layers \
+        "$python" -m pytest -q -n 8 -m "gpu or device and not slow" tests/kernels tests/layers \
             tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export,training,training_loops}.py \
             tests/test_quantization*.py 2>&1 | tee "$out/correctness.log" || failed=1
         "$python" -m pytest -q -m gpu tests/bench/test_{networks,timing,profiling}.py 2>&1 |

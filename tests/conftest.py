@@ -28,19 +28,6 @@ from deit_fast.kernels import _runtime, cases  # noqa: E402
 
 pytest_plugins = ["tiers", "selection"]
 
-# mark -> whether its tests can run here
-CAN_RUN = {"gpu": torch.cuda.is_available(), "cpu": not torch.cuda.is_available()}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for kind, can_run in CAN_RUN.items():
-            mark = item.get_closest_marker(kind)
-            if mark and not (len(mark.args) == 1 and isinstance(mark.args[0], str)):
-                raise pytest.UsageError(f"{item.nodeid}: the mark {kind} without its reason")
-            if mark and not can_run:
-                item.add_marker(pytest.mark.skip(reason=f"{kind.upper()}: {mark.args[0]}"))
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):

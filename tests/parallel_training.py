@@ -3,16 +3,12 @@
 python parallel_training.py RANK WORLD_SIZE RENDEZVOUS_FILE FOLDER
 """
 
-import os
 import sys
 from pathlib import Path
 
-from checking import seeded
-
-os.environ["TRITON_INTERPRET"] = "1"  # gloo is for CPU tensors, with a GPU beside them or not
-
 import torch
 import torch.distributed as dist
+from checking import seeded
 from modelling import tiny_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -7,6 +7,10 @@
 
     @where(lambda dtype, case: ...)     only these of a parametrised test's cases are tests
 
+    @pytest.mark.gpu("what only a GPU shows")       skipped on the other machines, for that reason
+    @pytest.mark.cpu("what only a CPU shows")       after "GPU: " or "CPU: "; none is an error
+    pytest -m device                                the tests whose tensors are on the device
+
     pytest --no-skips-but="GPU tool"    fails if a test was skipped for a reason that begins with
                                         none of these words; --no-skips-but= if any was skipped
 
@@ -20,6 +24,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 
 def extra(name, *packages):
@@ -71,6 +76,20 @@ def pytest_collection_modifyitems(config, items):
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = cases
+    for item in items:
+        _mark(item)
+
+
+def _mark(item):
+    if "device" in getattr(item, "fixturenames", ()):
+        item.add_marker("device")
+    on_gpu = torch.cuda.is_available()
+    for kind, runs in (("gpu", on_gpu), ("cpu", not on_gpu)):
+        for mark in item.iter_markers(kind):
+            if not (len(mark.args) == 1 and isinstance(mark.args[0], str)):
+                raise pytest.UsageError(f"{item.nodeid}: the mark {kind} has no reason")
+            if not runs:
+                item.add_marker(pytest.mark.skip(reason=f"{kind.upper()}: {mark.args[0]}"))
 
 
 def pytest_addoption(parser):

@@ -438,6 +438,27 @@ def test_images_that_are_none(images, error, message):
         InferenceEngine(model(), 2)(images)
 
 
+@pytest.mark.cpu("the graph is pretended")
+@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.parametrize("format", [None, "fp8", "int8"])
+def test_a_captured_pass_is_all_there_is(format, make, monkeypatch):
+    """What the kernels' operators do to the images is in the graph: nothing of it was done by the
+    way, on the host, when it was recorded."""
+    m = model(backend="triton", img_size=32, depth=2)
+    if format is not None:
+        deit_fast.quantize(m, format)
+    x = make(3, 32)
+    with FakeCuda(monkeypatch), torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = m(x)
+        want = out.clone()
+        x.copy_(x.flip(0))
+        graph.replay()
+        assert_close(out, want.flip(0))
+    assert_differ(out, want)
+
+
 @pytest.mark.gpu("real streams, graphs and pinned memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_real_graphs(dtype):

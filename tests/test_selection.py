@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import selection
+import torch
 
 pytest_plugins = ["pytester"]
 
@@ -13,7 +14,7 @@ SKIPS = """
 import pytest, selection
 from pathlib import Path
 
-@pytest.mark.skip(reason="GPU: shows what only a GPU can")
+@pytest.mark.gpu("shows what only a GPU can")
 def test_on_a_gpu(): pass
 
 @pytest.mark.parametrize("one", [1, 2])
@@ -85,6 +86,39 @@ def test_no_skips_but_alone(run):
     failing = SKIPS + "\ndef test_fails(): assert 0\n"
     assert run([failing], "--no-skips-but=GPU").ret == 1
     assert run(["!"], "--no-skips-but=GPU").ret == 2  # what pytest says of an error stays
+
+
+MARKS = """
+import pytest
+
+@pytest.mark.gpu("real memory")
+def test_on_a_gpu(): pass
+
+@pytest.mark.cpu("a chip is pretended")
+def test_on_a_cpu(): pass
+
+@pytest.fixture
+def device(): return "cpu"
+
+@pytest.fixture
+def tensor(device): return [device]
+
+def test_by_way_of_a_fixture(tensor): pass
+"""
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_marks_say_why(run, monkeypatch, on_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    done = run([MARKS], "-rs")
+    assert done.parseoutcomes() == {"passed": 2, "skipped": 1}
+    said = "CPU: a chip is pretended" if on_gpu else "GPU: real memory"
+    assert f": {said}\n" in done.stdout.str()
+    assert run([MARKS], "-m", "device").parseoutcomes() == {"passed": 1, "deselected": 2}
+    for wrong in ("gpu", "cpu()", "gpu(reason='said by name')", "cpu(3)"):
+        done = run([f"import pytest\n@pytest.mark.{wrong}\ndef test_it(): pass\n"])
+        assert done.ret == pytest.ExitCode.USAGE_ERROR
+        assert f"test_it: the mark {wrong[:3]} has no reason" in done.stderr.str()
 
 
 def test_what_is_there_is_not_skipped(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,10 +125,11 @@ def test_a_step_of_distillation(distillation, device):
 def trained_together(folder):
     """Two processes train, each with half of every batch, and the first alone, into the folder."""
     script = Path(parallel_training.__file__)
+    env = os.environ | {"TRITON_INTERPRET": "1"}  # gloo is for CPU tensors
     started = [
         subprocess.Popen(
             [sys.executable, script, str(rank), "2", folder / "rendezvous", folder],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

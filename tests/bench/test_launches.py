@@ -197,6 +197,7 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
+@pytest.mark.cpu("counts what PyTorch's operators for the CPU hold")
 def test_peak_memory_is_no_more_than_eagers():
     """Activations of a half-precision pass in inference, in Triton's interpreter."""
     reference, fast = tiny_pair("triton", depth=3)

@@ -192,7 +192,7 @@ def test_torchao_agrees_and_is_timed():
     selection.extra("torchao", "torchao")
     network = Network("deit_tiny_distilled", 224, torch.device("cuda"))
     if reason := network.why_not(MODES["torchao_fp8_compile"]):
-        pytest.skip(reason)
+        pytest.skip(f"GPU: {reason}")
     row, _ = measure(network, "torchao_fp8_compile", Plan("batch", 8, 2, 1))
     assert row.status == "measured" and row.note is None, row.note
 

@@ -59,7 +59,7 @@ def test_values_and_gradients_of_the_two_operations(case, implementation, dtype,
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, dtype, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this chip has no tensor descriptors")
+        pytest.skip("GPU: this chip has no tensor descriptors")
     inputs = make_inputs(M=300, K=192, N=320, activation="gelu", stream="offset", device=device)
     with _tuned.forced("linear", {"implementation": "triton", **config}):
         check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)

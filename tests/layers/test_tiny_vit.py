@@ -239,7 +239,7 @@ def test_convolutions_that_change_afterwards(change, device):
         if change == "padding":
             part.conv.padding_mode = "reflect"
         if change == "fused":
-            part.conv, part.bn = part.fuse(), nn.Identity()
+            part.conv, part.bn = part.fuse().to(device), nn.Identity()
         if change == "no statistics":
             part.bn.running_mean = part.bn.running_var = None
         with torch.no_grad():
