@@ -60,6 +60,7 @@ class Job:
         check(out, embed, overwrite)
         self.folder = Path(f"{out}.partial")
         self.state = {"description": description} | dict.fromkeys(_COUNTS, 0)
+        self._locked = None
         with self._errors("begin"):
             self.folder.mkdir(exist_ok=True)
             self._lock()
@@ -268,6 +269,8 @@ class Job:
         except NotWritten:
             raise
         except OSError as error:
+            if self._locked:  # this one goes no further, and its error may keep it in memory
+                self._locked.close()
             what = error.strerror or str(error)
             raise NotWritten(
                 f"can't {doing} {self.folder}: {what}; what its state.json counts is kept, and the "
