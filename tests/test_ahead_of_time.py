@@ -25,10 +25,19 @@ def rows():
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def test_some_of_every_kernel_for_ampere_and_hopper():
+    """One configuration in forty: no spills, shared memory that fits, products that overlap."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", SCRIPT, "--check", "--arch", "80", "90"]
+    done = subprocess.run([*command, "--every", "40"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def bad(rows, condition):
     return [f"sm_{r['arch']} {r['op']} {r['label']}: {r}" for r in rows if condition(r)]
 
 
+@pytest.mark.slow
 def test_every_operation_on_every_chip_it_serves(rows):
     seen = {(r["op"], r["arch"]) for r in rows}
     products = ("layer_norm_linear", "layer_norm_mlp", "attention", "patch_embed", "classifier")
@@ -46,14 +55,17 @@ def test_every_operation_on_every_chip_it_serves(rows):
     assert not twice
 
 
+@pytest.mark.slow
 def test_no_register_spills(rows):
     assert not bad(rows, lambda r: r["spill_bytes"])
 
 
+@pytest.mark.slow
 def test_shared_memory_and_registers_fit(rows):
     assert not bad(rows, lambda r: r["ctas_per_sm"] < 1)
 
 
+@pytest.mark.slow
 def test_products_overlap_their_loads_on_hopper(rows):
     """wgmma is there, ptxas did not serialise it, and only a tile's last one is waited for: where
     tiles follow each other in one loop, there and behind the loop."""
@@ -69,6 +81,7 @@ def test_products_overlap_their_loads_on_hopper(rows):
     )
 
 
+@pytest.mark.slow
 def test_two_programs_share_a_multiprocessor(rows):
     """... of what the rule chooses for DeiT in bf16 on sm_90: one's epilogue runs behind the
     other's product. So it does for attention."""
@@ -87,6 +100,7 @@ def test_two_programs_share_a_multiprocessor(rows):
     assert len(chosen) == 30 and not bad(chosen, lambda r: r["ctas_per_sm"] < 2)
 
 
+@pytest.mark.slow
 def test_eight_bits_are_multiplied_as_such(rows):
     """Not widened on the way, by the instruction of the type; each format on each chip that has
     it. sm_80 has no e4m3."""
@@ -100,6 +114,7 @@ def test_eight_bits_are_multiplied_as_such(rows):
     assert len(attention) == 8 and not bad(attention, lambda r: r["operands"] != ["e4m3"])
 
 
+@pytest.mark.slow
 def test_programs_of_eight_bits_that_share_a_multiprocessor(rows):
     """... of what the rule chooses for DeiT in half precision on sm_90: two of the wide tile, three
     of the narrow one."""
@@ -120,10 +135,12 @@ def test_programs_of_eight_bits_that_share_a_multiprocessor(rows):
         )
 
 
+@pytest.mark.slow
 def test_ptxas_serialises_nothing(rows):
     assert not bad(rows, lambda r: r["serialized"])
 
 
+@pytest.mark.slow
 def test_memory_bound_kernels_keep_the_chip_busy(rows):
     """Half the threads a multiprocessor can hold, for DeiT's widths and ImageNet-1k's classes."""
     threads = {70: 2048, 80: 2048, 89: 1536, 90: 2048}
@@ -141,6 +158,7 @@ def test_memory_bound_kernels_keep_the_chip_busy(rows):
     assert not bad(row_kernels, lambda r: r["ctas_per_sm"] * size[r["op"]] < threads[r["arch"]] / 2)
 
 
+@pytest.mark.slow
 def test_the_programs_of_layer_norms_backward_are_resident_at_once(rows):
     """6 a multiprocessor; a seventh would wait for a whole round. sm_70 takes more registers."""
     backward = [r for r in rows if r["op"] == "layer_norm" and "backward" in r["label"]]

@@ -62,6 +62,7 @@ def wrong_mlps(monkeypatch, factor):
     monkeypatch.setattr(deit_fast.layers.Mlp, "branch", wrong)
 
 
+@pytest.mark.slow
 def test_demo_fails_when_the_models_disagree(monkeypatch, capsys):
     wrong_mlps(monkeypatch, 1.001)
     assert main(["demo", "--batch", "1"]) == 1
@@ -162,6 +163,7 @@ def test_classify_folder_and_its_own_lines(tmp_path, monkeypatch, capsys):
     assert np.load("f.npy").shape == (43, 192)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
     """SIGKILL, for real, at whatever moment it comes."""
     monkeypatch.chdir(tmp_path)
@@ -325,6 +327,7 @@ def test_help_shows_examples(name, capsys):
     assert stopped.value.code == 0 and "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_installed_command():
     command = Path(sys.executable).with_name("deit-fast")
     done = subprocess.run([command], capture_output=True, text=True)
@@ -334,6 +337,7 @@ def test_installed_command():
 BENCH = ["bench", "deit_tiny_distilled", "--image-size", "32", "--runs", "2", "--warmup", "1"]
 
 
+@pytest.mark.slow
 def test_bench_measures_and_writes_a_results_file(tmp_path, capsys):
     path = tmp_path / "new" / "tiny.json"
     args = [*BENCH, "--batches", "1,2", "--modes", "eager_fp32,deit_fast_fp32", "--json", str(path)]
@@ -395,6 +399,7 @@ def test_bench_says_what_does_not_agree(monkeypatch, capsys):
     assert "failed: Disagreement: relative error" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_profile(tmp_path, capsys):
     """In eight bits too."""
     modes = ("eager_fp32", "deit_fast_fp8")

@@ -31,6 +31,7 @@ def run(example, *args):
     return done
 
 
+@pytest.mark.slow
 def test_classify_folder(tmp_path):
     photos, bad = tmp_path / "photos", tmp_path / "bad" / "bad.png"
     for path in (photos, bad.parent):
@@ -44,6 +45,7 @@ def test_classify_folder(tmp_path):
     assert re.search(r"5 images, \d+% of the time", done.stderr)
 
 
+@pytest.mark.slow
 def test_swap_into_timm():
     out = run("swap_into_timm.py", "--batch", "2").stdout
     assert "12 Attention" in out and "the same parameters: True" in out

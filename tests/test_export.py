@@ -63,6 +63,7 @@ def our_operators(program):
 # -- torch.compile and torch.export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, uint8", [("torch", False), ("torch", True), ("triton", True)])
 def test_compiles_for_any_batch(backend, uint8, device):
     """One graph for a batch of 1, which PyTorch makes a constant, and one for all others. Floats
@@ -101,6 +102,7 @@ def h200():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, uint8", [(FP16, False), (FP16, True), (FP32, False)], ids=str)
 def test_what_a_gpu_would_run_exports_for_any_batch(h200, dtype, uint8):
     """Whether a LayerNorm is folded goes by the number of rows: a program for any can't ask.
@@ -136,6 +138,7 @@ def test_eight_bits_export_as_a_gpu_would_run_them(format):
     assert our_operators(program) == {"patch_embed", *eight_bits, "classifier"}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_asking_for_the_number_of_rows(h200):
     """A graph each where nothing is folded, where all is, and between the two."""
     fast = tiny_pair("auto")[1].to("meta", FP16)

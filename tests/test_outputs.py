@@ -417,6 +417,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path):
     want, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
     command = [sys.executable, "-c", FULL, str(out)]

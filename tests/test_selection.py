@@ -55,6 +55,7 @@ def run(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["", "xdist"])
 def test_no_skips_but(run, workers):
     files = [SKIPS + EXTRA + DATA, TOOL, FILE]

@@ -293,6 +293,7 @@ def test_pairs_stay_together_and_are_shared():
 # Surviving
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(data, net, tmp_path):
     """kill -9 at random moments: nothing is lost, doubled or torn, and the files are those of a
     writer that was never killed."""
@@ -435,6 +436,7 @@ def test_a_header_that_a_power_failure_left_empty(size, data, net, whole, copy):
     assert any(text and "header is all zeros: goes on behind its first 0" in text for text in notes)
 
 
+@pytest.mark.slow
 def test_torchrun(data, net, whole, tmp_path):
     """Two processes write what one does, each its half, and train as one does. They have the
     variables that torchrun gives them; tests/test_train.py has torchrun itself."""

@@ -155,6 +155,7 @@ def test_parts_of_a_batch_add_up(data, tmp_path):
     assert_within(two["rows"][-1]["loss"], one["rows"][-1]["loss"], APART[FP32])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(data, tmp_path):
     """kill -9 at random moments: the checkpoint is always whole and never older than before, and
     the run ends as one that was never killed."""
@@ -194,6 +195,7 @@ def wait_for(process, path, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_saves_too(data, tmp_path):
     """As torchrun and schedulers send it, more than once, to the workers as well, and while it
     evaluates."""
@@ -610,6 +612,7 @@ def test_mixed_precision_goes_on_bit_for_bit(amp, data, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in state["rows"])
 
 
+@pytest.mark.slow
 def test_torchrun(data, tmp_path):
     """Two processes: the same images an update as one, the same numbers to evaluate. By SGD, as in
     test_parts_of_a_batch_add_up."""

@@ -207,6 +207,7 @@ def test_grad_checkpointing(backend, device):
     assert saved_bytes(fast, x) < all_bytes / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, FP16], ids=["fp32", "autocast fp16"])
 def test_compiled_training_step(dtype, device):
     """Forward and backward in one graph each, with stochastic depth and dropout drawn as eagerly.

@@ -32,6 +32,7 @@ def measured(copy):
     return out, done
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bare_copy(measured):
     out, done = measured
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,6 +51,7 @@ def test_a_run_on_a_bare_copy(measured):
     assert tool["status"] == "unavailable" and "not installed" in tool["note"]
 
 
+@pytest.mark.slow
 def test_what_was_done_is_kept(copy, measured):
     out, _ = measured
     again = copy.parent / "again"
@@ -62,6 +64,7 @@ def test_what_was_done_is_kept(copy, measured):
     assert len({row["run"] for row in rows}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

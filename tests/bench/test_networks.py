@@ -436,6 +436,7 @@ def test_modes_share_the_weights_and_leave_them(vit):
     assert_equal(dict(vit.model.state_dict()), dict(before))
 
 
+@pytest.mark.slow
 def test_every_part_matters_for_the_output(vit, convnet):
     """Or a wrong part would go unnoticed: each parameter, zeroed, changes the logits."""
     for network in (vit, convnet):

@@ -62,6 +62,7 @@ def rows(out, name):
     return results.load(path).rows
 
 
+@pytest.mark.slow
 def test_rows_are_measured_kept_and_measured_again(out):
     args = ["benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32,deit_fast_fp32"]
     saved = out / "saved.json"
@@ -92,6 +93,7 @@ def test_rows_are_measured_kept_and_measured_again(out):
     assert len(list(out.glob("*/traces/*.json.gz"))) == 2
 
 
+@pytest.mark.slow
 def test_training_is_measured_with_and_without_the_optimiser(out):
     done = bench(out, "benchmarks/bench_train.py", *LITTLE, "--modes",
                  "eager_fp32,eager_fp32_train,deit_fast_fp32_train", "--profile")  # fmt: skip
@@ -137,6 +139,7 @@ ALL_WITH_GRADIENTS = ("layer_norm", "linear", "attention", "layer_norm_linear", 
                       "layer_norm_attention", "patch_embed", "talking_heads")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kernels_are_raced_both_ways(out):
     files = [f"benchmarks/bench_{op}.py" for op in (*ALL_WITH_GRADIENTS, "classifier")]
     done = bench(out, *files, *LITTLE, "-k", "backward and fused and not proj and not qkv")
@@ -170,6 +173,7 @@ def test_a_wrong_gradient_is_not_timed(out, tmp_path):
     assert found == {"": "measured", "forward+backward": "failed"}, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", ["1.02", "float('nan')"])
 def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     """A fused attention that is off by two per cent, or NaN, in a process of its own."""
@@ -194,6 +198,7 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     assert "2 failed" in done.stdout and "(kept; --again tries anew)" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table5.json", "ceilings.json"])
 def test_a_corrupt_file_stops_the_suite_and_stays(out, name):
     (ceilings,) = out.glob("*/ceilings.json")
@@ -264,6 +269,7 @@ def test_table5_is_the_papers():
     assert (sizes["EfficientNet-B1"], sizes["KDforAA-B8"], sizes["ViT-B/16"]) == (240, 800, 384)
 
 
+@pytest.mark.slow
 def test_relatives_are_timms():
     """Their sizes, and TinyViT's throughputs of the paper."""
     for entry in table5.RELATIVES:
@@ -278,6 +284,7 @@ def test_relatives_are_timms():
     assert [e.timm_name for e in table5.select(["CaiT-S24-384"])] == ["cait_s24_384"]
 
 
+@pytest.mark.slow
 def test_relatives_are_measured(out):
     done = bench(
         out, "benchmarks/bench_relatives.py", "--rows", "TinyViT-5M", *LITTLE[2:],

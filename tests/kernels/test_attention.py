@@ -73,7 +73,7 @@ def test_every_configuration_a_table_may_name(config, shape, dtype, device):
         q, k, v = (t.to(dtype) for t in inputs.values())
         lse = _fwd(q, k, v, None, 0.125, True, "auto")[1]
     scores = torch.einsum("bnhd,blhd->bhnl", q.double(), k.double()) / 8
-    assert_close(lse.double(), scores.logsumexp(3) * LOG2_E)
+    assert_close(lse, (scores.logsumexp(3) * LOG2_E).float())
 
 
 def test_a_table_may_give_it_to_torch(device):
@@ -115,7 +115,7 @@ def test_packed_backward(N, capability, device):
         separate = attention_backward(do, *qkv.unbind(2), o, lse, 0.2)
     assert dqkv.is_contiguous()
     assert_equal(dqkv, torch.stack(separate, 2))
-    assert_close(sums, dqkv.float().sum((0, 1)))
+    assert_close(sums, dqkv.float().sum((0, 1)), dtype=FP16)  # of what was rounded or not
 
 
 @pytest.mark.parametrize("L", [65, 100, 128, 130, 144, 196, 197, 240, 255, 256])
@@ -247,7 +247,7 @@ def assert_quantized(q, k, v, format, out_scale, device, **options):
     (B, N, H, d), dtype = q.shape, FORMATS[format]
     assert got.values.shape == (B, N, H * d) and got.values.dtype == want.values.dtype == dtype
     assert got.scales.shape == want.scales.shape == ((H, B * N) if scale is None else (1, 1))
-    assert_close(got.scales, want.scales)
+    assert_close(got.scales, want.scales, dtype=q.dtype)
     exact = attention_reference(q.double(), k.double(), v.double(), options.get("scale")).flatten(2)
     assert_as_accurate(dequantize(got), dequantize(want), exact, factor=1.1)
 
@@ -377,9 +377,7 @@ def test_products_in_fp8_with_gaps_nan_and_small_weights(device):
     o = attention_quantized(*values, scale=3.5, in_scale=one, implementation="triton")
     exact = attention_reference(*(t.double() for t in values), scale=3.5).flatten(2)
     assert 5 < exact.min()
-    assert_within(
-        dequantize(o), exact, 0.07
-    )  # a sum of rounded small weights
+    assert_within(dequantize(o), exact, 0.07)  # a sum of rounded small weights
 
 
 def test_products_in_fp8_that_do_not_fit(device):

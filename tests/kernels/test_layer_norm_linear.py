@@ -55,6 +55,7 @@ def test_values_and_gradients_of_the_two_operations(case, implementation, dtype,
     check(function, layer_norm_linear_reference, make_inputs(**case, device=device), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, dtype, device):

@@ -28,6 +28,7 @@ def test_bare_projection(device):
     check(triton_patch_embed, patch_embed_reference, inputs, FP32)
 
 
+@pytest.mark.slow
 def test_deit_tiny_shape(device):
     inputs = make_inputs(1, (224, 224), (16, 16), 3, 192, 2, True, uint8=True, device=device)
     got = triton_patch_embed(**inputs)
@@ -86,7 +87,7 @@ def test_prefix_tokens_carry_their_dtype(device):
     with torch.autocast(device, FP16):
         got, want = triton_patch_embed(**inputs), patch_embed_reference(**inputs)
     assert got.dtype == want.dtype == FP32
-    assert_close(got, want)
+    assert_close(got, want, dtype=FP16)
 
 
 def test_op_contract(device):

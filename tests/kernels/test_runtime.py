@@ -267,6 +267,7 @@ def test_a_model_without_what_is_excluded(exclude, name, missing, there):
     assert missing in {op for op, _, _ in recorder.calls}
 
 
+@pytest.mark.slow
 def test_unknown_exclusions(exclude):
     with pytest.raises(ValueError, match="unknown atention, want some of"):
         exclude("atention", "linear")

@@ -118,6 +118,7 @@ def test_variants(variant):
     assert_same_logits(reference, fast, images(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [4, 6, 8])
 def test_every_triton_kernel(heads, device):
     reference, fast = tiny_cait("triton", heads)
@@ -132,6 +133,7 @@ def test_precisions(precision, backend, device):
     assert_precision(reference, fast, images(reference), precision, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_sixteen_heads(precision, device):
     """Only in half precision the kernels take them."""
@@ -168,6 +170,7 @@ def test_autocast_leaves_gradients_in_fp32(device):
     assert grad.dtype == torch.float32 and grad.any()
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(device):
     reference, fast = tiny_cait("triton", depth=1, depth_token_only=1)
     reference, fast = reference.to(device), fast.to(device)
@@ -191,6 +194,7 @@ def test_compiles_to_code_with_gradients(device):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_copies_and_state_dict(backend, device):
     fast = tiny_cait(backend)[1].to(device)
@@ -206,6 +210,7 @@ def test_copies_and_state_dict(backend, device):
         assert_equal(other(x), want)
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_finds_every_gradient(tmp_path, device):
     """Also that of proj_l's bias, which the result does not depend on."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -218,6 +223,7 @@ def test_distributed_data_parallel_finds_every_gradient(tmp_path, device):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_uint8_images(backend, device):
     reference, fast = tiny_cait(backend)

@@ -20,6 +20,7 @@ CHIPS = [
 on_cpu = pytest.mark.cpu("a real chip is not pretended")
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)

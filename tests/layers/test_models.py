@@ -68,6 +68,7 @@ def test_variants(variant, distilled):
     assert_same_logits(reference, fast, images(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -291,6 +292,7 @@ def test_masks_given_at_run_time_go_through_timm():
         assert_close(fast(x, is_causal=True), causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, compiler", [
     ("torch", NO_CODE), pytest.param("triton", "inductor", marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -395,6 +397,7 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
             assert_close(fast.double()(x.double()), exact)
 
 
+@pytest.mark.slow
 def test_folded_layer_norms_and_moments_through_the_whole_model(device, monkeypatch):
     """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
     from the product before, the first apart; the logits err no more than timm's."""
