@@ -125,8 +125,12 @@ def assert_gradients_as_accurate(got, torchs, true, factor=2.0, dtype=None):
         if exact is None:
             continue
         assert got[name].dtype == torchs[name].dtype, name
-        terms = true.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
+        terms = _terms(true, name)
         assert_as_accurate(got[name], torchs[name], exact, name, factor, terms, dtype, typical)
+
+
+def _terms(gradients, name):
+    return gradients.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
 
 
 def assert_close(got, want, what="", terms=None, dtype=None):
@@ -160,6 +164,13 @@ def assert_close(got, want, what="", terms=None, dtype=None):
     assert_at_most(size(apart), allowed * whole, what)
     largest = max(want.detach().abs().max().item(), beside)
     assert_at_most(apart.abs().max().item(), PEAK * allowed * largest, f"{what}, a single number")
+
+
+def assert_gradients_close(got, want, dtype=None):
+    """`assert_close` of named tensors, with the terms that a bias's gradient has."""
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_close(got[name], want[name], name, _terms(want, name), dtype)
 
 
 def assert_equal(got, want, what=""):
