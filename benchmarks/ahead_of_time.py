@@ -758,14 +758,19 @@ def compile_case(case: Case) -> Row:
     )  # fmt: skip
 
 
-def rows(archs, ops=None, every=1):
-    """every: that many cases of a kernel on a chip in turn are represented by the first."""
+def rows(archs, ops=None, every=1, in_turn=False):
+    """every: that many cases of a kernel on a chip in turn are represented by the first; in_turn:
+    a kernel is compiled for one chip only, the next kernel for the next chip."""
     wanted, seen = [], Counter()
     for case in cases(archs):
         kind = case.kernel, case.arch
         if (not ops or case.op in ops) and seen[kind] % every == 0:
             wanted.append(case)
         seen[kind] += 1
+    if in_turn:
+        chips = {kernel: sorted({arch for k, arch in seen if k == kernel}) for kernel, _ in seen}
+        turns = {kernel: chips[kernel][i % len(chips[kernel])] for i, kernel in enumerate(chips)}
+        wanted = [case for case in wanted if case.arch == turns[case.kernel]]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(compile_case, wanted, chunksize=1)
 
@@ -782,6 +787,7 @@ def main():
     )
     parser.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
     parser.add_argument("--every", type=int, default=1, help="so many of a kernel's cases as one")
+    parser.add_argument("--in-turn", action="store_true", help="each kernel for one of the chips")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     heading = "sm op configuration regs spill smem CTAs wgmma waits MB GFLOP".split()
@@ -790,7 +796,7 @@ def main():
         print(f"triton {triton.__version__}; MB and GFLOP of one call at batch {BATCH}")
         print(line.format(*heading))
     bad = 0
-    for row in rows(args.arch, args.op, args.every):
+    for row in rows(args.arch, args.op, args.every, args.in_turn):
         bad += bool(row.spill_bytes or row.serialized or row.ctas_per_sm < 1)
         if args.json:
             print(json.dumps(asdict(row)), flush=True)

@@ -64,10 +64,10 @@ QUANTIZED_LINEAR = [
 # N queries, L keys
 ATTENTION = [
     {"B": 2, "H": 3, "N": 198, "L": 198, "d": 64},  # DeiT-Ti distilled
-    {"B": 1, "H": 2, "N": 197, "L": 197, "d": 64},
     {"B": 1, "H": 1, "N": 578, "L": 578, "d": 64},  # DeiT-B-384 distilled
-    {"B": 2, "H": 6, "N": 2, "L": 198, "d": 64},  # prefix tokens of the last block
     {"B": 3, "H": 2, "N": 49, "L": 49, "d": 32},  # a TinyViT window
+    {"B": 1, "H": 2, "N": 197, "L": 197, "d": 64},
+    {"B": 2, "H": 6, "N": 2, "L": 198, "d": 64},  # prefix tokens of the last block
     {"B": 1, "H": 1, "N": 1, "L": 1, "d": 32},
     {"B": 1, "H": 2, "N": 65, "L": 128, "d": 32},
     {"B": 1, "H": 2, "N": 70, "L": 70, "d": 80},  # ViT-H
@@ -120,8 +120,8 @@ LAYER_NORM_ATTENTION = [
 # B samples, H heads, N tokens, d features a head
 TALKING_HEADS = [
     {"B": 2, "H": 4, "N": 37, "d": 48},  # CaiT-XXS's heads
-    {"B": 1, "H": 6, "N": 20, "d": 48},  # CaiT-XS's
     {"B": 1, "H": 8, "N": 49, "d": 48},  # CaiT-S's
+    {"B": 1, "H": 6, "N": 20, "d": 48},  # CaiT-XS's
     {"B": 1, "H": 16, "N": 33, "d": 48},  # CaiT-M's
     {"B": 3, "H": 3, "N": 5, "d": 32},
     {"B": 2, "H": 2, "N": 65, "d": 32},

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-ROW_DTYPES = DOT_DTYPES = [FP32, FP16, BF16]
+ROW_DTYPES = DOT_DTYPES = [BF16, FP16, FP32]
 HALVES = [FP16, BF16]
 
 # What two orders of the same operations differ by at most, in whole models too, beside the size of

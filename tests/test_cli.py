@@ -42,6 +42,7 @@ def classify(*args):
     return main(["classify", "--model", "deit_tiny_distilled", *args])
 
 
+@pytest.mark.slow
 def test_demo_agrees_and_says_what_ran(capsys):
     assert main(["demo", "--batch", "2"]) == 0
     out = capsys.readouterr().out
@@ -259,6 +260,7 @@ def test_another_model_does_not_continue(tmp_path, monkeypatch, capsys):
     assert main([*command, "--heads", "distill", "--restart"]) == 0
 
 
+@pytest.mark.slow
 def test_heads_and_other_models(checkpoint, tmp_path, capsys):
     scores = {}
     for heads in ("joint", "joint_softmax", "class", "distill"):
@@ -356,6 +358,7 @@ def test_bench_measures_and_writes_a_results_file(tmp_path, capsys):
     assert results.load(path).rows[:4] == file.rows and len(results.load(path).rows) > 4
 
 
+@pytest.mark.slow
 def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkeypatch):
     real, calls = Network.measure, []
 
@@ -393,6 +396,7 @@ def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeyp
     assert [(r.mode, r.batch) for r in results.load(path).rows] == [("eager_fp32", 1)]
 
 
+@pytest.mark.slow
 def test_bench_says_what_does_not_agree(monkeypatch, capsys):
     wrong_mlps(monkeypatch, 1.01)
     assert main([*BENCH, "--batches", "1", "--modes", "deit_fast_fp32"]) == 1
@@ -414,6 +418,7 @@ def test_bench_profile(tmp_path, capsys):
         assert (tmp_path / "traces" / trace).exists()
 
 
+@pytest.mark.slow
 def test_bench_names_what_is_wrong(tmp_path, capsys):
     broken = tmp_path / "broken.json"
     broken.write_text("{")

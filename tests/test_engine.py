@@ -10,6 +10,7 @@ import torch
 from checking import assert_close, assert_differ, seeded
 from fake_cuda import FakeCuda, Race, Stream
 from modelling import TINY, tiny_pair
+from tiers import slow
 
 import deit_fast
 from deit_fast import InferenceEngine, engine
@@ -440,7 +441,7 @@ def test_images_that_are_none(images, error, message):
 
 @pytest.mark.cpu("the graph is pretended")
 @pytest.mark.parametrize("make", [floats, bytes_of])
-@pytest.mark.parametrize("format", [None, "fp8", "int8"])
+@pytest.mark.parametrize("format", [None, slow("fp8"), "int8"])
 def test_a_captured_pass_is_all_there_is(format, make, monkeypatch):
     """What the kernels' operators do to the images is in the graph: nothing of it was done by the
     way, on the host, when it was recorded."""

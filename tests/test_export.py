@@ -26,6 +26,7 @@ from checking import (
     seed,
 )
 from modelling import images, randomize, tiny_pair
+from tiers import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import deit_fast
@@ -37,7 +38,7 @@ from deit_fast.quantization import quantized_layers
 
 exporting = importlib.import_module("deit_fast.export")  # the name may be the function's, too
 SMALL = {"embed_dim": 32, "num_heads": 1, "img_size": 32, "depth": 1}
-ONNX = pytest.param("onnx", marks=pytest.mark.slow)
+ONNX = slow("onnx")
 ANY = ({0: torch.export.Dim("batch", min=1)},)
 
 
@@ -211,7 +212,7 @@ def test_files_compute_what_timm_computes(format, heads, tmp_path):
 
 @pytest.mark.parametrize("format, bits", [
     ("torch-export", "fp8"),
-    pytest.param("onnx", "int8", marks=pytest.mark.slow),
+    slow("onnx", "int8"),
 ])  # fmt: skip
 def test_files_in_eight_bits(format, bits, tmp_path):
     """They compute what the model does, which stays in eight bits, and hold it in eight bits."""
@@ -283,6 +284,7 @@ def test_aoti_and_plain_programs_load_without_deit_fast(tmp_path, device):
     assert all(r.backend == "torch" and "loads without deit_fast" in r.why for r in reports)
 
 
+@pytest.mark.slow
 def test_kernels_stay_in_a_torch_export_file(tmp_path, device):
     reference, fast = tiny_pair("triton", **SMALL)
     fast = fast.to(device)
@@ -299,8 +301,9 @@ def test_kernels_stay_in_a_torch_export_file(tmp_path, device):
     assert not our_operators(torch.export.load(tmp_path / "b.pt2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, dtype", [
-    pytest.param("onnx", FP16, marks=pytest.mark.slow),
+    slow("onnx", FP16),
     ("torch-export", BF16),
 ], ids=str)  # fmt: skip
 def test_half_precision(format, dtype, tmp_path):
@@ -315,6 +318,7 @@ def test_half_precision(format, dtype, tmp_path):
         assert_as_accurate(got, want, true, factor=3.0)  # onnxruntime rounds elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_the_model_stays_what_it_is(format, tmp_path, device):
     _, fast = tiny_pair("triton", **SMALL)
@@ -417,7 +421,7 @@ def test_what_the_exporter_can_not_trace_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["onnx", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("onnxscript", "onnxruntime")
+    slow(name) for name in ("onnxscript", "onnxruntime")
 )])  # fmt: skip
 def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
     if missing != "onnx":  # which is looked for first
@@ -430,6 +434,7 @@ def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
     assert export(fast, tmp_path / "tiny.pt2", "torch-export", batch=1).bytes  # needs none
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_exported_without_its_wrapper(tmp_path):
     reference, fast = tiny_pair(**SMALL)
     export(torch.compile(fast), tmp_path / "tiny.pt2", "torch-export")  # it takes (*args, ...)
@@ -491,6 +496,7 @@ def test_command(tmp_path, capsys):
     assert_close(got, fused(reference, x, "distill"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("device")
 def test_command_with_another_dtype_batch_and_backend(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DEIT_FAST_BACKEND", "triton")  # else a CPU leaves no kernels to leave out

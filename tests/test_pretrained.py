@@ -12,6 +12,7 @@ import torch
 from checking import assert_close, assert_equal, seed
 from huggingface_hub.errors import EntryNotFoundError
 from modelling import TINY, images, randomize
+from tiers import slow_but
 from torch import nn
 
 import deit_fast
@@ -60,7 +61,7 @@ def folder(tmp_path):
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("name", deit_fast.NAMES)
+@pytest.mark.parametrize("name", slow_but(deit_fast.NAMES, "deit_tiny_distilled"))
 def test_round_trip(name, tmp_path):
     model = tiny(name)
     save_pretrained(forget(model), tmp_path)
@@ -94,7 +95,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", slow_but(VARIANTS, "wide", "LayerScale", "registers", "average")
+)
 def test_arguments_are_read_off_the_model(variant, tmp_path):
     model = tiny(PLAIN, **VARIANTS[variant])
     save_pretrained(forget(model), tmp_path)
@@ -224,6 +227,7 @@ def test_a_folder_that_timm_wrote_is_read(tmp_path):
     assert_equal_models(from_pretrained(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_models_that_are_no_vision_transformer(tmp_path):
     options = {"depth": 1, "img_size": 64, "num_classes": 5}
     model = deit_fast.create_model("cait_xxs24_224", backend="torch", **options).eval()
@@ -252,6 +256,7 @@ def test_what_cannot_be_read_off_has_to_be_passed(tmp_path):
     assert_equal_models(from_pretrained(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_models_that_would_come_back_as_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_heads is 2, would be 4"):
         save_pretrained(tiny(), tmp_path, num_heads=4)

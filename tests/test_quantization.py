@@ -22,6 +22,7 @@ from checking import (
     seeded,
 )
 from modelling import TINY, images, randomize, tiny_pair
+from tiers import slow
 from torch.nn.utils import prune
 
 import deit_fast
@@ -127,7 +128,7 @@ def test_logits_are_those_of_the_definition(variant, format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("format", ["fp8", "attention fp8", "int8"])
+@pytest.mark.parametrize("format", [slow("fp8"), "attention fp8", "int8"])
 def test_kernels_serve_the_model(format, dtype, device):
     """Triton and PyTorch agree as far as rounding to the neighbour lets them; fp16 is rounded more
     often, and softmax in fp8 by the kernel alone. All tokens say how far, the logits are few."""
@@ -319,7 +320,7 @@ def test_folders(format, attention, tmp_path):
         deit_fast.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("format", [slow("fp8"), "int8"])
 def test_copies_pickles_and_compilation(format):
     _, fast = quantized_pair(format)
     x = images(fast)
@@ -524,6 +525,7 @@ def test_a_layer_alone():
         assert_close(layer(x), want)
 
 
+@pytest.mark.slow
 def test_gradients_are_refused_when_they_are_asked_for():
     """Not before: whoever forgets no_grad gets his logits, compiled too."""
     _, fast = quantized_pair("fp8")

@@ -77,6 +77,7 @@ def test_no_skips_but(run, workers):
         assert done.ret == 0 and "not allowed to be" not in done.stdout.str(), done.stdout.str()
 
 
+@pytest.mark.slow
 def test_no_skips_but_alone(run):
     assert run([SKIPS + EXTRA]).ret == 0
     assert run([SKIPS], "--no-skips-but", "GPU").ret == 0

@@ -24,6 +24,7 @@ import torch
 from checking import APART, BF16, FP16, FP32, assert_at_most, assert_close, assert_within, seeded
 from PIL import Image
 from small_runs import options_of, pictures, run, same
+from tiers import slow
 from torch.nn import functional as F
 
 import deit_fast
@@ -188,6 +189,7 @@ def test_more_epochs_and_other_workers_make_the_same_files(workers, data, net, w
         put(data, tmp_path, net, epochs=2)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_images(data, net, tmp_path):
     """Evenly of each class; an odd one at the end is not mixed, and not trained on."""
     put(data, tmp_path / "s", net, count=15, epochs=1)
@@ -547,6 +549,7 @@ def test_a_file_in_anothers_place(data, net, whole, copy, tmp_path):
         put(data, copy, net)
 
 
+@pytest.mark.slow
 def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
     """As many as are needed, in order; which is said."""
     path = copy / "epoch-0001-rank-0-of-1.records"
@@ -571,6 +574,7 @@ def test_intact_epochs_stay_usable(data, net, whole, copy, tmp_path):
         check(data, copy, net)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_happens_to_epochs_it_needs_no_more(whole, data, copy, tmp_path):
     """Repaired or newly damaged: the run keeps the epochs it began with."""
     want = learn(data, tmp_path / "want", whole, recipe_of={"epochs": 2})
@@ -601,6 +605,7 @@ def test_a_run_goes_on_whatever_happens_to_epochs_it_needs_no_more(whole, data, 
     assert state["identity"]["settings"]["store"]["epochs"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_no_more_epochs_are_read_than_are_needed(data, copy, tmp_path, monkeypatch):
     """And what is not written is not called damaged."""
     first = copy / "epoch-0000-rank-0-of-1.records"
@@ -692,6 +697,7 @@ def test_another_teacher(data, net, copy, tmp_path):
     put(data, copy, shutil.copytree(net, tmp_path / "moved"))  # the same, elsewhere
 
 
+@pytest.mark.slow
 def test_another_data_set(data, net, copy, tmp_path):
     def refused(changed, what):
         with pytest.raises(ValueError, match=f"is another store: images {what}"):
@@ -711,6 +717,7 @@ def test_another_data_set(data, net, copy, tmp_path):
     refused(moved, "labels")
 
 
+@pytest.mark.slow
 def test_other_pixels_and_other_versions(data, net, copy, tmp_path, monkeypatch):
     """Versions that make the same pixels are noted, those that make others refused."""
     real = pictures_module.versions()
@@ -829,6 +836,7 @@ def test_an_image_that_broke_after_the_teacher_saw_it(data, net, whole, tmp_path
         check(changed, tmp_path / "s", net)
 
 
+@pytest.mark.slow
 def test_an_image_that_was_repaired_after_the_teacher_missed_it(data, net, tmp_path):
     """It stays out of what is written, and the writer goes on with what it began."""
     changed, out = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "s"
@@ -876,9 +884,9 @@ def test_the_loss_is_the_dense_formula():
     "model, model_args",
     [
         ("deit_tiny_distilled", {}),
-        ("tiny_vit_5m_224", {"embed_dims": [16, 32, 32, 32], "depths": [1, 1, 1, 1],
-                             "num_heads": [1, 1, 1, 1], "window_sizes": [2, 2, 2, 2]}),
-        ("cait_xxs24_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}),
+        slow("tiny_vit_5m_224", {"embed_dims": [16, 32, 32, 32], "depths": [1, 1, 1, 1],
+                                 "num_heads": [1, 1, 1, 1], "window_sizes": [2, 2, 2, 2]}),
+        slow("cait_xxs24_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}),
     ],
     ids=["deit", "tiny_vit", "cait"],
 )  # fmt: skip
@@ -949,6 +957,7 @@ def test_a_student_learns_what_the_teacher_says(tmp_path):
     assert right > 0.8
 
 
+@pytest.mark.slow
 def test_another_store_is_another_run(data, net, whole, tmp_path):
     learn(data, tmp_path / "o", whole, recipe_of={"epochs": 1})
     put(data, tmp_path / "s", net, k=1)

@@ -17,6 +17,7 @@ import timm
 import torch
 from checking import APART, FP32, assert_close, assert_within, seeded
 from small_runs import options_of, pictures, run, same
+from tiers import slow
 
 import deit_fast
 from deit_fast.cli import main
@@ -97,6 +98,7 @@ def test_a_run_goes_on_bit_for_bit(epoch, update, data, whole, tmp_path):
     assert (first["epoch"], first["update"]) == (epoch, update - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -129,10 +131,12 @@ def test_dropout_and_stochastic_depth(data):
     assert len(validation) == 24
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(data, whole, tmp_path):
     assert same(run(data, tmp_path, workers=2), whole[1])
 
 
+@pytest.mark.slow
 def test_every_step_draws_other_numbers(data, tmp_path):
     seeds = []
     run(data, tmp_path, report=lambda event: seeds.append((event["event"], torch.initial_seed())))
@@ -215,6 +219,7 @@ def test_a_signal_to_all_processes_saves_too(data, tmp_path):
     assert "stopped, saved at epoch" in said and "the same command goes on" in said
 
 
+@pytest.mark.slow
 def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
     """The epoch is saved before; nothing is trained again."""
     from deit_fast.distill import evaluate
@@ -236,7 +241,11 @@ def test_stopped_while_it_evaluates(data, whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "batch, save_every, what",
-    [(8, 1, "weights are not finite"), (8, 9, "the loss is nan"), (24, 9, "weights are not")],
+    [
+        slow(8, 1, "weights are not finite"),
+        (8, 9, "the loss is nan"),
+        slow(24, 9, "weights are not"),
+    ],
 )
 def test_what_is_no_number_stops_it(batch, save_every, what, data, tmp_path, monkeypatch):
     """The last good checkpoint stays, and another run may start from it."""
@@ -264,6 +273,7 @@ def test_what_is_no_number_stops_it(batch, save_every, what, data, tmp_path, mon
         assert_close(again["model"][name], tensor)
 
 
+@pytest.mark.slow
 def test_clipped_gradients_and_averaged_weights(data, tmp_path):
     """Next to no gradient is left of SGD's, and an average that forgets at once is the model."""
     options = {"opt": "sgd", "weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "ema": 1e-9}
@@ -298,6 +308,7 @@ def test_another_run_in_the_folder_is_kept(changed, named, data, whole, tmp_path
     assert (whole[0] / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_restart_throws_it_away(data, tmp_path):
     start(data, tmp_path)
     (tmp_path / "mine.txt").write_text("kept")
@@ -371,6 +382,7 @@ def test_nothing_but_unreadable_pictures(tmp_path):
             run(tmp_path / "data", tmp_path / "out", workers=workers)
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(tmp_path):
     """As old archives leave them."""
     pictures(tmp_path / "data")
@@ -488,6 +500,7 @@ def test_the_teacher_is_heard_by_the_distillation_head_alone(data, tmp_path):
     assert not torch.equal(state["model"]["head_dist.weight"], first["model"]["head_dist.weight"])
 
 
+@pytest.mark.slow
 def test_the_teacher_matters(data, tmp_path):
     """Its loss falls where its answers are learnt, and another teacher is another run."""
     options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
@@ -556,6 +569,7 @@ def test_a_start_that_is_not_there(data, tmp_path):
         run(data, tmp_path, model=None, start=str(tmp_path / "empty"))
 
 
+@pytest.mark.slow
 def test_convnets_are_trained_on(data, tmp_path):
     """With the arguments of their start, which old versions of timm do not remember."""
     args = {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
@@ -603,7 +617,7 @@ def test_tensorboard(data, tmp_path):
         assert logged == want, name
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", slow("fp16")])
 def test_mixed_precision_goes_on_bit_for_bit(amp, data, tmp_path):
     start(data, tmp_path / "out", amp=amp)
     state = run(data, tmp_path / "out", amp=amp, save_every=1)

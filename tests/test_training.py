@@ -16,6 +16,7 @@ from checking import (
     seeded,
 )
 from modelling import assert_training_as_accurate, autocast, gradients, images, pair, tiny_pair
+from tiers import slow, slow_but
 
 import deit_fast
 
@@ -47,7 +48,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", deit_fast.NAMES)
+@pytest.mark.parametrize("name", slow_but(deit_fast.NAMES, "deit_tiny_distilled"))
 def test_gradients_of_named_models_in_triton(name, device):
     options = NARROW[name.replace("_distilled", "")]
     reference, fast = pair(deit_fast.NAMES[name], "triton", depth=2, num_classes=11, **options)
@@ -61,7 +62,7 @@ def test_gradients_of_named_models_in_triton(name, device):
 @pytest.mark.parametrize(
     "name, mode",
     [
-        (name, mode)
+        (name, mode) if name == "deit_tiny_distilled" else slow(name, mode)
         for name in deit_fast.NAMES
         for mode in (modes(name) if "tiny" in name else modes(name)[-1:])
     ],
@@ -82,6 +83,7 @@ def test_gradients_with_layer_scale(mode, backend, device):
     assert_training_as_accurate(reference.to(device), fast.to(device), x)
 
 
+@pytest.mark.slow
 def test_gradients_without_qkv_bias_for_a_pooled_mean(device):
     """No prefix token is read: the last block runs for all tokens."""
     options = {"qkv_bias": False, "global_pool": "avg", "fc_norm": False, "distilled": False}
@@ -103,6 +105,7 @@ def test_autocast_rounds_no_gradient_of_a_bias(device):
         assert not torch.equal(bias, bias.half().float()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, dtype", LOW)
 def test_autocast_gradients(backend, dtype, device):
     """Weights, their gradients and the stream between blocks stay fp32."""
@@ -159,7 +162,7 @@ def saved_bytes(model, x, dtype=None):
     return sum(s.nbytes() for s in storages.values())
 
 
-@pytest.mark.parametrize("part", ["model", "block"])
+@pytest.mark.parametrize("part", [slow("model"), "block"])
 @pytest.mark.parametrize("dtype", [None, FP16], ids=["fp32", "autocast fp16"])
 def test_saves_less_than_timm_eager_or_compiled(dtype, part, device):
     """torch.compile's partitioner recomputes what is cheap; so do the blocks. The whole model saves
@@ -180,6 +183,7 @@ def test_saves_less_than_timm_eager_or_compiled(dtype, part, device):
     assert ours < compiled <= timms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, FP16], ids=["fp32", "autocast fp16"])
 def test_recompute_saves_memory_for_the_same_gradients(dtype, device):
     _, fast = tiny_pair("triton", depth=2, init_values=0.5)
@@ -202,7 +206,7 @@ def test_recompute_saves_memory_for_the_same_gradients(dtype, device):
             assert_close(got[name], want[name], name, dtype=FP16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", slow("triton")])
 def test_grad_checkpointing(backend, device):
     """The second forward pass drops what the first one dropped."""
     reference, fast = tiny_pair(backend, drop_path_rate=0.6, **DEEPER)

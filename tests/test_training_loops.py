@@ -14,6 +14,7 @@ import timm
 import torch
 from checking import BF16, FP16, assert_as_accurate, assert_close, seed, seeded
 from modelling import images, tiny_pair
+from tiers import slow
 from torch.nn import functional as F
 
 import deit_fast
@@ -49,8 +50,8 @@ def curve(backend, dtype=None, steps=50, device="cpu"):
 # The interpreter takes a second or more for a step: there the first few show it.
 @pytest.mark.parametrize(
     "backend, dtype, steps",
-    [("torch", dtype, 50) for dtype in (None, BF16, FP16)]
-    + [("triton", dtype, 4) for dtype in (None, BF16, FP16)]
+    [("torch", None, 50), slow("torch", BF16, 50), slow("torch", FP16, 50)]
+    + [slow("triton", None, 4), ("triton", BF16, 4), slow("triton", FP16, 4)]
     + [
         pytest.param("triton", dtype, 50, marks=pytest.mark.gpu("a whole curve of the kernels"))
         for dtype in (None, BF16, FP16)
@@ -141,6 +142,7 @@ def trained_together(folder):
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     """DistributedDataParallel; fully_shard of every block and of the model, which changes their
     classes. The model is then one process's with the joint batch, and the same on both; so are

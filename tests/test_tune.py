@@ -199,6 +199,7 @@ def test_the_winner_is_written_and_then_serves(small, cache, capsys):
         assert _tuned.lookup(r["op"], r["shape"], CHIP) == r["choice"]
 
 
+@pytest.mark.slow
 def test_the_backward_product_is_settled_for_training(small, cache, monkeypatch):
     """By the backward pass's own configurations, each once, against cuBLAS; the winner serves."""
     favourite = {"implementation": "triton", **WIDE_BACKWARD_CONFIG}
@@ -268,6 +269,7 @@ def test_short_sums_are_allowed_on_a_gpu_only():
     assert allowed > short_sums(1536, 16)["sums"] > 2.1e-4
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do_and_renews_if_asked(small, cache, capsys):
     run(prefer({"implementation": "cublas"}))
     before = json.loads(cache.read_text())["choices"]
@@ -287,6 +289,7 @@ def test_a_second_run_has_nothing_to_do_and_renews_if_asked(small, cache, capsys
     ]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_disagrees_or_fails_is_out(small, cache, monkeypatch):
     """The clock's favourite computes something else, and another does not launch."""
     wrong, broken = HOPPER_CONFIGS[8], HOPPER_CONFIGS[0]
@@ -329,6 +332,7 @@ def test_time_is_bounded(small, cache, monkeypatch, capsys):
     assert "1 choices measured, 1 in all" in out and " left" in out
 
 
+@pytest.mark.slow
 def test_the_next_call_goes_on(small, cache, capsys):
     """What is in the table is not raced again, but serves what is made of it."""
     run(prefer({"implementation": "cublas"}))
@@ -347,6 +351,7 @@ def test_the_next_call_goes_on(small, cache, capsys):
     assert all(list(forced) == ["attention"] for forced in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("lost")])
 def test_an_error_outside_the_candidates_keeps_what_was_settled(small, cache, monkeypatch, error):
     """Memory: that task is left out. Anything else: what was settled is written, then it raises."""
@@ -407,6 +412,7 @@ def test_wrong_moments_are_out(small, cache, monkeypatch):
     assert emitting and all(r["ms"] == 2.0 for r in emitting)
 
 
+@pytest.mark.slow
 def test_tasks_without_the_interpreter():
     """On a machine with a GPU nothing is interpreted: listing what to tune must not need it."""
     code = (

@@ -1,8 +1,8 @@
 """Two tiers: what the default run has, and `slow`. And --seed. A pytest plugin.
 
 A test function with many parameters runs, by default, with so few combinations that each value of
-each parameter comes once at least; the other combinations are marked slow here. So are tests, by
-hand, that take long, and by `selection.py` those that need more than pytest.
+each parameter comes once at least; the other combinations are marked slow here. So are, by hand,
+tests and cases that take long, and tests that need more than pytest (`selection.py`).
 
     pytest -m "slow or not slow"    everything
     pytest --seed 3                 other random inputs, and the tests in another order
@@ -11,21 +11,37 @@ hand, that take long, and by `selection.py` those that need more than pytest.
 
 import os
 import random
+from collections import Counter
 from itertools import groupby
 
 import pytest
 
 
 def cover(cases: list[dict]) -> list[int]:
-    """Which of these cases, {parameter: value}, have every value there is: always the
-    one that has most of those still missing, the first of equals."""
+    """Which of these cases, {parameter: value}, have every value there is: always the one that has
+    most of those still missing; of equals that whose values were chosen least, say not always the
+    first dtype; of these the first."""
     missing = {pair for case in cases for pair in case.items()}
-    chosen = []
+    chosen, often = [], Counter()
     while missing:
-        i = max(range(len(cases)), key=lambda i: len(missing & cases[i].items()))
+        most = max(len(missing & case.items()) for case in cases)
+        best = [i for i, case in enumerate(cases) if len(missing & case.items()) == most]
+        i = min(best, key=lambda i: sum(often[pair] for pair in cases[i].items()))
         missing -= cases[i].items()
+        often.update(cases[i].items())
         chosen.append(i)
     return chosen
+
+
+def slow(*values):
+    """One case of a parametrised test, marked."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def slow_but(values, *quick):
+    """The cases of a parametrised test, all marked but these."""
+    assert set(map(repr, quick)) <= set(map(repr, values)), quick
+    return [value if value in quick else slow(value) for value in values]
 
 
 def _function(item):

@@ -197,6 +197,7 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("counts what PyTorch's operators for the CPU hold")
 def test_peak_memory_is_no_more_than_eagers():
     """Activations of a half-precision pass in inference, in Triton's interpreter."""
@@ -272,6 +273,7 @@ def test_prediction_in_eight_bits(format):
     assert fc2.bytes == moved
 
 
+@pytest.mark.slow
 def test_prediction_of_a_quantised_model(capsys):
     """The command's ratio to bf16; attention in fp8 is named and takes less."""
     (bf16, fp8, attention) = (

@@ -125,6 +125,7 @@ def ctx(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_wrong_family_is_named(ctx, monkeypatch):
     """And what PyTorch then serves; the right ones stay."""
     assert smoke.step(ctx, "linear") == smoke.step(ctx, "attention backward") == ""
@@ -214,6 +215,7 @@ def test_what_the_sanitizer_says(output, status, wanted):
     assert (found["status"], found.get("errors")) == wanted[:2] and wanted[2] in found["note"]
 
 
+@pytest.mark.slow
 def test_the_sanitizers_script_calls_every_operation(capsys):
     calls = sanitize.launches(torch.device("cpu"))
     assert 40 <= calls <= 80

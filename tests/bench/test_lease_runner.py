@@ -137,6 +137,7 @@ def test_a_part_that_broke_its_process_is_tried_once_more(run):
     assert outcome.written == ["one", "three", "two"]
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed_with_all_that_it_started(run, monkeypatch):
     """And the parts behind it still have time; the log says where it hung."""
     monkeypatch.setattr(runner, "LEAST_KILL", 0.5)

@@ -20,6 +20,7 @@ from checking import (
 )
 from fake_cuda import FakeCuda
 from modelling import tiny_pair
+from tiers import slow, slow_but
 from torch import nn
 
 import deit_fast
@@ -48,7 +49,10 @@ def measure(network, mode, plan=ONE):
     return network.measure(MODES[mode], plan, CEILINGS, STAMP)
 
 
-@pytest.mark.parametrize("mode", ["eager_fp32", "eager_bf16", "deit_fast_fp32", "deit_fast_bf16"])
+ROWS = ["eager_fp32", "eager_bf16", "deit_fast_fp32", "deit_fast_bf16"]
+
+
+@pytest.mark.parametrize("mode", slow_but(ROWS, "deit_fast_bf16"))
 @pytest.mark.parametrize("train", ["", "_train"])
 def test_a_row_of_a_vision_transformer(vit, mode, train):
     row, times = measure(vit, mode + train)
@@ -66,7 +70,7 @@ def test_a_row_of_a_vision_transformer(vit, mode, train):
     assert exact or row.relative_error > 1e-4
 
 
-@pytest.mark.parametrize("mode", ["eager_fp32", "eager_bf16", "eager_fp32_train"])
+@pytest.mark.parametrize("mode", [slow("eager_fp32"), slow("eager_bf16"), "eager_fp32_train"])
 def test_a_row_of_a_convolutional_network(convnet, mode):
     row, _ = measure(convnet, mode)
     assert row.status == "measured", row.note
@@ -74,7 +78,7 @@ def test_a_row_of_a_convolutional_network(convnet, mode):
     assert convnet.why_not(MODES["deit_fast_fp32"]) == "deit_fast has no modules for it"
 
 
-@pytest.mark.parametrize("batch", [1, 7, 10, 11, 24])
+@pytest.mark.parametrize("batch", slow_but([1, 7, 10, 11, 24], 7))
 def test_batches_of_any_size_are_compared(vit, convnet, batch):
     """Few different images, each equally often: then batch norm sees the reference's statistics."""
     for network in (vit, convnet):
@@ -88,6 +92,7 @@ def test_batches_of_any_size_are_compared(vit, convnet, batch):
             assert_at_most(network.check(step, batch), allowed, mode)
 
 
+@pytest.mark.slow
 def test_every_image_of_the_batch_is_compared(vit, monkeypatch):
     """A kernel that computes the first images and leaves the rest is fast."""
     real = deit_fast.layers.VisionTransformerDistilled.forward
@@ -102,6 +107,7 @@ def test_every_image_of_the_batch_is_compared(vit, monkeypatch):
         assert row.status == "failed" and "Disagreement" in row.note, mode
 
 
+@pytest.mark.slow
 def test_the_input_sets_are_different_memory(vit, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -112,7 +118,7 @@ def test_the_input_sets_are_different_memory(vit, monkeypatch):
         assert len({x.data_ptr() for x in seen[-1]}) == len(seen[-1]) == 64
 
 
-@pytest.mark.parametrize("mode", ["deit_fast_fp8", "deit_fast_int8"])
+@pytest.mark.parametrize("mode", ["deit_fast_fp8", slow("deit_fast_int8")])
 def test_a_row_in_eight_bits(vit, mode):
     """Its ceiling is that of its products; its error what eight bits cost, and no more."""
     row, times = measure(vit, mode)
@@ -217,6 +223,7 @@ def test_modes_run_what_they_name(monkeypatch):
         Network("deit_tiny", 32, CPU)
 
 
+@pytest.mark.slow
 def test_paper_protocol_reports_the_mean_of_the_largest_batch(vit):
     row, times = measure(vit, "eager_fp32", Plan("paper", batch=5, runs=3, warmup=1))
     assert (row.batch, row.asked_batch, row.note) == (5, 5, "capped at 5")
@@ -236,7 +243,7 @@ STEP = Plan("step", batch=3, runs=2, warmup=1)
 STEPPED = ["deit_fast_fp32", "eager_bf16", "deit_fast_amp_bf16"]
 
 
-@pytest.mark.parametrize("mode", STEPPED)
+@pytest.mark.parametrize("mode", slow_but(STEPPED, "deit_fast_fp32"))
 def test_a_full_step_is_measured(vit, mode):
     before = copy.deepcopy(vit.model.state_dict())
     row, times = measure(vit, f"{mode}_train", STEP)
@@ -290,6 +297,7 @@ def test_every_timed_step_updates_and_the_compared_ones_do_not(vit, monkeypatch)
     assert step.optimizer.defaults["fused"] and isinstance(step.optimizer, torch.optim.AdamW)
 
 
+@pytest.mark.slow
 def test_a_step_under_fp16_autocast_goes_through_a_scaler(vit, monkeypatch):
     scaled, real = [], torch.amp.GradScaler.scale
     monkeypatch.setattr(
@@ -318,6 +326,7 @@ UPDATES = {  # what a broken optimiser may do, and what is said of it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", UPDATES)
 def test_an_optimiser_that_does_not_descend_is_not_timed(vit, fault, monkeypatch):
     break_it, said = UPDATES[fault]
@@ -352,7 +361,7 @@ WRONG = {  # what a broken fast mode may do to its output -> the mode that must 
 }
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", slow_but(WRONG, "NaN", "gradient", "beyond int8"))
 def test_what_disagrees_is_not_timed(vit, fault, monkeypatch):
     break_it, mode = WRONG[fault]
     real = deit_fast.layers.VisionTransformerDistilled.forward
@@ -391,7 +400,7 @@ def limit_memory(monkeypatch, images):
 
 @pytest.mark.parametrize(
     ("fits", "cap", "batch", "note"),
-    [(5, 100, 4, "8 does not"), (8, 8, 8, "capped at 8"), (7, 6, 6, "capped at 6"),
+    [slow(5, 100, 4, "8 does not"), slow(8, 8, 8, "capped at 8"), slow(7, 6, 6, "capped at 6"),
      (1, 64, 1, "2 does not")],
 )  # fmt: skip
 def test_the_largest_batch_is_found_by_doubling(vit, monkeypatch, fits, cap, batch, note):
@@ -400,6 +409,7 @@ def test_the_largest_batch_is_found_by_doubling(vit, monkeypatch, fits, cap, bat
     assert found == batch and note in said
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_is_halved_and_said(vit, monkeypatch):
     limit_memory(monkeypatch, 5)
     row, _ = measure(vit, "eager_fp32", Plan("batch", 16, 2, 1))
@@ -469,8 +479,9 @@ def test_batch_norm_keeps_activations_in_range(convnet):
 
 @pytest.mark.parametrize(
     ("name", "gflop"),
-    [("deit_tiny_distilled", 2.522), ("deit_small_distilled", 9.248),
-     ("deit_base_distilled_384", 111.18), ("resnet50", 8.18), ("cait_xxs24_224", 5.047)],
+    [("deit_tiny_distilled", 2.522), slow("deit_small_distilled", 9.248),
+     slow("deit_base_distilled_384", 111.18), slow("resnet50", 8.18),
+     slow("cait_xxs24_224", 5.047)],
 )  # fmt: skip
 def test_flops_are_the_published_ones(name, gflop):
     timm_name, size = check_network(name, None)
@@ -512,6 +523,7 @@ def test_an_engine_computes_what_the_model_does():
     assert row.status == "measured" and row.peak_memory_gb > 0 and len(times) == 2
 
 
+@pytest.mark.slow
 def test_a_captured_training_step(vit, monkeypatch):
     """Forward and backward replayed from a graph give the gradients of the images and the upstream
     gradients at hand, not of those that were captured."""

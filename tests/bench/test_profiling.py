@@ -90,6 +90,7 @@ def test_every_kernel_of_ours_is_known_as_ours():
     assert shares[FOREIGN] == 0.0
 
 
+@pytest.mark.slow
 def test_a_profile_finds_where_the_time_goes(tmp_path, device):
     x = torch.randn(1500, 1500, device=device)
     trace = tmp_path / "new" / "trace.json.gz"

@@ -107,6 +107,7 @@ def test_training_is_measured_with_and_without_the_optimiser(out):
     assert len(list(out.glob("*/traces/*.json.gz"))) == 4
 
 
+@pytest.mark.slow
 def test_when_the_minutes_are_over_nothing_is_begun(out):
     done = bench(out, "benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32",
                  "--minutes", "0")  # fmt: skip
@@ -114,6 +115,7 @@ def test_when_the_minutes_are_over_nothing_is_begun(out):
     assert not list(out.glob("*/table5.json"))
 
 
+@pytest.mark.slow
 def test_kernels_are_raced_against_the_playbook(out):
     done = bench(out, "benchmarks/bench_layer_norm.py", "benchmarks/bench_linear.py", *LITTLE,
                  "--against-playbook", "-k", "not compiled and not backward")  # fmt: skip
@@ -154,6 +156,7 @@ def test_kernels_are_raced_both_ways(out):
     assert patches.flops == 2 * 2 * 196 * 192 * 768  # nobody asks for the images' gradient
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_not_timed(out, tmp_path):
     plugin = tmp_path / "broken_gradient.py"
     plugin.write_text(

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import selection
 import torch
 from making import CEILINGS, HARDWARE, kernel_row, model_row
 
@@ -94,10 +95,20 @@ def places(tmp_path):
     return home, [str(item) for k, v in options.items() for item in (f"--{k}", v)]
 
 
+@pytest.fixture
+def plots():
+    selection.extra("bench", "matplotlib")
+
+
+def writes_plots(test):
+    return pytest.mark.slow(pytest.mark.usefixtures("plots")(test))
+
+
 def everything(home):
     return {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
 
 
+@writes_plots
 def test_a_folder_is_taken(lease, places, capsys):
     home, options = places
     folder = lease(
@@ -134,6 +145,7 @@ def test_a_folder_is_taken(lease, places, capsys):
     assert said.splitlines()[-1].startswith("h100-80gb-hbm3: 6 model rows and 2 kernel rows taken")
 
 
+@writes_plots
 def test_taking_twice_changes_nothing(lease, places, monkeypatch):
     """Not even what the table, once it is there, would choose changes a prediction."""
     home, options = places
@@ -148,6 +160,7 @@ def test_taking_twice_changes_nothing(lease, places, monkeypatch):
     _tuned.forget()
 
 
+@writes_plots
 def test_a_resumed_folder_adds_what_is_new(lease, places):
     """Its last figure of a key counts; earlier lines of the log stay."""
     home, options = places
@@ -179,6 +192,7 @@ def fails_smoke(**changes):
     return ("smoke", row | changes)
 
 
+@writes_plots
 @pytest.mark.parametrize(
     "row, more, why",
     [
@@ -201,6 +215,7 @@ def test_what_can_not_be_is_left_out(lease, places, capsys, row, more, why):
     assert [r.mode for r in rows] == ["eager_bf16"]
 
 
+@writes_plots
 def test_what_pytorch_served_is_taken(lease, places):
     note = "PyTorch serves attention, which failed the smoke test"
     folder = lease(figure(B, note=note), more=(fails_smoke(),))
@@ -244,6 +259,7 @@ def test_folders_that_are_not_taken(lease, places, capsys, header, break_it, sai
     assert said in error and error.count("\n") == 1 and everything(home) == before
 
 
+@writes_plots
 def test_half_a_line_is_named(lease, places, capsys):
     folder = lease(figure(B))
     with (folder / context.ROWS).open("a") as file:

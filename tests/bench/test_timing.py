@@ -67,6 +67,7 @@ def test_folder_names(monkeypatch):
     assert timing.slug(CPU) == "cpu"
 
 
+@pytest.mark.slow
 def test_ceilings_are_plausible(device):
     found = timing.ceilings(torch.device(device), runs=3)
     assert {"copy_tb_per_s", "fp32_tflops", "fp16_tflops", "bf16_tflops"} <= set(found)

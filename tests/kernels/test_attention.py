@@ -8,6 +8,7 @@ from checking import (
     DOT_DTYPES,
     FP16,
     FP32,
+    HALVES,
     assert_as_accurate,
     assert_close,
     assert_equal,
@@ -61,7 +62,7 @@ def test_no_less_accurate_than_torch(case, bias, dtype, device):
     check(triton_attention, attention_reference, inputs, dtype, grads=case["B"] > 0)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(198, 198), (40, 578), (2, 198)], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @where(lambda config, shape, dtype: config in configs(dtype, *shape, 64))
@@ -87,7 +88,7 @@ def test_a_table_may_give_it_to_torch(device):
         check(attention, attention_reference, inputs, FP16)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(198, 198), (2, 70), (33, 65)], ids=str)
 def test_backward_on_an_a100(shape, dtype, device):
     """Fewer queries a program than on Hopper."""
@@ -253,7 +254,7 @@ def assert_quantized(q, k, v, format, out_scale, device, **options):
 
 
 @QUANTIZED
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", [c for c in cases.ATTENTION if c["L"] < 500], ids=str)
 def test_quantized(case, dtype, format, out_scale, device):
     q, k, v = (t.to(dtype) for t in make_inputs(**case, packed=True, device=device).values())

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from checking import DOT_DTYPES, FP16, FP32, NO_CODE, assert_close, check
+from tiers import slow
 
 from deit_fast.kernels import cases, conv_norm
 from deit_fast.kernels import conv_norm_reference as reference
@@ -29,6 +30,7 @@ def test_on_a_chip_without_tensor_cores(case, device):
         check(conv_norm, reference, make_inputs(**case, device=device), FP16, grads=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT, cases.CONV_NORM[5]], ids=str)
 def test_memory_formats(case, device):
     """Channels side by side in the result, whatever came."""
@@ -67,7 +69,7 @@ def test_autocast(device):
         assert_close(got.float(), want, dtype=FP16)
 
 
-@pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT, cases.CONV_NORM[5]], ids=str)
+@pytest.mark.parametrize("case", [slow(DEPTHWISE), PRODUCT, cases.CONV_NORM[5]], ids=str)
 def test_opcheck(case, device):
     inputs = make_inputs(**case, device=device)
     tensors = [inputs[n] for n in ("x", "weight", "norm_weight", "norm_bias", "mean", "var")]
@@ -78,7 +80,7 @@ def test_opcheck(case, device):
     torch.library.opcheck(_fwd.op, (*tensors, residual, 1e-5, *rest, "triton"))
 
 
-@pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [slow(DEPTHWISE), PRODUCT], ids=str)
 def test_compiles(case, device):
     inputs = make_inputs(**case, device=device)
     compiled = torch.compile(lambda: triton_conv_norm(**inputs), fullgraph=True, backend=NO_CODE)

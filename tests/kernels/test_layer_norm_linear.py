@@ -9,6 +9,7 @@ from checking import (
     DOT_DTYPES,
     FP16,
     FP32,
+    HALVES,
     NO_CODE,
     assert_close,
     assert_differ,
@@ -17,6 +18,7 @@ from checking import (
     check_compiles,
     seed,
 )
+from tiers import slow
 
 from deit_fast.kernels import (
     _tuned,
@@ -38,7 +40,7 @@ def in_dtype(inputs, dtype):
     return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("stream", ["normal", "outliers", "offset"])
 @pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
 def test_folding_is_no_less_accurate_than_torch(case, stream, dtype, device):
@@ -56,7 +58,7 @@ def test_values_and_gradients_of_the_two_operations(case, implementation, dtype,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, dtype, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -66,7 +68,7 @@ def test_every_configuration_a_table_may_name(config, dtype, device):
         check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("implementation", ["triton", slow("cublas")])
 def test_moments_of_the_product_before(implementation, device):
     """The moments that a linear leaves give what a pass over its result gives."""
     seed(0)

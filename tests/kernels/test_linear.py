@@ -10,6 +10,7 @@ from checking import (
     DOT_DTYPES,
     FP16,
     FP32,
+    HALVES,
     assert_as_accurate,
     assert_at_most,
     assert_close,
@@ -58,7 +59,7 @@ def test_no_less_accurate_than_torch(case, epilogue, implementation, dtype, devi
     check(partial(linear, implementation=implementation), linear_reference, inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", [(300, 192, 320), (130, 72, 200)], ids=["even", "uneven"])
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 def test_every_configuration_a_table_may_name(config, case, dtype, device):
@@ -70,7 +71,7 @@ def test_every_configuration_a_table_may_name(config, case, dtype, device):
         check(triton_linear, linear_reference, inputs, dtype, grads=False)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "config", [None, *configs(BF16, (9, 0), True), *configs(BF16, (8, 0), True)], ids=str
 )
@@ -104,7 +105,7 @@ def test_gelu_backward_in_every_configuration(config, dtype, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
-@pytest.mark.parametrize("dtype", DOT_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
 # cuBLAS takes no configuration; and narrower than what moments summarise, the rule chooses none
 @where(lambda implementation, config: implementation == "triton" or config == HOPPER_CONFIGS[0])

@@ -15,6 +15,7 @@ from checking import (
     check,
     check_compiles,
 )
+from tiers import slow_but
 from timm.models.tiny_vit import Attention
 
 from deit_fast.kernels import attention_reference, cases, window_attention
@@ -26,8 +27,11 @@ from deit_fast.kernels.window_attention import _bwd, _fwd, offsets
 triton_attention = partial(window_attention, implementation="triton")
 
 
+SMALL = [case for case in cases.WINDOW_ATTENTION if case["window"] < 12]
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.WINDOW_ATTENTION, ids=str)
+@pytest.mark.parametrize("case", slow_but(cases.WINDOW_ATTENTION, *SMALL), ids=str)
 def test_no_less_accurate_than_torch(case, dtype, device):
     # PyTorch gives no gradient to the biases of an empty batch
     check(triton_attention, reference, make_inputs(**case, device=device), dtype, case["B"] > 0)
@@ -60,6 +64,7 @@ def test_windows_of_one_token(device):
     assert torch.equal(triton_attention(**inputs), inputs["qkv"][..., 2, :])
 
 
+@pytest.mark.slow
 def test_biases_gradient_in_many_chunks(device):
     """More windows than programs: each sums several."""
     inputs = make_inputs(3, 12, 12, 2, 4, device=device)
@@ -67,6 +72,7 @@ def test_biases_gradient_in_many_chunks(device):
         check(triton_attention, reference, inputs, FP32)
 
 
+@pytest.mark.slow
 def test_biases_that_do_not_learn(device, monkeypatch):
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"]

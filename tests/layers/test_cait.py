@@ -27,6 +27,7 @@ from modelling import (
     pair,
     randomize,
 )
+from tiers import slow, slow_but
 from torch.nn.parallel import DistributedDataParallel
 
 import deit_fast
@@ -52,7 +53,7 @@ def test_ten_models_have_the_head_counts_that_are_tested():
     assert {a.proj.in_features // a.num_heads for a in attention} == {48}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "cait_xxs24_224", "cait_s24_224"))
 def test_named_models_equal_timms(name):
     options = {"depth": 1, "depth_token_only": 1}
     seed(0)
@@ -127,8 +128,8 @@ def test_every_triton_kernel(heads, device):
     assert_same_logits(reference, fast, images(reference).to(device))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", [slow("torch"), "triton"])
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, "bf16", "autocast bf16"))
 def test_precisions(precision, backend, device):
     reference, fast = tiny_cait(backend, depth=1, depth_token_only=1)
     assert_precision(reference, fast, images(reference), precision, device)
@@ -162,6 +163,7 @@ def test_evaluation_drops_nothing():
     assert_close(fast.eval()(x), reference.eval()(x))
 
 
+@pytest.mark.slow
 def test_autocast_leaves_gradients_in_fp32(device):
     _, fast = tiny_cait("triton", depth=1)
     fast = fast.to(device)
@@ -270,6 +272,7 @@ def test_features_intermediates_and_surgery():
     assert_close(*(m(x) for m in models))
 
 
+@pytest.mark.slow
 def test_modules_by_themselves(device):
     reference, fast = (m.to(device) for m in tiny_cait("triton"))
     exact = copy.deepcopy(reference).double()
@@ -298,6 +301,7 @@ def test_half_precision_launches():
     assert len(ours[1]) == len(ours[0]) + 10 and others[0] == others[1]
 
 
+@pytest.mark.slow
 def test_export_with_a_dynamic_batch_and_the_meta_device():
     reference, fast = tiny_cait(depth=1, depth_token_only=1)
     x = images(reference)
@@ -308,6 +312,7 @@ def test_export_with_a_dynamic_batch_and_the_meta_device():
         assert fast.to("meta")(x.to("meta")).shape == (2, 11)
 
 
+@pytest.mark.slow
 def test_awkward_batches(device):
     reference, fast = (m.to(device) for m in tiny_cait("triton", depth=1))
     x = images(reference, batch=3).to(device)

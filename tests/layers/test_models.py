@@ -27,12 +27,13 @@ from modelling import (
     randomize,
     tiny_pair,
 )
+from tiers import slow, slow_but
 
 import deit_fast
 from deit_fast import layers
 
 
-@pytest.mark.parametrize("name", deit_fast.NAMES)
+@pytest.mark.parametrize("name", slow_but(deit_fast.NAMES, "deit_tiny_distilled", "deit_base_384"))
 def test_named_models_equal_timms(name):
     """Tiny with its 12 blocks; of the wider ones 2, of which the last runs in parts."""
     options = {} if "tiny" in name else {"depth": 2}
@@ -122,7 +123,7 @@ TRITON_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", TRITON_VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(TRITON_VARIANTS, "distilled", "LayerScale"))
 def test_every_triton_kernel_in_a_shallow_model(variant, device):
     options = {"embed_dim": 128, "num_heads": 2} | TRITON_VARIANTS[variant]
     reference, fast = tiny_pair("triton", **options)
@@ -312,8 +313,8 @@ def test_compiles_into_one_graph(backend, compiler, device):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", [slow("torch"), "triton"])
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, "bf16", "autocast bf16"))
 def test_precisions(precision, backend, device):
     """Under autocast half precision products around an fp32 stream."""
     reference, fast = tiny_pair(backend)
@@ -340,6 +341,7 @@ def test_copies_and_state_dict(backend, device):
         assert_differ(other.to(device)(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_awkward_batches(backend, device):
     reference, fast = tiny_pair(backend)
@@ -428,6 +430,7 @@ def test_folded_layer_norms_and_moments_through_the_whole_model(device, monkeypa
     assert not seen
 
 
+@pytest.mark.slow
 def test_hooks_on_blocks_fire_between_moments(device):
     reference, fast = (m.to(device) for m in tiny_pair("triton", depth=3))
     x = images(reference, batch=32).to(device).half()

@@ -1,9 +1,5 @@
 """accelerate and restore: what is swapped, what is left and why, and that both are exact."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -178,16 +174,10 @@ def test_backend_names_and_environment(monkeypatch):
 
 @pytest.mark.cpu("a machine without a GPU")
 def test_triton_without_a_gpu_raises_and_changes_nothing():
-    code = (
-        "import timm, deit_fast\n"
-        "model = timm.create_model('deit_tiny_patch16_224', depth=1)\n"
-        "try: deit_fast.accelerate(model, 'triton')\n"
-        "except RuntimeError as error: print(error, type(model).__module__)\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "backend 'triton' (asked for) needs a CUDA device" in out.stdout, out.stderr
-    assert "timm.models.vision_transformer" in out.stdout
+    model = timm.create_model("deit_tiny_patch16_224", depth=1)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' \(asked for\) needs a CUDA device"):
+        deit_fast.accelerate(model, "triton")
+    assert not any("deit_fast" in type(module).__module__ for module in model.modules())
 
 
 def test_nothing_to_swap():

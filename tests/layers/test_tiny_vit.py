@@ -15,6 +15,7 @@ from checking import (
     seed,
 )
 from modelling import PRECISIONS, assert_same_logits, autocast, randomize
+from tiers import slow, slow_but
 from torch import nn
 
 import deit_fast
@@ -51,7 +52,7 @@ def images(batch=2, size=(SIZE, SIZE), device="cpu"):
     return torch.randn(batch, 3, *size, device=device)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "tiny_vit_5m_224"))
 def test_every_size_equals_timms(name):
     """Shallow: one block of each kind at the width and the image size of the model."""
     reference, fast = pair(name, depths=(1, 1, 1, 1), num_classes=10)
@@ -80,12 +81,13 @@ def test_everything_is_swapped():
 
 
 # (33, 47): maps of 9 x 12 and 5 x 6, padded to 8 x 8
-@pytest.mark.parametrize("size", [(64, 64), (33, 47)], ids=str)
+@pytest.mark.parametrize("size", [slow((64, 64)), (33, 47)], ids=str)
 def test_every_triton_kernel(size, device):
     reference, fast = small("triton", device)
     assert_same_logits(reference, fast, images(size=size, device=device))
 
 
+@pytest.mark.slow
 def test_other_inputs(device):
     reference, fast = small("triton", device)
     x = images(device=device)
@@ -110,9 +112,9 @@ def step(model, x):
     return made | {"logits": logits}
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", [slow("torch"), "triton"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, "bf16", "autocast bf16"))
 def test_gradients(precision, training, backend, device):
     """Statistics too, and stochastic depth drawn as timm draws it. In fp32 batch norm counts: its
     backward takes away what the samples share, and leaves what each order of sums rounded."""
@@ -154,6 +156,7 @@ def test_drop_path_in_double():
         assert_close(got[name], true, name)
 
 
+@pytest.mark.slow
 def test_autocast(device):
     reference, fast = small("triton", device)
     x = images(device=device)
@@ -165,6 +168,7 @@ def test_autocast(device):
     assert_as_accurate(got, want, exact)
 
 
+@pytest.mark.slow
 def test_half_precision(device):
     reference, fast = (m.half() for m in small("triton", device))
     x = images(device=device).half()
@@ -183,6 +187,7 @@ def test_compiles(device):
         assert_close(compiled(x), fast(x))
 
 
+@pytest.mark.slow
 def test_compiles_in_training(device):
     _, fast = small("torch", device)
     fast.train()
@@ -203,6 +208,7 @@ def test_copies():
         assert torch.equal(other(x), want)
 
 
+@pytest.mark.slow
 def test_weights_may_change(device):
     """Nothing that was folded is kept."""
     reference, fast = small("triton", device)
@@ -228,7 +234,7 @@ def test_hooks_see_what_timms_see(part):
     assert_close(seen[2:], seen[:2])
 
 
-@pytest.mark.parametrize("change", ["bias", "padding", "fused", "no statistics"])
+@pytest.mark.parametrize("change", [slow("bias"), slow("padding"), "fused", slow("no statistics")])
 def test_convolutions_that_change_afterwards(change, device):
     """After the swap: what no longer is the operation runs as it is."""
     x, found = images(device=device), []
