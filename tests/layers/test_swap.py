@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 import deit_fast
 from deit_fast import layers
+from deit_fast.kernels import _runtime
 
 
 def test_report_of_a_deit():
@@ -173,7 +174,8 @@ def test_backend_names_and_environment(monkeypatch):
 
 
 @pytest.mark.cpu("a machine without a GPU")
-def test_triton_without_a_gpu_raises_and_changes_nothing():
+def test_triton_without_a_gpu_raises_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(_runtime, "INTERPRET", False)
     model = timm.create_model("deit_tiny_patch16_224", depth=1)
     with pytest.raises(RuntimeError, match=r"backend 'triton' \(asked for\) needs a CUDA device"):
         deit_fast.accelerate(model, "triton")
