@@ -383,6 +383,7 @@ def test_a_file_that_disagrees_is_not_kept(format, scale, tmp_path, monkeypatch)
     assert path.read_text() == "an earlier file" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_file_wrong_for_many_images_alone_is_not_kept(tmp_path, monkeypatch):
     real = exporting._READERS["torch-export"]
 

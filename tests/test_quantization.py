@@ -320,6 +320,7 @@ def test_folders(format, attention, tmp_path):
         deit_fast.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [slow("fp8"), "int8"])
 def test_copies_pickles_and_compilation(format):
     _, fast = quantized_pair(format)

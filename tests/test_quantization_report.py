@@ -415,6 +415,7 @@ def test_quantize_says_what_is_wrong(args, message, folders, monkeypatch, capsys
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.slow
 def test_quantize_wants_blocks_and_classes(folders, tmp_path, capsys):
     deit_fast.save_pretrained(tiny_pair(img_size=32, num_classes=3)[1], tmp_path / "three")
     data = ["--data", str(folders / "data")]

@@ -392,6 +392,7 @@ def test_two_writers_do_not_share_a_folder(data, net, tmp_path, monkeypatch):
         put(data, tmp_path, net, report=report)
 
 
+@pytest.mark.slow
 def test_two_writers_do_not_share_a_file(data, net, whole, copy, monkeypatch):
     """Whatever their ranks are; one that is left by a killed writer's workers is waited for."""
     path = copy / "epoch-0001-rank-0-of-1.records"
@@ -802,6 +803,7 @@ def test_an_answer_that_is_no_number(data, net, tmp_path, monkeypatch):
         put(data, tmp_path, net)
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_give_way_and_records_say_to_which(net, tmp_path):
     data = pictures(tmp_path / "data")
     broken = data / "train" / "class1" / "3.png"

@@ -144,6 +144,7 @@ def test_every_step_draws_other_numbers(data, tmp_path):
     assert len(set(drawn)) == len(drawn) == 9
 
 
+@pytest.mark.slow
 def test_seeds_change_everything(data, whole, tmp_path):
     state = run(data, tmp_path, seed=1)
     assert state["rows"][0]["loss"] != whole[1]["rows"][0]["loss"]
@@ -469,9 +470,9 @@ def convnet(folder, classes=3):
     return folder
 
 
-@pytest.mark.parametrize("distill", ["soft", "hard"])
+@pytest.mark.parametrize("distill", [slow("soft"), "hard"])
 @pytest.mark.parametrize(
-    "model, token", [("deit_tiny", "class"), ("deit_tiny_distilled", "distill")]
+    "model, token", [slow("deit_tiny", "class"), ("deit_tiny_distilled", "distill")]
 )
 def test_distillation(distill, model, token, data, tmp_path):
     teacher = convnet(tmp_path / "teacher")
@@ -491,6 +492,7 @@ def test_distillation(distill, model, token, data, tmp_path):
     assert set(json.loads((out / "result.json").read_text())["top1"]) == heads
 
 
+@pytest.mark.slow
 def test_the_teacher_is_heard_by_the_distillation_head_alone(data, tmp_path):
     options = {"distill": "hard", "teacher": str(convnet(tmp_path / "teacher"))}
     recipe_of = {"hard_weight": 1.0, "opt": "sgd", "weight_decay": 0.0, "epochs": 1}
@@ -515,6 +517,7 @@ def test_the_teacher_matters(data, tmp_path):
         run(data, tmp_path / "out", recipe_of={"epochs": 1}, **options)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes(data, tmp_path):
     teacher = str(convnet(tmp_path / "teacher", classes=5))
     with pytest.raises(ValueError, match="has 5 classes, want the data's 3"):

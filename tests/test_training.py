@@ -163,7 +163,7 @@ def saved_bytes(model, x, dtype=None):
 
 
 @pytest.mark.parametrize("part", [slow("model"), "block"])
-@pytest.mark.parametrize("dtype", [None, FP16], ids=["fp32", "autocast fp16"])
+@pytest.mark.parametrize("dtype", [slow(None), FP16], ids=["fp32", "autocast fp16"])
 def test_saves_less_than_timm_eager_or_compiled(dtype, part, device):
     """torch.compile's partitioner recomputes what is cheap; so do the blocks. The whole model saves
     less again: its last block runs for the prefix tokens. inductor's graphs are split by the same

@@ -389,6 +389,7 @@ def test_a_lost_device_ends_the_race(small, cache):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_wrong_moments_are_out(small, cache, monkeypatch):
     wrong = HOPPER_CONFIGS[0]
     real = tune.run_linear

@@ -312,6 +312,7 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     assert "34.5" not in before and out.count("measured here") == 1
 
 
+@pytest.mark.slow
 def test_the_documented_predictions_are_the_commands():
     page = (Path(predict.__file__).parents[1] / "docs" / "performance.md").read_text()
     documented = page.split("<!-- predictions: begin -->\n")[1].split("\n<!-- predictions: end")[0]

@@ -53,7 +53,7 @@ ROWS = ["eager_fp32", "eager_bf16", "deit_fast_fp32", "deit_fast_bf16"]
 
 
 @pytest.mark.parametrize("mode", slow_but(ROWS, "deit_fast_bf16"))
-@pytest.mark.parametrize("train", ["", "_train"])
+@pytest.mark.parametrize("train", ["", slow("_train")])
 def test_a_row_of_a_vision_transformer(vit, mode, train):
     row, times = measure(vit, mode + train)
     assert row.status == "measured" and row.note is None
@@ -70,7 +70,7 @@ def test_a_row_of_a_vision_transformer(vit, mode, train):
     assert exact or row.relative_error > 1e-4
 
 
-@pytest.mark.parametrize("mode", [slow("eager_fp32"), slow("eager_bf16"), "eager_fp32_train"])
+@pytest.mark.parametrize("mode", ["eager_fp32", slow("eager_bf16"), slow("eager_fp32_train")])
 def test_a_row_of_a_convolutional_network(convnet, mode):
     row, _ = measure(convnet, mode)
     assert row.status == "measured", row.note
@@ -78,7 +78,8 @@ def test_a_row_of_a_convolutional_network(convnet, mode):
     assert convnet.why_not(MODES["deit_fast_fp32"]) == "deit_fast has no modules for it"
 
 
-@pytest.mark.parametrize("batch", slow_but([1, 7, 10, 11, 24], 7))
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 7, 10, 11, 24])
 def test_batches_of_any_size_are_compared(vit, convnet, batch):
     """Few different images, each equally often: then batch norm sees the reference's statistics."""
     for network in (vit, convnet):

@@ -172,6 +172,7 @@ def test_op_contract(device):
     torch.library.opcheck(_fwd.op, (*tensors, None, 1e-6, "gelu"))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(device):
     inputs = make_inputs(M=6, K=32, N=16, device=device)
     names = ("x", "norm_weight", "norm_bias", "weight", "bias")

@@ -129,7 +129,7 @@ def test_every_triton_kernel(heads, device):
 
 
 @pytest.mark.parametrize("backend", [slow("torch"), "triton"])
-@pytest.mark.parametrize("precision", slow_but(PRECISIONS, "bf16", "autocast bf16"))
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, "bf16"))
 def test_precisions(precision, backend, device):
     reference, fast = tiny_cait(backend, depth=1, depth_token_only=1)
     assert_precision(reference, fast, images(reference), precision, device)
