@@ -38,8 +38,10 @@ def on_the_cluster(folder, tmp_path):
     empty, out = tmp_path / "empty", tmp_path / "found"
     empty.mkdir()
     path = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    # Ray makes its workers nice, and then other tests keep them waiting
+    env = os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, folder, empty, out], env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, SCRIPT, folder, empty, out], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
