@@ -46,6 +46,15 @@ def _exchange_once(fn):
 interpreter._patch_lang = _exchange_once
 
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_index(tensor, scope):
+    """numpy from 2.4 on makes no integer of the one-dimensional array that Triton 3.6.0 has there."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 _np_dtype_of_scalar = functools.cache(interpreter._get_np_dtype)
 
 
@@ -107,6 +116,7 @@ def _create_dot(self, a, b, *args, **kwargs):
     return _dot(self, a, b, *args, **kwargs)
 
 
+interpreter._patch_lang_tensor = _patch_tensor_and_index
 interpreter._get_np_dtype = _np_dtype
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 interpreter._convert_float = _convert_float
