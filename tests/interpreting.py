@@ -50,7 +50,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_tensor_and_index(tensor, scope):
-    """numpy from 2.4 on makes no integer of the one-dimensional array that Triton 3.6.0 has there."""
+    """numpy from 2.4 on makes no integer of an array of one dimension, as Triton 3.6.0 has it."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
