@@ -330,6 +330,17 @@ def test_served_by_is_what_a_table_says():
             assert tune.served_by("attention", attended) == "torch"
 
 
+def scales_rows():
+    """On a CPU PyTorch 2.11's product in fp8 takes one scale for a tensor, not one for each row."""
+    x, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.T, scales, scales.T, out_dtype=BF16)
+    except RuntimeError as error:
+        assert "per-tensor scaling" in str(error)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("case", [f"{of} {name}" for of in ("fp8", "int8")
                                   for name in ("qkv", "proj", "fc1", "fc2")])  # fmt: skip
 def test_rivals_in_eight_bits_compute_the_same(case):
@@ -347,11 +358,10 @@ def test_rivals_in_eight_bits_compute_the_same(case):
         bench_quantized_linear.reference, backend="eager", fullgraph=True, dynamic=False
     )
     rest = {name: t for name, t in made.items() if not name.startswith("wide")}
-    for got in (
-        bench_quantized_linear.product(**made, implementation="bf16"),
-        bench_quantized_linear.cublas(**rest),
-        traced(**made),
-    ):
+    found = [bench_quantized_linear.product(**made, implementation="bf16"), traced(**made)]
+    if case.startswith("int8") or scales_rows():
+        found.append(bench_quantized_linear.cublas(**rest))
+    for got in found:
         assert operations.agree(got, plain, bench_quantized_linear.exact, made) > 0
 
 
