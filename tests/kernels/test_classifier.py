@@ -51,6 +51,13 @@ def test_one_head(fusion, device):
     check(triton_classifier, classifier_reference, inputs, FP32, grads=False)
 
 
+def test_eps(device):
+    """As large as the variance: a millionth is not seen."""
+    inputs = make_inputs(5, 7, 64, 33, device=device) | {"eps": 0.5}
+    check(triton_classifier, classifier_reference, inputs, FP32)
+    check(triton_classifier, classifier_reference, inputs, FP32, grads=False)
+
+
 def test_fusions_are_what_they_say(device):
     """Against the formulas written out, for each implementation."""
     inputs = make_inputs(4, 3, 64, 10, device=device)

@@ -48,6 +48,16 @@ def test_add_layer_norm(case, dtype, device):
     check(fn, add_layer_norm_reference, inputs, dtype)
 
 
+def test_eps(device):
+    """As large as the variance: a millionth is not seen."""
+    inputs = make_inputs((9, 192), device) | {"eps": 0.5}
+    for fn, reference in (
+        (layer_norm, layer_norm_reference), (add_layer_norm, add_layer_norm_reference),
+    ):  # fmt: skip
+        check(partial(fn, implementation="triton"), reference, inputs, FP32)
+        inputs["residual"] = torch.randn_like(inputs["x"])
+
+
 def test_fp32_stream_in_half_precision_out(device):
     inputs = make_inputs((9, 192), device)
     y = layer_norm(**inputs, out_dtype=FP16, implementation="triton")

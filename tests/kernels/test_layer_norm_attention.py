@@ -42,6 +42,12 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
     check(fn, pre_norm(layer_norm_attention_reference), inputs, dtype)
 
 
+def test_eps(device):
+    """As large as the variance: a millionth is not seen."""
+    inputs = make_inputs(2, 2, 20, 64, 32, device=device) | {"eps": 0.5}
+    check(triton_layer_norm_attention, layer_norm_attention_reference, inputs, FP16)
+
+
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_saved_or_made_again(recompute, implementation, device):

@@ -94,6 +94,13 @@ def test_small_and_large_gammas(size, device):
     check(folded, layer_norm_linear_reference, inputs, FP16, grads=False)
 
 
+def test_eps(device):
+    """As large as the variance: a millionth is not seen."""
+    inputs = make_inputs(M=40, K=192, N=64, device=device) | {"eps": 0.5}
+    for fn in (folded, separate):
+        check(fn, layer_norm_linear_reference, inputs, FP16, grads=False)
+
+
 def test_rows_that_do_not_vary(device):
     """Variance zero: eps alone keeps rstd finite."""
     inputs = in_dtype(make_inputs(M=5, K=64, N=32, device=device), FP16)

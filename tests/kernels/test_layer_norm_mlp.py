@@ -48,6 +48,14 @@ def test_pre_norm_no_less_accurate_than_torch(case, scales, dtype, device):
     check(pre_norm(triton_layer_norm_mlp), pre_norm(layer_norm_mlp_reference), inputs, dtype)
 
 
+def test_eps(device):
+    """As large as the variance: a millionth is not seen."""
+    inputs = make_inputs(12, 2, 64, 128, device=device) | {"eps": 0.5}
+    check(triton_layer_norm_mlp, layer_norm_mlp_reference, inputs, FP16)
+    inputs = half_inputs(12, 2, 64, device) | {"eps": 0.5}
+    check(fused, layer_norm_mlp_reference, inputs, FP16, grads=False)
+
+
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_saved_or_made_again(recompute, implementation, device):
