@@ -699,3 +699,20 @@ def test_groups_of_parameters():
     assert {id(vit.cls_token), id(vit.pos_embed), id(vit.norm.weight)} <= set(
         map(id, sum(kept, []))
     )
+
+
+def test_the_schedule_goes_by_updates(data, tmp_path, monkeypatch):
+    """Warm-up is a line from update to update, not a step from epoch to epoch."""
+    step, rates = Run._step, []
+
+    def spy(self, *args):
+        done = step(self, *args)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return done
+
+    monkeypatch.setattr(Run, "_step", spy)
+    warm = {"epochs": 2, "warmup_epochs": 1, "warmup_lr": 0.0, "sched_on_updates": True}
+    run(data, tmp_path, recipe_of=warm)
+    first = rates[: len(rates) // 2]
+    assert len(first) > 2
+    assert first == pytest.approx([first[1] * i for i in range(len(first))]) and first[1] > 0
