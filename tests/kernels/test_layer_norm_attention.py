@@ -51,8 +51,9 @@ def test_eps(device):
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_saved_or_made_again(recompute, implementation, device):
-    """Also without a residual and without biases."""
-    inputs = make_inputs(2, 2, 20, 64, 32, device=device)
+    """Also without a residual and without biases. Of fewer images the error of qkv_bias's gradient,
+    a third of which is zero in truth, is luck."""
+    inputs = make_inputs(8, 2, 20, 64, 32, device=device)
     nodes = []
 
     def fn(**inputs):
