@@ -51,7 +51,7 @@ def curve(backend, dtype=None, steps=50, device="cpu"):
 @pytest.mark.parametrize(
     "backend, dtype, steps",
     [("torch", None, 50), slow("torch", BF16, 50), slow("torch", FP16, 50)]
-    + [slow("triton", None, 4), slow("triton", BF16, 4), slow("triton", FP16, 4)]
+    + [slow("triton", dtype, 4) for dtype in (None, BF16, FP16)]
     + [
         pytest.param("triton", dtype, 50, marks=pytest.mark.gpu("a whole curve of the kernels"))
         for dtype in (None, BF16, FP16)
