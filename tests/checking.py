@@ -44,12 +44,15 @@ LAYER_IN_EIGHT_BITS = {"fp8": 0.06, "int8": 0.03}
 BLOCK_IN_EIGHT_BITS = 0.1
 LOGITS_IN_EIGHT_BITS = 0.2
 
-SEED = int(os.environ.get("DEIT_FAST_TEST_SEED", "0"))  # from --seed; also in processes of tests
+
+def the_seed() -> int:
+    """--seed; also in processes of tests. Not known yet when conftest.py imports this file."""
+    return int(os.environ.get("DEIT_FAST_TEST_SEED") or 0)
 
 
 def seeded(number: int) -> int:
     """`number`, or another for each --seed: for generators of a test's inputs."""
-    return number + 1_000_003 * SEED
+    return number + 1_000_003 * the_seed()
 
 
 def seed(number: int) -> None:
@@ -62,14 +65,14 @@ def note_margin(what: str, error: float, allowed: float) -> None:
     path = os.environ.get("DEIT_FAST_TEST_MARGINS")
     if path and error > 0.8 * allowed:
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-        line = {"test": test, "what": what, "error": error, "allowed": allowed, "seed": SEED}
+        line = {"test": test, "what": what, "error": error, "allowed": allowed, "seed": the_seed()}
         with Path(path).open("a") as file:
             file.write(json.dumps(line | {"margin": round(error / allowed, 3)}) + "\n")
 
 
 def assert_at_most(error: float, allowed: float, what: str = "") -> None:
     note_margin(what, error, allowed)
-    assert error <= allowed, f"{what}: error {error:.2e} > {allowed:.2e} (--seed {SEED})"
+    assert error <= allowed, f"{what}: error {error:.2e} > {allowed:.2e} (--seed {the_seed()})"
 
 
 def size(t) -> float:

@@ -1,5 +1,6 @@
 """Which tests run by default, and in which order."""
 
+import json
 import re
 from pathlib import Path
 
@@ -77,3 +78,25 @@ def test_a_seed_orders_and_is_said_by_what_fails(run):
     line = "again with the same draws: --seed 5"
     assert line in run("--seed=5", more="\ndef test_it(): assert 0\n")[1]
     assert line not in run("--seed=5")[1]
+
+
+DRAWS = """
+import checking, torch
+
+def test_it():
+    checking.seed(0)
+    checking.assert_at_most(0.9, 1.0, str(torch.rand(1).item()))
+    checking.assert_at_most(0.7, 1.0, "far from it")
+"""
+
+
+def test_a_seed_makes_other_draws_and_margins_are_kept(run, pytester):
+    """Also where conftest.py has imported checking.py before the options are known."""
+    pytester.makeconftest('import checking\npytest_plugins = ["tiers"]\n')
+    run("--collect-only", more=DRAWS)
+    for seed in (0, 3):
+        options = (f"--seed={seed}", "--margins=file", "-k", "test_it")
+        pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+    first, second = map(json.loads, (pytester.path / "file").read_text().splitlines())
+    assert (first["seed"], second["seed"]) == (0, 3) and first["what"] != second["what"]
+    assert first["margin"] == 0.9 and first["test"] == "test_cases.py::test_it"
