@@ -27,6 +27,8 @@ APART = {FP64: 1e-12, FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
 PEAK = 10
 # A tensor of so few numbers has an error of its own by chance
 FEW = 32
+# What fp64 leaves of terms of size 1 that cancel to zero is less, for each number
+NOTHING = 1e-12
 # What cancels to nothing leaves this many eps of the terms
 CANCELLED = 32
 
@@ -95,8 +97,8 @@ def assert_as_accurate(got, torchs, true, what="", factor=2.0, terms=None, dtype
     terms: a tensor as large, number for number, as what is summed in `true`. Where it is larger
     than the truth, terms cancel, and those 4 eps count beside it. Of a truth that is below one eps
     of `dtype` (that of the arithmetic; got's) beside it, PyTorch's own error is luck: 32 eps of the
-    terms are allowed. Where the truth is zero everywhere and no terms are given, they are of size
-    1, as inputs are.
+    terms are allowed. Where the truth is zero everywhere, but for what fp64 rounds, and no terms
+    are given, they are of size 1, as inputs are.
     typical: PyTorch's relative error in tensors like this one. Of few numbers its error in these
     alone is luck, too: of 4, one draw in ten is twice another."""
     assert got.shape == true.shape, f"{what}: {tuple(got.shape)} != {tuple(true.shape)}"
@@ -105,7 +107,7 @@ def assert_as_accurate(got, torchs, true, what="", factor=2.0, terms=None, dtype
         return
     true = true.detach().double()
     whole = beside = size(true)
-    if terms is not None or not whole:
+    if terms is not None or whole <= NOTHING * true.numel() ** 0.5:
         beside = max(whole, rms(1.0 if terms is None else terms) * true.numel() ** 0.5)
     error, torch_error = size(got.double() - true), size(torchs.double() - true)
     if true.numel() <= FEW:
