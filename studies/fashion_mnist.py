@@ -51,7 +51,7 @@ ROWS = [  # Table 3: label, runs, head of the test, DeiT-Ti's top-1 in the paper
     ("distillation token: both", "token", "joint", 74.5),
 ]
 TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
-QUICK = "--count 2000 --epochs 4 --batch 32 --lr 2e-3".split()
+QUICK = "--count 2000 --epochs 3 --batch 32 --lr 2e-3".split()
 
 
 def main():
