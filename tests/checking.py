@@ -119,7 +119,7 @@ def assert_as_accurate(got, torchs, true, what="", factor=2.0, terms=None, dtype
     assert_at_most(error, allowed, what)
 
 
-def assert_gradients_as_accurate(got, torchs, true, factor=2.0, dtype=None):
+def assert_gradients_as_accurate(got, torchs, true, dtype=None):
     """Named tensors. A bias's gradient is a sum of rows dy; its weight's is the same sum with
     factors of size 1 or so, in which the rows do not cancel: these are its terms."""
     assert got.keys() == torchs.keys() == true.keys()
@@ -131,7 +131,9 @@ def assert_gradients_as_accurate(got, torchs, true, factor=2.0, dtype=None):
             continue
         assert got[name].dtype == torchs[name].dtype, name
         terms = _terms(true, name)
-        assert_as_accurate(got[name], torchs[name], exact, name, factor, terms, dtype, typical)
+        assert_as_accurate(
+            got[name], torchs[name], exact, name, terms=terms, dtype=dtype, typical=typical
+        )
 
 
 def _terms(gradients, name):
