@@ -25,8 +25,9 @@ HALVES = [FP16, BF16]
 APART = {FP64: 1e-12, FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
 # ... and the largest difference of single numbers, beside the largest number
 PEAK = 10
-# A tensor of so few numbers has an error of its own by chance
-FEW = 32
+# A tensor of so few numbers has an error of its own by chance; so has a row of 33 that is a product
+# of 7 with a matrix
+FEW = 64
 # What fp64 leaves of terms of size 1 that cancel to zero is less, for each number
 NOTHING = 1e-12
 # What cancels to nothing leaves this many eps of the terms

@@ -14,6 +14,12 @@ from checking import (
 EPS = torch.finfo(FP32).eps
 
 
+@pytest.fixture(autouse=True)
+def no_margins(monkeypatch):
+    """Errors are meant here."""
+    monkeypatch.delenv("DEIT_FAST_TEST_MARGINS", raising=False)
+
+
 def judged(judge, *args, **rest):
     """Whether it passes."""
     try:
