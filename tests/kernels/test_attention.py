@@ -347,11 +347,13 @@ def in_fp8(case, device, scale=0.02):
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
 def test_products_in_fp8(case, out_scale, device):
     """Of the numbers of softmax and of the result each is rounded by 2^-4 of itself at most, 0.026
-    in the mean; a tenth more than both is allowed."""
+    in the mean; a tenth more than both is allowed. PyTorch's way rounds once; of the few
+    numbers of one query that is up to 0.035 in forty draws."""
     values, scale = in_fp8(case, device)
     given = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
     exact = attention_reference(*(t.double() * 0.02 for t in values.values()), scale=0.3).flatten(2)
-    for implementation, allowed in (("triton", 0.041), ("torch", 0.03)):
+    once = 0.041 if case["N"] == 1 else 0.03
+    for implementation, allowed in (("triton", 0.041), ("torch", once)):
         o = attention_quantized(
             **values, scale=0.3, in_scale=scale, out_scale=given, implementation=implementation
         )
