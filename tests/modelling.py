@@ -69,18 +69,18 @@ def autocast(device, dtype):
     return torch.autocast(device, dtype) if dtype else contextlib.nullcontext()
 
 
-def gradients(model, x, dtype=None, draw=3, draws=1):
+def gradients(model, x, dtype=None, draw=3, upstreams=1):
     """Of every parameter, by name, and the outputs: random upstream gradients (which bf16 holds)
     for each output; `dtype` of autocast, `draw` the seed of what is dropped. With more than
-    one of `draws` the gradients are stacked: a few roundings on the way decide the error of all
-    gradients of one draw, which beside PyTorch's is up to three times as much by luck."""
+    one of `upstreams` the gradients are stacked: a few roundings on the way decide the error of
+    all that one upstream gives, beside PyTorch's up to three times as much by luck."""
     weight = next(model.parameters())
     seed(draw)  # of stochastic depth and dropout
     with autocast(x.device.type, dtype):
         outputs = as_list(model(x.to(weight.dtype)))
     generator = torch.Generator().manual_seed(seeded(2))
     parameters, found = dict(model.named_parameters()), []
-    for left in reversed(range(draws)):
+    for left in reversed(range(upstreams)):
         upstream = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
         upstream = [u.to(t) for u, t in zip(upstream, outputs, strict=True)]
         found.append(
@@ -89,16 +89,16 @@ def gradients(model, x, dtype=None, draw=3, draws=1):
             )
         )
     named = {
-        name: of[0] if draws == 1 or of[0] is None else torch.stack(of)
+        name: of[0] if upstreams == 1 or of[0] is None else torch.stack(of)
         for name, of in zip(parameters, zip(*found, strict=True), strict=True)
     }
     return named | {f"output {i}": t.detach() for i, t in enumerate(outputs)}
 
 
-def assert_training_as_accurate(reference, fast, x, dtype=None, draws=1):
+def assert_training_as_accurate(reference, fast, x, dtype=None, upstreams=1):
     """Every parameter's error at most twice timm's own, both against timm in fp64."""
-    ours, timms = (gradients(model, x, dtype, draws=draws) for model in (fast, reference))
-    true = gradients(copy.deepcopy(reference).double(), x, draws=draws)
+    ours, timms = (gradients(model, x, dtype, upstreams=upstreams) for model in (fast, reference))
+    true = gradients(copy.deepcopy(reference).double(), x, upstreams=upstreams)
     computed = dtype or next(reference.parameters()).dtype
     assert_gradients_as_accurate(ours, timms, true, dtype=computed)
 
@@ -119,7 +119,7 @@ def assert_precision(reference, fast, x, precision, device, train=True):
         assert_as_accurate(result, want, true, precision)
     for model in models:
         model.train(train)
-    assert_training_as_accurate(reference, fast, x, dtype, draws=4)
+    assert_training_as_accurate(reference, fast, x, dtype, upstreams=4)
 
 
 def hooked(reference, fast, name):

@@ -11,9 +11,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import triton
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ahead_of_time.py"
+
+# What Triton 3.6 alone makes worse, by a few registers: (figure, there, elsewhere)
+IN_TRITON_3_6 = {
+    (80, "talking_heads", "dkv, H = 8, 16x8 w8 s1, fp32"): ("spill_bytes", 8, 0),
+    (80, "layer_norm", "backward, D = 384, fp32 and bf16"): ("ctas_per_sm", 5, 6),
+    (90, "linear", "bias+scales+residual, z, fp32 stream, 128x128x64 w8 s3 tma split, bf16"):
+        ("ctas_per_sm", 1, 2),
+}  # fmt: skip
+
+
+def forgiven(row):
+    """That one figure, as bad as it is known to be and no worse."""
+    known = IN_TRITON_3_6.get((row["arch"], row["op"], row["label"]))
+    if known and row["triton"].startswith("3.6.") and row[known[0]] == known[1]:
+        return row | {known[0]: known[2]}
+    return row
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +38,7 @@ def rows():
         [sys.executable, "-W", "ignore", SCRIPT, "--json"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [forgiven(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_every_kernel_for_ampere_or_hopper():
@@ -36,20 +51,8 @@ def test_every_kernel_for_ampere_or_hopper():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-# What Triton 3.6 alone makes worse, by a few registers: 8 bytes spilled, 5 programs instead of 6,
-# one instead of two
-IN_TRITON_3_6 = {
-    (80, "talking_heads", "dkv, H = 8, 16x8 w8 s1, fp32"),
-    (80, "layer_norm", "backward, D = 384, fp32 and bf16"),
-    (90, "linear", "bias+scales+residual, z, fp32 stream, 128x128x64 w8 s3 tma split, bf16"),
-}
-
-
 def bad(rows, condition):
-    found = [r for r in rows if condition(r)]
-    if triton.__version__.startswith("3.6."):
-        found = [r for r in found if (r["arch"], r["op"], r["label"]) not in IN_TRITON_3_6]
-    return [f"sm_{r['arch']} {r['op']} {r['label']}: {r}" for r in found]
+    return [f"sm_{r['arch']} {r['op']} {r['label']}: {r}" for r in rows if condition(r)]
 
 
 @pytest.mark.slow

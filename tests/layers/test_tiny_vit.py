@@ -100,10 +100,10 @@ def test_other_inputs(device):
         assert fast(x[:0]).shape == (0, 11)
 
 
-def step(model, x, dtype=None, draws=1):
+def step(model, x, dtype=None, upstreams=1):
     """Logits, gradients and statistics after one forward pass."""
     model = copy.deepcopy(model)
-    made = gradients(model, x, dtype, draws=draws)
+    made = gradients(model, x, dtype, upstreams=upstreams)
     return made | {n: b for n, b in model.named_buffers() if "running" in n}
 
 
@@ -129,9 +129,9 @@ def test_gradients(precision, training, backend, device):
     reference, fast = (m.to(weights).train(training) for m in small(backend, device, **options))
     assert reference.stages[0].blocks[1].drop_path.drop_prob > 0
     x = images(2, device=device).to(weights)
-    truth = step(copy.deepcopy(reference).double(), x.double(), draws=8)
+    truth = step(copy.deepcopy(reference).double(), x.double(), upstreams=8)
     sum_as_ours(reference)
-    want, got = (step(m, x, dtype, draws=8) for m in (reference, fast))
+    want, got = (step(m, x, dtype, upstreams=8) for m in (reference, fast))
     if training:
         seed(3)
         reference(x)
