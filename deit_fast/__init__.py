@@ -18,7 +18,7 @@ from .models import (
 )
 from .pretrained import from_pretrained, save_pretrained
 from .quantization import QuantizationReport, quantize
-from .swap import Left, Report, accelerate, restore
+from .swap import Left, Report, accelerate, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "quantize",
+    "report",
     "restore",
     "save_pretrained",
     "set_heads",

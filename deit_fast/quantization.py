@@ -26,14 +26,8 @@ from .engine import data_config
 from .kernels import _runtime
 from .kernels.quantize import FORMATS, LIMITS, TINY, dequantize, quantize_reference
 from .layers import Attention, Block, Mlp
-from .layers.quantized import (
-    QuantizedAttention,
-    QuantizedMlp,
-    is_quantized,
-    quantize_,
-    undo,
-    why_not,
-)
+from .layers.quantized import QuantizedAttention, QuantizedMlp, undo, why_not
+from .layers.quantized_linear import is_quantized, quantize_
 from .swap import Left
 
 PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}

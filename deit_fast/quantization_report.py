@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import kernels
 from .kernels.quantize import Quantized, quantize_statically_reference
 from .kernels.quantized_linear import PART
-from .layers.quantized import is_quantized, quantize_, undo
+from .layers.quantized import undo
+from .layers.quantized_linear import is_quantized, quantize_
 from .quantization import _eager, quantize, quantized_layers
 
 OUTLIERS_EVERY, OUTLIERS_TIMES = 37, 50  # as `stream="outliers"` in deit_fast.kernels.cases

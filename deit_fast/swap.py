@@ -1,9 +1,10 @@
 """accelerate(model) turns timm's modules into the drop-in ones of `deit_fast.layers`, in place.
 
-A drop-in module is a subclass of the timm module it stands for and holds nothing of its own, so a
-swap is a change of the instance's class: parameters, buffers, hooks and mode stay what and where
-they are, the model itself may be swapped as well as what is inside it, and `restore` is exact. No
-class and no global is touched.
+A drop-in module is a subclass of the timm module it stands for and holds no parameters of its own,
+so a swap is a change of the instance's class: parameters, buffers, hooks and mode stay what and
+where they are, the model itself may be swapped as well as what is inside it, and `restore` is
+exact. No class and no global is touched. What is done to the model afterwards works as in timm:
+`deit_fast.layers._bypass` says how, and `report` what came of it.
 """
 
 import os
@@ -17,7 +18,9 @@ from deit_fast import layers
 from deit_fast.kernels import _runtime
 
 from .layers._base import BACKENDS, Fast
-from .layers.quantized import is_quantized, undo
+from .layers._bypass import FUSED, Rule, acknowledge, examine
+from .layers.quantized import undo
+from .layers.quantized_linear import is_quantized
 
 # timm class -> the class that replaces it. Parts come before what is made of them.
 SWAPS = {
@@ -65,17 +68,24 @@ class Left:
 
 @dataclass
 class Report:
-    """What `accelerate` did. Module names are those of `named_modules()`, "" the model itself."""
+    """What `accelerate` did. Module names are those of `named_modules()`, "" the model itself.
+
+    `left` stayed timm's; `unfused` are swapped modules that run timm's own forward, or call a
+    Linear instead of reading it, as they are now: with hooks or adapters, or in train() with
+    dropout. A part of a module that is listed is not listed again.
+    """
 
     backend: str
     why_backend: str
     swapped: dict[str, list[str]] = field(default_factory=dict)  # class name -> module names
     left: list[Left] = field(default_factory=list)
+    unfused: list[Left] = field(default_factory=list)
 
     def __str__(self):
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in self.swapped.items())
         lines = [f"swapped: {counts}", f"backend: {self.backend} ({self.why_backend})"]
-        lines += [f"left:    {m.name or '(the model)'} ({m.kind}): {m.reason}" for m in self.left]
+        for what, modules in (("left:   ", self.left), ("unfused:", self.unfused)):
+            lines += [f"{what} {m.name or '(the model)'} ({m.kind}): {m.reason}" for m in modules]
         return "\n".join(lines)
 
 
@@ -96,37 +106,62 @@ def accelerate(
     RuntimeError for "triton" on a machine that can't run it. Nothing is changed if it raises.
     """
     backend, why = _resolve_backend(backend)
-    report = Report(backend, why)
     modules = list(model.named_modules())
     for timm_class, fast_class in SWAPS.items():
         for name, module in modules:
-            if type(module) is not timm_class:
-                continue
-            reason = fast_class.why_not(module)
-            if reason is None:
+            if type(module) is timm_class and fast_class.why_not(module) is None:
                 module.timm_class = timm_class
+                module._rule = Rule(name)
                 module.__class__ = fast_class
-            else:
-                report.left.append(Left(name, timm_class.__name__, reason))
-    for name, module in modules:
-        kind = type(module).__name__
+    for _, module in modules:
         if isinstance(module, Fast):
             module.backend = backend
             if hasattr(type(module), "recompute"):
                 module.recompute = recompute
-            report.swapped.setdefault(kind, []).append(name)
+            acknowledge(module)
         elif is_quantized(module):
             module.backend = backend
-        elif type(module) not in SWAPS and any(k in kind for k in _KINDS):
-            report.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
-    if strict and not report.swapped:
+    found = _report(model, backend, why)
+    if strict and not found.swapped:
         known = ", ".join(c.__name__ for c in SWAPS)
-        reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in report.left)
+        reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in found.left)
         raise ValueError(
             f"model: nothing to swap in {type(model).__name__}, want a timm model with one of "
             f"{known}{reasons}"
         )
-    return report
+    return found
+
+
+def report(model: nn.Module) -> Report:
+    """What of `model` is swapped, left with timm, and swapped but unfused, as it is now: after
+    hooks, adapters or other layers came in, or the mode changed. Changes nothing.
+
+    Raises ValueError for a model in which nothing is swapped.
+    """
+    backends = {m.backend: None for m in model.modules() if isinstance(m, Fast)}
+    if not backends:
+        raise ValueError(
+            f"model: nothing in {type(model).__name__} is accelerated, call deit_fast.accelerate"
+        )
+    return _report(model, ", ".join(backends), "as accelerated")
+
+
+def _report(model, backend, why) -> Report:
+    found, told = Report(backend, why), []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, Fast):
+            found.swapped.setdefault(kind, []).append(name)
+            plan = examine(module)
+            if plan is not FUSED and not any(name.startswith(prefix) for prefix in told):
+                found.unfused.append(Left(name, kind, str(plan)))
+                told.append(f"{name}.")
+        elif type(module) in SWAPS:
+            reason = SWAPS[type(module)].why_not(module) or "came in since: accelerate again"
+            found.left.append(Left(name, kind, reason))
+        elif any(k in kind for k in _KINDS):
+            found.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
+    return found
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -137,7 +172,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Fast):
             timm_class = module.timm_class
-            for name in ("backend", "timm_class", "heads", "recompute"):
+            for name in ("backend", "timm_class", "heads", "recompute", "_rule"):
                 module.__dict__.pop(name, None)
             module.__class__ = timm_class
     return model

@@ -9,12 +9,16 @@
 """
 
 import os
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
@@ -229,6 +233,16 @@ def resolve(
     cannot run: nothing takes the place of eight bits."""
     if implementation == "torch":
         return "torch"
+    chosen = _resolve(op, x, implementation, allowed, dtype)
+    if chosen == "torch" or not is_transformed():
+        return chosen
+    if dtype is not None:
+        raise RuntimeError(f"{op}: eight bits under torch.func, want implementation='torch'")
+    _warn_of_transforms()
+    return "torch"
+
+
+def _resolve(op, x, implementation, allowed, dtype):
     on = capability(x.device.type, x.device.index)
     if dtype is not None and on is not None:
         choice = choose(op, on, dtype)
@@ -248,6 +262,33 @@ def resolve(
     if x.dtype not in DTYPES and x.dtype not in (torch.uint8, dtype):
         raise TypeError(f"{op}: dtype {x.dtype}, want float32, float16 or bfloat16")
     return implementation
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active. They know
+    PyTorch's operations and no custom operator's, so those serve; the first time a warning says
+    so."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_transforms() -> None:
+    if not _warned:
+        _warned.append(True)
+        warnings.warn(
+            "torch.func and forward-mode differentiation run PyTorch's operations, no kernels",
+            stacklevel=5,
+        )
+
+
+_warned = []
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale) -> torch.Tensor:
+    """PyTorch's attention; of its ways only the plain one has a forward-mode derivative."""
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -287,13 +328,16 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
 def inference_only(function):
     """Decorator: what the function returns carries no gradient, and says so. Where an argument
     wants one the results require one too, and backward raises RuntimeError: rounding to eight bits
-    would stop it in silence, and of a float result only some arguments would get theirs."""
+    would stop it in silence, and of a float result only some arguments would get theirs. Under
+    torch.func the call raises."""
 
     @wraps(function)
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         wanting = [t for t in _pytree.tree_leaves((args, kwargs)) if _requires_grad(t)]
+        if wanting and is_transformed():
+            raise RuntimeError(_NO_GRADIENT.format(function.__name__))
         with torch.no_grad():
             result = function(*args, **kwargs)
         if not wanting:
@@ -307,6 +351,12 @@ def inference_only(function):
 
 def _requires_grad(value):
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+_NO_GRADIENT = (
+    "{}: eight bits are for inference, no gradient passes through them; "
+    "call it under torch.no_grad(), or train the model before it is quantised"
+)
 
 
 class _NoBackward(torch.autograd.Function):
@@ -327,10 +377,7 @@ def _no_gradient(
     op: str, size: list[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """An operator, so that a graph with its backward compiles, and only running that raises."""
-    raise RuntimeError(
-        f"{op}: eight bits are for inference, no gradient passes through them; "
-        "call it under torch.no_grad(), or train the model before it is quantised"
-    )
+    raise RuntimeError(_NO_GRADIENT.format(op))
 
 
 @_no_gradient.register_fake

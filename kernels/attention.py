@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _runtime, _tuned
 from .quantize import (
@@ -45,7 +44,7 @@ LOG2_E = 1.4426950408889634
 def attention_reference(q, k, v, scale=None, bias=None):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return _runtime.sdpa(q, k, v, mask, scale).transpose(1, 2)
 
 
 def attention_quantized_reference(q, k, v, scale=None, format="fp8", out_scale=None, in_scale=None):

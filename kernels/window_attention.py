@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _runtime
 
@@ -55,7 +54,7 @@ def _merge(o, shape, window):
 def window_attention_reference(qkv, biases, window, scale=None):
     q, k, v = _split(qkv, window)
     bias = biases[:, offsets(window, biases.device)].to(q.dtype)
-    return _merge(F.scaled_dot_product_attention(q, k, v, bias, scale=scale), qkv.shape, window)
+    return _merge(_runtime.sdpa(q, k, v, bias, scale), qkv.shape, window)
 
 
 @triton.jit

@@ -35,7 +35,8 @@ from deit_fast.kernels.quantize import (
     quantize_statically_reference,
 )
 from deit_fast.layers import Attention
-from deit_fast.layers.quantized import QuantizedLinear, undo
+from deit_fast.layers.quantized import undo
+from deit_fast.layers.quantized_linear import QuantizedLinear
 from deit_fast.quantization import prepare, quantized_layers
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

@@ -7,7 +7,9 @@ from torch import nn
 
 from deit_fast.kernels.layer_norm_linear import uses_moments
 
-from ._base import Fast, is_identity, is_linear
+from ._base import Fast, is_identity, why_not_drop_path, why_not_parts
+from ._bypass import class_name, is_plain
+from ._parts import branch_scales
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -16,8 +18,9 @@ from .mlp import Mlp
 class Block(Fast, timm_vit.Block):
     """timm's Block: (B, N, D) -> (B, N, D). Stochastic depth and LayerScale are fused too.
 
-    Forward hooks on a Block fire; those on the layers inside it don't, because no layer inside it
-    runs by itself. A mask or causal attention given at run time goes through timm's own forward.
+    Where a layer inside it is watched, was replaced by another kind or drops numbers, and with a
+    mask or causal attention given at run time, timm's own forward runs; around Linears that have to
+    be called the rest stays fused: see `_bypass`.
 
     In training each half is one node of the graph. It saves (M = B N rows, H heads, `f` hidden
     features; products in bf16 or fp16 where autocast or the weights say so, else in fp32):
@@ -34,44 +37,47 @@ class Block(Fast, timm_vit.Block):
     """
 
     timm_class = timm_vit.Block
+    calls_linears = True
     recompute = True
 
     @classmethod
     def why_not(cls, module):
         """Its parts are swapped first, so they say most of it."""
-        for name, kind in (
-            ("norm1", LayerNorm),
-            ("attn", Attention),
-            ("norm2", LayerNorm),
-            ("mlp", Mlp),
-        ):
-            if type(getattr(module, name)) is not kind:
-                return f"{name} stays with timm"
+        why = why_not_parts(module, norm1=LayerNorm, attn=Attention, norm2=LayerNorm, mlp=Mlp)
+        if why:
+            return why
         for name in ("ls1", "ls2"):
             scale = getattr(module, name)
             if not is_identity(scale) and type(scale) is not timm.layers.LayerScale:
-                return f"{name} is a {type(scale).__name__}"
-        for name in ("drop_path1", "drop_path2"):
-            drop = getattr(module, name)
-            if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
-                return f"{name} is a {type(drop).__name__}"
-        return None
+                return f"{name} is a {class_name(scale)}"
+        return why_not_drop_path(module, "drop_path1", "drop_path2")
 
-    def forward(self, x, attn_mask=None, is_causal=False):
+    def forward(self, x, attn_mask=None, is_causal=False, prefix=None):
+        """With `prefix` the result's first tokens alone, in less time."""
         if attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
+        plan = self.plan(x)
+        if plan.unfused or plan.called:
+            y = self.unfused(x) if plan.unfused else self._in_parts(x)
+            return y if prefix is None else y[:, :prefix].contiguous()
+        if prefix is not None:
+            return self.forward_prefix(x, prefix)
         return self.forward_with_moments(x, None, False)[0]
+
+    def _in_parts(self, x):
+        x = self.attn.in_parts(x, self.norm1, self.ls1, self.drop_path1)
+        return self.mlp.in_parts(x, self.norm2, self.ls2, self.drop_path2)
 
     def forward_with_moments(self, x, moments, return_moments=True):
         """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
         block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
-        scales = _branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
+        scales = branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
         wanted = wants_moments(x, self.mlp.fc1)
         x = self.attn.branch(
             x, self.norm1, moments=moments, residual=x, return_moments=wanted, **scales
         )
         x, moments = x if wanted else (x, None)
-        scales = _branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
+        scales = branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
         wanted = return_moments and wants_moments(x, self.attn.qkv)  # the next one's is alike
         x = self.mlp.branch(
             x, self.norm2, moments=moments, residual=x, return_moments=wanted, **scales
@@ -81,30 +87,14 @@ class Block(Fast, timm_vit.Block):
     def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
         """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
         first = x[:, :prefix].contiguous()
-        scales = _branch_scales(self.ls1, self.drop_path1, x)
+        scales = branch_scales(self.ls1, self.drop_path1, x)
         x = self.attn.branch(x, self.norm1, first, moments, residual=first, **scales)
-        scales = _branch_scales(self.ls2, self.drop_path2, x)
+        scales = branch_scales(self.ls2, self.drop_path2, x)
         return self.mlp.branch(x, self.norm2, residual=x, **scales)
-
-
-def _branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict:
-    """What a branch is multiplied by before it is added: LayerScale's gamma (D,), `row_scale`."""
-    gamma = getattr(layer_scale, "gamma", None)
-    return {"layer_scale": gamma, "row_scale": row_scale(drop_path, x)}
-
-
-def row_scale(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """Stochastic depth's 0 or 1 / keep per sample (B,), drawn from the generator just as timm draws
-    it; None where it keeps everything."""
-    p = getattr(drop_path, "drop_prob", 0.0)
-    if p == 0.0 or not drop_path.training:
-        return None
-    kept = x.new_empty(x.shape[0]).bernoulli_(1 - p)
-    return kept.div_(1 - p) if p < 1.0 and drop_path.scale_by_keep else kept
 
 
 def wants_moments(x: torch.Tensor, linear: nn.Module) -> bool:
     """Whether the LayerNorm in front of `linear` may be folded into it, given x's moments."""
-    if torch.is_grad_enabled() or not is_linear(linear):  # one in eight bits
+    if torch.is_grad_enabled() or not is_plain(linear):  # one in eight bits
         return False
     return uses_moments(x, linear.weight)

@@ -1,7 +1,6 @@
 """CaiT: talking-heads attention in the trunk, then a class token that reads the patches (Touvron et
 al. 2021, Going deeper with Image Transformers)."""
 
-import timm.layers
 import timm.models.cait as timm_cait
 import torch
 from timm.models import checkpoint_seq
@@ -9,31 +8,41 @@ from timm.models import checkpoint_seq
 from deit_fast import kernels
 from deit_fast.kernels import talking_heads
 from deit_fast.kernels.attention import HEAD_DIMS
-from deit_fast.kernels.patch_embed import normalize_reference
 
-from ._base import Fast, is_identity, is_linear, is_watched, weights
-from .block import row_scale, wants_moments
+from ._base import (
+    Fast,
+    attention_scale,
+    is_identity,
+    weights,
+    why_not_drop_path,
+    why_not_dropouts,
+    why_not_parts,
+)
+from ._bypass import is_seen, is_traced, is_watched
+from ._parts import row_scale
+from .block import wants_moments
 from .layer_norm import LayerNorm
 from .mlp import Mlp
-from .patch_embed import PatchEmbed
-from .vision_transformer import FastTransformer, run_blocks
+from .vision_transformer import _METHODS, FastTransformer, run_blocks
 
 
 class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
-    """timm's TalkingHeadAttn without dropout: (B, N, D) -> (B, N, D)."""
+    """timm's TalkingHeadAttn: (B, N, D) -> (B, N, D). timm's own forward runs with active dropout
+    and where a Linear has to be called."""
 
     timm_class = timm_cait.TalkingHeadAttn
+    linears = ("qkv", "proj", "proj_l", "proj_w")
 
     @classmethod
     def why_not(cls, module):
-        if module.attn_drop.p > 0 or module.proj_drop.p > 0:
-            return "has dropout"
-        if not all(map(is_linear, (module.qkv, module.proj, module.proj_l, module.proj_w))):
-            return "qkv, proj, proj_l or proj_w is not an nn.Linear"
         H = module.num_heads
-        return talking_heads.why_not(H, module.proj.in_features // H)
+        rows = getattr(module.proj, "in_features", 0)  # 0: not a Linear, which `plan` tells
+        why = rows and talking_heads.why_not(H, rows // H)
+        return why or why_not_dropouts(module, "attn_drop", "proj_drop")
 
     def forward(self, x):
+        if self.plan(x).unfused:
+            return self.unfused(x)
         qkv = kernels.linear(x, *weights(self.qkv), implementation=self.backend)
         return kernels.linear(self._attend(qkv), *weights(self.proj), implementation=self.backend)
 
@@ -57,23 +66,24 @@ class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
 
 
 class ClassAttn(Fast, timm_cait.ClassAttn):
-    """timm's ClassAttn without dropout: the first token of (B, N, D) asks, (B, 1, D) answers.
+    """timm's ClassAttn: the first token of (B, N, D) asks, (B, 1, D) answers. timm's own forward
+    runs with active dropout and where a Linear has to be called.
 
     Attention itself is PyTorch's where `deit_fast.kernels.attention` has no kernel for the head
     dimension.
     """
 
     timm_class = timm_cait.ClassAttn
+    linears = ("q", "k", "v", "proj")
 
     @classmethod
     def why_not(cls, module):
-        if module.attn_drop.p > 0 or module.proj_drop.p > 0:
-            return "has dropout"
-        if not all(map(is_linear, (module.q, module.k, module.v, module.proj))):
-            return "q, k, v or proj is not an nn.Linear"
-        return None
+        return why_not_dropouts(module, "attn_drop", "proj_drop")
 
-    def forward(self, x, **epilogue):
+    def forward(self, x):
+        return self.unfused(x) if self.plan(x).unfused else self.branch(x)
+
+    def branch(self, x, **epilogue):
         """`epilogue`: of the projection, as `deit_fast.kernels.linear` takes it."""
         use = {"implementation": self.backend}
         q, k, v = (
@@ -81,8 +91,8 @@ class ClassAttn(Fast, timm_cait.ClassAttn):
             for rows, linear in ((x[:, :1], self.q), (x, self.k), (x, self.v))
         )
         by = self.backend if q.shape[3] in HEAD_DIMS else "torch"
-        o = kernels.attention(q, k, v, self.scale, implementation=by).flatten(2)
-        return kernels.linear(o, *weights(self.proj), **epilogue, **use)
+        o = kernels.attention(q, k, v, attention_scale(self, q.shape[3]), implementation=by)
+        return kernels.linear(o.flatten(2), *weights(self.proj), **epilogue, **use)
 
 
 class _LayerScaleBlock(Fast):
@@ -94,14 +104,8 @@ class _LayerScaleBlock(Fast):
     @classmethod
     def why_not(cls, module):
         """Its parts are swapped first, so they say most of it."""
-        kinds = {"norm1": LayerNorm, "attn": cls.attention, "norm2": LayerNorm, "mlp": Mlp}
-        for name, kind in kinds.items():
-            if type(getattr(module, name)) is not kind:
-                return f"{name} stays with timm"
-        drop = module.drop_path
-        if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
-            return f"drop_path is a {type(drop).__name__}"
-        return None
+        parts = {"norm1": LayerNorm, "attn": cls.attention, "norm2": LayerNorm, "mlp": Mlp}
+        return why_not_parts(module, **parts) or why_not_drop_path(module, "drop_path")
 
     def _mlp_half(self, x, **moments):
         return self.mlp.branch(
@@ -113,7 +117,7 @@ class _LayerScaleBlock(Fast):
 class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
     """timm's LayerScaleBlock: (B, N, D) -> (B, N, D), LayerScale and stochastic depth fused.
 
-    Hooks on the block fire, those on the layers inside it don't: see `deit_fast.layers.Block`. In
+    Where a layer inside it is watched or was replaced, timm's own forward runs: see `_bypass`. In
     training `recompute` is about the MLP half; the attention half keeps its LayerNorm's result.
     """
 
@@ -121,6 +125,8 @@ class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
     attention = TalkingHeadAttn
 
     def forward(self, x):
+        if self.plan(x).unfused:
+            return self.unfused(x)
         return self.forward_with_moments(x, None, False)[0]
 
     def forward_with_moments(self, x, moments, return_moments=True):
@@ -139,17 +145,19 @@ class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
 class LayerScaleBlockClassAttn(_LayerScaleBlock, timm_cait.LayerScaleBlockClassAttn):
     """timm's LayerScaleBlockClassAttn: patches (B, N, D) and class token (B, 1, D) -> (B, 1, D).
 
-    Hooks as of `LayerScaleBlock`.
+    timm's own forward runs as in `LayerScaleBlock`.
     """
 
     timm_class = timm_cait.LayerScaleBlockClassAttn
     attention = ClassAttn
 
     def forward(self, x, x_cls):
+        if self.plan(x).unfused:
+            return self.unfused(x, x_cls)
         u = kernels.layer_norm(
             torch.cat((x_cls, x), dim=1), *self.norm1.operands, implementation=self.backend
         )
-        x_cls = self.attn(
+        x_cls = self.attn.branch(
             u, residual=x_cls, layer_scale=self.gamma_1, row_scale=row_scale(self.drop_path, x_cls)
         )
         return self._mlp_half(x_cls)
@@ -162,17 +170,17 @@ class Cait(FastTransformer, timm_cait.Cait):
 
     def embed(self, image):
         """Image -> (B, n, D): patches and positions."""
-        mean, std = self._pixels_of(image)
-        if type(self.patch_embed) is PatchEmbed and not is_watched(self.patch_embed):
+        if self._fuses_patches(image):
+            mean, std = self._pixels_of(image)
             x = self.patch_embed.embed(image, self.pos_embed[0], mean=mean, std=std)
         else:
-            if image.dtype == torch.uint8:
-                image = normalize_reference(image, mean, std, self.pos_embed.dtype)
-            x = self.patch_embed(image) + self.pos_embed
+            x = self.patch_embed(self._normalized(image)) + self.pos_embed
         return self.pos_drop(x)
 
     def forward_features(self, x):
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
+        if is_traced(x):
+            return self.timm_class.forward_features(self, self._normalized(x))
         x = self._run_trunk(self.embed(x))
         if self.blocks_token_only is not None:  # a pruned model has none
             x = torch.cat((self._class_token(x), x), dim=1)
@@ -181,7 +189,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     def forward(self, x):
         """Logits (B, classes). The final norm runs for the class token alone where nothing else is
         read."""
-        if not self._reads_prefix_only():
+        if is_traced(x) or not self._reads_prefix_only(x):
             return self.forward_head(self.forward_features(x))
         classify = self._classifier_operands()
         cls_token = self._run_prefix(x)
@@ -209,11 +217,12 @@ class Cait(FastTransformer, timm_cait.Cait):
     def _final_norms(self):
         return [self.norm]
 
-    def _reads_prefix_only(self):
+    def _reads_prefix_only(self, image):
         return (
             len(self.blocks) > 0
             and self.blocks_token_only is not None
             and self.global_pool == "token"
             and (is_identity(self.norm) or type(self.norm) is LayerNorm)
-            and not is_watched(self.norm)
+            and not is_seen(self.norm)
+            and not any(name in self.__dict__ for name in _METHODS)
         )

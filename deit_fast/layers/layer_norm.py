@@ -27,6 +27,8 @@ class LayerNorm(Fast, timm.layers.LayerNorm):
         return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.plan(x).unfused:
+            return self.unfused(x)
         return kernels.layer_norm(x, *self.operands, implementation=self.backend)
 
     @property

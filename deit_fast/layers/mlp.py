@@ -4,34 +4,40 @@ import timm.layers
 
 from deit_fast import kernels
 
-from ._base import Fast, is_exact_gelu, is_identity, is_linear, weights
+from ._base import Fast, is_exact_gelu, is_identity, weights, why_not_dropouts
+from ._parts import linear, normalized_linear, residual_linear
 
 
-def why_not_parts(module) -> str | None:
-    """Why fc1, act, fc2 and the dropouts of a module are not those of a plain MLP, or None."""
-    if not is_linear(module.fc1) or not is_linear(module.fc2):
-        return "fc1 or fc2 is not an nn.Linear"
+def why_not_mlp(module) -> str | None:
+    """Why act and the dropouts of a module are not those of a plain MLP, or None."""
     if not is_exact_gelu(module.act):
-        return f"activation {module.act} is not the exact GELU"
-    if module.drop1.p > 0 or module.drop2.p > 0:
-        return "has dropout"
-    return None
+        return f"has activation {module.act}, not the exact GELU"
+    return why_not_dropouts(module, "drop1", "drop2")
 
 
 class Mlp(Fast, timm.layers.Mlp):
-    """timm's Mlp without dropout: (..., D) -> (..., D_out)."""
+    """timm's Mlp: (..., D) -> (..., D_out). With active dropout timm's own forward runs."""
 
     timm_class = timm.layers.Mlp
+    linears = ("fc1", "fc2")
+    calls_linears = True
 
     @classmethod
     def why_not(cls, module):
         if not is_identity(module.norm):
             return "has a norm between fc1 and fc2"
-        return why_not_parts(module)
+        return why_not_mlp(module)
 
     def forward(self, x):
-        hidden = kernels.linear(x, *weights(self.fc1), "gelu", implementation=self.backend)
-        return kernels.linear(hidden, *weights(self.fc2), implementation=self.backend)
+        if self.plan(x).unfused:
+            return self.unfused(x)
+        hidden = linear(x, self.fc1, self.backend, "gelu")
+        return linear(hidden, self.fc2, self.backend)
+
+    def in_parts(self, x, norm, layer_scale, drop_path):
+        """`branch` around Linears that have to be called: x and the second half of a Block."""
+        hidden = normalized_linear(x, norm, self.fc1, self.backend, "gelu")
+        return residual_linear(hidden, self.fc2, x, layer_scale, drop_path, self.backend)
 
     def branch(self, x, norm, **epilogue):
         """The second half of a Block: `norm`, a LayerNorm module, comes first; `epilogue` as

@@ -35,6 +35,8 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
         return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.plan(x).unfused:
+            return self.unfused(x)
         tokens = self.embed(x)
         if self.flatten:
             return tokens

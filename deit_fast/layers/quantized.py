@@ -1,163 +1,20 @@
-"""Attention and Mlp of a Block with layers in eight bits, and the layers themselves.
+"""Attention and Mlp of a Block with layers in eight bits.
 
 What produces an operand writes it in eight bits: LayerNorm for qkv and fc1, attention for proj,
 fc1's GELU for fc2. Any of the four may have stayed an nn.Linear.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deit_fast import kernels
-from deit_fast.kernels import _runtime
-from deit_fast.kernels.quantize import FORMATS, MAX_WIDTH, Quantized, dequantize
+from deit_fast.kernels.quantize import MAX_WIDTH, Quantized
 from deit_fast.kernels.quantized_linear import PART
 
-from ._base import is_linear, weights
+from ._base import attention_scale, weights
+from ._bypass import is_plain, why_watched
 from .attention import Attention
 from .mlp import Mlp
-
-
-class QuantizedLinear(nn.Linear):
-    """A Linear whose weight (N, K) is a buffer in float8_e4m3fn or int8, beside `weight_scale`
-    (N,) and, where its operand has one scale for all, `input_scale` (1, 1), in fp32: they keep
-    their dtypes when the model changes its own. A qkv whose result attention reads in fp8 has
-    `output_scale` (1, 1) too. Made of an nn.Linear by `quantize_`.
-
-    By itself (..., K) -> (..., N), it quantises what it gets in a pass before the product; inside a
-    Block nothing does. Inference only: backward raises.
-    """
-
-    backend = "auto"
-    _KEPT = ("weight", "weight_scale", "input_scale", "output_scale")
-
-    @property
-    def format(self) -> str:
-        return next(name for name, dtype in FORMATS.items() if dtype == self.weight.dtype)
-
-    @property
-    def operand(self) -> Quantized:
-        """The weight as `kernels.quantized_linear` takes it."""
-        return Quantized(self.weight, self.weight_scale[None])
-
-    def forward(self, x):
-        operand = kernels.quantize(x, self.format, implementation=self.backend)
-        return self.project(operand, x, backend=self.backend)
-
-    def project(
-        self, operand: Quantized, like: Tensor, rows: slice = slice(None), backend: str = "auto",
-        **options,
-    ):  # fmt: skip
-        """The product of an operand in eight bits with these rows of the weight; its dtype, unless
-        `options` have a format, is that of a product of `like`."""
-        weight, bias = self.operand, self.bias
-        if rows != slice(None):
-            weight = Quantized(weight.values[rows], weight.scales[:, rows])
-            bias = None if bias is None else bias[rows]
-        if options.get("format") is None:
-            options["dtype"] = _runtime.autocast_dtype(like) or like.dtype
-        return kernels.quantized_linear(operand, weight, bias, **options, implementation=backend)
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, format={self.format}"
-
-    def restore(self) -> None:
-        """Become an nn.Linear again, with the weight it was made of; where eight bits were loaded
-        since, with those as numbers of the model's dtype."""
-        original = self.__dict__.pop("_original", None)
-        device, dtype = self.weight.device, self._dtype
-        if original is None:
-            weight = nn.Parameter(dequantize(self.operand).to(dtype))
-        elif original.device == device and original.dtype == dtype:
-            weight = original
-        else:
-            weight = nn.Parameter(original.detach().to(device, dtype), original.requires_grad)
-        for name in self._KEPT:
-            del self._buffers[name]
-        for name in ("backend", "_dtype"):
-            self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear
-        # in front of the bias, where it was
-        bias = self._parameters.pop("bias")
-        self.weight, self._parameters["bias"] = weight, bias
-
-    def forget(self) -> None:
-        """The weight it was made of is not the one in eight bits."""
-        self.__dict__.pop("_original", None)
-
-    def _apply(self, fn, recurse=True):
-        """Moved as any buffer is, but never cast: `fn` sees integers. Raises TypeError where it
-        casts those too, as Module.type does."""
-        kept, moved = {name: self._buffers[name] for name in self._KEPT}, {}
-        for name, t in kept.items():
-            as_integers = None if t is None else torch.uint8 if t.itemsize == 1 else torch.int32
-            moved[name] = t if t is None else fn(t.view(as_integers))
-            if t is not None and moved[name].dtype != as_integers:
-                raise TypeError(
-                    f"model: {name} in eight bits would become {moved[name].dtype}, want "
-                    "model.to(dtype), which leaves it"
-                )
-        self._buffers |= dict.fromkeys(self._KEPT)
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers |= kept
-        self._buffers |= {k: t if t is None else t.view(kept[k].dtype) for k, t in moved.items()}
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # the weight's, once restored
-        return self
-
-    def __getstate__(self):
-        """For pickle and deepcopy; of e4m3 PyTorch's tensors are pickled, but not read again."""
-        state = self.__dict__ | {"_buffers": dict(self._buffers)}
-        if self.weight.dtype == torch.float8_e4m3fn:
-            state["_buffers"]["weight"] = self.weight.view(torch.uint8)
-        return state
-
-    def __setstate__(self, state):
-        weight = state["_buffers"]["weight"]
-        if weight.dtype == torch.uint8:
-            state["_buffers"]["weight"] = weight.view(torch.float8_e4m3fn)
-        super().__setstate__(state)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists):
-        names = {prefix + name: self._buffers[name] for name in self._KEPT}
-        wrong = [
-            f"{name} has {state_dict[name].dtype}, want {own.dtype}: deit_fast.restore(model) takes"
-            " other weights"
-            for name, own in names.items()
-            if own is not None and name in state_dict and state_dict[name].dtype != own.dtype
-        ]
-        for name in names:
-            t = state_dict.get(name)
-            if name.endswith("_scale") and t is not None and not t.is_meta:
-                if not (t.isfinite() & (t > 0)).all():
-                    wrong.append(f"{name} has values that are not positive and finite")
-        errors = lists[-1]
-        if wrong:
-            errors.extend(wrong)
-            return
-        before = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        if len(errors) == before and names.keys() & state_dict.keys():
-            self.forget()
-
-
-def quantize_(
-    linear: nn.Linear, format: str, input_scale: Tensor | None = None,
-    output_scale: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Turn an nn.Linear into a QuantizedLinear, in place. Its weight stays, in the memory of the
-    host, for `restore`."""
-    values, scales = kernels.quantize_reference(linear.weight.detach(), format)
-    original = linear._parameters.pop("weight")
-    if original.device.type == "cuda":
-        original = nn.Parameter(original.detach().cpu(), original.requires_grad)
-    linear.__dict__["_original"] = original  # no parameter any more
-    linear._dtype = original.dtype
-    linear.register_buffer("weight", values)
-    linear.register_buffer("weight_scale", scales[0])
-    linear.register_buffer("input_scale", input_scale)
-    linear.register_buffer("output_scale", output_scale)
-    linear.__class__ = QuantizedLinear
+from .quantized_linear import is_quantized
 
 
 def why_not(block, name: str, format: str) -> str | None:
@@ -165,7 +22,7 @@ def why_not(block, name: str, format: str) -> str | None:
     None."""
     part = block.attn if name in ("qkv", "proj") else block.mlp
     linear = getattr(part, name)
-    if not is_linear(linear):
+    if not is_plain(linear) or why_watched(linear):
         return f"is a {type(linear).__name__}, or a changed one, not an nn.Linear"
     if linear.in_features > MAX_WIDTH:
         return f"{linear.in_features} input features, more than {MAX_WIDTH}"
@@ -174,10 +31,6 @@ def why_not(block, name: str, format: str) -> str | None:
     if format == "int8" and name == "fc2" and linear.in_features % PART:
         return f"{linear.in_features} hidden features, int8 wants a multiple of {PART}"
     return None
-
-
-def is_quantized(module: nn.Module) -> bool:
-    return type(module) is QuantizedLinear
 
 
 def _normalized_linear(
@@ -227,13 +80,26 @@ def _project(operand, linear, backend, x, return_moments=False, recompute=True, 
     )  # fmt: skip
 
 
-class QuantizedAttention(Attention):
+class _InEightBits:
+    """Where timm's own forward runs, each layer in eight bits quantises what it gets in a pass of
+    its own. One that has to be called leaves nothing fused."""
+
+    calls_linears = False
+
+    @classmethod
+    def why_not_linear(cls, linear):
+        return None if is_quantized(linear) else super().why_not_linear(linear)
+
+
+class QuantizedAttention(_InEightBits, Attention):
     """Attention with qkv, proj or both in eight bits. What lies between is computed as ever, or of
     q, k and v in fp8, where qkv has an `output_scale`."""
 
+    stands_for = Attention
+
     def forward(self, x, attn_mask=None, is_causal=False):
-        if attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal or self.plan(x).unfused:
+            return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         operand = _operand(x, self.qkv, self.backend)
         qkv = _values(_project(operand, self.qkv, self.backend, x, **self._output()))
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
@@ -265,15 +131,19 @@ class QuantizedAttention(Attention):
         if not is_quantized(self.proj):
             return self._attend(q, k, v)
         return kernels.attention_quantized(
-            q, k, v, self.scale, **_output(self.proj), in_scale=self._output().get("out_scale"),
-            implementation=self.backend,
+            q, k, v, attention_scale(self, self.head_dim), **_output(self.proj),
+            in_scale=self._output().get("out_scale"), implementation=self.backend,
         )  # fmt: skip
 
 
-class QuantizedMlp(Mlp):
+class QuantizedMlp(_InEightBits, Mlp):
     """Mlp with fc1, fc2 or both in eight bits."""
 
+    stands_for = Mlp
+
     def forward(self, x):
+        if self.plan(x).unfused:
+            return self.unfused(x)
         operand = _operand(x, self.fc1, self.backend)
         hidden = _project(operand, self.fc1, self.backend, x, activation="gelu", **self._output())
         return _project(_operand(hidden, self.fc2, self.backend), self.fc2, self.backend, x)

@@ -6,7 +6,6 @@ in inference; in training, where convolutions and batch norm are PyTorch's, they
 weights are channels_last.
 """
 
-import timm.layers
 import timm.models.tiny_vit as timm_tiny
 import torch
 from torch import nn
@@ -15,10 +14,18 @@ from torch.nn import functional as F
 from deit_fast import kernels
 from deit_fast.kernels.window_attention import HEAD_DIM
 
-from ._base import Fast, is_exact_gelu, is_identity, is_linear, is_watched, weights
-from .block import _branch_scales
+from ._base import (
+    Fast,
+    attention_scale,
+    is_exact_gelu,
+    is_identity,
+    weights,
+    why_not_drop_path,
+    why_not_parts,
+)
+from ._parts import branch_scales
 from .layer_norm import LayerNorm
-from .mlp import why_not_parts
+from .mlp import why_not_mlp
 
 
 class ConvNorm(Fast, timm_tiny.ConvNorm):
@@ -31,6 +38,7 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
     """
 
     timm_class = timm_tiny.ConvNorm
+    asks_when_called = True
 
     @classmethod
     def why_not(cls, module):
@@ -50,9 +58,9 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
 
     def forward(self, x, activation="none", residual=None):
         conv, bn = self.conv, self.bn
-        fused = not bn.training and not torch.is_grad_enabled() and not is_watched(conv, bn)
-        if not fused or self.why_not(self) is not None:
-            y = super().forward(x)
+        fused = not bn.training and not torch.is_grad_enabled()
+        if self.plan(x).unfused or not fused:
+            y = self.unfused(x)
             y = y if residual is None else y + residual.to(y.dtype)
             return F.gelu(y) if activation == "gelu" else y
         return kernels.conv_norm(
@@ -72,21 +80,11 @@ class _Convolutions(Fast):
             if name.startswith("conv") and type(part) is not ConvNorm:
                 return f"{name} stays with timm"
             if name.startswith("act") and not is_exact_gelu(part):
-                return f"activation {part} is not the exact GELU"
-        return _why_not_drop(module, "drop_path")
+                return f"has activation {part}, not the exact GELU"
+        return why_not_drop_path(module, "drop_path")
 
     def forward(self, x):
-        if is_watched(*self.children()) or self.why_not(self) is not None:
-            return super().forward(x)
-        return self._fused(x)
-
-
-def _why_not_drop(module, *names):
-    for name in names:
-        drop = getattr(module, name, None)
-        if not is_identity(drop) and type(drop) is not timm.layers.DropPath:
-            return f"{name} is a {type(drop).__name__}"
-    return None
+        return self.unfused(x) if self.plan(x).unfused else self._fused(x)
 
 
 class PatchEmbed(_Convolutions, timm_tiny.PatchEmbed):
@@ -124,20 +122,23 @@ class Attention(Fast, timm_tiny.Attention):
     """timm's Attention of TinyViT, LayerNorm included: a window (B, L, C) -> (B, L, C)."""
 
     timm_class = timm_tiny.Attention
+    linears = ("qkv", "proj")
 
     @classmethod
     def why_not(cls, module):
-        if type(module.norm) is not LayerNorm:
-            return "norm stays with timm"
-        if not is_linear(module.qkv) or not is_linear(module.proj):
-            return "qkv or proj is not an nn.Linear"
+        if why := why_not_parts(module, norm=LayerNorm):
+            return why
         if (module.key_dim, module.val_dim) != (HEAD_DIM, HEAD_DIM):
-            return f"heads of {module.key_dim} and {module.val_dim}, the kernel takes {HEAD_DIM}"
+            return (
+                f"has heads of {module.key_dim} and {module.val_dim}, the kernel takes {HEAD_DIM}"
+            )
         if module.resolution[0] != module.resolution[1]:
-            return f"windows of {module.resolution}, want square ones"
+            return f"has windows of {module.resolution}, want square ones"
         return None
 
     def forward(self, x):
+        if self.plan(x).unfused:
+            return self.unfused(x)
         return self.branch(x.unflatten(1, self.resolution)).flatten(1, 2)
 
     def branch(self, x, **epilogue):
@@ -148,7 +149,7 @@ class Attention(Fast, timm_tiny.Attention):
         qkv = kernels.layer_norm_linear(x, norm_weight, norm_bias, *weights(self.qkv), eps, **use)
         o = kernels.window_attention(
             qkv.unflatten(-1, (self.num_heads, 3, HEAD_DIM)), self.attention_biases,
-            self.resolution[0], self.scale, **use,
+            self.resolution[0], attention_scale(self, HEAD_DIM), **use,
         )  # fmt: skip
         return kernels.linear(o.flatten(3), *weights(self.proj), **epilogue, **use)
 
@@ -158,15 +159,17 @@ class NormMlp(Fast, timm_tiny.NormMlp):
     `recompute` as `deit_fast.layers.Block`'s; attention keeps its LayerNorm's result."""
 
     timm_class = timm_tiny.NormMlp
+    linears = ("fc1", "fc2")
     recompute = True
 
     @classmethod
     def why_not(cls, module):
-        if type(module.norm) is not LayerNorm:
-            return "norm stays with timm"
-        return why_not_parts(module)
+        return why_not_parts(module, norm=LayerNorm) or why_not_mlp(module)
 
-    def forward(self, x, **epilogue):
+    def forward(self, x):
+        return self.unfused(x) if self.plan(x).unfused else self.branch(x)
+
+    def branch(self, x, **epilogue):
         """`epilogue` as `deit_fast.kernels.layer_norm_mlp` takes it."""
         norm_weight, norm_bias, eps = self.norm.operands
         return kernels.layer_norm_mlp(
@@ -181,21 +184,22 @@ class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
     in timm: a copy there and back that maps of the sizes it was made for do without."""
 
     timm_class = timm_tiny.TinyVitBlock
+    always_called = ("local_conv",)
 
     @classmethod
     def why_not(cls, module):
-        for name, kind in (("attn", Attention), ("mlp", NormMlp)):
-            if type(getattr(module, name)) is not kind:
-                return f"{name} stays with timm"
-        return _why_not_drop(module, "drop_path1", "drop_path2")
+        why = why_not_parts(module, attn=Attention, mlp=NormMlp)
+        return why or why_not_drop_path(module, "drop_path1", "drop_path2")
 
     def forward(self, x):
+        if self.plan(x).unfused:
+            return self.unfused(x)
         Y, X = x.shape[1:3]
         down, right = -Y % self.window_size, -X % self.window_size
         if down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        x = self.attn.branch(x, residual=x, **_branch_scales(None, self.drop_path1, x))
+        x = self.attn.branch(x, residual=x, **branch_scales(None, self.drop_path1, x))
         if down or right:
             x = x[:, :Y, :X]
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.mlp(x, residual=x, **_branch_scales(None, self.drop_path2, x))
+        return self.mlp.branch(x, residual=x, **branch_scales(None, self.drop_path2, x))

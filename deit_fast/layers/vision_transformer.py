@@ -13,23 +13,26 @@ from deit_fast import kernels
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
-from ._base import Fast, is_identity, is_linear, is_watched
+from ._base import Fast, is_identity, kind_of
+from ._bypass import FUSED, is_plain, is_seen, is_traced, is_watched
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
+
+# of timm's methods those that `forward` does the work of: one set on an instance runs
+_METHODS = ("forward_features", "forward_head", "pool", "_pos_embed")
 
 
 class FastTransformer(Fast):
     """Images are float (B, C, H, W), or uint8 (B, H, W, C), normalised with the mean and std of the
     model's `pretrained_cfg`."""
 
+    has_plan = False
+
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Image -> (B, T + n, D): patches, positions and prefix tokens."""
-        mean, std = self._pixels_of(image)
-        if type(self.patch_embed) is not PatchEmbed or is_watched(self.patch_embed):
-            if image.dtype == torch.uint8:
-                image = normalize_reference(image, mean, std, self.pos_embed.dtype)
-            return self.patch_drop(self._pos_embed(self.patch_embed(image)))
+        if not self._fuses_patches(image):
+            return self.patch_drop(self._pos_embed(self.patch_embed(self._normalized(image))))
         tokens = [t[0] for t in self._prefix_tokens()]
         prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
@@ -42,10 +45,19 @@ class FastTransformer(Fast):
                     num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
                 )
             pos_embed = pos_embed[0]
-        x = self.patch_embed.embed(image, pos_embed, prefix, mean, std)
+        x = self.patch_embed.embed(image, pos_embed, prefix, *self._pixels_of(image))
         if pos_embed is not None:  # as timm: no dropout without positions
             x = self.pos_drop(x)
         return self.patch_drop(x)
+
+    def _fuses_patches(self, image) -> bool:
+        embed = self.patch_embed
+        return (
+            type(embed) is PatchEmbed
+            and not is_watched(embed)
+            and "_pos_embed" not in self.__dict__
+            and embed.plan(image).unfused is None
+        )
 
     def _pixels_of(self, image):
         """mean and std of the model's pixels where bytes are to be normalised, else None."""
@@ -54,11 +66,19 @@ class FastTransformer(Fast):
         config = getattr(self, "pretrained_cfg", None) or {}
         return config.get("mean"), config.get("std")
 
+    def _normalized(self, image):
+        """An image as timm's layers take it; a tracer's stands for one that is."""
+        if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
+            return image
+        return normalize_reference(image, *self._pixels_of(image), self.cls_token.dtype)
+
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
 
     def forward_features(self, x, attn_mask=None, is_causal=False):
         """Tokens after the final norm, (B, T + n, D), all of them."""
+        if is_traced(x):
+            return self.timm_class.forward_features(self, self._normalized(x), attn_mask, is_causal)
         x = self.norm_pre(self.embed(x))
         if attn_mask is not None or is_causal:
             for block in self.blocks:
@@ -74,8 +94,8 @@ class FastTransformer(Fast):
     def forward(self, x, attn_mask=None, is_causal=False):
         """Logits (B, classes). The last block and the final norm run for the prefix tokens alone:
         6.9% less arithmetic for DeiT, the same logits and the same gradients."""
-        if attn_mask is not None or is_causal or not self._reads_prefix_only():
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal or is_traced(x) or not self._reads_prefix_only(x):
+            return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         classify = self._classifier_operands()
         if classify is None:
             return self.forward_head(self.norm(self._run_prefix(x)))
@@ -84,20 +104,20 @@ class FastTransformer(Fast):
     def forward_pre_logits(self, x):
         """What the heads work on, (B, D): timm's `forward_head(..., pre_logits=True)`, with the
         last block and the final norm for the prefix tokens alone where `forward` does so."""
-        if not self._reads_prefix_only():
+        if not self._reads_prefix_only(x):
             return self.forward_head(self.forward_features(x), pre_logits=True)
         return self.forward_head(self.norm(self._run_prefix(x)), pre_logits=True)
 
     def _run_prefix(self, x):
         """Tokens after the last block: as many as there are heads, or more."""
         x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
-        run_last = last
-        if type(last) is Block:
-            run_last = partial(last.forward_prefix, prefix=len(self._heads()))
+        run_last, prunes, called = last, kind_of(last) is Block, is_watched(last)
+        if prunes:
+            run_last = partial(last if called else last.forward_prefix, prefix=len(self._heads()))
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
             return checkpoint(run_last, x)
-        x, moments = run_blocks(before, x, return_moments=type(last) is Block)
+        x, moments = run_blocks(before, x, return_moments=prunes and not called)
         return run_last(x) if moments is None else run_last(x, moments=moments)
 
     def _heads(self) -> list[nn.Module]:
@@ -106,15 +126,18 @@ class FastTransformer(Fast):
     def _final_norms(self) -> list[nn.Module]:
         return [self.norm, self.fc_norm]
 
-    def _reads_prefix_only(self) -> bool:
-        """Whether nothing but the prefix tokens of the last block can be seen from outside."""
-        norms = self._final_norms()
+    def _reads_prefix_only(self, image) -> bool:
+        """Whether nothing but the prefix tokens of the last block can be seen from outside, and it
+        runs fused."""
+        norms, last = self._final_norms(), self.blocks[-1] if len(self.blocks) else None
         return (
-            len(self.blocks) > 0
+            last is not None
             and self.global_pool == "token"
             and self.attn_pool is None
             and all(is_identity(n) or type(n) is LayerNorm for n in norms)
-            and not is_watched(self.blocks, self.blocks[-1], self.norm)
+            and not is_seen(self.blocks, last, self.norm)
+            and not any(name in self.__dict__ for name in _METHODS)
+            and (kind_of(last) is not Block or last.plan(image) is FUSED)
         )
 
     def _classifier_operands(self) -> dict | None:
@@ -126,7 +149,7 @@ class FastTransformer(Fast):
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_linear, heads)) or self.head_drop.training and self.head_drop.p > 0:
+        if not all(map(is_plain, heads)) or self.head_drop.training and self.head_drop.p > 0:
             return None
         if is_watched(self.blocks[-1], *norms, self.head_drop, *heads):
             return None
@@ -181,7 +204,7 @@ def run_blocks(blocks, x, return_moments=True, kind=Block):
     them on."""
     moments = None
     for i, block in enumerate(blocks, 1):
-        if type(block) is kind and not is_watched(block):
+        if kind_of(block) is kind and not is_watched(block) and block.plan(x) is FUSED:
             more = return_moments or i < len(blocks)
             x, moments = block.forward_with_moments(x, moments, more)
         else:

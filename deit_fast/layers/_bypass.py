@@ -1,0 +1,290 @@
+"""When a fused operation may bypass the modules inside a block.
+
+It reads their parameters and never calls them, which nobody notices while nothing has been done to
+them. So each drop-in module asks for its `plan` at every call: fused as long as the modules inside
+are those of timm, nobody watches them and no dropout is active; else timm's own forward, through
+parts that each ask in turn. Around a Linear that has to be called (an adapter, a hook) the rest of
+a ViT's block stays fused.
+
+Examining a block takes a hundred look-ups. They are made again only where something has changed
+since the last time: `_Snapshot` finds that out by comparing dictionaries, a few microseconds.
+"""
+
+import warnings
+import weakref
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
+from torch.utils.module_tracker import ModuleTracker
+
+HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
+GLOBAL_HOOKS = tuple(getattr(nn_module, "_global" + name) for name in HOOKS)
+_said = weakref.WeakKeyDictionary()  # what was warned about -> the reasons given
+
+
+class Plan(NamedTuple):
+    """How a drop-in module runs now."""
+
+    unfused: str | None = None  # why timm's own forward runs
+    called: tuple[tuple[str, str], ...] = ()  # Linears that have to be called, and why
+    culprit: nn.Module | None = None  # the module inside that the reason is about
+
+    def __str__(self):
+        if self.unfused:
+            return f"{self.unfused}: runs timm's own forward, unfused"
+        called = ", ".join(f"{name} {why}" for name, why in self.called)
+        return f"{called}: called, the rest is fused" if called else "fused"
+
+
+FUSED = Plan()
+_TRACED = Plan("is traced by torch.fx or torch.jit")
+
+
+class Bypasses:
+    """What `examine` asks of a drop-in module's class."""
+
+    has_plan = True  # whether it has one; a whole model asks its parts
+    linears: tuple[str, ...] = ()  # the Linears whose parameters are read
+    calls_linears = False  # whether one that has to be called leaves the rest fused
+    always_called: tuple[str, ...] = ()  # what is called in any case
+    asks_when_called = False  # whether whoever fuses it calls it, so that it asks for its own plan
+
+
+class Rule:
+    """What a drop-in module remembers of the last time it was examined: nothing that a copy or a
+    pickle has to keep, but its name in the model."""
+
+    __slots__ = ("name", "snapshot", "__weakref__")
+
+    def __init__(self, name: str = ""):
+        self.name, self.snapshot = name, None
+
+    def __deepcopy__(self, memo):
+        return Rule(self.name)
+
+    def __reduce__(self):
+        return Rule, (self.name,)
+
+
+class _Snapshot:
+    """What decides a plan, as it was: flat lists, which cost less than a microsecond each to
+    compare. Looking into 84 dictionaries of hooks costs ten, so `handles` tells whether PyTorch has
+    given out a handle for a hook since they were found empty."""
+
+    __slots__ = ("owner", "plan", "handles", "modules", "types", "parts", "weights", "facts")
+
+    def __init__(self, owner, plan, handles):
+        self.owner, self.plan, self.handles = owner.__dict__, plan, handles
+        self.modules = [owner, *(m for _, m, _ in bypassed(owner))]
+        self.types = list(map(type, self.modules))
+        parts = [m._modules for m in self.modules if m._modules]
+        self.parts = parts, [dict(p) for p in parts]
+        weights = [m._parameters for m in self.modules if "weight" in m._parameters]
+        self.weights = weights, [type(p["weight"]) for p in weights]
+        inner = [m.__dict__ for m in self.modules[1:]]
+        drops = [m.__dict__ for m in self.modules if type(m) is nn.Dropout]
+        facts = [
+            (len, inner),  # a forward set on an instance, a compiled call
+            (itemgetter("p"), drops),
+            (itemgetter("training"), [d for d in drops if d["p"] > 0]),
+            (itemgetter("approximate"), [m.__dict__ for m in self.modules if type(m) is nn.GELU]),
+        ]
+        self.facts = [(look, at, list(map(look, at))) for look, at in facts if at]
+
+    def holds(self, owner) -> bool:
+        handles = RemovableHandle.next_id
+        if self.handles != handles:
+            if any(GLOBAL_HOOKS) or any(map(_has_hooks, self.modules[1:])):
+                return False
+            self.handles = handles
+        return (
+            self.owner is owner.__dict__  # and not that of a replica on another device
+            and list(map(type, self.modules)) == self.types
+            and self.parts[0] == self.parts[1]
+            and all([list(map(look, at)) == seen for look, at, seen in self.facts])
+            and [type(p.get("weight")) for p in self.weights[0]] == self.weights[1]
+        )
+
+
+def _has_hooks(module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def plan_of(fast: nn.Module, x) -> Plan:
+    """How `fast` runs on `x`; warns once for each reason not to be fused."""
+    if is_traced(x):
+        return _TRACED
+    if torch.compiler.is_compiling():
+        plan = examine(fast)
+        if plan is not FUSED:
+            _say_in_compilation(f"{_name(fast)}: {plan}")
+        return plan
+    rule = fast.__dict__.get("_rule")
+    if rule is None:
+        rule = fast.__dict__["_rule"] = Rule()
+    snapshot = rule.snapshot
+    if snapshot is not None and snapshot.holds(fast):
+        return snapshot.plan
+    handles = RemovableHandle.next_id
+    plan, watched = examine(fast), any(GLOBAL_HOOKS)
+    watched = watched or any(_has_hooks(m) for _, m, _ in bypassed(fast))
+    rule.snapshot = None if watched else _Snapshot(fast, plan, handles)
+    if plan is not FUSED:
+        _say(plan, fast, _name(fast))
+    return plan
+
+
+def is_traced(x) -> bool:
+    """Whether torch.fx or torch.jit.trace is to get a graph of timm's layers: by timm's names, and
+    of nothing that a TorchScript runtime does not know."""
+    if torch.jit.is_tracing():
+        _say(_TRACED, torch.jit, "torch.jit.trace")
+    elif type(x) is not torch.Tensor and isinstance(x, Proxy):
+        _say(_TRACED, x.tracer, "torch.fx")
+    else:
+        return False
+    return True
+
+
+def examine(fast: nn.Module) -> Plan:
+    """How `fast` is to run, from what is in it now."""
+    if not fast.has_plan:
+        return FUSED
+    for hooks in GLOBAL_HOOKS:
+        for hook in hooks.values():
+            if not _only_names(hook):
+                return Plan("hooks on all modules are set")
+    why = type(fast).why_not(fast)
+    if why is not None:
+        return Plan(why)
+    called = []
+    for name, module, parent in bypassed(fast):
+        if any(name.startswith(f"{other}.") for other, _ in called):
+            continue  # its caller's business
+        why, is_read = (
+            why_watched(module),
+            name.rpartition(".")[2] in getattr(parent, "linears", ()),
+        )
+        if why is None and is_read:
+            why = parent.why_not_linear(module)
+        if why is None and type(module) is nn.Dropout and module.p > 0 and module.training:
+            why = f"drops {module.p}"
+        if why is None:
+            continue
+        if not (is_read and fast.calls_linears and parent.calls_linears):
+            return Plan(f"{name} {why}", culprit=module)
+        called.append((name, why))
+    return Plan(called=tuple(called)) if called else FUSED
+
+
+def bypassed(module: nn.Module, prefix: str = ""):
+    """(name, module, parent) of what `module`, fused, does not call. Modules that ask for their own
+    plan whenever they run are there, and not what is inside them."""
+    for name, child in module._modules.items():
+        if child is None or isinstance(module, Bypasses) and name in module.always_called:
+            continue
+        yield prefix + name, child, module
+        if not (isinstance(child, Bypasses) and child.asks_when_called):
+            yield from bypassed(child, f"{prefix}{name}.")
+
+
+def why_watched(module: nn.Module) -> str | None:
+    """Why a module has to be called, apart from what it computes; None: nobody watches it."""
+    for name, what in HOOKS.items():
+        if getattr(module, name):
+            return f"has {what}"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if module._compiled_call_impl is not None:
+        return "is compiled"
+    return None
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether one of these modules has to be called."""
+    return any(GLOBAL_HOOKS) or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or "forward" in m.__dict__ or m._compiled_call_impl is not None
+        for m in modules
+    )  # fmt: skip
+
+
+def is_seen(*modules: nn.Module) -> bool:
+    """Whether somebody looks at what goes into one of these modules or comes out of it: not those
+    who count by names or gather parameters, FlopCounterMode and FSDP2."""
+    if not is_watched(*modules):
+        return False
+    hooks = [hook for some in GLOBAL_HOOKS for hook in some.values()]
+    hooks += [hook for m in modules for name in HOOKS for hook in getattr(m, name).values()]
+    if not all(_only_names(hook) or _only_gathers(hook) for hook in hooks):
+        return True
+    return any("forward" in m.__dict__ or m._compiled_call_impl is not None for m in modules)
+
+
+def _only_names(hook) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
+
+
+def _only_gathers(hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """A plain Linear whose weight is a parameter of plain numbers, and not recomputed by a hook
+    (pruning) or kept in another form (torchao, DTensor)."""
+    if type(linear) is not nn.Linear:
+        return False
+    if "weight" not in linear._parameters:
+        return getattr(linear, "_is_replica", False)  # DataParallel's, whose weights are tensors
+    return not is_traceable_wrapper_subclass(linear.weight)
+
+
+def class_name(module: nn.Module) -> str:
+    """With its module, where the name alone may be that of one of PyTorch's or timm's."""
+    kind = type(module)
+    known = kind.__module__.split(".")[0] in ("torch", "timm", "deit_fast")
+    return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def acknowledge(fast: nn.Module) -> None:
+    """What is the matter with it now is no reason to warn: `accelerate` reports it."""
+    plan = examine(fast)
+    if plan is not FUSED:
+        _reasons(plan, fast).add(_reason(plan))
+
+
+def _say(plan, fast, name):
+    reasons, reason = _reasons(plan, fast), _reason(plan)
+    if reason not in reasons:
+        reasons.add(reason)
+        warnings.warn(f"{name}: {plan}", stacklevel=6)
+
+
+def _reasons(plan, fast):
+    """Of a module that a block and a part of the block both look at, one of them tells."""
+    return _said.setdefault(plan.culprit or fast, set())
+
+
+def _reason(plan):
+    return plan.unfused.partition(" ")[2] if plan.culprit else str(plan)
+
+
+@torch.compiler.assume_constant_result
+def _say_in_compilation(text):
+    warnings.warn(text, stacklevel=2)
+
+
+def _name(fast) -> str:
+    rule = fast.__dict__.get("_rule")
+    return (rule and rule.name) or type(fast).__name__
