@@ -222,6 +222,13 @@ def _(x, g, h, fc1_weight, b1, fc2_weight, b2, layer_scale, row_scale, e, a, rec
     return _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
 
 
+@_fwd.register_flops
+@_train.register_flops
+def _(x, g, h, fc1_weight, b1, fc2_weight, *args, **kwargs):
+    (M, D), (D_out, hidden) = x, fc2_weight
+    return 2 * M * hidden * (D + D_out)
+
+
 def _save(ctx, inputs, output):
     *tensors, ctx.eps, ctx.add, _, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, *output[1:])
