@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
+from torch.utils.flop_counter import register_flop_formula
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
@@ -78,6 +79,13 @@ class Op:
         self.register_fake = self.op.register_fake
         self.register_autograd = self.op.register_autograd
 
+    def register_flops(self, formula):
+        """Decorator: what PyTorch's FlopCounterMode counts for a call, given its arguments with
+        shapes for tensors, and out_shape: two for each multiply-add of the products and
+        convolutions that the mathematics has, so none for those that backward makes again."""
+        register_flop_formula(self.op._opoverload.overloadpacket)(formula)
+        return formula
+
     def __call__(self, *args):
         tensors = [t for t in args if isinstance(t, torch.Tensor)]
         return (self.op if is_watched(*tensors) else self.body)(*args)
@@ -95,6 +103,11 @@ def is_watched(*tensors: torch.Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
     )
+
+
+def no_products(*args, **kwargs) -> int:
+    """For `Op.register_flops`: an operator without any."""
+    return 0
 
 
 def custom_op(name: str):
@@ -383,6 +396,9 @@ def _no_gradient(
 @_no_gradient.register_fake
 def _(op, size, dtype, device):
     return torch.empty(size, dtype=dtype, device=device)
+
+
+register_flop_formula(torch.ops.deit_fast.no_gradient)(no_products)
 
 
 def differentiable(forward, tensors, upstream):

@@ -599,6 +599,13 @@ def _(q, k, v, bias, scale, keep, implementation):
     return _alloc(q, keep)
 
 
+@_fwd.register_flops
+@_fwd_quantized.register_flops
+def _(q, k, *args, **kwargs):
+    (B, N, H, d), L = q, k[1]
+    return 4 * B * H * N * L * d
+
+
 def run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=False):
     """Launch what computes dq (B, N, H, d), dk and dv (B, L, H, d) of contiguous o and do. With
     `sums` the sums of their rows come back, (3, H, d) in fp32."""
@@ -632,6 +639,12 @@ def _(do, q, k, v, o, lse, scale):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
+@attention_backward.register_flops
+def _(do, q, k, *args, **kwargs):
+    (B, N, H, d), L = q, k[1]
+    return 8 * B * H * N * L * d  # dv, dp, dq, dk
+
+
 @_runtime.custom_op("deit_fast::attention_backward_packed")
 def attention_backward_packed(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float
@@ -646,6 +659,12 @@ def attention_backward_packed(
 @attention_backward_packed.register_fake
 def _(do, qkv, o, lse, scale):
     return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[2:], dtype=torch.float32)
+
+
+@attention_backward_packed.register_flops
+def _(do, qkv, *args, **kwargs):
+    B, N, _, H, d = qkv
+    return 8 * B * H * N * N * d
 
 
 def _save(ctx, inputs, output):

@@ -151,6 +151,12 @@ def _(x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias,
     return _alloc(x, head_weight)
 
 
+@_fwd.register_flops
+def _(x, g, h, head_weight, head_bias, dist_weight, dist_bias, fusion, *args, **kwargs):
+    B, (classes, D) = x[0], head_weight
+    return 2 * B * D * classes * len(_tokens(fusion, dist_weight is not None))
+
+
 def classifier(
     x: Tensor,
     norm_weight: Tensor,

@@ -17,6 +17,8 @@ fp32 and round once, to y's dtype; GELU is that of `linear`. PyTorch rounds behi
 too. Only for inference: where a gradient is wanted the reference runs.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -178,6 +180,11 @@ def _fwd(
 @_fwd.register_fake
 def _(x, weight, g, b, m, v, residual, eps, stride, padding, groups, activation, implementation):
     return _alloc(x, weight, stride, padding)
+
+
+@_fwd.register_flops
+def _(x, weight, *args, out_shape):
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])  # C / groups, k, k
 
 
 def _rows(x):

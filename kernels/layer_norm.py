@@ -167,6 +167,9 @@ def _(x, residual, weight, bias, eps, out_dtype):
     return _alloc(x, residual, out_dtype)
 
 
+_fwd.register_flops(_runtime.no_products)
+
+
 @_runtime.custom_op("deit_fast::layer_norm_quantized")
 def _fwd_quantized(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
@@ -179,6 +182,9 @@ def _fwd_quantized(
 @_fwd_quantized.register_fake
 def _(x, weight, bias, eps, dtype):
     return _alloc_rows(x, dtype, 1)
+
+
+_fwd_quantized.register_flops(_runtime.no_products)
 
 
 @_runtime.custom_op("deit_fast::layer_norm_backward")
@@ -203,6 +209,9 @@ def layer_norm_backward(
 @layer_norm_backward.register_fake
 def _(dy, dh, h, weight, eps, dtype):
     return h.new_empty(h.shape, dtype=dtype), h.new_empty(2, h.shape[1], dtype=torch.float32)
+
+
+layer_norm_backward.register_flops(_runtime.no_products)
 
 
 def _save(ctx, inputs, output):

@@ -104,6 +104,12 @@ def _(x, g, h, qkv_weight, b1, proj_weight, b2, layer_scale, rs, num_heads, e, s
     return _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute)
 
 
+@_train.register_flops
+def _(x, g, h, qkv_weight, b1, proj_weight, *args, **kwargs):
+    (B, N, D), (D_out, width) = x, proj_weight  # H heads of d are as wide as that
+    return 2 * B * N * width * (3 * D + 2 * N + D_out)
+
+
 def _save(ctx, inputs, output):
     *tensors, ctx.num_heads, ctx.eps, ctx.scale, ctx.add, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])

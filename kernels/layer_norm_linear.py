@@ -118,6 +118,12 @@ def _(x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+@_fwd.register_flops
+def _(x, norm_weight, norm_bias, weight, *args, **kwargs):
+    (M, K), N = x, weight[0]
+    return 2 * M * N * K
+
+
 def layer_norm_linear_backward(
     dz, x, norm_weight, norm_bias, weight, normed, eps, dresidual=None, wants_weight=True
 ):

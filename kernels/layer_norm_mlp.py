@@ -175,8 +175,7 @@ def _(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, res
 def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
     """What forward returns in training: y, and for backward z, LN(x), a and what layer_scale
     scales, empty where they are not saved. Also its fake."""
-    (M, D), hidden, dtype = x.shape, fc1_weight.shape[0], fc1_weight.dtype
-    D_out = fc2_weight.shape[0]
+    (M, D), (D_out, hidden), dtype = x.shape, fc2_weight.shape, fc1_weight.dtype
     return (
         x.new_empty(M, D_out, dtype=torch.promote_types(x.dtype, dtype)),
         x.new_empty(M, hidden, dtype=dtype),
@@ -221,6 +220,13 @@ def _train(
 @_train.register_fake
 def _(x, g, h, fc1_weight, b1, fc2_weight, b2, layer_scale, row_scale, e, a, recompute, i):
     return _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
+
+
+@_fwd.register_flops
+@_train.register_flops
+def _(x, g, h, fc1_weight, b1, fc2_weight, *args, **kwargs):
+    (M, D), (D_out, hidden) = x, fc2_weight
+    return 2 * M * hidden * (D + D_out)
 
 
 def _save(ctx, inputs, output):
@@ -276,9 +282,8 @@ def _why_not_fused(x, weights, residual, scaled, hidden, implementation) -> str 
     """Why one kernel can't or shouldn't do it all; None: it does."""
     if _runtime.wants_grad(x, residual, *weights):
         return "gradients are wanted: it has none"
-    if x.dtype not in (torch.float16, torch.bfloat16) or _runtime.autocast_dtype(x) not in (
-        None, x.dtype,
-    ):  # fmt: skip
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if not half or _runtime.autocast_dtype(x) not in (None, x.dtype):
         return f"x is {x.dtype}: it takes one half precision"
     if residual is not None and residual.dtype != x.dtype:
         return f"residual is {residual.dtype} and x {x.dtype}: it takes one half precision"
@@ -329,10 +334,9 @@ def layer_norm_mlp(
         raise ValueError(
             f"layer_norm_mlp: implementation {implementation!r}, want one of {IMPLEMENTATIONS}"
         )
-    hidden = fc1_weight.shape[0]
     weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     scaled = layer_scale is not None or row_scale is not None
-    reason = _why_not_fused(x, weights, residual, scaled, hidden, implementation)
+    reason = _why_not_fused(x, weights, residual, scaled, fc1_weight.shape[0], implementation)
     if reason is None:
         return _fused(x, weights, residual, eps, return_moments)
     if implementation == "fused":
@@ -382,8 +386,7 @@ def _training(x, operands, eps, add, recompute, implementation):
     w1, w2 = _runtime.cast(dtype, w1, w2)  # biases are added in fp32 as they are
     weights = (*norm, w1, b1, w2, b2)
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-    D, hidden = x.shape[-1], weights[2].shape[0]
-    D_out = weights[4].shape[0]
+    D, hidden, D_out = x.shape[-1], weights[2].shape[0], weights[4].shape[0]
     shapes = ((D,), (D,), (hidden, D), (hidden,), (D_out, hidden), (D_out,))
     named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
     scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}

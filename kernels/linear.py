@@ -554,6 +554,12 @@ def _(x, weight, bias, residual, layer_scale, row_scale, activation, emit, keep,
     return _alloc(x, weight, residual, emit, keep)
 
 
+@_fwd.register_flops
+def _(x, weight, *args, **kwargs):
+    (M, K), N = x, weight[0]
+    return 2 * M * N * K
+
+
 def _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias):
     """What linear_backward returns; also its fake."""
     M, N = dy.shape
@@ -611,6 +617,9 @@ def _linear_backward(dy, z, layer_scale, row_scale, activation, dz, a, has_bias)
 @linear_backward.register_fake
 def _(*args):
     return _alloc_backward(*args)
+
+
+linear_backward.register_flops(_runtime.no_products)
 
 
 def _save(ctx, inputs, output):
@@ -679,6 +688,12 @@ def linear_gelu_backward(
 @linear_gelu_backward.register_fake
 def _(dy, weight, z, implementation):
     return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
+
+
+@linear_gelu_backward.register_flops
+def _(dy, weight, *args, **kwargs):
+    M, (N, K) = dy[0], weight
+    return 2 * M * N * K
 
 
 def worth_moments(x, N, tensors) -> bool:

@@ -22,6 +22,8 @@ M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to the promo
 positions and prefix. Saved for backward: image and weight.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -226,6 +228,12 @@ def _fwd(
 @_fwd.register_fake
 def _(image, weight, bias, pos_embed, prefix_tokens, mean, std):
     return _alloc(image, weight, pos_embed, prefix_tokens)
+
+
+@_fwd.register_flops
+def _(image, weight, bias, pos_embed, prefix_tokens, *args, out_shape):
+    (B, rows, D), T = out_shape, 0 if prefix_tokens is None else prefix_tokens[0]
+    return 2 * B * (rows - T) * D * math.prod(weight[1:])
 
 
 def _save(ctx, inputs, output):

@@ -148,6 +148,9 @@ def _(x, dtype, parts):
     return _alloc(x, dtype, parts)
 
 
+_fwd.register_flops(_runtime.no_products)
+
+
 def storage(op: str, format: str | None) -> torch.dtype | None:
     """The dtype of a format's values; None stays None. Raises ValueError for an unknown name."""
     if format is not None and format not in FORMATS:

@@ -347,6 +347,12 @@ def _(x, xs, weight, ws, bias, residual, layer_scale, row_scale, out_scale, acti
     return _alloc(x, weight, dtype, dtype.itemsize == 1 and out_scale is None)
 
 
+@_fwd.register_flops
+def _(x, x_scales, weight, *args, **kwargs):
+    (M, K), N = x, weight[0]
+    return 2 * M * N * K
+
+
 @_runtime.inference_only
 def quantized_linear(
     x: Quantized,

@@ -373,6 +373,12 @@ def _(qkv, wl, bl, ww, bw, scale, keep):
     return _alloc(qkv, keep)
 
 
+@_fwd.register_flops
+def _(qkv, *args, **kwargs):
+    B, N, _, H, d = qkv
+    return 4 * B * H * N * N * (d + H)  # of s and o; of t and a
+
+
 def _alloc_backward(qkv):
     """What backward returns: dqkv, dWl, dbl, dWw, dbw. Also its fake."""
     H = qkv.shape[3]
@@ -418,6 +424,12 @@ def talking_heads_backward(
 @talking_heads_backward.register_fake
 def _(do, qkv, wl, ww, bw, lse, scale):
     return _alloc_backward(qkv)
+
+
+@talking_heads_backward.register_flops
+def _(do, qkv, *args, **kwargs):
+    B, N, _, H, d = qkv
+    return 8 * B * H * N * N * (d + H)  # of dv, da, dq, dk; of dp, dWw, ds, dWl
 
 
 def _save(ctx, inputs, output):

@@ -333,6 +333,12 @@ def _(qkv, biases, window, scale, keep):
     return _alloc(qkv, keep)
 
 
+@_fwd.register_flops
+def _(qkv, biases, window, *args, **kwargs):
+    B, Y, X, H, _, d = qkv
+    return 4 * B * Y * X * H * window**2 * d
+
+
 @_runtime.custom_op("deit_fast::window_attention_backward")
 def _bwd(
     do: Tensor, qkv: Tensor, biases: Tensor, o: Tensor, lse: Tensor, window: int, scale: float,
@@ -371,6 +377,12 @@ def _bwd(
 def _(do, qkv, biases, o, lse, window, scale, learns):
     shape = biases.shape if learns else 0
     return torch.empty_like(qkv), qkv.new_empty(shape, dtype=torch.float32)
+
+
+@_bwd.register_flops
+def _(do, qkv, biases, o, lse, window, *args, **kwargs):
+    B, Y, X, H, _, d = qkv
+    return 8 * B * Y * X * H * window**2 * d  # dv, dp, dq, dk
 
 
 def _save(ctx, inputs, output):
