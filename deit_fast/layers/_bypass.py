@@ -161,10 +161,8 @@ def examine(fast: nn.Module) -> Plan:
     """How `fast` is to run, from what is in it now."""
     if not fast.has_plan:
         return FUSED
-    for hooks in GLOBAL_HOOKS:
-        for hook in hooks.values():
-            if not _only_names(hook):
-                return Plan("hooks on all modules are set")
+    if not is_bypassable():
+        return Plan("hooks on all modules are set")
     why = type(fast).why_not(fast)
     if why is not None:
         return Plan(why)
@@ -213,11 +211,15 @@ def why_watched(module: nn.Module) -> str | None:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether one of these modules has to be called."""
-    return any(GLOBAL_HOOKS) or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or "forward" in m.__dict__ or m._compiled_call_impl is not None
-        for m in modules
-    )  # fmt: skip
+    return any(GLOBAL_HOOKS) or _has_own(*modules)
+
+
+def is_bypassable(*modules: nn.Module) -> bool:
+    """Whether nobody misses anything if none of these modules is called: as not `is_watched`, but
+    for FlopCounterMode, which wants their names, and counts what runs in their place."""
+    return not (any(GLOBAL_HOOKS) and not all(map(_only_names, _hooks()))) and not _has_own(
+        *modules
+    )
 
 
 def is_seen(*modules: nn.Module) -> bool:
@@ -225,11 +227,23 @@ def is_seen(*modules: nn.Module) -> bool:
     who count by names or gather parameters, FlopCounterMode and FSDP2."""
     if not is_watched(*modules):
         return False
-    hooks = [hook for some in GLOBAL_HOOKS for hook in some.values()]
-    hooks += [hook for m in modules for name in HOOKS for hook in getattr(m, name).values()]
-    if not all(_only_names(hook) or _only_gathers(hook) for hook in hooks):
+    if not all(_only_names(hook) or _only_gathers(hook) for hook in _hooks(*modules)):
         return True
     return any("forward" in m.__dict__ or m._compiled_call_impl is not None for m in modules)
+
+
+def _has_own(*modules) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or "forward" in m.__dict__ or m._compiled_call_impl is not None
+        for m in modules
+    )  # fmt: skip
+
+
+def _hooks(*modules) -> list:
+    """Those on all modules, and those on these."""
+    hooks = [hook for some in GLOBAL_HOOKS for hook in some.values()]
+    return hooks + [h for m in modules for name in HOOKS for h in getattr(m, name).values()]
 
 
 def _only_names(hook) -> bool:

@@ -14,7 +14,7 @@ from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
 from ._base import Fast, is_identity, kind_of
-from ._bypass import FUSED, is_plain, is_seen, is_traced, is_watched
+from ._bypass import FUSED, is_bypassable, is_plain, is_seen, is_traced, is_watched
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
@@ -54,7 +54,7 @@ class FastTransformer(Fast):
         embed = self.patch_embed
         return (
             type(embed) is PatchEmbed
-            and not is_watched(embed)
+            and is_bypassable(embed)
             and "_pos_embed" not in self.__dict__
             and embed.plan(image).unfused is None
         )
@@ -151,7 +151,7 @@ class FastTransformer(Fast):
             return None
         if not all(map(is_plain, heads)) or self.head_drop.training and self.head_drop.p > 0:
             return None
-        if is_watched(self.blocks[-1], *norms, self.head_drop, *heads):
+        if not is_bypassable(*norms, self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
