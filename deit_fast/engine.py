@@ -8,6 +8,7 @@ inference mode, a batch at a time.
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from deit_fast.kernels.patch_embed import normalize_reference
 
+from .layers._bypass import Snapshot, has_hooks
 from .layers.vision_transformer import FastTransformer
 
 OUTPUTS = ("logits", "features")
@@ -67,9 +69,9 @@ class InferenceEngine:
     whose graphs are captured now; another's are captured when it first comes.
 
     Weights that are changed in place (optimiser steps, load_state_dict) are seen by the next call.
-    After swapping parameters or modules, moving the model, or changing what its heads return, call
-    `refresh()`; a call that finds other weights in the captured modules raises RuntimeError, but a
-    module that was replaced it does not see. Hooks run when a graph is captured, and no more.
+    After swapping parameters or modules, moving the model, other heads or hooks, call `refresh()`:
+    a call that finds the model changed raises RuntimeError. On a GPU hooks run when a graph is
+    captured, and no more; a warning says so.
 
     Threads: calls from several are safe and run one after the other on the engine's own stream;
     each caller's stream waits for its own result. Pickling or copying an engine builds a new one.
@@ -138,6 +140,15 @@ class InferenceEngine:
             for kind in self._prepare:
                 for size in reversed(self.batch_sizes):  # they find room in the larger's memory
                     self._capture(kind, size)
+        modules = list(self.model.modules())
+        self._captured = Snapshot(modules, modules)
+        hooked = [n or "(the model)" for n, m in self.model.named_modules() if has_hooks(m)]
+        if hooked:
+            warnings.warn(
+                f"model: hooks on {', '.join(hooked)} ran when the engine's graphs were captured, "
+                "and run no more",
+                stacklevel=3,
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: float (B, C, H, W), normalised (another floating dtype is cast to the model's),
@@ -221,6 +232,11 @@ class InferenceEngine:
                 raise RuntimeError(
                     "model: its weights lie elsewhere than when the engine was built: call "
                     "engine.refresh() after swapping or moving them"
+                )
+            if not self._captured.holds():
+                raise RuntimeError(
+                    "model: it has other modules or hooks than when the engine was built, and the "
+                    "graphs don't run them: call engine.refresh()"
                 )
             return
         owner, name = self._where[0]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from checking import assert_close, assert_differ, seeded
 from fake_cuda import FakeCuda, Race, Stream
 from modelling import TINY, tiny_pair
 from tiers import slow
+from torch import nn
 
 import deit_fast
 from deit_fast import InferenceEngine, engine
@@ -259,6 +261,32 @@ def test_swapped_weights_need_refresh(fake):
         run(floats(2))
     run.refresh()
     assert_answers(run(floats(3)), m, floats(3))
+
+
+@pytest.mark.parametrize("what", ["layer", "hook", "dropout", "other hooks dictionary"])
+def test_a_changed_model_needs_refresh(fake, what):
+    """A graph runs no hook, and no module that came in after it."""
+    m = model()
+    run = InferenceEngine(m, batch_size=2, prepare=("float",))
+    act, seen = m.blocks[0].mlp.act, []
+    if what == "layer":
+        m.blocks[0].mlp.act = nn.ReLU().eval()
+    elif what == "dropout":
+        m.blocks[0].mlp.drop1.p = 0.5
+    else:
+        if what == "other hooks dictionary":
+            act._forward_hooks = type(act._forward_hooks)()
+        act.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(RuntimeError, match="other modules or hooks .* engine.refresh"):
+        run(floats(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.refresh()
+    said = [str(w.message) for w in caught if "hooks on blocks.0.mlp.act ran" in str(w.message)]
+    assert len(said) == len(seen[:1]) == ("hook" in what)
+    captured = len(seen)
+    assert_answers(run(floats(2)), m, floats(2))
+    assert len(seen) == captured + ("hook" in what)  # by the model's own call
 
 
 def test_a_model_of_another_dtype_needs_refresh():

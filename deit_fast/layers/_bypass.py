@@ -7,7 +7,7 @@ parts that each ask in turn. Around a Linear that has to be called (an adapter, 
 a ViT's block stays fused.
 
 Examining a block takes a hundred look-ups. They are made again only where something has changed
-since the last time: `_Snapshot` finds that out by comparing dictionaries, a few microseconds.
+since the last time: `Snapshot` finds that out by comparing dictionaries, a few microseconds.
 """
 
 import warnings
@@ -77,48 +77,51 @@ class Rule:
         return Rule, (self.name,)
 
 
-class _Snapshot:
-    """What decides a plan, as it was: flat lists, which cost less than a microsecond each to
-    compare. Looking into 84 dictionaries of hooks costs ten, so `handles` tells whether PyTorch has
-    given out a handle for a hook since they were found empty."""
+class Snapshot:
+    """What may be done to modules, as it was: hooks, layers, their kinds, dropout.
 
-    __slots__ = ("owner", "plan", "handles", "modules", "types", "parts", "weights", "facts")
+    They are flat lists, which for a block take less than a microsecond each to compare. Looking
+    into the 84 dictionaries of its hooks takes ten, so `handles` tells whether PyTorch has given
+    out a handle for a hook since they were found empty. `watched`: whose hooks count."""
 
-    def __init__(self, owner, plan, handles):
-        self.owner, self.plan, self.handles = owner.__dict__, plan, handles
-        self.modules = [owner, *(m for _, m, _ in bypassed(owner))]
-        self.types = list(map(type, self.modules))
-        parts = [m._modules for m in self.modules if m._modules]
+    __slots__ = (
+        "modules", "watched", "handles", "hooks", "types", "parts", "weights", "facts", "plan",
+    )  # fmt: skip
+
+    def __init__(self, modules: list[nn.Module], watched: list[nn.Module], plan: Plan = FUSED):
+        self.modules, self.watched, self.plan = modules, watched, plan
+        self.handles, self.hooks = RemovableHandle.next_id, _hook_counts(watched)
+        self.types = list(map(type, modules))
+        parts = [m._modules for m in modules if m._modules]
         self.parts = parts, [dict(p) for p in parts]
-        weights = [m._parameters for m in self.modules if "weight" in m._parameters]
+        weights = [m._parameters for m in modules if "weight" in m._parameters]
         self.weights = weights, [type(p["weight"]) for p in weights]
-        inner = [m.__dict__ for m in self.modules[1:]]
-        drops = [m.__dict__ for m in self.modules if type(m) is nn.Dropout]
+        drops = [m.__dict__ for m in modules if type(m) is nn.Dropout]
         facts = [
-            (len, inner),  # a forward set on an instance, a compiled call
+            (len, [m.__dict__ for m in modules]),  # a forward set on an instance, a compiled call
             (itemgetter("p"), drops),
             (itemgetter("training"), [d for d in drops if d["p"] > 0]),
-            (itemgetter("approximate"), [m.__dict__ for m in self.modules if type(m) is nn.GELU]),
+            (itemgetter("approximate"), [m.__dict__ for m in modules if type(m) is nn.GELU]),
         ]
         self.facts = [(look, at, list(map(look, at))) for look, at in facts if at]
 
-    def holds(self, owner) -> bool:
+    def holds(self) -> bool:
         handles = RemovableHandle.next_id
-        if self.handles != handles:
-            if any(GLOBAL_HOOKS) or any(map(_has_hooks, self.modules[1:])):
+        if self.handles != handles or any(self.hooks):
+            if _hook_counts(self.watched) != self.hooks:
                 return False
             self.handles = handles
         return (
-            self.owner is owner.__dict__  # and not that of a replica on another device
-            and list(map(type, self.modules)) == self.types
+            list(map(type, self.modules)) == self.types
             and self.parts[0] == self.parts[1]
             and all([list(map(look, at)) == seen for look, at, seen in self.facts])
             and [type(p.get("weight")) for p in self.weights[0]] == self.weights[1]
         )
 
 
-def _has_hooks(module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
+def _hook_counts(modules) -> list[int]:
+    own = [len(getattr(m, name)) for m in modules for name in HOOKS]
+    return [*map(len, GLOBAL_HOOKS), *own]
 
 
 def plan_of(fast: nn.Module, x) -> Plan:
@@ -134,12 +137,12 @@ def plan_of(fast: nn.Module, x) -> Plan:
     if rule is None:
         rule = fast.__dict__["_rule"] = Rule()
     snapshot = rule.snapshot
-    if snapshot is not None and snapshot.holds(fast):
+    # a replica of the module on another device shares what it remembers
+    if snapshot is not None and snapshot.modules[0] is fast and snapshot.holds():
         return snapshot.plan
-    handles = RemovableHandle.next_id
-    plan, watched = examine(fast), any(GLOBAL_HOOKS)
-    watched = watched or any(_has_hooks(m) for _, m, _ in bypassed(fast))
-    rule.snapshot = None if watched else _Snapshot(fast, plan, handles)
+    inner = [m for _, m, _ in bypassed(fast)]
+    plan = examine(fast)
+    rule.snapshot = Snapshot([fast, *inner], inner, plan)
     if plan is not FUSED:
         _say(plan, fast, _name(fast))
     return plan
@@ -170,10 +173,8 @@ def examine(fast: nn.Module) -> Plan:
     for name, module, parent in bypassed(fast):
         if any(name.startswith(f"{other}.") for other, _ in called):
             continue  # its caller's business
-        why, is_read = (
-            why_watched(module),
-            name.rpartition(".")[2] in getattr(parent, "linears", ()),
-        )
+        why = why_watched(module)
+        is_read = isinstance(parent, Bypasses) and name.rpartition(".")[2] in parent.linears
         if why is None and is_read:
             why = parent.why_not_linear(module)
         if why is None and type(module) is nn.Dropout and module.p > 0 and module.training:
@@ -197,6 +198,10 @@ def bypassed(module: nn.Module, prefix: str = ""):
             yield from bypassed(child, f"{prefix}{name}.")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
 def why_watched(module: nn.Module) -> str | None:
     """Why a module has to be called, apart from what it computes; None: nobody watches it."""
     for name, what in HOOKS.items():
@@ -217,9 +222,8 @@ def is_watched(*modules: nn.Module) -> bool:
 def is_bypassable(*modules: nn.Module) -> bool:
     """Whether nobody misses anything if none of these modules is called: as not `is_watched`, but
     for FlopCounterMode, which wants their names, and counts what runs in their place."""
-    return not (any(GLOBAL_HOOKS) and not all(map(_only_names, _hooks()))) and not _has_own(
-        *modules
-    )
+    unseen = not any(GLOBAL_HOOKS) or all(map(_only_names, _hooks()))
+    return unseen and not _has_own(*modules)
 
 
 def is_seen(*modules: nn.Module) -> bool:
