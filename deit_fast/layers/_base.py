@@ -37,7 +37,7 @@ class Fast(Bypasses):
         if is_plain(linear):
             return None
         if type(linear) is nn.Linear:
-            return "is a Linear whose weight is not a plain parameter"
+            return f"is a Linear whose weight is a {class_name(getattr(linear, 'weight', None))}"
         return f"is a {class_name(linear)}"
 
     def plan(self, x) -> Plan:

@@ -268,9 +268,9 @@ def is_plain(linear: nn.Module) -> bool:
     return not is_traceable_wrapper_subclass(linear.weight)
 
 
-def class_name(module: nn.Module) -> str:
+def class_name(of: object) -> str:
     """With its module, where the name alone may be that of one of PyTorch's or timm's."""
-    kind = type(module)
+    kind = type(of)
     known = kind.__module__.split(".")[0] in ("torch", "timm", "deit_fast")
     return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
 

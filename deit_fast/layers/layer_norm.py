@@ -2,6 +2,8 @@
 
 import timm.layers
 import torch
+from torch import nn
+from torch.fx import Proxy
 
 from deit_fast import kernels
 from deit_fast.kernels.layer_norm import MAX_N
@@ -30,6 +32,12 @@ class LayerNorm(Fast, timm.layers.LayerNorm):
         if self.plan(x).unfused:
             return self.unfused(x)
         return kernels.layer_norm(x, *self.operands, implementation=self.backend)
+
+    def unfused(self, x):
+        if isinstance(x, Proxy) and self.timm_class is nn.LayerNorm:
+            # PyTorch's own modules are leaves of the graph; this is one, and runs as it does here
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return super().unfused(x)
 
     @property
     def operands(self):

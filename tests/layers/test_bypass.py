@@ -449,7 +449,7 @@ def test_weights_that_are_not_plain_numbers(device):
     with torch.no_grad():
         got, words = said(fast, x)
     assert_close(got, want)
-    assert len(words) == 1 and "mlp.fc1 is a Linear whose weight is not a plain" in words[0]
+    assert len(words) == 1 and "mlp.fc1 is a Linear whose weight is a test_bypass." in words[0]
 
 
 def test_a_layer_scale_and_drop_path_of_timms_kind_stay_fused(device):
