@@ -260,12 +260,15 @@ def _only_gathers(hook) -> bool:
 
 def is_plain(linear: nn.Module) -> bool:
     """A plain Linear whose weight is a parameter of plain numbers, and not recomputed by a hook
-    (pruning) or kept in another form (torchao, DTensor)."""
+    (pruning) or kept in another form (torchao)."""
     if type(linear) is not nn.Linear:
         return False
     if "weight" not in linear._parameters:
         return getattr(linear, "_is_replica", False)  # DataParallel's, whose weights are tensors
-    return not is_traceable_wrapper_subclass(linear.weight)
+    weight = linear.weight
+    if type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight):
+        return True
+    return type(weight).__module__.startswith("torch.distributed.")  # FSDP2's, between two calls
 
 
 def class_name(of: object) -> str:

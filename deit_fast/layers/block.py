@@ -8,7 +8,7 @@ from torch import nn
 from deit_fast.kernels.layer_norm_linear import uses_moments
 
 from ._base import Fast, is_identity, why_not_drop_path, why_not_parts
-from ._bypass import class_name, is_plain
+from ._bypass import FUSED, class_name, is_plain
 from ._parts import branch_scales
 from .attention import Attention
 from .layer_norm import LayerNorm
@@ -53,16 +53,15 @@ class Block(Fast, timm_vit.Block):
         return why_not_drop_path(module, "drop_path1", "drop_path2")
 
     def forward(self, x, attn_mask=None, is_causal=False, prefix=None):
-        """With `prefix` the result's first tokens alone, in less time."""
+        """With `prefix`: `forward_prefix`."""
         if attn_mask is not None or is_causal:
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
-        plan = self.plan(x)
-        if plan.unfused or plan.called:
-            y = self.unfused(x) if plan.unfused else self._in_parts(x)
-            return y if prefix is None else y[:, :prefix].contiguous()
         if prefix is not None:
             return self.forward_prefix(x, prefix)
-        return self.forward_with_moments(x, None, False)[0]
+        plan = self.plan(x)
+        if plan is FUSED:
+            return self.forward_with_moments(x, None, False)[0]
+        return self.unfused(x) if plan.unfused else self._in_parts(x)
 
     def _in_parts(self, x):
         x = self.attn.in_parts(x, self.norm1, self.ls1, self.drop_path1)
@@ -85,7 +84,10 @@ class Block(Fast, timm_vit.Block):
         return x if wanted else (x, None)
 
     def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
-        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone."""
+        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone where
+        the block is fused."""
+        if self.plan(x) is not FUSED:
+            return self.forward(x)[:, :prefix].contiguous()
         first = x[:, :prefix].contiguous()
         scales = branch_scales(self.ls1, self.drop_path1, x)
         x = self.attn.branch(x, self.norm1, first, moments, residual=first, **scales)

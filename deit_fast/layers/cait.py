@@ -189,7 +189,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     def forward(self, x):
         """Logits (B, classes). The final norm runs for the class token alone where nothing else is
         read."""
-        if is_traced(x) or not self._reads_prefix_only(x):
+        if is_traced(x) or not self._reads_prefix_only():
             return self.forward_head(self.forward_features(x))
         classify = self._classifier_operands()
         cls_token = self._run_prefix(x)
@@ -217,7 +217,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     def _final_norms(self):
         return [self.norm]
 
-    def _reads_prefix_only(self, image):
+    def _reads_prefix_only(self):
         return (
             len(self.blocks) > 0
             and self.blocks_token_only is not None

@@ -94,7 +94,7 @@ class FastTransformer(Fast):
     def forward(self, x, attn_mask=None, is_causal=False):
         """Logits (B, classes). The last block and the final norm run for the prefix tokens alone:
         6.9% less arithmetic for DeiT, the same logits and the same gradients."""
-        if attn_mask is not None or is_causal or is_traced(x) or not self._reads_prefix_only(x):
+        if attn_mask is not None or is_causal or is_traced(x) or not self._reads_prefix_only():
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         classify = self._classifier_operands()
         if classify is None:
@@ -104,7 +104,7 @@ class FastTransformer(Fast):
     def forward_pre_logits(self, x):
         """What the heads work on, (B, D): timm's `forward_head(..., pre_logits=True)`, with the
         last block and the final norm for the prefix tokens alone where `forward` does so."""
-        if not self._reads_prefix_only(x):
+        if not self._reads_prefix_only():
             return self.forward_head(self.forward_features(x), pre_logits=True)
         return self.forward_head(self.norm(self._run_prefix(x)), pre_logits=True)
 
@@ -126,9 +126,8 @@ class FastTransformer(Fast):
     def _final_norms(self) -> list[nn.Module]:
         return [self.norm, self.fc_norm]
 
-    def _reads_prefix_only(self, image) -> bool:
-        """Whether nothing but the prefix tokens of the last block can be seen from outside, and it
-        runs fused."""
+    def _reads_prefix_only(self) -> bool:
+        """Whether nothing but the prefix tokens of the last block can be seen from outside."""
         norms, last = self._final_norms(), self.blocks[-1] if len(self.blocks) else None
         return (
             last is not None
@@ -137,7 +136,6 @@ class FastTransformer(Fast):
             and all(is_identity(n) or type(n) is LayerNorm for n in norms)
             and not is_seen(self.blocks, last, self.norm)
             and not any(name in self.__dict__ for name in _METHODS)
-            and (kind_of(last) is not Block or last.plan(image) is FUSED)
         )
 
     def _classifier_operands(self) -> dict | None:

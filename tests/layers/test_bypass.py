@@ -210,6 +210,15 @@ def spectral(model):
     parametrizations.spectral_norm(model.blocks[1].mlp.fc1)
 
 
+class Negated(nn.GELU):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def other_class(model):
+    model.blocks[1].mlp.act.__class__ = Negated
+
+
 def plainly_scaled(model):
     model.blocks[0].attn.fused_attn, model.blocks[0].attn.scale = False, 0.5
 
@@ -234,6 +243,7 @@ CHANGES = {
     "pruning": pruned,
     "pruned norm": pruned_norm,
     "spectral norm": spectral,
+    "class of a layer": other_class,
     "q_norm": set_attribute("blocks.0.attn.q_norm", lambda: nn.LayerNorm(32)),
     "gate": set_attribute("blocks.0.attn.gate", lambda: nn.Linear(64, 64)),
     "attn": set_attribute("blocks.0.attn", Doubled),
