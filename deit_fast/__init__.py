@@ -1,5 +1,6 @@
 """DeiT on NVIDIA GPUs with fused kernels, computing what timm computes."""
 
+from .attention_weights import attention_maps, attention_rollout
 from .engine import InferenceEngine
 from .export import Exported, export
 from .models import (
@@ -29,6 +30,8 @@ __all__ = [
     "QuantizationReport",
     "Report",
     "accelerate",
+    "attention_maps",
+    "attention_rollout",
     "create_model",
     "deit_base",
     "deit_base_384",

@@ -136,6 +136,26 @@ def hooked(reference, fast, name):
     return seen.get(id(reference)), seen.get(id(fast))
 
 
+def timms_softmax(model, x):
+    """{block: the softmax (B, heads, N, N) of timm's unfused attention}, of a plain timm model."""
+    model, found = copy.deepcopy(model), {}
+    for block, module in model.named_modules():
+        attn = getattr(module, "attn", None)
+        if attn is None:
+            continue
+        talking = hasattr(attn, "proj_w")
+        attn.fused_attn = False
+
+        def look(_, args, block=block, talking=talking):
+            found[block] = args[0].permute(0, 3, 1, 2) if talking else args[0]
+
+        reader = attn.proj_w if talking else attn.attn_drop
+        reader.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(x)
+    return found
+
+
 def picture(path, random, patches, size):
     """A file of random colours, (rows, columns) of them, that is (width, height) pixels wide."""
     path.parent.mkdir(exist_ok=True)

@@ -1,16 +1,20 @@
-"""Which classifiers disagree, how alike a model's two tokens are, and tables of training runs.
+"""Which classifiers disagree, what a model looks at, how alike its two tokens are, tables of runs.
 
 examples:
   deit-fast analyse disagreement imagenet --out table4 \\
       --models regnety_160.deit_in1k deit_base deit_base_distilled
   deit-fast analyse disagreement cifar10 --models runs/a/model:class runs/b/model
   deit-fast analyse tokens imagenet --model deit_base_distilled --out tokens
+  deit-fast analyse attention cat.jpg dog.jpg --out maps.png
+  deit-fast analyse attention photos/ --model deit_base_distilled_384 --rollout --out rollout.png
   deit-fast analyse table runs/* --out results.md
 
 disagreement: the rate of images for which two classifiers decide differently, the labels first
 (DeiT paper, Table 4). NAME:head takes one head of a distilled model, NAME all three.
 tokens: mean cosine of class and distillation token at the input, after each block and after the
-norm. table: a row for runs that differ only in their seed, mean and standard deviation.
+norm. attention: what class and distillation token take from each patch, drawn over the pictures, of
+one block (the mean of its heads) or of all (rollout). table: a row for runs that differ only in
+their seed, mean and standard deviation.
 
 Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
 """
@@ -18,11 +22,21 @@ Exit code: 0; 1 where images could not be read and were skipped; 2 for an error;
 import argparse
 import csv
 import json
+import os
+import tempfile
+from itertools import islice
 from pathlib import Path
 
+import torch
+
+from deit_fast import attention_weights
 from deit_fast.distill import analyse, evaluate
+from deit_fast.engine import data_config
+from deit_fast.images import Decoder, Unreadable, find
 
 from . import _data, _models
+
+MOST = 64  # images, a row each: a picture that is higher can't be looked at
 
 
 def add_arguments(parser):
@@ -49,6 +63,19 @@ def add_arguments(parser):
     for one in (pairs, tokens):
         one.add_argument("--out", type=Path, metavar="DIR", help="also write files and a plot")
 
+    maps = kinds.add_parser("attention", help="what a model's tokens look at, as a picture")
+    maps.add_argument(
+        "images", nargs="+", metavar="IMAGE", help=f"as classify takes them, at most {MOST}"
+    )
+    maps.add_argument(
+        "--model", default="deit_small_distilled", metavar="NAME",
+        help="a ViT, DeiT or CaiT, or a folder from save_pretrained (default: %(default)s)",
+    )  # fmt: skip
+    _models.add_arguments(maps, heads=False)
+    maps.add_argument("--block", type=int, metavar="I", help="from 0, or -1 for the last (default)")
+    maps.add_argument("--rollout", action="store_true", help="through all blocks instead")
+    maps.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture")
+
     table = kinds.add_parser("table", help="a table of training runs")
     table.add_argument("runs", nargs="+", metavar="RUN", help="folder with run.json, result.json")
     table.add_argument("--out", type=Path, metavar="FILE", help="write Markdown, print nothing")
@@ -57,6 +84,8 @@ def add_arguments(parser):
 def run(args) -> int:
     if args.analysis == "table":
         return _table(args)
+    if args.analysis == "attention":
+        return _attention(args)
     setting, plots = _data.setting(args), None
     if args.out is not None:
         from deit_fast.distill import plots  # matplotlib may be missing: said before anything runs
@@ -121,6 +150,54 @@ def _tokens(args, setting, plots):
         _write_csv(args.out / "tokens.csv", ("after", "cosine"), found.cosines.items())
         plots.line(found.cosines, title, "mean cosine", args.out / "tokens.png")
     return _data.report_skipped(found.skipped)
+
+
+def _attention(args):
+    if args.rollout and args.block is not None:
+        raise ValueError("--block: rollout goes through all of them, want one of the two")
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out: {args.out}, want a name that ends in .png")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out: {args.out} is a folder")
+    from deit_fast.distill import plots  # matplotlib may be missing: said before anything runs
+
+    paths = list(islice(find(args.images), MOST + 1))
+    if not paths or len(paths) > MOST:
+        wrong = f"more than {MOST} images" if paths else "no images found"
+        raise ValueError(f"{wrong} in {', '.join(args.images)}")
+    if args.out.resolve() in {Path(path).resolve() for path in paths}:
+        raise ValueError(f"--out: {args.out} is an IMAGE, which would be lost")
+    model = _models.load(args, strict=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    decoder, rows, skipped = Decoder(data_config(model)), [], []
+    for path in paths:
+        try:
+            pixels = decoder(path)
+        except Unreadable as error:
+            skipped.append((path, str(error)))
+            continue
+        what, maps = _token_maps(model, torch.from_numpy(pixels)[None], args)
+        rows.append((path, pixels, maps))
+    if not rows:
+        raise ValueError(f"none of {len(paths)} images could be read ({': '.join(skipped[0])})")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".attention-") as folder:
+        # beside the picture: the last step is a rename, and whatever fails leaves nothing
+        plots.attention(rows, f"{args.model}: {what}", Path(folder, "maps.png"))
+        os.replace(Path(folder, "maps.png"), args.out)
+    print(f"{args.out}: {what}, {len(rows)} images")
+    return _data.report_skipped(skipped)
+
+
+def _token_maps(model, image, args):
+    """What is shown, and {token: (h, w)} of one image."""
+    if args.rollout:
+        what, weights = "attention rollout", attention_weights.attention_rollout(model, image)
+    else:
+        number = -1 if args.block is None else args.block
+        ((name, weights),) = attention_weights.attention_maps(model, image, number).items()
+        what, weights = f"attention in {name}, mean of the heads", weights.mean(1)
+    maps = attention_weights.token_maps(model, image, weights)
+    return what, {token: of[0].cpu().numpy() for token, of in maps.items()}
 
 
 def _table(args):

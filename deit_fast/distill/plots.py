@@ -1,5 +1,6 @@
 """Plots of the analyses. Importing this needs matplotlib."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,39 @@ def line(points: dict[str, float], title: str, what: str, path: str | Path) -> N
         axes.set_ylabel(what)
         axes.set_title(title)
         figure.savefig(path, format="png", dpi=150)
+
+
+def attention(
+    rows: list[tuple[str, np.ndarray, dict[str, np.ndarray]]], title: str, path: str | Path
+) -> None:
+    """A row for each picture, as a PNG: the picture, uint8 (H, W, C), then, over it in gray, a map
+    (h, w) for each token, from its own least to its own largest value."""
+    _, pixels, maps = rows[0]
+    headings = ["picture", *(f"{token} token" for token in maps)]
+    height, width, _ = pixels.shape
+    over = (-0.5, width - 0.5, height - 0.5, -0.5)
+    gray = {"cmap": "gray", "vmin": 0, "vmax": 255}
+    with rc_context(STYLE | {"axes.grid": False}):
+        lines, row = textwrap.wrap(title, 25 * len(headings)), 2.45 * height / width  # inches
+        high = 0.4 + 0.2 * len(lines) + row * len(rows)
+        figure = Figure(figsize=(2.5 * len(headings), high))
+        figure.suptitle("\n".join(lines), parse_math=False)
+        places = figure.subplots(len(rows), len(headings), squeeze=False)
+        for (first, *others), (name, pixels, maps) in zip(places, rows, strict=True):
+            first.imshow(pixels.squeeze(), **gray)
+            first.set_ylabel(_short(Path(name).name, int(12 * row)), parse_math=False)
+            for axes, values in zip(others, maps.values(), strict=True):
+                axes.imshow(pixels.mean(2), **gray)
+                axes.imshow(values, "inferno", alpha=0.6, extent=over, interpolation="bilinear")
+        for axes in places.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, heading in zip(places[0], headings, strict=True):
+            axes.set_title(heading)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def _short(name: str, most: int) -> str:
+    """A file's name as it can be drawn, in at most so many characters."""
+    name = name.encode(errors="backslashreplace").decode()
+    return name if len(name) <= most else f"{name[: most - 1]}…"
