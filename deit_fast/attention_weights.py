@@ -18,14 +18,14 @@ import timm.models.cait as timm_cait
 import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import kernels, layers
+from . import layers
 from .engine import data_config
 from .kernels.patch_embed import normalize_reference
-from .kernels.quantize import Quantized, dequantize
-from .layers import _base
-from .layers.quantized import QuantizedAttention, is_quantized
+from .kernels.quantize import dequantize, quantize_statically_reference
+from .layers._base import Fast, attention_scale
+from .layers._bypass import acknowledge
+from .layers.quantized import QuantizedAttention
 from .layers.vision_transformer import FastTransformer
 
 HEAD_FUSIONS = {
@@ -44,7 +44,6 @@ _BLOCKS = {
     timm_cait.LayerScaleBlockClassAttn: _CLASS,
     layers.LayerScaleBlockClassAttn: _CLASS,
 }
-_FUSED = (layers.Block, layers.LayerScaleBlock)  # they call neither norm1 nor attn
 
 
 def attention_maps(
@@ -155,7 +154,8 @@ def token_maps(model: nn.Module, images: Tensor, weights: Tensor) -> dict[str, T
 
 
 class _Beside(nn.Module):
-    """Calls `module`, and shows `look` what came out and what went in."""
+    """Calls `module`, and shows `look` what came out and what went in. In the place of an Identity
+    or a Linear it is a layer that has to be called."""
 
     def __init__(self, module, look):
         super().__init__()
@@ -171,7 +171,8 @@ def _stand_in(module, children):
     """`module` with these children, and not compiled; all else is shared, its hooks too."""
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
-    made.__dict__.pop("_compiled_call_impl", None)
+    for name in ("_compiled_call_impl", "_rule"):
+        made.__dict__.pop(name, None)
     made.__dict__["_modules"] = module._modules | children
     return made
 
@@ -266,63 +267,45 @@ def _as_taken(model, images):
 
 
 def _watched(block, look):
-    """A stand-in for the block that hands its weights to `look`."""
+    """A stand-in for the block that hands its weights to `look`. With layers of other kinds inside,
+    which are called, an accelerated block runs timm's own forward."""
     attn = block.attn
-    if type(block) in _FUSED:
-        return _Beside(block, lambda y, x: look(_weights(attn, x, block.norm1)))
-    if isinstance(attn, _base.Fast):
-        return _stand_in(block, {"attn": _Beside(attn, lambda y, x: look(_weights(attn, x)))})
-    if type(attn) in _TALKING:
+    if isinstance(attn, timm_cait.TalkingHeadAttn):
         parts = {"proj_l": lambda t, s: look(_wide(t).permute(0, 3, 1, 2).softmax(-1))}
     else:
-        q_name, k_name = ("q", "k") if type(attn) in _CLASS else ("q_norm", "k_norm")
+        q_name, k_name = (
+            ("q", "k") if isinstance(attn, timm_cait.ClassAttn) else ("q_norm", "k_norm")
+        )
         made = []  # timm makes q before k
         parts = {
             q_name: lambda q, x: made.append(_by_head(q, attn)),
             k_name: lambda k, x: look(_softmax(made.pop(), _by_head(k, attn), attn)),
         }
     children = {part: _Beside(getattr(attn, part), of) for part, of in parts.items()}
-    return _stand_in(block, {"attn": _stand_in(attn, children)})
-
-
-def _weights(attn, x, norm=None):
-    """Of an accelerated attention module: x is its input, or what `norm` makes it of."""
-    if type(attn) is layers.ClassAttn:
-        q, k = (_linear(attn, linear, rows) for linear, rows in ((attn.q, x[:, :1]), (attn.k, x)))
-    else:
-        q, k, _ = _linear(attn, attn.qkv, x, norm).chunk(3, dim=-1)
-    mix = _base.weights(attn.proj_l) if type(attn) is layers.TalkingHeadAttn else None
-    return _softmax(_by_head(q, attn), _by_head(k, attn), attn, mix)
-
-
-def _linear(attn, linear, x, norm=None):
-    """linear(norm(x)) as the model's own kernels have it."""
-    use = {"implementation": attn.backend}
-    if norm is None:
-        return kernels.linear(x, *_base.weights(linear), **use)
-    gain, shift, eps = norm.operands
-    if not is_quantized(linear):
-        return kernels.layer_norm_linear(x, gain, shift, *_base.weights(linear), eps, **use)
-    operand = kernels.layer_norm_quantized(x, gain, shift, eps, linear.format, **use)
-    made = linear.project(operand, x, backend=attn.backend, **attn._output())
-    return dequantize(made) if isinstance(made, Quantized) else made
+    made_attn = _stand_in(attn, children)
+    made_block = _stand_in(block, {"attn": made_attn})
+    for made_module in (made_attn, made_block):
+        if isinstance(made_module, Fast):
+            acknowledge(made_module)
+    return made_block
 
 
 def _by_head(t, attn):
-    """(B, N, H d), or (B, H d) of one token -> (B, H, N, d), which may be what t is."""
+    """(B, N, H d), or (B, H d) of one token -> (B, H, N, d), which may be what t is; in the eight
+    bits in which attention reads it, where qkv writes such."""
+    scale = getattr(getattr(attn, "qkv", None), "output_scale", None)
+    if scale is not None:
+        t = dequantize(quantize_statically_reference(t, scale))
     if t.dim() == 4:
         return t
     return t.reshape(len(t), -1, attn.num_heads, t.shape[-1] // attn.num_heads).transpose(1, 2)
 
 
-def _softmax(q, k, attn, mix=None):
-    """(B, H, N, d) each -> (B, H, N, N). mix: weight and bias over the heads of the scores."""
+def _softmax(q, k, attn):
+    """(B, H, N, d) each -> (B, H, N, N)."""
     q, k = _wide(q), _wide(k)
     with torch.autocast(q.device.type, enabled=False):
-        scores = q * attn.scale @ k.transpose(-2, -1)
-        if mix is not None:
-            scores = F.linear(scores.permute(0, 2, 3, 1), *map(_wide, mix)).permute(0, 3, 1, 2)
-        return scores.softmax(-1)
+        return (q * attention_scale(attn, q.shape[-1]) @ k.transpose(-2, -1)).softmax(-1)
 
 
 def _wide(t):

@@ -398,21 +398,24 @@ def test_attention_rollout_as_it_is_done(device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_around_a_linear_that_is_called_the_rest_is_fused(backend, device, monkeypatch):
-    """An adapter on qkv and fc1: neither of timm's forwards runs."""
+    """Adapters on qkv and fc1, and an fc2: none of timm's forwards runs, dropout and stochastic
+    depth draw in its order."""
     reference, fast, x = models(device, backend)
 
     class Adapter(nn.Module):
         def __init__(self, base):
             super().__init__()
             self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+            self.drop = nn.Dropout(0.5)
 
         def forward(self, x):
-            return self.base(x) + nn.functional.dropout(self.down(x), 0.5, self.training)
+            return self.base(x) + self.drop(self.down(x))
 
     for model in (reference, fast):
         seed(3)
         for block in model.blocks:
             block.attn.qkv, block.mlp.fc1 = Adapter(block.attn.qkv), Adapter(block.mlp.fc1)
+        model.blocks[1].mlp.fc2 = Adapter(model.blocks[1].mlp.fc2)
         model.to(device).eval()
     _, words = said(fast, x)
     words.sort()
@@ -426,6 +429,7 @@ def test_around_a_linear_that_is_called_the_rest_is_fused(backend, device, monke
     # taken out again
     for block in fast.eval().blocks:
         block.attn.qkv, block.mlp.fc1 = block.attn.qkv.base, block.mlp.fc1.base
+    fast.blocks[1].mlp.fc2 = fast.blocks[1].mlp.fc2.base
     assert unfused(fast) == {} and fast.blocks[0].plan(x) is _bypass.FUSED
 
 
@@ -564,6 +568,8 @@ def test_eight_bits_obey_too(device):
         got, words = said(fast, x)
         assert len(seen) == 1 and "blocks.0: attn.qkv has a forward hook" in words[0]
         assert_as_accurate(got, before, exact)
+        fast.blocks[0].attn(torch.randn(2, 18, 64, device=device))
+        assert len(seen) == 2
         hook.remove()
         assert_equal(fast(x), before)
         fast.blocks[1].mlp.act = nn.ReLU()
