@@ -206,6 +206,7 @@ def test_transforms_say_that_no_kernel_runs(monkeypatch, device):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_a_transform_inside_a_compiled_function(device):
     reference, fast, x = models("distilled", device)
     for block in reference.blocks:
