@@ -77,7 +77,8 @@ def why_not_parts(module: nn.Module, **kinds: type) -> str | None:
         if kind_of(part) is not kind:
             left = issubclass(kind, type(part))
             return f"{name} stays with timm" if left else f"{name} is a {class_name(part)}"
-        if why := type(part).why_not(part):
+        why = type(part).why_not(part)
+        if why is not None:  # a string whose truth torch.compile does not know
             return f"{name} {why}"
     return None
 

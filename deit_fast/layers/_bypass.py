@@ -131,7 +131,7 @@ def plan_of(fast: nn.Module, x) -> Plan:
     if torch.compiler.is_compiling():
         plan = examine(fast)
         if plan is not FUSED:
-            _say_in_compilation(f"{_name(fast)}: {plan}")
+            _say_in_compilation(_name(fast), plan.unfused, plan.called)
         return plan
     rule = fast.__dict__.get("_rule")
     if rule is None:
@@ -178,7 +178,7 @@ def examine(fast: nn.Module) -> Plan:
         if why is None and is_read:
             why = parent.why_not_linear(module)
         if why is None and type(module) is nn.Dropout and module.p > 0 and module.training:
-            why = f"drops {module.p}"
+            why = "drops numbers"
         if why is None:
             continue
         if not (is_read and fast.calls_linears and parent.calls_linears):
@@ -302,8 +302,8 @@ def _reason(plan):
 
 
 @torch.compiler.assume_constant_result
-def _say_in_compilation(text):
-    warnings.warn(text, stacklevel=2)
+def _say_in_compilation(name, *plan):
+    warnings.warn(f"{name}: {Plan(*plan)}", stacklevel=2)
 
 
 def _name(fast) -> str:

@@ -5,13 +5,14 @@ import timm.layers
 from deit_fast import kernels
 
 from ._base import Fast, is_exact_gelu, is_identity, weights, why_not_dropouts
+from ._bypass import class_name
 from ._parts import linear, normalized_linear, residual_linear
 
 
 def why_not_mlp(module) -> str | None:
     """Why act and the dropouts of a module are not those of a plain MLP, or None."""
     if not is_exact_gelu(module.act):
-        return f"has activation {module.act}, not the exact GELU"
+        return f"has activation {class_name(module.act)}, not the exact GELU"
     return why_not_dropouts(module, "drop1", "drop2")
 
 

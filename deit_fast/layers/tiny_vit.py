@@ -23,6 +23,7 @@ from ._base import (
     why_not_drop_path,
     why_not_parts,
 )
+from ._bypass import class_name
 from ._parts import branch_scales
 from .layer_norm import LayerNorm
 from .mlp import why_not_mlp
@@ -80,7 +81,7 @@ class _Convolutions(Fast):
             if name.startswith("conv") and type(part) is not ConvNorm:
                 return f"{name} stays with timm"
             if name.startswith("act") and not is_exact_gelu(part):
-                return f"has activation {part}, not the exact GELU"
+                return f"has activation {class_name(part)}, not the exact GELU"
         return why_not_drop_path(module, "drop_path")
 
     def forward(self, x):

@@ -361,8 +361,7 @@ def test_dropout_set_afterwards(name, backend, device):
     assert unfused(fast) == {}
     assert_close(fast(x), reference(x))
     assert unfused(fast.train()) == {
-        f"blocks.{i}": f"{name} drops {p}: runs timm's own forward, unfused"
-        for i, p in enumerate((0.5, 0.25))
+        f"blocks.{i}": f"{name} drops numbers: runs timm's own forward, unfused" for i in range(2)
     }
     assert_gradients_close(gradients(fast, x), gradients(reference.train(), x))
     assert unfused(fast.eval()) == {}
@@ -379,7 +378,7 @@ def test_dropout_given_to_timm(device):
         model.train()
     report = deit_fast.accelerate(fast, "torch")
     assert [left.name for left in report.unfused] == ["blocks.0", "blocks.1"]
-    assert "unfused: blocks.0 (Block): attn.attn_drop drops 0.2" in str(report)
+    assert "unfused: blocks.0 (Block): attn.attn_drop drops numbers" in str(report)
     got, words = said(gradients, fast, x)
     assert words == []  # the report has said it
     assert_gradients_close(got, gradients(reference, x))
@@ -540,7 +539,8 @@ def test_compiled_models_obey_too(what, device):
 
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend=backend)
-    with torch.no_grad():
+    # without the option PyTorch promises to see no later hook on any model
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         for _ in range(2):
             assert_close(compiled(x), reference(x))
         assert len(graphs) == 1
