@@ -135,6 +135,17 @@ def test_every_problem_is_listed(source, tmp_path):
     assert "broken.pth does not fit VisionTransformerDistilled" in lines[0]
 
 
+@pytest.mark.parametrize("start", ["vit.", "deit.", ""])
+def test_transformers_names_are_told_where_to_go(start, tmp_path):
+    state = {
+        f"{start}embeddings.cls_token": torch.zeros(1, 1, 64),
+        "classifier.bias": torch.ones(3),
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has transformers' names: deit_fast.from_pretrained.FOLD"):
+        build(checkpoint=tmp_path / "pytorch_model.bin")
+
+
 def test_a_grid_that_is_not_square_but_as_long_survives_a_round_trip(tmp_path):
     options = {"img_size": (32, 128)}  # 2 x 8 patches, as many as 4 x 4
     model = build(**options)

@@ -28,6 +28,8 @@ def tensors(value, count=2):
 SEVERAL = {
     "model": tensors(1.0), "model_ema": tensors(2.0), "epoch": 3, "args": {"model": "deit"},
     "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": []},
+    "scores": {"a.ckpt": torch.tensor(0.5), "b.ckpt": torch.tensor(0.6)},  # no network
+    "deep": {"er": {"and": {"deeper": tensors(7.0)}}},  # found by its key alone
     "nets": {"a": {"state_dict": tensors(3.0)}, "b": {"model": tensors(4.0, 3)}},
     "flat": {f"{net}.{k}": t for net, v in (("student", 5.0), ("teacher", 6.0))
              for k, t in tensors(v).items()},
@@ -38,7 +40,7 @@ SEVERAL = {
     "key, value",
     [
         (None, 1.0), ("model", 1.0), ("model_ema", 2.0), ("nets.a", 3.0), ("nets.b.model", 4.0),
-        ("flat.student", 5.0), ("flat.teacher", 6.0),
+        ("flat.student", 5.0), ("flat.teacher", 6.0), ("deep.er.and.deeper", 7.0),
     ],
 )  # fmt: skip
 def test_entries_by_key(key, value, tmp_path):
@@ -97,6 +99,9 @@ def test_networks_beside_each_other_are_never_mixed(tmp_path):
         said = problem(content, path)
         assert said == f"holds several networks, want as checkpoint_key one of {listed}"
         assert read_checkpoint(path, "model").keys() == tensors(1.0).keys()
+    content = {f"_orig_mod.{k}": t for k, t in content.items()}
+    assert problem(content, path).endswith("of 'model' (2 tensors), 'teacher' (1 tensor)")
+    assert read_checkpoint(path, "model").keys() == tensors(1.0).keys()
     averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1))
     assert "'model_ema.module' (2 tensors), 'model_ema.n_averaged' (1 tensor)" in problem(
         {"model": tensors(1.0), "model_ema": averaged.state_dict()}, tmp_path / "a.pth", "model_ema"

@@ -284,6 +284,9 @@ def test_dicts_that_hold_themselves_and_dicts_without_end(tmp_path):
     loop = {"epoch": 1}
     loop |= {"model": loop, "state_dict": loop} | {f"entry {i}": loop for i in range(1000)}
     assert "holds no state dict" in refusal(write(tmp_path / "a.pth", loop, "zip"))
+    loop = {"ema": STATE}
+    loop["model"] = loop
+    assert "one of 'ema' (1 tensor)" in refusal(write(tmp_path / "a.pth", loop, "zip"))
     deep = b"}X\x05\0\0\0model" * 10_000 + b"N" + b"s" * 10_000
     (tmp_path / "b.pth").write_bytes(b"\x80\x02" + deep + b".")
     refusal(tmp_path / "b.pth")
