@@ -37,6 +37,7 @@ def create_model(
     pretrained: bool = False,
     *,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     backend: str = "auto",
     heads: str = "joint",
     strict: bool = True,
@@ -44,12 +45,14 @@ def create_model(
 ) -> nn.Module:
     """Build a model of ours (`NAMES`) or of timm's by name, load weights, and accelerate it.
 
-    pretrained: timm's weights from the Hugging Face hub. checkpoint: a local file instead, the
-    official .pth (key "model") or a .safetensors with timm's names. kwargs: timm's, among them
-    `img_size` (the position embedding is resized bicubically without antialiasing, as in the
-    paper), `num_classes` (another number than the weights' starts those heads anew), `in_chans`,
-    `drop_path_rate`. backend, strict: see `accelerate`. heads, for distilled models at inference:
-    "joint" | "joint_softmax" | "class" | "distill".
+    pretrained: timm's weights from the Hugging Face hub. checkpoint: a local file instead, with
+    timm's names: an official .pth, a .safetensors, or what a trainer saved (DeiT, timm, Lightning,
+    DINO, MAE, ...); nothing in it is run. checkpoint_key: which entry of it, such as "model_ema" or
+    "teacher", see `deit_fast.checkpoint.read_checkpoint`. kwargs: timm's, among them `img_size`
+    (the position embedding is resized bicubically without antialiasing, as in the paper),
+    `num_classes` (heads of which the weights have none, or another number, start anew, with a
+    warning; 0: no head), `in_chans`, `drop_path_rate`. backend, strict: see `accelerate`. heads,
+    for distilled models at inference: "joint" | "joint_softmax" | "class" | "distill".
 
     Returns the timm model with its modules swapped, in train() mode as timm builds it.
     Raises ValueError for names, options and checkpoints that do not fit, FileNotFoundError,
@@ -57,6 +60,8 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint: want one of them, got both")
+    if checkpoint_key is not None and checkpoint is None:
+        raise ValueError(f"checkpoint_key: {checkpoint_key!r}, but no checkpoint")
     if name == NANO and pretrained:
         from .pretrained import from_pretrained  # here, since it builds on this module
 
@@ -70,7 +75,7 @@ def create_model(
     if is_nano:
         model.pretrained_cfg = dict(model.pretrained_cfg) | _NANO_DATA
     if checkpoint is not None:
-        state = read_checkpoint(checkpoint)
+        state = read_checkpoint(checkpoint, checkpoint_key)
         load_state(model, state, f"checkpoint {checkpoint}", new_head="num_classes" in kwargs)
     accelerate(model, backend, strict=strict)
     set_heads(model, heads)

@@ -35,6 +35,7 @@ from .quantization import attends_in_eight_bits, prepare, quantized_layers
 from .swap import accelerate
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+_PICKLED = "pytorch_model.bin"  # what transformers and timm wrote before safetensors
 _OURS = "deit_fast"  # the key of config.json for what timm's format has no place for
 # name or owner/name, with a @revision; "./x", "/x" and "~/x", which are paths, are none
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@.+)?")
@@ -127,7 +128,8 @@ def from_pretrained(
     "facebook/deit-base-distilled-patch16-224", with "@revision" if wanted. What exists or begins
     with ".", "/" or "~" is never looked up on the hub. The config.json is timm's, or transformers'
     of a DeiT or ViT classifier, converted then as by `integrations.huggingface.from_transformers`
-    (which library that is need not be installed); the weights are a model.safetensors, never a
+    (which library that is need not be installed). The weights are a model.safetensors; in a folder
+    without one a pytorch_model.bin, of which only the tensors are read; from the hub never a
     pickle.
 
     backend, strict: see `accelerate`. heads: see `create_model`; None: what the folder says, else
@@ -147,9 +149,9 @@ def from_pretrained(
         raise ValueError(
             f"{config_path}: has neither timm's 'architecture' nor transformers' 'model_type'"
         )
-    weights = fetch(WEIGHTS)
+    weights = fetch(WEIGHTS) or fetch(_PICKLED)
     if weights is None:
-        raise FileNotFoundError(f"{source}: has no {WEIGHTS} (a pickle would not be loaded)")
+        raise FileNotFoundError(f"{source}: has no {WEIGHTS} (or, a folder here, {_PICKLED})")
     if "architecture" in config:
         stored = _read_timm(config_path, config, weights)
     else:
@@ -399,6 +401,8 @@ def _source(path_or_hub_id: str | Path) -> tuple[Callable[[str], Path | None], s
     repo, _, revision = text.partition("@")
 
     def fetch(name):
+        if name == _PICKLED:
+            return None
         try:
             return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
         except EntryNotFoundError as error:

@@ -1,17 +1,16 @@
 """Weights from files: what loads, what is resized, and what is refused with a clear line."""
 
-import io
-import pickle
-
 import pytest
 import safetensors.torch
 import timm
 import torch
 from checking import assert_close, assert_differ, assert_equal, seed, seeded
 from modelling import TINY, randomize, tiny_pair
+from torch import nn
 
 import deit_fast
-from deit_fast.checkpoint import read_checkpoint, resize_pos_embed
+from deit_fast.checkpoint import read, resize_pos_embed
+from deit_fast.checkpoint.fit import PRETRAINING
 
 NAME = "deit_tiny_distilled"
 
@@ -136,6 +135,17 @@ def test_every_problem_is_listed(source, tmp_path):
     assert "broken.pth does not fit VisionTransformerDistilled" in lines[0]
 
 
+@pytest.mark.parametrize("start", ["vit.", "deit.", ""])
+def test_transformers_names_are_told_where_to_go(start, tmp_path):
+    state = {
+        f"{start}embeddings.cls_token": torch.zeros(1, 1, 64),
+        "classifier.bias": torch.ones(3),
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has transformers' names: deit_fast.from_pretrained.FOLD"):
+        build(checkpoint=tmp_path / "pytorch_model.bin")
+
+
 def test_a_grid_that_is_not_square_but_as_long_survives_a_round_trip(tmp_path):
     options = {"img_size": (32, 128)}  # 2 x 8 patches, as many as 4 x 4
     model = build(**options)
@@ -152,57 +162,9 @@ def test_models_that_are_no_vision_transformer_load_too(tmp_path):
     assert_equal(again.pos_embed, model.pos_embed)
 
 
-def test_damaged_files_never_escape_as_another_error(tmp_path):
-    """Pickles of random bytes: the unpickler runs them and stumbles in every way it knows."""
-    generator = torch.Generator().manual_seed(seeded(0))
-    path = tmp_path / "damaged.pth"
-    for length in range(1, 400):
-        junk = torch.randint(0, 256, (length % 40 + 1,), generator=generator).tolist()
-        path.write_bytes(b"\x80\x02" + bytes(junk))
-        with pytest.raises(ValueError, match="damaged.pth") as error:
-            read_checkpoint(path)
-        assert len(str(error.value).splitlines()) == 1
-
-
 def test_a_distilled_checkpoint_does_not_fit_a_plain_model(path):
     with pytest.raises(ValueError, match="unexpected: dist_token"):
         deit_fast.create_model("deit_tiny", checkpoint=path, backend="torch", **TINY)
-
-
-class Exploit:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-def test_no_pickle_runs(tmp_path, capsys):
-    for name, payload in (("a.pth", {"model": Exploit()}), ("b.pth", Exploit())):
-        torch.save(payload, tmp_path / name)
-        with pytest.raises(ValueError, match="holds more than tensors"):
-            read_checkpoint(tmp_path / name)
-    (tmp_path / "c.pth").write_bytes(pickle.dumps(Exploit()))
-    with pytest.raises(ValueError, match="c.pth"):
-        read_checkpoint(tmp_path / "c.pth")
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_files_that_are_no_checkpoint(path, tmp_path):
-    whole = path.read_bytes()
-    buffer = io.BytesIO()
-    torch.save({"model": {}}, buffer)
-    files = {
-        "truncated.pth": whole[: len(whole) // 2],
-        "empty.pth": b"",
-        "text.pth": b"not a checkpoint at all",
-        "truncated.safetensors": b"\x10\0\0\0\0\0\0\0{}",
-        "empty_model.pth": buffer.getvalue(),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name) as error:
-            read_checkpoint(tmp_path / name)
-        assert len(str(error.value).splitlines()) == 1, name
-    with pytest.raises(FileNotFoundError, match="no file"):
-        read_checkpoint(tmp_path / "absent.pth")
 
 
 def test_bad_options_are_named(path):
@@ -213,3 +175,84 @@ def test_bad_options_are_named(path):
     with pytest.raises(ValueError, match="VisionTransformer has one head"):
         deit_fast.create_model("deit_tiny", heads="distill", **TINY)
     assert tiny_pair()[1].heads == "joint" and build(heads="distill").heads == "distill"
+
+
+# Names that wrappers put in front
+
+
+def compiled_blocks(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block)
+    return model
+
+
+def inside(*names):
+    """As a module that holds the model under this name, around another, and so on."""
+
+    def wrap(model):
+        for name in names:
+            model = nn.ModuleDict({name: model})
+        return model
+
+    return wrap
+
+
+# torch.nn.DataParallel gives the names of DistributedDataParallel, without processes
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "parallel, compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "compiled, parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "Lightning": inside("model"),
+    "Lightning, compiled": lambda model: inside("model")(torch.compile(model)),
+    "parallel twice": lambda model: nn.DataParallel(nn.DataParallel(model)),
+    "teacher": inside("backbone", "teacher"),
+    "all": inside("backbone", "_orig_mod", "student", "model", "module", "_orig_mod"),
+    "compiled blocks": compiled_blocks,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_wrappers_put_before_names_is_left_out(wrapper, source, tmp_path):
+    want = source.state_dict()
+    state = WRAPPERS[wrapper](source).state_dict()
+    assert not state.keys() & want.keys() or wrapper == "compiled blocks"
+    torch.save({"model": state}, tmp_path / "wrapped.pth")
+    safetensors.torch.save_file(dict(state), tmp_path / "wrapped.safetensors")
+    for path in tmp_path.iterdir():
+        got = build(checkpoint=path).state_dict()
+        for name in want:
+            assert_equal(got[name], want[name], name)
+
+
+def test_what_only_some_names_begin_with_is_not_left_out():
+    """Nor is a name of which nothing would be left."""
+    for names in (["model", "teacher"], ["modules.a", "backbones.b"], ["x.model.a", "x.module.b"]):
+        state = {name: torch.zeros(1) for name in names}
+        assert read._unwrapped(state) == ("", state, {})
+    clash = {"a": torch.zeros(1), "_orig_mod.a": torch.ones(1)}
+    assert read._unwrapped(clash) == ("", clash, {})
+    own = {"backbone.head.weight": torch.zeros(1), "head.weight": torch.ones(1)}
+    assert read._unwrapped(own) == ("", own, {"backbone": 1, "head": 1})
+
+
+@pytest.mark.slow
+def test_no_model_of_timms_has_such_names():
+    """One of each family that has modules of ours."""
+    families = ("vision_transformer", "deit", "cait", "tiny_vit")
+    models = [name for module in families for name in timm.list_models(module=module)]
+    named = {"_".join(name.split("_")[:2]): name for name in models}
+    assert len(named) > 20
+    for name in named.values():
+        with torch.device("meta"):
+            state = timm.create_model(name).state_dict()
+        assert read._unwrapped(state) == ("", state, {}), name
+        assert not [k for k in state if k.startswith(PRETRAINING)], name
+
+
+def test_a_common_name_of_another_kind_is_a_misfit_with_a_hint(source, tmp_path):
+    torch.save({"state_dict": inside("net")(source).state_dict()}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"\n  all names begin with net.: a checkpoint_key ending"):
+        build(checkpoint=tmp_path / "a.ckpt")
+    model = build(checkpoint=tmp_path / "a.ckpt", checkpoint_key="state_dict.net")
+    assert_equal(model.norm.weight, source.norm.weight)

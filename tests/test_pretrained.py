@@ -461,11 +461,29 @@ def test_missing_and_damaged_weights(folder):
         path.write_bytes(content)
         message = refused(ValueError, "model.safetensors is truncated or no checkpoint", folder)
         assert len(message.splitlines()) == 1
-    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
     path.unlink()
-    refused(FileNotFoundError, r"has no model.safetensors \(a pickle would not be loaded\)", folder)
+    refused(FileNotFoundError, r"has no model.safetensors \(or, a folder here, pytorch_m", folder)
     (folder / "config.json").unlink()
     refused(FileNotFoundError, "has no config.json", folder)
+
+
+def test_a_folder_from_before_safetensors(folder):
+    model, saved = tiny(), tiny()
+    model.norm.bias.data.fill_(7.0)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert_equal_models(from_pretrained(folder), saved)  # model.safetensors goes first
+    (folder / "model.safetensors").unlink()
+    assert_equal_models(from_pretrained(folder), model)
+    torch.save(model, folder / "pytorch_model.bin")
+    refused(ValueError, "pytorch_model.bin holds more than tensors: deit_fast.layers", folder)
+
+
+def test_a_head_that_is_not_there_begins_anew_if_asked_for(folder):
+    save_pretrained(tiny(num_classes=0), folder)
+    with pytest.warns(UserWarning, match="has no head.weight, head.bias, head_dist.weight, head_d"):
+        model = from_pretrained(folder, num_classes=4)
+    assert model.head_dist.weight.shape == (4, 64)
+    assert_equal_models(from_pretrained(folder), tiny(num_classes=0))
 
 
 def test_weights_that_do_not_fit_the_config(folder):
@@ -521,8 +539,11 @@ def test_hub(hub, folder):
     hub.clear()
     from_pretrained("timm/tiny@refs/pr/1")
     assert hub == [("timm/tiny", name, "refs/pr/1") for name in files]
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")  # from elsewhere never a pickle
+    hub.clear()
     refused(FileNotFoundError, "timm/tiny: has no model.safetensors", "timm/tiny")
+    assert hub == [("timm/tiny", name, None) for name in files]
     (folder / "config.json").unlink()
     refused(FileNotFoundError, "timm/tiny: has no config.json", "timm/tiny")
 

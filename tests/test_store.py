@@ -1050,6 +1050,13 @@ def test_the_command(data, net, tmp_path, capsys):
     assert main(["distill-store", "check", str(data), store, "--teacher", str(net)]) == 0
     said = capsys.readouterr().out
     assert "48 records: mean absolute difference" in said and "0.00e+00, different indices" in said
+    state = deit_fast.from_pretrained(net, strict=False).state_dict()
+    torch.save({"ema": state}, tmp_path / "net.pth")
+    taught = ["--teacher", "test_resnet", "--teacher-checkpoint", str(tmp_path / "net.pth")]
+    assert main(["distill-store", "check", str(data), store, *taught]) == 2
+    taught += ["--teacher-checkpoint-key", "ema"]
+    assert main(["distill-store", "check", str(data), store, *taught]) == 0
+    assert "0.00e+00, different indices" in capsys.readouterr().out
     small = options_of(**{"workers": 0})
     for name in ("--img-size", "--repeated-aug"):
         small[small.index(name) : small.index(name) + 2] = []

@@ -564,6 +564,12 @@ def test_weights_of_another_model(data, whole, tmp_path):
         run(data, tmp_path / "out", start=str(tmp_path / "other.pth"))
 
 
+def test_a_run_is_not_known_by_the_names_of_files(whole):
+    """They may change, and runs of older versions go on."""
+    known = whole[1]["identity"]["settings"].keys()
+    assert not known & {"data", "start_key", "teacher_checkpoint", "teacher_checkpoint_key"}
+
+
 def test_a_start_that_is_not_there(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="start: nowhere is no folder or file"):
         run(data, tmp_path, start="nowhere")

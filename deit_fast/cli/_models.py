@@ -15,8 +15,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def add_arguments(parser, heads=True):
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="official .pth or .safetensors"
-    )
+        "--checkpoint", type=Path, metavar="PATH",
+        help="official .pth, .safetensors, or what a trainer saved; nothing in it is run",
+    )  # fmt: skip
+    add_key(parser, "--checkpoint-key")
     parser.add_argument(
         "--pretrained", action=argparse.BooleanOptionalAction,
         help="weights from the hub (default without --checkpoint); --no-pretrained: random ones",
@@ -30,21 +32,30 @@ def add_arguments(parser, heads=True):
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
 
 
+def add_key(parser, option, **options):
+    parser.add_argument(
+        option, metavar="KEY",
+        help="which entry of that file, such as model_ema, teacher or state_dict.student (default: "
+        "the usual)", **options,
+    )  # fmt: skip
+
+
 def load(args, strict: bool = True) -> nn.Module:
     """The model of `args.model`, on the CPU, in eval mode. strict=False: one in which there is
     nothing to accelerate, such as a teacher that is a convnet, too."""
     size = {} if args.img_size is None else {"img_size": args.img_size}
     if Path(args.model).is_dir():
-        if args.checkpoint is not None or args.pretrained is not None:
+        given = args.checkpoint, args.checkpoint_key, args.pretrained
+        if any(value is not None for value in given):
             raise ValueError(
                 f"--model {args.model}: a folder with weights of its own, want neither "
-                "--checkpoint nor --[no-]pretrained"
+                "--checkpoint nor --checkpoint-key nor --[no-]pretrained"
             )
         options = {"heads": args.heads, "strict": strict, **size}
         return deit_fast.from_pretrained(args.model, **options).eval()
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     options = {"checkpoint": args.checkpoint, "heads": args.heads or "joint", "strict": strict}
-    options |= size
+    options |= size | {"checkpoint_key": args.checkpoint_key}
     if not pretrained:
         if args.checkpoint is None:
             print(

@@ -48,7 +48,8 @@ def add_arguments(parser):
         "--models", required=True, nargs="+", metavar="NAME[:HEAD]",
         help=f"a name or folder, and perhaps one of its heads: {', '.join(evaluate.HEADS)}",
     )  # fmt: skip
-    pairs.set_defaults(checkpoint=None, pretrained=None, heads=None, img_size=None)
+    pairs.set_defaults(**dict.fromkeys(("checkpoint", "checkpoint_key", "pretrained", "heads")))
+    pairs.set_defaults(img_size=None)
     _data.add_running(pairs)
 
     tokens = kinds.add_parser("tokens", help="how alike class and distillation token are")

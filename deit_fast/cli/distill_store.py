@@ -29,7 +29,7 @@ from deit_fast.distill.processes import Interrupted
 from deit_fast.distill.store.pictures import SETTINGS
 from deit_fast.distill.student import AMP
 
-from . import _data, train
+from . import _data, _models, train
 
 
 def add_arguments(parser):
@@ -84,6 +84,7 @@ def _add_teacher(parser):
         help="a name, or a folder (OUT/model of deit-fast train)",
     )  # fmt: skip
     parser.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
+    _models.add_key(parser, "--teacher-checkpoint-key")
     parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
     _data.add_keys(parser)
 
@@ -108,7 +109,8 @@ def _write(args):
             written = store.write(
                 args.data, args.store, args.teacher, train.recipe_of(args), epochs=args.epochs,
                 k=args.k, count=args.count, seed=args.seed, img_size=args.img_size,
-                teacher_checkpoint=args.teacher_checkpoint, batch=args.batch,
+                teacher_checkpoint=args.teacher_checkpoint,
+                teacher_checkpoint_key=args.teacher_checkpoint_key, batch=args.batch,
                 amp=args.amp or train.precision(), backend=args.backend,
                 workers=train.workers_of(args), image_key=args.image_key, label_key=args.label_key,
                 report=display,
@@ -155,7 +157,8 @@ def _check(args):
     console = Console(stderr=True)
     found = store.check(
         args.data, args.store, args.teacher, samples=args.samples,
-        seed=args.seed, teacher_checkpoint=args.teacher_checkpoint, amp=args.amp,
+        seed=args.seed, teacher_checkpoint=args.teacher_checkpoint,
+        teacher_checkpoint_key=args.teacher_checkpoint_key, amp=args.amp,
         backend=args.backend, image_key=args.image_key, label_key=args.label_key,
         report=lambda event: console.print(event["text"], soft_wrap=True, markup=False),
     )  # fmt: skip

@@ -34,7 +34,7 @@ from deit_fast.distill.student import AMP, Settings
 from deit_fast.distill.train import train
 from deit_fast.kernels.distillation_loss import DISTILLATIONS
 
-from . import _data
+from . import _data, _models
 
 RECIPE = "deit"
 
@@ -44,7 +44,8 @@ def add_arguments(parser, from_store=False):
     parser.add_argument("data", metavar="DATA")
     if from_store:
         parser.add_argument("store", metavar="STORE")
-        parser.set_defaults(distill="none", teacher=None, teacher_checkpoint=None)
+        parser.set_defaults(distill="none", teacher=None)
+        parser.set_defaults(teacher_checkpoint=None, teacher_checkpoint_key=None)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
     parser.add_argument("--model", metavar="NAME", help="one of ours or any timm name")
     parser.add_argument(
@@ -56,6 +57,7 @@ def add_arguments(parser, from_store=False):
         help="start from a folder of weights (another run's DIR/model), a checkpoint file, or "
         "'pretrained': timm's from the hub",
     )  # fmt: skip
+    _models.add_key(parser, "--from-key", dest="start_key")
     _data.add_keys(parser)
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
     for name in ("mean", "std"):
@@ -100,6 +102,7 @@ def _add_teacher(parser):
         "--teacher", metavar="MODEL", help="a name, or a folder (another run's DIR/model)"
     )
     teacher.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
+    _models.add_key(teacher, "--teacher-checkpoint-key")
     teacher.add_argument(
         "--store", metavar="DIR",
         help="learn from what deit-fast distill-store write left there, without the teacher",

@@ -27,6 +27,7 @@ TAKEN = {
     "drop_path_rate": "the recipe's drop_path",
     "pretrained": "start",
     "checkpoint": "start",
+    "checkpoint_key": "start_key",
     "backend": "backend",
 } | dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), "the recipe's drop")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,10 +39,11 @@ class Settings:
 
     data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
     what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
-    checkpoint file, or "pretrained" for timm's from the hub. model_args: timm's keyword arguments.
-    distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). store: a folder that
-    `deit_fast.distill.store.write` filled, to learn from instead; it decides img_size, mean, std
-    and count, and what of the recipe makes the pictures. img_size: pixels, None:
+    checkpoint file, or "pretrained" for timm's from the hub. start_key, teacher_checkpoint_key:
+    which entry of the file, see `deit_fast.checkpoint.read_checkpoint`. model_args: timm's keyword
+    arguments. distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). store: a
+    folder that `deit_fast.distill.store.write` filled, to learn from instead; it decides img_size,
+    mean, std and count, and what of the recipe makes the pictures. img_size: pixels, None:
     the model's own. mean, std: of each channel, by which pixels in 0..1 are normalised; None: the
     model's own, for grey images their mean. count: train on so many images only. accum: parts that
     a batch is computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
@@ -53,9 +55,11 @@ class Settings:
     model: str | None = None
     model_args: dict = field(default_factory=dict)
     start: str | None = None
+    start_key: str | None = None
     distill: str = "none"
     teacher: str | None = None
     teacher_checkpoint: str | None = None
+    teacher_checkpoint_key: str | None = None
     store: str | None = None
     img_size: int | None = None
     mean: tuple[float, ...] | None = None
@@ -131,6 +135,8 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
 def _build(settings, recipe, classes):
     name, start = settings.model, settings.start
     is_folder = start not in (None, "pretrained") and Path(start).is_dir()
+    if settings.start_key is not None and (is_folder or start in (None, "pretrained")):
+        raise ValueError(f"start_key: {settings.start_key!r}, but no checkpoint file to start from")
     if start is None:
         build = partial(create_model, name)
     elif start == "pretrained":
@@ -140,7 +146,7 @@ def _build(settings, recipe, classes):
     elif not Path(start).is_file():
         raise FileNotFoundError(f"start: {start} is no folder or file, nor 'pretrained'")
     else:
-        build = partial(create_model, name, checkpoint=start)
+        build = partial(create_model, name, checkpoint=start, checkpoint_key=settings.start_key)
     if name is None and not is_folder:
         raise ValueError(f"model: none, want the name of what {start} holds")
     of = stored(start)["architecture"] if is_folder else architecture(name)

@@ -26,17 +26,21 @@ def load_teacher(
     img_size: int,
     checkpoint: str | Path | None = None,
     backend: str = "auto",
+    checkpoint_key: str | None = None,
 ) -> nn.Module:
     """A frozen model in eval mode, accelerated where it can be.
 
     name_or_folder: a folder from `save_pretrained` (of a run of `deit-fast train`: OUT/model), or a
     name of ours or timm's, with the weights of the file `checkpoint`, else timm's from the hub.
+    checkpoint_key: which entry of the file, see `deit_fast.checkpoint.read_checkpoint`.
     img_size: what the student sees; a teacher of a fixed size is built for that, its position
     embedding resized bicubically without antialiasing. Raises ValueError for other than
     `num_classes` classes, and what the source of the weights raises.
     """
     name = ALIASES.get(str(name_or_folder), str(name_or_folder))
     options = {"backend": backend, "strict": False}
+    if checkpoint_key is not None and checkpoint is None:
+        raise ValueError(f"teacher: checkpoint_key {checkpoint_key!r}, but no checkpoint")
     if Path(name).is_dir():
         if checkpoint is not None:
             raise ValueError(f"teacher: the folder {name} has weights, want no checkpoint as well")
@@ -54,7 +58,8 @@ def load_teacher(
     else:
         build = partial(create_model, name, num_classes=num_classes, **options)
         model = at_size(build, img_size)
-        load_state(model, read_checkpoint(checkpoint), f"teacher's checkpoint {checkpoint}")
+        state = read_checkpoint(checkpoint, checkpoint_key)
+        load_state(model, state, f"teacher's checkpoint {checkpoint}")
     if model.num_classes != num_classes:
         raise ValueError(
             f"teacher: {name} has {model.num_classes} classes, want the data's {num_classes}"

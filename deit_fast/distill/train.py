@@ -113,7 +113,7 @@ class Run:
         if settings.teacher is not None:
             self.teacher = load_teacher(
                 settings.teacher, len(self.images.classes), self.img_size,
-                settings.teacher_checkpoint, settings.backend,
+                settings.teacher_checkpoint, settings.backend, settings.teacher_checkpoint_key,
             ).to(self.device)  # fmt: skip
         self.token = None
         if settings.distill != "none" or self.store is not None:
@@ -299,7 +299,8 @@ class Run:
         """What a run must have in common with its checkpoint: names of files may change."""
         settings = dataclasses.asdict(self.settings)
         settings["model"] = self.settings.model or self.model.pretrained_cfg["architecture"]
-        del settings["data"], settings["teacher_checkpoint"]
+        for name in ("data", "start_key", "teacher_checkpoint", "teacher_checkpoint_key"):
+            del settings[name]
         settings["store"] = None
         if self.store is not None:
             settings["store"] = {"key": self.store.manifest.key, "epochs": self.stored}

@@ -227,6 +227,23 @@ def test_both_layouts_of_names(folder):
     assert_same_logits(model, fast)
 
 
+def test_folders_from_before_safetensors(folder):
+    """Names as transformers 4 wrote them, and as transformers 5 has them in memory; a file of them
+    is no checkpoint of a timm model."""
+    import safetensors.torch
+
+    want = from_pretrained(folder).state_dict()
+    states = [safetensors.torch.load_file(folder / "model.safetensors"), theirs().state_dict()]
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    for state in states:
+        torch.save(state, path)
+        assert_equal(dict(from_pretrained(folder).state_dict()), dict(want))
+        for name in ("deit_tiny", "deit_tiny_distilled"):
+            with pytest.raises(ValueError, match="pytorch_model.bin has transformers' names: deit"):
+                deit_fast.create_model(name, checkpoint=path)
+
+
 def test_transformers_is_not_needed_to_read_its_folders(folder, monkeypatch):
     want = from_pretrained(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it raises

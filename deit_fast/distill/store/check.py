@@ -25,6 +25,7 @@ def check(
     samples: int = 1024,
     seed: int = 0,
     teacher_checkpoint: str | Path | None = None,
+    teacher_checkpoint_key: str | None = None,
     amp: str | None = None,
     backend: str = "auto",
     image_key: str = "image",
@@ -33,9 +34,9 @@ def check(
 ) -> dict:
     """Make pictures of a store again, ask its teacher again, and compare (TinyViT's check mode).
 
-    data, teacher, teacher_checkpoint: as for `write`. samples: at least so many records, in whole
-    passes of the teacher as they were written, drawn by `seed` from the epochs that are whole. amp:
-    None for the store's. report: gets dicts with "event": "note".
+    data, teacher, teacher_checkpoint and its key: as for `write`. samples: at least so many
+    records, in whole passes of the teacher as they were written, drawn by `seed` from the epochs
+    that are whole. amp: None for the store's. report: gets dicts with "event": "note".
 
     Returns "records", how many were compared; "mean_difference", the mean absolute difference of
     the probabilities, largest with largest; "different_indices", the rate of classes that are not
@@ -51,7 +52,9 @@ def check(
     manifest = found.manifest
     images = open_images(data, "train", image_key=image_key, label_key=label_key)
     size = manifest.transform["input_size"][1]
-    model = load_teacher(teacher, len(images.classes), size, teacher_checkpoint, backend)
+    model = load_teacher(
+        teacher, len(images.classes), size, teacher_checkpoint, backend, teacher_checkpoint_key
+    )
     if (now := teacher_of(model)) != manifest.teacher:
         raise ValueError(f"teacher: {teacher} is {now}, want that of {found.folder}, "
                          f"{manifest.teacher}")  # fmt: skip

@@ -37,6 +37,7 @@ def write(
     seed: int = 0,
     img_size: int | None = None,
     teacher_checkpoint: str | Path | None = None,
+    teacher_checkpoint_key: str | None = None,
     batch: int = 256,
     amp: str = "none",
     backend: str = "auto",
@@ -48,10 +49,11 @@ def write(
     """Store the `k` largest probabilities of `teacher` for each picture of `epochs` epochs in the
     folder `out`; the same call again goes on where it stopped, and one with more epochs adds them.
 
-    data: see `datasets.open_images`. teacher, teacher_checkpoint: see `load_teacher`; pictures have
-    its channels, mean and std, and `img_size` pixels, its own for None. recipe: of it counts what
-    makes the pictures (`pictures.SETTINGS`). count: so many of the images only. seed: of order and
-    augmentation. batch: pictures of each process in one pass, even. amp: "none" | "bf16" | "fp16".
+    data: see `datasets.open_images`. teacher, teacher_checkpoint and its key: see `load_teacher`;
+    pictures have its channels, mean and std, and `img_size` pixels, its own for None. recipe: of it
+    counts what makes the pictures (`pictures.SETTINGS`). count: so many of the images only. seed:
+    of order and augmentation. batch: pictures of each process in one pass, even. amp: "none" |
+    "bf16" | "fp16".
     report: gets a dict with "event": "begin" (with "bytes", what the store will take), "update" or
     "note", in the first process alone. Under torchrun each of its processes makes this call and
     writes its share.
@@ -81,7 +83,9 @@ def write(
             raise ValueError(f"data: {classes} classes, want at most {MOST_CLASSES}")
         if not 1 <= k <= classes:
             raise ValueError(f"k: {k}, want 1 to {classes}, which is how many classes there are")
-        model = load_teacher(teacher, classes, img_size, teacher_checkpoint, backend)
+        model = load_teacher(
+            teacher, classes, img_size, teacher_checkpoint, backend, teacher_checkpoint_key
+        )
         config = config_of(model, img_size)
         images.mode = {1: "L", 3: "RGB"}[config["input_size"][0]]
         chosen = np.arange(len(images))

@@ -1,49 +1,15 @@
-"""Checkpoints: read safely, fitted to another resolution, and plain about what does not fit."""
+"""State dicts into models: other resolutions, other heads, and what does not fit."""
 
-import pickle
 import warnings
-from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEADS = ("head", "head_dist", "head.fc")  # the last is TinyViT's
-_CONTAINERS = ("model", "state_dict")  # the official .pth, and most trainers
-_WRAPPED = "module."  # names of a model inside DistributedDataParallel: CaiT's official .pth
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file or a .pth of tensors, alone or under "model" or
-    "state_dict"; a "module." before every name is left out. Never unpickles anything but tensors
-    and plain containers.
-
-    Raises FileNotFoundError, or ValueError with one line for a file that is no such checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):
-            raise ValueError(f"checkpoint: {path} is no checkpoint") from error
-        raise ValueError(f"checkpoint: {path} holds more than tensors: not loaded") from error
-    except Exception as error:  # garbage makes the unpickler raise anything
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty file"
-        raise ValueError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
-    for key in _CONTAINERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"checkpoint: {path} holds no state dict (names with tensors)")
-    if all(name.startswith(_WRAPPED) for name in state):
-        state = {name.removeprefix(_WRAPPED): t for name, t in state.items()}
-    return state
+# What only pretraining has beside a backbone: DINO's projection head, MAE's decoder
+PRETRAINING = ("head.mlp.", "head.last_layer.", "mask_token", "decoder_")
 
 
 def resize_pos_embed(
@@ -70,13 +36,20 @@ def load_state(
     """Load `state` into a timm model. The position embedding of a VisionTransformer or CaiT is
     resized where the model's grid differs from `grid`; without `grid`, where the length differs,
     from a square one. TinyViT's biases are resized to its windows.
-    With `new_head`, heads of another number of classes keep their initialisation, with a warning.
+    With `new_head`, heads that are not in `state`, or there for another number of classes, keep
+    their initialisation, with a warning. What only pretraining has (`PRETRAINING`) is left out,
+    with a warning.
 
     Raises ValueError that lists every missing, unexpected and misshaped key; the model is then
     unchanged.
     """
     own = model.state_dict()
     state = dict(state)
+    if any(name.endswith("embeddings.cls_token") for name in state.keys() - own.keys()):
+        raise ValueError(
+            f"{source} has transformers' names: deit_fast.from_pretrained(FOLDER) loads the folder "
+            "that it was in, with its config.json"
+        )
     old = state.get("pos_embed")
     resizable = isinstance(model, timm.models.VisionTransformer | timm.models.Cait)
     if old is not None and old.dim() == 3 and resizable:
@@ -90,8 +63,9 @@ def load_state(
             state["pos_embed"] = resize_pos_embed(old, grid, model.patch_embed.grid_size, prefix)
     if isinstance(model, timm.models.TinyVit):
         _resize_attention_biases(own, state)
+    notes = _drop_pretraining(own, state)
     if new_head:
-        _drop_other_heads(own, state, source)
+        notes += _renew_heads(own, state)
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     misshaped = [
@@ -102,8 +76,11 @@ def load_state(
     problems = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
     if any(problems.values()):
         lines = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+        lines += _hints(own, state)
         raise ValueError(f"{source} does not fit {type(model).__name__}\n  " + "\n  ".join(lines))
     model.load_state_dict(state)
+    for note in notes:
+        warnings.warn(f"{source}: {note}", stacklevel=3)
 
 
 def _resize_attention_biases(own, state):
@@ -120,15 +97,50 @@ def _resize_attention_biases(own, state):
             state[name] = grid.view(wanted).to(biases.dtype)
 
 
-def _drop_other_heads(own, state, source):
-    heads = [f"{name}.{part}" for name in HEADS for part in ("weight", "bias")]
-    other = [k for k in heads if k in state and (k not in own or state[k].shape != own[k].shape)]
-    if not other:
-        return
-    for k in other:
+def _drop_pretraining(own, state):
+    left_out = [k for k in state if k not in own and k.startswith(PRETRAINING)]
+    for k in left_out:
         del state[k]
-    state |= {k: own[k] for k in heads if k in own and k not in state}
-    warnings.warn(
-        f"{source}: {', '.join(other)} left out: they do not fit the number of classes asked for",
-        stacklevel=4,
-    )
+    if not left_out:
+        return []
+    # a decoder has hundreds of tensors
+    modules = [k.split(".")[: 2 if k.startswith("head.") else 1] for k in left_out]
+    names = dict.fromkeys(".".join(module) for module in modules)
+    return [f"{', '.join(names)} left out: only pretraining uses them"]
+
+
+def _renew_heads(own, state):
+    other, new = [], []
+    for name in HEADS:
+        parts = [f"{name}.weight", f"{name}.bias"]
+        here, wanted = ([k for k in parts if k in of] for of in (state, own))
+        if any(k not in own or state[k].shape != own[k].shape for k in here):
+            other += here
+        elif here:
+            continue
+        else:
+            new += wanted
+        for k in here:
+            del state[k]
+        state |= {k: own[k] for k in wanted}
+    notes = []
+    if other:
+        notes += [f"{', '.join(other)} left out: they do not fit the number of classes asked for"]
+    if new:
+        notes += [f"has no {', '.join(new)}: they begin anew"]
+    return notes
+
+
+def _hints(own, state):
+    """What explains a misfit that is often met."""
+    missing, unexpected, hints = own.keys() - state.keys(), state.keys() - own.keys(), []
+    heads = [{k for k in of if k.rpartition(".")[0] in HEADS} for of in (missing, state)]
+    if missing and heads == [missing, set()]:
+        hints += ["no classifier in it: want num_classes=0, or as many classes as a new one is for"]
+    if "norm.weight" in missing and "fc_norm.weight" in unexpected:
+        hints += ["its norm is behind the pooling: want global_pool='avg'"]
+    firsts = {k.partition(".")[0] for k in unexpected}
+    if len(firsts) == 1 and missing and missing <= {k.partition(".")[2] for k in unexpected}:
+        first = firsts.pop()
+        hints += [f"all names begin with {first}.: a checkpoint_key ending in {first} drops it"]
+    return hints
