@@ -120,6 +120,26 @@ def test_a_hook_and_its_block_alone(name, backend, device):
         assert len(said(twin, x)[1]) == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", ["patch_embed", "pos_drop", "blocks", "blocks.1", "norm", "head_drop", "head_dist"]
+)
+def test_a_hook_on_a_part_of_the_model(name, backend, device):
+    """It sees what timm's sees, all tokens too, and no block is unfused by it."""
+    reference, fast, x = models(device, backend)
+    found = []
+    for model in (reference, fast):
+        seen = []
+        model.get_submodule(name).register_forward_hook(lambda m, a, y, s=seen: s.append(y))
+        with torch.no_grad():
+            model(x)
+        found.append(seen)
+    assert len(found[0]) == len(found[1]) > 0
+    for want, got in zip(*found, strict=True):
+        assert_close(got, want)
+    assert unfused(fast) == {}
+
+
 KINDS = {
     "register_forward_hook": (lambda m, a, y: 2 * y, {}),
     "register_forward_pre_hook": (lambda m, a: (a[0].roll(1, -1),), {}),
