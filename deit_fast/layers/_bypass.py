@@ -29,6 +29,7 @@ HOOKS = {
     "_backward_hooks": "a backward hook",
     "_backward_pre_hooks": "a backward pre-hook",
 }
+_drop_facts = itemgetter("p", "training")
 GLOBAL_HOOKS = tuple(getattr(nn_module, "_global" + name) for name in HOOKS)
 _said = weakref.WeakKeyDictionary()  # what was warned about -> the reasons given
 
@@ -85,37 +86,38 @@ class Snapshot:
     out a handle for a hook since they were found empty. `watched`: whose hooks count."""
 
     __slots__ = (
-        "modules", "watched", "handles", "hooks", "types", "parts", "weights", "facts", "plan",
+        "modules", "types", "dicts", "sizes", "parts", "weights", "kinds", "drops", "drop_facts",
+        "gelus", "watched", "hooks", "hooked", "handles", "plan",
     )  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], watched: list[nn.Module], plan: Plan = FUSED):
-        self.modules, self.watched, self.plan = modules, watched, plan
-        self.handles, self.hooks = RemovableHandle.next_id, _hook_counts(watched)
-        self.types = list(map(type, modules))
+        self.modules, self.types, self.plan = modules, list(map(type, modules)), plan
+        self.dicts = [m.__dict__ for m in modules]
+        self.sizes = list(map(len, self.dicts))  # a forward set on an instance, a compiled call
         parts = [m._modules for m in modules if m._modules]
         self.parts = parts, [dict(p) for p in parts]
-        weights = [m._parameters for m in modules if "weight" in m._parameters]
-        self.weights = weights, [type(p["weight"]) for p in weights]
-        drops = [m.__dict__ for m in modules if type(m) is nn.Dropout]
-        facts = [
-            (len, [m.__dict__ for m in modules]),  # a forward set on an instance, a compiled call
-            (itemgetter("p"), drops),
-            (itemgetter("training"), [d for d in drops if d["p"] > 0]),
-            (itemgetter("approximate"), [m.__dict__ for m in modules if type(m) is nn.GELU]),
-        ]
-        self.facts = [(look, at, list(map(look, at))) for look, at in facts if at]
+        self.weights = [m._parameters for m in modules if "weight" in m._parameters]
+        self.kinds = [type(p["weight"]) for p in self.weights]
+        self.drops = [m.__dict__ for m in modules if type(m) is nn.Dropout]
+        self.drop_facts = list(map(_drop_facts, self.drops))
+        self.gelus = [(m.__dict__, m.approximate) for m in modules if type(m) is nn.GELU]
+        self.watched, self.handles = watched, RemovableHandle.next_id
+        self.hooks = _hook_counts(watched)
+        self.hooked = any(self.hooks)
 
     def holds(self) -> bool:
         handles = RemovableHandle.next_id
-        if self.handles != handles or any(self.hooks):
+        if self.handles != handles or self.hooked:
             if _hook_counts(self.watched) != self.hooks:
                 return False
             self.handles = handles
         return (
             list(map(type, self.modules)) == self.types
+            and list(map(len, self.dicts)) == self.sizes
             and self.parts[0] == self.parts[1]
-            and all([list(map(look, at)) == seen for look, at, seen in self.facts])
-            and [type(p.get("weight")) for p in self.weights[0]] == self.weights[1]
+            and list(map(_drop_facts, self.drops)) == self.drop_facts
+            and [type(p.get("weight")) for p in self.weights] == self.kinds
+            and all([d["approximate"] == how for d, how in self.gelus])
         )
 
 
