@@ -246,42 +246,37 @@ def resolve(
     cannot run: nothing takes the place of eight bits."""
     if implementation == "torch":
         return "torch"
-    chosen = _resolve(op, x, implementation, allowed, dtype)
-    if chosen == "torch" or not is_transformed():
-        return chosen
-    if dtype is not None:
-        raise RuntimeError(f"{op}: eight bits under torch.func, want implementation='torch'")
-    _warn_of_transforms()
-    return "torch"
-
-
-def _resolve(op, x, implementation, allowed, dtype):
-    on = capability(x.device.type, x.device.index)
-    if dtype is not None and on is not None:
+    on, eight_bits = capability(x.device.type, x.device.index), dtype is not None
+    if eight_bits and on is not None:
         choice = choose(op, on, dtype)
         if choice.implementation == "none":
             raise RuntimeError(f"{op}: {choice.reason}, x is on a chip of {on[0]}.{on[1]}")
     if implementation == "auto":
         dtype = dtype or (autocast_dtype(x) if op in PRODUCTS else None)
-        return choose(op, on, dtype or x.dtype).implementation
-    if implementation not in allowed:
-        names = ", ".join(repr(name) for name in ("auto", *allowed))
-        raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
-    if not (x.is_cuda or x.is_meta or INTERPRET or is_pretended()):
-        raise RuntimeError(
-            f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on {x.device}; "
-            "use 'torch' or 'auto' there"
-        )
-    if x.dtype not in DTYPES and x.dtype not in (torch.uint8, dtype):
-        raise TypeError(f"{op}: dtype {x.dtype}, want float32, float16 or bfloat16")
-    return implementation
+        implementation = choose(op, on, dtype or x.dtype).implementation
+    else:
+        if implementation not in allowed:
+            names = ", ".join(repr(name) for name in ("auto", *allowed))
+            raise ValueError(f"implementation: {implementation!r} for {op}, want one of {names}")
+        if not (x.is_cuda or x.is_meta or INTERPRET or is_pretended()):
+            raise RuntimeError(
+                f"implementation {implementation!r} of {op} needs a CUDA tensor, x is on "
+                f"{x.device}; use 'torch' or 'auto' there"
+            )
+        if x.dtype not in DTYPES and x.dtype not in (torch.uint8, dtype):
+            raise TypeError(f"{op}: dtype {x.dtype}, want float32, float16 or bfloat16")
+    if implementation == "torch" or not is_transformed():
+        return implementation
+    if eight_bits:
+        raise RuntimeError(f"{op}: eight bits under torch.func, want implementation='torch'")
+    _warn_of_transforms()
+    return "torch"
 
 
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is active. They know
-    PyTorch's operations and no custom operator's, so those serve; the first time a warning says
-    so."""
+    PyTorch's operations and no custom operator, so those serve."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

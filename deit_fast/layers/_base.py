@@ -3,7 +3,7 @@
 import timm.layers
 from torch import nn
 
-from ._bypass import Bypasses, Plan, class_name, is_plain, plan_of
+from ._bypass import Bypasses, class_name, is_plain, plan_of
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -40,9 +40,7 @@ class Fast(Bypasses):
             return f"is a Linear whose weight is a {class_name(getattr(linear, 'weight', None))}"
         return f"is a {class_name(linear)}"
 
-    def plan(self, x) -> Plan:
-        """How this module runs on `x` now."""
-        return plan_of(self, x)
+    plan = plan_of
 
     def unfused(self, *args, **kwargs):
         """timm's own forward."""

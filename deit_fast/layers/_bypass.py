@@ -128,13 +128,13 @@ def _hook_counts(modules) -> list[int]:
 
 def plan_of(fast: nn.Module, x) -> Plan:
     """How `fast` runs on `x`; warns once for each reason not to be fused."""
-    if is_traced(x):
-        return _TRACED
     if torch.compiler.is_compiling():
         plan = examine(fast)
         if plan is not FUSED:
             _say_in_compilation(_name(fast), plan.unfused, plan.called)
         return plan
+    if is_traced(x):
+        return _TRACED
     rule = fast.__dict__.get("_rule")
     if rule is None:
         rule = fast.__dict__["_rule"] = Rule()
@@ -265,10 +265,12 @@ def is_plain(linear: nn.Module) -> bool:
     (pruning) or kept in another form (torchao)."""
     if type(linear) is not nn.Linear:
         return False
-    if "weight" not in linear._parameters:
+    weight = linear._parameters.get("weight")
+    if type(weight) is nn.Parameter:
+        return True
+    if weight is None:
         return getattr(linear, "_is_replica", False)  # DataParallel's, whose weights are tensors
-    weight = linear.weight
-    if type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight):
+    if not is_traceable_wrapper_subclass(weight):
         return True
     return type(weight).__module__.startswith("torch.distributed.")  # FSDP2's, between two calls
 
