@@ -23,7 +23,7 @@ from ._parts import row_scale
 from .block import wants_moments
 from .layer_norm import LayerNorm
 from .mlp import Mlp
-from .vision_transformer import _METHODS, FastTransformer, run_blocks
+from .vision_transformer import METHODS, FastTransformer, run_blocks
 
 
 class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
@@ -224,5 +224,5 @@ class Cait(FastTransformer, timm_cait.Cait):
             and self.global_pool == "token"
             and (is_identity(self.norm) or type(self.norm) is LayerNorm)
             and not is_seen(self.norm)
-            and not any(name in self.__dict__ for name in _METHODS)
+            and not any(name in self.__dict__ for name in METHODS)
         )

@@ -13,14 +13,14 @@ from deit_fast import kernels
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
-from ._base import Fast, is_identity, kind_of
+from ._base import Fast, is_identity, kind_of, why_not_dropouts
 from ._bypass import FUSED, is_bypassable, is_plain, is_seen, is_traced, is_watched
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
 
 # of timm's methods those that `forward` does the work of: one set on an instance runs
-_METHODS = ("forward_features", "forward_head", "pool", "_pos_embed")
+METHODS = ("forward_features", "forward_head", "pool", "_pos_embed")
 
 
 class FastTransformer(Fast):
@@ -70,7 +70,8 @@ class FastTransformer(Fast):
         """An image as timm's layers take it; a tracer's stands for one that is."""
         if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
             return image
-        return normalize_reference(image, *self._pixels_of(image), self.cls_token.dtype)
+        dtype = next(self.parameters()).dtype
+        return normalize_reference(image, *self._pixels_of(image), dtype)
 
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
@@ -135,7 +136,7 @@ class FastTransformer(Fast):
             and self.attn_pool is None
             and all(is_identity(n) or type(n) is LayerNorm for n in norms)
             and not is_seen(self.blocks, last, self.norm)
-            and not any(name in self.__dict__ for name in _METHODS)
+            and not any(name in self.__dict__ for name in METHODS)
         )
 
     def _classifier_operands(self) -> dict | None:
@@ -147,7 +148,9 @@ class FastTransformer(Fast):
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_plain, heads)) or self.head_drop.training and self.head_drop.p > 0:
+        if not all(map(is_plain, heads)) or why_not_dropouts(self, "head_drop"):
+            return None
+        if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
             return None
         if not is_bypassable(*norms, self.head_drop, *heads):
             return None

@@ -140,6 +140,18 @@ def test_a_hook_on_a_part_of_the_model(name, backend, device):
     assert unfused(fast) == {}
 
 
+def test_bytes_beside_a_hook_without_a_class_token(device):
+    """The patch embedding is called, with what it would get in timm."""
+    _, fast = tiny_pair(distilled=False, class_token=False, global_pool="avg")
+    x = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, device=device)
+    fast, seen = fast.to(device), []
+    with torch.no_grad():
+        want = fast(x)
+        fast.patch_embed.register_forward_hook(lambda m, a, y: seen.append(a[0]))
+        assert_close(fast(x), want)
+    assert seen[0].shape == (2, 3, 64, 64)
+
+
 KINDS = {
     "register_forward_hook": (lambda m, a, y: 2 * y, {}),
     "register_forward_pre_hook": (lambda m, a: (a[0].roll(1, -1),), {}),
@@ -283,6 +295,7 @@ CHANGES = {
     "fc1": set_attribute("blocks.1.mlp.fc1", lambda: nn.Linear(64, 256, bias=False)),
     "no bias": set_attribute("blocks.1.mlp.fc1.bias", None),
     "head": set_attribute("head", lambda: nn.Sequential(nn.Linear(64, 9), nn.Linear(9, 11))),
+    "head dropout": set_attribute("head_drop", Doubled),
     "final norm": set_attribute("norm", lambda: timm.layers.RmsNorm(64)),
     "patch embedding": set_attribute("patch_embed.norm", lambda: nn.LayerNorm(64)),
     "forward_features": set_attribute(
@@ -301,7 +314,7 @@ STILL_FUSED = {
     "head",
     "fc1",
 }
-STILL_FUSED |= {"final norm", "patch embedding", "forward_features", "last block"}
+STILL_FUSED |= {"head dropout", "final norm", "patch embedding", "forward_features", "last block"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
