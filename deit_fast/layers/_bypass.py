@@ -7,7 +7,8 @@ parts that each ask in turn. Around a Linear that has to be called (an adapter, 
 a ViT's block stays fused.
 
 Examining a block takes a hundred look-ups. They are made again only where something has changed
-since the last time: `Snapshot` finds that out by comparing dictionaries, a few microseconds.
+since the last time, which `Snapshot` finds out in a few microseconds. A hook that is put into a
+module's dictionary by hand, without PyTorch's `register_` functions, it does not see.
 """
 
 import warnings
@@ -29,7 +30,7 @@ HOOKS = {
     "_backward_hooks": "a backward hook",
     "_backward_pre_hooks": "a backward pre-hook",
 }
-_drop_facts = itemgetter("p", "training")
+_drop_facts, _attn_facts = itemgetter("p", "training"), itemgetter("training", "fused_attn")
 GLOBAL_HOOKS = tuple(getattr(nn_module, "_global" + name) for name in HOOKS)
 _said = weakref.WeakKeyDictionary()  # what was warned about -> the reasons given
 
@@ -60,6 +61,7 @@ class Bypasses:
     calls_linears = False  # whether one that has to be called leaves the rest fused
     always_called: tuple[str, ...] = ()  # what is called in any case
     asks_when_called = False  # whether whoever fuses it calls it, so that it asks for its own plan
+    looks_again = False  # whether `why_not` goes by more than a Snapshot has, and runs at each call
 
 
 class Rule:
@@ -86,44 +88,61 @@ class Snapshot:
     out a handle for a hook since they were found empty. `watched`: whose hooks count."""
 
     __slots__ = (
-        "modules", "types", "dicts", "sizes", "parts", "weights", "kinds", "drops", "drop_facts",
-        "gelus", "watched", "hooks", "hooked", "handles", "plan",
+        "modules", "types", "dicts", "marks", "parts", "weights", "kinds", "drops", "drop_facts",
+        "attns", "attn_facts", "gelus", "classes", "forwards", "watched", "hooks", "hooked",
+        "handles", "plan",
     )  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], watched: list[nn.Module], plan: Plan = FUSED):
         self.modules, self.types, self.plan = modules, list(map(type, modules)), plan
         self.dicts = [m.__dict__ for m in modules]
-        self.sizes = list(map(len, self.dicts))  # a forward set on an instance, a compiled call
+        self.marks = _marks(self.dicts)
         parts = [m._modules for m in modules if m._modules]
         self.parts = parts, [dict(p) for p in parts]
         self.weights = [m._parameters for m in modules if "weight" in m._parameters]
         self.kinds = [type(p["weight"]) for p in self.weights]
         self.drops = [m.__dict__ for m in modules if type(m) is nn.Dropout]
         self.drop_facts = list(map(_drop_facts, self.drops))
+        self.attns = [d for d in self.dicts if "fused_attn" in d]
+        self.attn_facts = list(map(_attn_facts, self.attns))
+        self.classes = list({_timm_class(m): None for m in modules})
+        self.forwards = [c.forward for c in self.classes]
         self.gelus = [(m.__dict__, m.approximate) for m in modules if type(m) is nn.GELU]
         self.watched, self.handles = watched, RemovableHandle.next_id
-        self.hooks = _hook_counts(watched)
+        self.hooks = _hook_facts(watched)
         self.hooked = any(self.hooks)
 
     def holds(self) -> bool:
         handles = RemovableHandle.next_id
         if self.handles != handles or self.hooked:
-            if _hook_counts(self.watched) != self.hooks:
+            if _hook_facts(self.watched) != self.hooks:
                 return False
             self.handles = handles
         return (
             list(map(type, self.modules)) == self.types
-            and list(map(len, self.dicts)) == self.sizes
+            and _marks(self.dicts) == self.marks
             and self.parts[0] == self.parts[1]
             and list(map(_drop_facts, self.drops)) == self.drop_facts
+            and list(map(_attn_facts, self.attns)) == self.attn_facts
             and [type(p.get("weight")) for p in self.weights] == self.kinds
+            and [c.forward for c in self.classes] == self.forwards
             and all([d["approximate"] == how for d, how in self.gelus])
         )
 
 
-def _hook_counts(modules) -> list[int]:
+def _marks(dicts) -> list[bool]:
+    """What was set on instances in the place of their classes' methods."""
+    return ["forward" in d or "_compiled_call_impl" in d for d in dicts]
+
+
+def _hook_facts(modules) -> list[int]:
+    """Which hooks all modules have, and how many each of these."""
     own = [len(getattr(m, name)) for m in modules for name in HOOKS]
-    return [*map(len, GLOBAL_HOOKS), *own]
+    return [id(hook) for hook in _hooks()] + own
+
+
+def _timm_class(module) -> type:
+    return module.timm_class if isinstance(module, Bypasses) else type(module)
 
 
 def plan_of(fast: nn.Module, x) -> Plan:
@@ -141,7 +160,8 @@ def plan_of(fast: nn.Module, x) -> Plan:
     snapshot = rule.snapshot
     # a replica of the module on another device shares what it remembers
     if snapshot is not None and snapshot.modules[0] is fast and snapshot.holds():
-        return snapshot.plan
+        if not fast.looks_again or type(fast).why_not(fast) == snapshot.plan.unfused:
+            return snapshot.plan
     inner = [m for _, m, _ in bypassed(fast)]
     plan = examine(fast)
     rule.snapshot = Snapshot([fast, *inner], inner, plan)
@@ -168,6 +188,8 @@ def examine(fast: nn.Module) -> Plan:
         return FUSED
     if not is_bypassable():
         return Plan("hooks on all modules are set")
+    if is_patched(fast.timm_class, "forward"):
+        return Plan(f"the forward of timm's {fast.timm_class.__name__} was replaced")
     why = type(fast).why_not(fast)
     if why is not None:
         return Plan(why)
@@ -179,14 +201,30 @@ def examine(fast: nn.Module) -> Plan:
         is_read = isinstance(parent, Bypasses) and name.rpartition(".")[2] in parent.linears
         if why is None and is_read:
             why = parent.why_not_linear(module)
-        if why is None and type(module) is nn.Dropout and module.p > 0 and module.training:
-            why = "drops numbers"
+        if why is None and type(module) is nn.Dropout and module.p > 0:
+            why = "drops numbers" if _drops(name, module, parent) else None
+        if why is None and is_patched(_timm_class(module), "forward"):
+            why = f"is a {_timm_class(module).__name__}, whose forward was replaced"
         if why is None:
             continue
         if not (is_read and fast.calls_linears and parent.calls_linears):
             return Plan(f"{name} {why}", culprit=module)
         called.append((name, why))
     return Plan(called=tuple(called)) if called else FUSED
+
+
+def _drops(name, drop, attn) -> bool:
+    """PyTorch's fused attention has timm hand it the rate, in the attention module's mode."""
+    if name.endswith("attn_drop") and getattr(attn, "fused_attn", False):
+        return attn.training
+    return drop.training
+
+
+@torch.compiler.assume_constant_result
+def is_patched(kind: type, method: str) -> bool:
+    """Whether a method of one of timm's or PyTorch's classes is somebody else's."""
+    found = getattr(getattr(kind, method, None), "__module__", None) or "timm"
+    return found.partition(".")[0] not in ("torch", "timm", "deit_fast")
 
 
 def bypassed(module: nn.Module, prefix: str = ""):

@@ -18,12 +18,12 @@ from ._base import (
     why_not_dropouts,
     why_not_parts,
 )
-from ._bypass import is_seen, is_traced, is_watched
+from ._bypass import is_seen, is_traced
 from ._parts import row_scale
 from .block import wants_moments
 from .layer_norm import LayerNorm
 from .mlp import Mlp
-from .vision_transformer import METHODS, FastTransformer, run_blocks
+from .vision_transformer import FastTransformer, run_blocks
 
 
 class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
@@ -167,6 +167,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     """timm's Cait. Patches and positions are one kernel, class token and head another."""
 
     timm_class = timm_cait.Cait
+    methods = ("forward_features", "forward_head", "forward_cls")
 
     def embed(self, image):
         """Image -> (B, n, D): patches and positions."""
@@ -179,7 +180,7 @@ class Cait(FastTransformer, timm_cait.Cait):
 
     def forward_features(self, x):
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
-        if is_traced(x):
+        if is_traced(x) or self._is_overridden():
             return self.timm_class.forward_features(self, self._normalized(x))
         x = self._run_trunk(self.embed(x))
         if self.blocks_token_only is not None:  # a pruned model has none
@@ -200,7 +201,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     def _run_trunk(self, x):
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        if torch.is_grad_enabled() or is_watched(self.blocks):
+        if torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
             return self.blocks(x)
         return run_blocks(self.blocks, x, return_moments=False, kind=LayerScaleBlock)[0]
 
@@ -224,5 +225,5 @@ class Cait(FastTransformer, timm_cait.Cait):
             and self.global_pool == "token"
             and (is_identity(self.norm) or type(self.norm) is LayerNorm)
             and not is_seen(self.norm)
-            and not any(name in self.__dict__ for name in METHODS)
+            and not self._is_overridden()
         )

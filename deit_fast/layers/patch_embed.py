@@ -18,6 +18,7 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
     """
 
     timm_class = timm.layers.PatchEmbed
+    looks_again = True
 
     @classmethod
     def why_not(cls, module):
@@ -26,6 +27,8 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
             return "proj is not a plain nn.Conv2d"
         if proj.kernel_size != proj.stride or proj.groups != 1:
             return "proj is not a convolution of disjoint patches"
+        if proj.padding != (0, 0) or proj.dilation != (1, 1):
+            return "proj pads or is dilated"
         if proj.in_channels > 4:
             return f"{proj.in_channels} input channels, the kernel takes 1 to 4"
         if not is_identity(module.norm):

@@ -40,6 +40,7 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
 
     timm_class = timm_tiny.ConvNorm
     asks_when_called = True
+    looks_again = True
 
     @classmethod
     def why_not(cls, module):
@@ -123,12 +124,15 @@ class Attention(Fast, timm_tiny.Attention):
     """timm's Attention of TinyViT, LayerNorm included: a window (B, L, C) -> (B, L, C)."""
 
     timm_class = timm_tiny.Attention
+    looks_again = True
     linears = ("qkv", "proj")
 
     @classmethod
     def why_not(cls, module):
         if why := why_not_parts(module, norm=LayerNorm):
             return why
+        if "get_attention_biases" in module.__dict__:
+            return "has a get_attention_biases of its own"
         if (module.key_dim, module.val_dim) != (HEAD_DIM, HEAD_DIM):
             return (
                 f"has heads of {module.key_dim} and {module.val_dim}, the kernel takes {HEAD_DIM}"
@@ -185,6 +189,7 @@ class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
     in timm: a copy there and back that maps of the sizes it was made for do without."""
 
     timm_class = timm_tiny.TinyVitBlock
+    looks_again = True
     always_called = ("local_conv",)
 
     @classmethod

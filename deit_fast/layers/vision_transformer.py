@@ -14,13 +14,10 @@ from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
 from ._base import Fast, is_identity, kind_of, why_not_dropouts
-from ._bypass import FUSED, is_bypassable, is_plain, is_seen, is_traced, is_watched
+from ._bypass import FUSED, is_bypassable, is_patched, is_plain, is_seen, is_traced, is_watched
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
-
-# of timm's methods those that `forward` does the work of: one set on an instance runs
-METHODS = ("forward_features", "forward_head", "pool", "_pos_embed")
 
 
 class FastTransformer(Fast):
@@ -28,6 +25,8 @@ class FastTransformer(Fast):
     model's `pretrained_cfg`."""
 
     has_plan = False
+    # of timm's methods those whose work `forward` does
+    methods = ("forward_features", "forward_head", "pool", "_pos_embed")
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Image -> (B, T + n, D): patches, positions and prefix tokens."""
@@ -55,7 +54,7 @@ class FastTransformer(Fast):
         return (
             type(embed) is PatchEmbed
             and is_bypassable(embed)
-            and "_pos_embed" not in self.__dict__
+            and not self._is_overridden()
             and embed.plan(image).unfused is None
         )
 
@@ -65,6 +64,14 @@ class FastTransformer(Fast):
             return None, None
         config = getattr(self, "pretrained_cfg", None) or {}
         return config.get("mean"), config.get("std")
+
+    def _is_overridden(self) -> bool:
+        """Whether one of timm's methods that are not called here was set on the instance, in a
+        subclass, or in timm's own class."""
+        ours = kind_of(self).__module__.startswith("deit_fast.layers.")
+        if not ours or any(name in self.__dict__ for name in self.methods):
+            return True
+        return any(is_patched(self.timm_class, name) for name in ("forward", *self.methods))
 
     def _normalized(self, image):
         """An image as timm's layers take it; a tracer's stands for one that is."""
@@ -78,7 +85,7 @@ class FastTransformer(Fast):
 
     def forward_features(self, x, attn_mask=None, is_causal=False):
         """Tokens after the final norm, (B, T + n, D), all of them."""
-        if is_traced(x):
+        if is_traced(x) or self._is_overridden():
             return self.timm_class.forward_features(self, self._normalized(x), attn_mask, is_causal)
         x = self.norm_pre(self.embed(x))
         if attn_mask is not None or is_causal:
@@ -86,7 +93,7 @@ class FastTransformer(Fast):
                 x = block(x, attn_mask=attn_mask, is_causal=is_causal)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif torch.is_grad_enabled() or is_watched(self.blocks):
+        elif torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
             x = self.blocks(x)
         else:
             x = run_blocks(self.blocks, x, return_moments=False)[0]
@@ -129,15 +136,20 @@ class FastTransformer(Fast):
 
     def _reads_prefix_only(self) -> bool:
         """Whether nothing but the prefix tokens of the last block can be seen from outside."""
-        norms, last = self._final_norms(), self.blocks[-1] if len(self.blocks) else None
+        norms, blocks = self._final_norms(), self.blocks
         return (
-            last is not None
+            type(blocks) is nn.Sequential
+            and len(blocks) > 0
             and self.global_pool == "token"
             and self.attn_pool is None
             and all(is_identity(n) or type(n) is LayerNorm for n in norms)
-            and not is_seen(self.blocks, last, self.norm)
-            and not any(name in self.__dict__ for name in METHODS)
+            and not is_seen(blocks, blocks[-1], self.norm)
+            and not self._is_overridden()
         )
+
+    def _runs_in_turn(self, blocks) -> bool:
+        """Whether blocks do nothing but follow each other."""
+        return type(blocks) is nn.Sequential and not is_watched(blocks)
 
     def _classifier_operands(self) -> dict | None:
         """What `kernels.classifier` needs, or None where timm's own head is to run: in training,
@@ -152,7 +164,7 @@ class FastTransformer(Fast):
             return None
         if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
             return None
-        if not is_bypassable(*norms, self.head_drop, *heads):
+        if not is_bypassable(*self._final_norms(), self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
