@@ -160,6 +160,23 @@ def test_changes_of_tiny_vit(what):
         assert_close(fast(x), reference(x))
 
 
+def test_the_attentions_mode_alone():
+    """Which decides whether PyTorch's fused attention drops."""
+    reference, fast, x = models("vit")
+    for model in (reference, fast):
+        for block in model.blocks:
+            block.attn.attn_drop.p = 0.3
+        before = model(x)
+        for block in model.blocks:
+            block.attn.training = True
+    found = []
+    for model in (reference, fast):
+        seed(4)
+        found.append(model(x))
+    assert_differ(found[0], before)
+    assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_dropout_of_attention_in_timms_mode(fused):
     """timm's fused attention drops in the attention's mode, the plain one in the dropout's."""
