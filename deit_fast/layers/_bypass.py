@@ -13,7 +13,7 @@ module's dictionary by hand, without PyTorch's `register_` functions, it does no
 
 import warnings
 import weakref
-from operator import itemgetter
+from operator import getitem
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ HOOKS = {
     "_backward_hooks": "a backward hook",
     "_backward_pre_hooks": "a backward pre-hook",
 }
-_drop_facts, _attn_facts = itemgetter("p", "training"), itemgetter("training", "fused_attn")
 GLOBAL_HOOKS = tuple(getattr(nn_module, "_global" + name) for name in HOOKS)
 _said = weakref.WeakKeyDictionary()  # what was warned about -> the reasons given
 
@@ -88,9 +87,8 @@ class Snapshot:
     out a handle for a hook since they were found empty. `watched`: whose hooks count."""
 
     __slots__ = (
-        "modules", "types", "dicts", "marks", "parts", "weights", "kinds", "drops", "drop_facts",
-        "attns", "attn_facts", "gelus", "classes", "forwards", "watched", "hooks", "hooked",
-        "handles", "plan",
+        "modules", "types", "dicts", "marks", "parts", "weights", "kinds", "facts", "values",
+        "classes", "forwards", "watched", "hooks", "hooked", "handles", "plan",
     )  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], watched: list[nn.Module], plan: Plan = FUSED):
@@ -101,13 +99,11 @@ class Snapshot:
         self.parts = parts, [dict(p) for p in parts]
         self.weights = [m._parameters for m in modules if "weight" in m._parameters]
         self.kinds = [type(p["weight"]) for p in self.weights]
-        self.drops = [m.__dict__ for m in modules if type(m) is nn.Dropout]
-        self.drop_facts = list(map(_drop_facts, self.drops))
-        self.attns = [d for d in self.dicts if "fused_attn" in d]
-        self.attn_facts = list(map(_attn_facts, self.attns))
+        facts = [(d, key) for m, d in zip(modules, self.dicts, strict=True) for key in _facts(m)]
+        self.facts = [d for d, _ in facts], [key for _, key in facts]
+        self.values = list(map(getitem, *self.facts))
         self.classes = list({_timm_class(m): None for m in modules})
         self.forwards = [c.forward for c in self.classes]
-        self.gelus = [(m.__dict__, m.approximate) for m in modules if type(m) is nn.GELU]
         self.watched, self.handles = watched, RemovableHandle.next_id
         self.hooks = _hook_facts(watched)
         self.hooked = any(self.hooks)
@@ -122,12 +118,19 @@ class Snapshot:
             list(map(type, self.modules)) == self.types
             and _marks(self.dicts) == self.marks
             and self.parts[0] == self.parts[1]
-            and list(map(_drop_facts, self.drops)) == self.drop_facts
-            and list(map(_attn_facts, self.attns)) == self.attn_facts
+            and list(map(getitem, *self.facts)) == self.values
             and [type(p.get("weight")) for p in self.weights] == self.kinds
             and [c.forward for c in self.classes] == self.forwards
-            and all([d["approximate"] == how for d, how in self.gelus])
         )
+
+
+def _facts(module) -> tuple[str, ...]:
+    """Attributes that a plan goes by, beside what a fused operation reads at every call."""
+    if type(module) is nn.Dropout:
+        return ("p", "training")
+    if type(module) is nn.GELU:
+        return ("approximate",)
+    return ("training", "fused_attn") if "fused_attn" in module.__dict__ else ()
 
 
 def _marks(dicts) -> list[bool]:
