@@ -171,7 +171,7 @@ def test_a_key_without_a_file(tmp_path, two):
 COMMANDS = {
     "classify": ["classify", "--model", "deit_tiny", CAT],
     "eval": ["eval", "DATA", "--model", "deit_tiny"],
-    "export": ["export", "deit_tiny", "--format", "onnx", "--out", "a.onnx"],
+    "export": ["export", "deit_tiny", "--format", "torch-export", "--out", "a.pt2"],
     "quantize": ["quantize", "deit_tiny"],
     "tokens": ["analyse", "tokens", "DATA", "--model", "deit_tiny_distilled"],
     "start": ["train", "DATA", "--out", "out", *options_of(workers=0)],

@@ -13,6 +13,7 @@ from timm.utils.model import ActivationStatsHook
 
 import deit_fast
 
+pytestmark = pytest.mark.slow  # they need the extra
 BACKENDS = ["torch", "triton"]
 
 
@@ -212,7 +213,6 @@ def test_bitsandbytes_layers():
     assert "mlp.fc1 is a bitsandbytes." in deit_fast.report(fast).unfused[0].reason
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_timms_utilities(backend, device):
     """Statistics of activations, frozen parts, an average of weights."""
