@@ -22,6 +22,14 @@ import deit_fast
 from deit_fast.bench import networks
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "num_classes": 11}
+SMALL_TINY_VIT = {  # a stage of each kind
+    "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 4),
+    "num_classes": 11, "drop_path_rate": 0.0,
+}  # fmt: skip
+SMALL_CAIT = {
+    "embed_dim": 96, "num_heads": 2, "depth": 2, "depth_token_only": 1, "img_size": 32,
+    "num_classes": 11,
+}  # fmt: skip
 
 
 def randomize(model, seed=0):

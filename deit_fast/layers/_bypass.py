@@ -259,14 +259,14 @@ def why_watched(module: nn.Module) -> str | None:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether one of these modules has to be called."""
-    return any(GLOBAL_HOOKS) or _has_own(*modules)
+    return any(GLOBAL_HOOKS) or any(map(why_watched, modules))
 
 
 def is_bypassable(*modules: nn.Module) -> bool:
     """Whether nobody misses anything if none of these modules is called: as not `is_watched`, but
     for FlopCounterMode, which wants their names, and counts what runs in their place."""
     unseen = not any(GLOBAL_HOOKS) or all(map(_only_names, _hooks()))
-    return unseen and not _has_own(*modules)
+    return unseen and not any(map(why_watched, modules))
 
 
 def is_seen(*modules: nn.Module) -> bool:
@@ -277,14 +277,6 @@ def is_seen(*modules: nn.Module) -> bool:
     if not all(_only_names(hook) or _only_gathers(hook) for hook in _hooks(*modules)):
         return True
     return any("forward" in m.__dict__ or m._compiled_call_impl is not None for m in modules)
-
-
-def _has_own(*modules) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or "forward" in m.__dict__ or m._compiled_call_impl is not None
-        for m in modules
-    )  # fmt: skip
 
 
 def _hooks(*modules) -> list:

@@ -15,7 +15,7 @@ from checking import (
     assert_gradients_close,
     seed,
 )
-from modelling import gradients, images, pair, tiny_pair
+from modelling import SMALL_CAIT, SMALL_TINY_VIT, gradients, images, pair, tiny_pair
 from tiers import slow
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -26,18 +26,10 @@ from deit_fast import layers
 from deit_fast.layers import _bypass
 
 BACKENDS = ["torch", slow("triton")]
-TINY_VIT = {
-    "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 4),
-    "num_classes": 11, "drop_path_rate": 0.0,
-}  # fmt: skip
-CAIT = {
-    "embed_dim": 96, "num_heads": 2, "depth": 2, "depth_token_only": 1, "img_size": 32,
-    "num_classes": 11,
-}  # fmt: skip
 FAMILIES = {
     "deit": lambda backend: tiny_pair(backend, init_values=1e-2, drop_path_rate=0.1),
-    "cait": lambda backend: pair("cait_xxs24_224", backend, **CAIT),
-    "tiny_vit": lambda backend: pair("tiny_vit_5m_224", backend, **TINY_VIT),
+    "cait": lambda backend: pair("cait_xxs24_224", backend, **SMALL_CAIT),
+    "tiny_vit": lambda backend: pair("tiny_vit_5m_224", backend, **SMALL_TINY_VIT),
 }
 
 
@@ -615,7 +607,6 @@ def test_eight_bits_obey_too(device):
 
 def test_fully_sharded_blocks_are_pruned_still():
     """FSDP2's hooks gather parameters and look at no tokens: the last block runs for the prefix."""
-    from torch.distributed._composable.fsdp import fully_shard  # noqa: F401
     from torch.distributed.fsdp import FSDPModule
 
     _, fast = tiny_pair()

@@ -8,8 +8,8 @@ import timm.models.cait as timm_cait
 import timm.models.vision_transformer as timm_vit
 import torch
 from checking import assert_close, assert_differ, assert_gradients_close, seed
-from modelling import gradients, pair, tiny_pair
-from test_bypass import CAIT, TINY_VIT, said, unfused
+from modelling import SMALL_CAIT, SMALL_TINY_VIT, gradients, pair, tiny_pair
+from test_bypass import said, unfused
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 FAMILIES = {
     "vit": lambda: tiny_pair(distilled=False),
     "distilled": lambda: tiny_pair(),
-    "cait": lambda: pair("cait_xxs24_224", "torch", **CAIT),
-    "tiny_vit": lambda: pair("tiny_vit_5m_224", "torch", **TINY_VIT),
+    "cait": lambda: pair("cait_xxs24_224", "torch", **SMALL_CAIT),
+    "tiny_vit": lambda: pair("tiny_vit_5m_224", "torch", **SMALL_TINY_VIT),
 }
 
 

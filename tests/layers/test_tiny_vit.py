@@ -15,6 +15,7 @@ from checking import (
     seed,
 )
 from modelling import PRECISIONS, assert_same_logits, gradients, randomize
+from modelling import SMALL_TINY_VIT as SMALL
 from tiers import slow, slow_but
 from torch import nn
 
@@ -23,10 +24,6 @@ from deit_fast import layers
 from deit_fast.layers import tiny_vit
 
 NAMES = timm.list_models("tiny_vit_*")
-SMALL = {  # a stage of each kind
-    "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 4),
-    "num_classes": 11, "drop_path_rate": 0.0,
-}  # fmt: skip
 SIZE = 64  # pixels: maps of 16 and 8, the latter in four windows
 
 

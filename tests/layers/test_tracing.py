@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from checking import assert_close, assert_gradients_close
-from modelling import pair, tiny_pair
+from modelling import SMALL_CAIT, SMALL_TINY_VIT, pair, tiny_pair
 from tiers import slow
 from timm.models import FeatureGraphNet, GraphExtractNet
 from timm.utils import AttentionExtract
@@ -19,19 +19,11 @@ import deit_fast
 from deit_fast import kernels
 from deit_fast.kernels import _runtime
 
-CAIT = {
-    "embed_dim": 96, "num_heads": 2, "depth": 2, "depth_token_only": 1, "img_size": 32,
-    "num_classes": 11,
-}  # fmt: skip
-TINY_VIT = {
-    "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 4),
-    "num_classes": 11, "drop_path_rate": 0.0,
-}  # fmt: skip
 FAMILIES = {
     "distilled": lambda backend: tiny_pair(backend),
     "plain": lambda backend: tiny_pair(backend, distilled=False, global_pool="avg"),
-    "cait": lambda backend: pair("cait_xxs24_224", backend, **CAIT),
-    "tiny_vit": lambda backend: pair("tiny_vit_5m_224", backend, **TINY_VIT),
+    "cait": lambda backend: pair("cait_xxs24_224", backend, **SMALL_CAIT),
+    "tiny_vit": lambda backend: pair("tiny_vit_5m_224", backend, **SMALL_TINY_VIT),
 }
 
 
