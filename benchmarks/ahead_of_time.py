@@ -5,7 +5,7 @@
 
 Needs no GPU and no driver. Per configuration: registers and spills (ptxas -v), shared memory, CTAs
 per multiprocessor, whether the matrix instructions are asynchronous, and the bytes and FLOPs of
-one DeiT call at batch 256 that it serves. tests/test_ahead_of_time.py asserts on the same rows.
+one DeiT call at batch 256 that it serves. tests/benchmarks/test_ahead_of_time.py asserts on the same rows.
 """
 
 import argparse
@@ -326,9 +326,9 @@ EPILOGUES = {
     "bias": ("none", ("b_ptr",)),
     "bias+gelu": ("gelu", ("b_ptr",)),
     "bias+residual": ("none", ("b_ptr", "res_ptr")),
-    "bias+residual+moments": ("none", ("b_ptr", "res_ptr", "moments_out_ptr")),
-    "folded+bias": ("none", ("b_ptr", "moments_ptr", "sums_ptr")),
-    "folded+bias+gelu": ("gelu", ("b_ptr", "moments_ptr", "sums_ptr")),
+    "bias+residual+row_stats": ("none", ("b_ptr", "res_ptr", "row_stats_out_ptr")),
+    "folded+bias": ("none", ("b_ptr", "row_stats_ptr", "sums_ptr")),
+    "folded+bias+gelu": ("gelu", ("b_ptr", "row_stats_ptr", "sums_ptr")),
     "bias+scales+residual": ("none", ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr")),
     "bias+gelu_last+residual": ("gelu_last", ("b_ptr", "res_ptr")),  # of conv_norm
     "bias+gelu, z": ("gelu", ("b_ptr", "z_ptr")),  # in training
@@ -342,15 +342,15 @@ EPILOGUES = {
 }
 # Every epilogue in the rule's configurations; these in the others, and the first three in fp16.
 HEAVIEST = (
-    "folded+bias+gelu", "bias+residual+moments", "gelu_backward", "bias+scales+residual",
+    "folded+bias+gelu", "bias+residual+row_stats", "gelu_backward", "bias+scales+residual",
 )  # fmt: skip
 OPTIONAL = ("b_ptr", "res_ptr", "ls_ptr", "rs_ptr", "z_ptr", "a_ptr")
-MOMENTS = ("moments_ptr", "sums_ptr", "moments_out_ptr", "col_sums_ptr")
+ROW_STATS = ("row_stats_ptr", "sums_ptr", "row_stats_out_ptr", "col_sums_ptr")
 
 
 def _optional(present, dtype):
     pointers = {name: dtype if name in present else None for name in OPTIONAL}
-    pointers |= {name: FP32 if name in present else None for name in MOMENTS}
+    pointers |= {name: FP32 if name in present else None for name in ROW_STATS}
     if "sums_ptr" in present:
         pointers["b_ptr"] = FP32  # the folded bias
     return pointers
@@ -358,7 +358,7 @@ def _optional(present, dtype):
 
 def _epilogue(arch):
     meta = OPS["linear"].EPILOGUE_META
-    for name in ("bias+gelu, z", "bias+residual+moments", "bias+scales+residual"):
+    for name in ("bias+gelu, z", "bias+residual+row_stats", "bias+scales+residual"):
         activation, present = EPILOGUES[name]
         for dtype in (BF16, FP32):
             pointers = _optional(present, dtype)
@@ -385,9 +385,9 @@ def _linear(arch):
             for name, (activation, present) in EPILOGUES.items():
                 if behind != (activation == "gelu_backward"):
                     continue
-                if "moments" in name and config["BLOCK_N"] < 64 or "scales" in name and N == 192:
+                if "row_stats" in name and config["BLOCK_N"] < 64 or "scales" in name and N == 192:
                     continue  # never asked of it
-                if dtype == FP32 and any(w in name for w in ("moments", "folded", "stream")):
+                if dtype == FP32 and any(w in name for w in ("row_stats", "folded", "stream")):
                     continue
                 if config not in rule and name not in HEAVIEST:
                     continue  # what takes fewer registers
@@ -418,7 +418,7 @@ def _linear(arch):
 def _one_row(arch):
     """Triton makes a size of 1 a constant."""
     config = OPS["linear"].configs(BF16, (arch // 10, arch % 10))[0]
-    present = ("b_ptr", "res_ptr", "moments_ptr", "sums_ptr", "moments_out_ptr")
+    present = ("b_ptr", "res_ptr", "row_stats_ptr", "sums_ptr", "row_stats_out_ptr")
     signature = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), BF16) | _optional(present, BF16)
     signature |= dict.fromkeys(("N", "K", "rows_per_sample"), "i32") | {"eps": "fp32"}
     constexprs = {"M": 1, "ACTIVATION": "gelu", "EVEN_K": True, "PARTS": 3, "EXACT": False}
@@ -436,7 +436,7 @@ def _tile(config):
 
 
 def _layer_norm_linear(arch):
-    """What the folding costs apart from the product: the weights, and moments from nowhere."""
+    """What the folding costs apart from the product: the weights, and row statistics from nowhere."""
     for D in (192, 384, 768):
         dtype = BF16
         meta = OPS["layer_norm_linear"].meta(D)
@@ -447,9 +447,9 @@ def _layer_norm_linear(arch):
             "_fold_layer_norm_kernel", arch, signature | {"N": "i32", "K": "i32"}, {}, meta,
             2 * 3 * D * D * dtype.itemsize, 0, False,
         )  # fmt: skip
-        signature = {"x_ptr": dtype, "moments_ptr": FP32, "M": "i32", "K": "i32"}
+        signature = {"x_ptr": dtype, "row_stats_ptr": FP32, "M": "i32", "K": "i32"}
         yield Case(
-            "layer_norm_linear", f"moments, D = {D}, {TRITON_TYPE[dtype]}", "_moments_kernel",
+            "layer_norm_linear", f"row_stats, D = {D}, {TRITON_TYPE[dtype]}", "_row_stats_kernel",
             arch, signature, {}, meta, BATCH * TOKENS * (D * dtype.itemsize + 8), 0, False,
         )  # fmt: skip
 
@@ -460,7 +460,7 @@ def _layer_norm_mlp(arch):
     for dtype in (FP16, BF16):
         for D, (D0, D1) in OPS["layer_norm_mlp"].FUSED_D.items():
             for config in OPS["layer_norm_mlp"].configs((arch // 10, arch % 10)):
-                signature = dict.fromkeys(names, dtype) | {"moments_out_ptr": FP32}
+                signature = dict.fromkeys(names, dtype) | {"row_stats_out_ptr": FP32}
                 signature |= {"M": "i32", "eps": "fp32"}
                 tile = f"{config['BLOCK_M']}x{config['BLOCK_H']} w{config['num_warps']}"
                 yield Case(

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its driver names it, and ceilings that were measured on another one of its kind:
-    bf16_tflops and copy_tb_per_s, as `deit_fast.bench.timing.ceilings` gives them."""
+    """A GPU as its driver names it, and peak rates that were measured on another one of its kind:
+    bf16_tflops and copy_tb_per_s, as `deit_fast.bench.timing.peak_rates` gives them."""
 
-    chip: _runtime.Chip
-    ceilings: dict
+    chip: _chips.Chip
+    peak_rates: dict
 
     @property
     def slug(self) -> str:
@@ -25,10 +25,10 @@ class Gpu:
 
 
 H100 = Gpu(
-    _runtime.Chip("NVIDIA H100 80GB HBM3", (9, 0), 132),
+    _chips.Chip("NVIDIA H100 80GB HBM3", (9, 0), 132),
     {"bf16_tflops": 798.0, "copy_tb_per_s": 3.0},
 )
-H200 = Gpu(_runtime.Chip("NVIDIA H200", (9, 0), 132), {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
+H200 = Gpu(_chips.Chip("NVIDIA H200", (9, 0), 132), {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
 GPUS = {gpu.label.lower(): gpu for gpu in (H100, H200)}
 
 

@@ -137,6 +137,6 @@ def pytest_unconfigure(config):
         console.print(tables.models(models))
     if session.limits:
         limits = ", ".join(f"{name} {value:,.4g}" for name, value in session.limits.items())
-        console.print(f"ceilings: {limits}", soft_wrap=True)
+        console.print(f"peak rates: {limits}", soft_wrap=True)
     chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
     console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)

@@ -8,7 +8,7 @@ import torch
 from deit_fast.bench.launches import Recorder
 
 SMS, CLOCK_GHZ = 132, 1.75  # of an H100 SXM and an H200 alike; under load
-# of the matrix ceiling, by K: filling and draining the pipeline weighs more when K is small
+# of the matrix peak rate, by K: filling and draining the pipeline weighs more when K is small
 EFFICIENCY = {192: 0.50, 384: 0.62, 768: 0.72, 1536: 0.75, 3072: 0.78}
 ATTENTION_EFFICIENCY = 0.5
 COPY_EFFICIENCY = 0.9
@@ -27,15 +27,15 @@ class Launch:
     gelu: int = 0  # elements
     k: int | None = None  # of a matrix product
     parts: int = 1  # kernels it consists of
-    rate: int = 1  # of the matrix ceiling, 2 with operands in eight bits
+    rate: int = 1  # of the matrix peak rate, 2 with operands in eight bits
 
-    def times(self, ceilings: dict) -> dict[str, float]:
+    def times(self, peak_rates: dict) -> dict[str, float]:
         """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
         efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k / self.rate)
-        ceiling = self.rate * ceilings["bf16_tflops"]
+        peak_rate = self.rate * peak_rates["bf16_tflops"]
         found = {
-            "arithmetic": self.flops / (efficiency * ceiling) / 1e6,
-            "traffic": self.bytes / (COPY_EFFICIENCY * ceilings["copy_tb_per_s"]) / 1e6,
+            "arithmetic": self.flops / (efficiency * peak_rate) / 1e6,
+            "traffic": self.bytes / (COPY_EFFICIENCY * peak_rates["copy_tb_per_s"]) / 1e6,
         }
         cycles = self.gelu * GELU_CYCLES * (1 - HIDDEN)
         found["epilogue"] = cycles / (SMS * CLOCK_GHZ * 1e3)
@@ -68,18 +68,18 @@ def _nbytes(*tensors):
 
 
 def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, *_):
-    y, moments, _ = out
+    y, row_stats, _ = out
     return _product(
-        "linear", x, weight, (bias, residual, layer_scale, row_scale, moments), y, activation
+        "linear", x, weight, (bias, residual, layer_scale, row_scale, row_stats), y, activation
     )
 
 
-def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
+def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation):
     extra = 2 * _nbytes(weight)  # read, folded, written
-    extra += _nbytes(x) + 8 * x.shape[0] if moments is None else 0
-    parts = 2 + (moments is None)
+    extra += _nbytes(x) + 8 * x.shape[0] if row_stats is None else 0
+    parts = 2 + (row_stats is None)
     return _product(
-        "layer_norm_linear", x, weight, (bias, moments), out, activation, parts, extra
+        "layer_norm_linear", x, weight, (bias, row_stats), out, activation, parts, extra
     )  # fmt: skip
 
 

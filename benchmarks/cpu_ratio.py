@@ -55,7 +55,7 @@ def main(argv=None) -> int:
     parser.add_argument("--least", type=float, default=0.0, help="exit with 1 below this ratio")
     args = parser.parse_args(argv)
     if args.batch < 1 or args.runs < 1:
-        parser.error(f"--batch {args.batch}, --runs {args.runs}: want 1 or more")
+        parser.error(f"--batch {args.batch}, --runs {args.runs}: expected 1 or more")
     worst = float("inf")
     for name in MODELS:
         for _ in range(ROUNDS):
@@ -69,7 +69,7 @@ def main(argv=None) -> int:
             f"ratio {ratio:.2f}"
         )
     if worst < args.least:
-        print(f"ratio {worst:.2f}, want {args.least} or more", file=sys.stderr)
+        print(f"ratio {worst:.2f}, expected {args.least} or more", file=sys.stderr)
         return 1
     return 0
 

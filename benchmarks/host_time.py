@@ -45,10 +45,10 @@ from benchmarks.table5 import DISTILLED
 from deit_fast.bench.modes import Mode
 from deit_fast.bench.networks import Network, Step
 from deit_fast.bench.timing import hardware
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 from deit_fast.kernels.cases import deit_cases
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "helpers"
 NETWORKS = {name: DISTILLED[name] for name in ("Ti", "S", "B")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK_US = 20_000  # that a block of one call's repetitions should last
@@ -78,10 +78,12 @@ class StandIns:
     @classmethod
     def install(cls) -> "StandIns":
         """For good, in this process. Raises RuntimeError where something is missing."""
-        if _runtime.INTERPRET:
-            raise RuntimeError("TRITON_INTERPRET is 1, want it unset: kernels have to be launched")
+        if _chips.INTERPRET:
+            raise RuntimeError(
+                "TRITON_INTERPRET is 1, expected it unset: kernels have to be launched"
+            )
         if not (TESTS / "stand_in_cuda").is_dir():
-            raise RuntimeError(f"no stand_in_cuda in {TESTS}, want a checkout with its tests")
+            raise RuntimeError(f"no stand_in_cuda in {TESTS}, expected a checkout with its tests")
         if str(TESTS) not in sys.path:
             sys.path.append(str(TESTS))
         import stand_in_cuda
@@ -91,9 +93,11 @@ class StandIns:
         try:
             return cls(stand_in_cuda.install(), Operators(), no_graphs)
         except FileNotFoundError as error:
-            raise RuntimeError(f"no compiler {error.filename!r}, want one of C and C++") from error
+            raise RuntimeError(
+                f"no compiler {error.filename!r}, expected one of C and C++"
+            ) from error
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{error.cmd[0]} failed, want compilers of C and C++") from error
+            raise RuntimeError(f"{error.cmd[0]} failed, expected compilers of C and C++") from error
 
     def launches(self, contender: Contender) -> tuple[int, int]:
         """Of one call: Triton's launches and PyTorch's own operators that would launch."""
@@ -157,7 +161,7 @@ def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> list[float]:
         if gpu.loads() == loads:
             found.append(first - median(more))
     if not found:
-        raise RuntimeError("every batch size had kernels of its own, want one that had none")
+        raise RuntimeError("every batch size had kernels of its own, expected one that had none")
     return found
 
 
@@ -202,7 +206,7 @@ def _prepared(name, contender, stand_ins):
     stand_ins.launches(contender)
     working = stand_ins.working(contender)
     if working:
-        raise RuntimeError(f"{name}: {', '.join(working)} would compute, want no-ops of them")
+        raise RuntimeError(f"{name}: {', '.join(working)} would compute, expected no-ops of them")
     return stand_ins.launches(contender)
 
 

@@ -20,7 +20,7 @@ from deit_fast import tune
 from deit_fast.bench import results, timing
 from deit_fast.bench.modes import MODES, PRECISIONS
 from deit_fast.bench.networks import LOST, device_is_lost, reason
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips, _policy
 from deit_fast.kernels.quantize import FORMATS
 
 FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
@@ -37,7 +37,7 @@ def case_name(case: str, backward: bool) -> str:
 
 def measure(
     operation: Operation, inputs: Callable, network: str, case: str, batch: int,
-    implementation: str, device: torch.device, ceilings: dict, stamp: dict, runs: int, warmup: int,
+    implementation: str, device: torch.device, peak_rates: dict, stamp: dict, runs: int, warmup: int,
     backward: bool = False,
 ) -> tuple[results.KernelRow, list[float]]:  # fmt: skip
     """The row, and its times in ms; of a failure the row says why and there are none.
@@ -67,7 +67,7 @@ def measure(
         read = first if operation.reads is None else first | operation.reads(first)
         moved, precision = traffic(read, plain, first, dtype, implementation)
         flops = flops_of(reference, make(device="meta"))
-        least = predicted_ms(moved, flops, precision, ceilings)
+        least = predicted_ms(moved, flops, precision, peak_rates)
         figures = {
             "mode": implementation, "op": operation.name, "network": network,
             "case": case_name(case, backward), "batch": batch, "dtype": PRECISIONS[dtype],
@@ -87,26 +87,26 @@ def measure(
     tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
     row = results.KernelRow(
         **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
-        fraction_of_ceiling=least / typical["ms_median"],
+        fraction_of_peak_rate=least / typical["ms_median"],
     )  # fmt: skip
     return row, times
 
 
-def predicted_ms(moved, flops, precision, ceilings):
-    """At the measured ceilings; by bytes alone where that of the precision is not known."""
-    copied = moved / ceilings["copy_tb_per_s"]
-    return max(copied, flops / ceilings.get(f"{precision}_tflops", math.inf)) / 1e9
+def predicted_ms(moved, flops, precision, peak_rates):
+    """At the measured peak rates; by bytes alone where that of the precision is not known."""
+    copied = moved / peak_rates["copy_tb_per_s"]
+    return max(copied, flops / peak_rates.get(f"{precision}_tflops", math.inf)) / 1e9
 
 
 def _served_by(op, inputs, device):
     if op in EIGHT_BITS:
         products = op == "quantized_linear"
         dtype = inputs["x"].values.dtype if products else FORMATS[inputs["format"]]
-        capability = _runtime.capability(device.type, device.index)
-        return _runtime.choose(op, capability, dtype).implementation
+        capability = _chips.capability(device.type, device.index)
+        return _policy.choose(op, capability, dtype).implementation
     x = next(t for t in tensors(inputs.values()) if t.is_floating_point())
     of = "linear" if op.startswith("layer_norm_") else op
-    by_rule = _runtime.resolve(of, x, "auto")
+    by_rule = _policy.resolve(of, x, "auto")
     if by_rule == "torch" or op not in ("linear", "attention"):
         return by_rule
     return tune.served_by(op, inputs)

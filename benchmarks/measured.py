@@ -65,8 +65,8 @@ class Chip:
         return self.newest.hardware["gpu"] is None
 
     @property
-    def ceilings(self) -> dict:
-        return self.newest.ceilings
+    def peak_rates(self) -> dict:
+        return self.newest.peak_rates
 
     def is_old(self, row: ModelRow | KernelRow) -> bool:
         """Measured by another build than the last run's."""

@@ -5,7 +5,7 @@
 # of it in one command, whose steps are killed when their time is over.
 # correctness       the tests marked gpu: bf16 dots, real Triton code
 # sanitize          out-of-bounds and misaligned accesses, uninitialised memory
-# ceilings          copy bandwidth and the best matrix products
+# peak-rates          copy bandwidth and the best matrix products
 # tune              which implementation and tiles serve DeiT's shapes best: cache/tuned/<chip>.json
 # kernels           every operation on DeiT's shapes but those in eight bits, predicted and measured; then with its
 #                   gradients
@@ -21,11 +21,11 @@
 # Where the checkout is no git repository, DEIT_FAST_COMMIT says which commit it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stages=(correctness sanitize ceilings tune kernels table5-deit table5-convnets relatives latency eight-bits train)
-[ $# -gt 0 ] || { echo "on_gpu.sh: want stages, of: ${stages[*]}" >&2; exit 2; }
+stages=(correctness sanitize peak-rates tune kernels table5-deit table5-convnets relatives latency eight-bits train)
+[ $# -gt 0 ] || { echo "on_gpu.sh: expected stages, of: ${stages[*]}" >&2; exit 2; }
 for stage; do
     [[ " ${stages[*]} " == *" $stage "* ]] ||
-        { echo "on_gpu.sh: no stage $stage, want one of: ${stages[*]}" >&2; exit 2; }
+        { echo "on_gpu.sh: no stage $stage, expected one of: ${stages[*]}" >&2; exit 2; }
 done
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
@@ -84,7 +84,8 @@ run_stage() {
     correctness)
         # what no CPU can show; everything else is CI's
         "$python" -m pytest -q -n 8 -m "gpu or device and not slow" tests/kernels tests/layers \
-            tests/test_{checkpoint,cli,engine,images,bulk,pretrained,export,training,training_loops}.py \
+            tests/{checkpoint,cli} tests/distill/test_{training,training_loops}.py \
+            tests/test_{engine,images,bulk,pretrained,export}.py \
             tests/test_quantization*.py 2>&1 | tee "$out/correctness.log" || failed=1
         "$python" -m pytest -q -m gpu tests/bench/test_{networks,timing,profiling}.py 2>&1 |
             tee -a "$out/correctness.log" || failed=1
@@ -108,8 +109,8 @@ run_stage() {
                 tee "$out/sanitize-$tool.log" || failed=1
         done
         ;;
-    ceilings)
-        bench benchmarks/bench_ceilings.py --again
+    peak-rates)
+        bench benchmarks/bench_peak_rates.py --again
         ;;
     tune)
         if [ "$gpu" = 0 ]; then

@@ -51,7 +51,7 @@ PAGE = Template("""<!doctype html>
 <h1>DeiT, Table 5 on $chip</h1>
 $warning
 <p>$versions. Commit <code>$commit</code>, $date. $protocol.</p>
-<p>$ceilings</p>
+<p>$peak_rates</p>
 $body
 <script>
 // A click on a heading sorts by that column; cells without a figure stay last.
@@ -81,7 +81,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
     newest = chip.newest
     hardware, protocol = newest.hardware, newest.protocol
     versions = ", ".join(f"{k} {v}" for k, v in hardware.items() if v is not None and k != "gpu")
-    limits = ", ".join(f"{name} {value:,.4g}" for name, value in chip.ceilings.items())
+    limits = ", ".join(f"{name} {value:,.4g}" for name, value in chip.peak_rates.items())
     warning = (
         '<p class="warning">Measured on a CPU. deit_fast runs plain PyTorch there: these figures '
         "show that the suite works and say nothing about its kernels.</p>"
@@ -112,7 +112,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
             f"{protocol['runs']} timed calls after {protocol['warmup']}, {protocol['timer']}; "
             "input sets in turn; random weights; outputs checked against eager fp32 first"
         ),
-        ceilings=escape(f"Ceilings, measured: {limits}."),
+        peak_rates=escape(f"Peak rates, measured: {limits}."),
         body="\n".join(filter(None, sections)),
     )
 
@@ -284,7 +284,7 @@ def _kernel_table(chip):
             _text(r.mode), _text(r.served_by), _text(r.dtype),
             _number(r.bytes / 1e6), _number(r.flops / 1e9), _number(1e3 * r.predicted_ms),
             _number(r.ms_median and 1e3 * r.ms_median),
-            _number(r.fraction_of_ceiling, "{:.0%}"), _number(r.relative_error, "{:.1e}"),
+            _number(r.fraction_of_peak_rate, "{:.0%}"), _number(r.relative_error, "{:.1e}"),
         ]
         for r in chip.kernels
     ]  # fmt: skip
@@ -292,7 +292,7 @@ def _kernel_table(chip):
         "operation", "network", "batch", "mode", "served by", "dtype", "MB", "GFLOP",
         "predicted us", "measured us", "of the roof", "relative error",
     ]  # fmt: skip
-    caption = "predicted: bytes and FLOPs at the measured ceilings, the larger of the two"
+    caption = "predicted: bytes and FLOPs at the measured peak rates, the larger of the two"
     return _table(caption, headings, rows) if rows else ""
 
 

@@ -117,7 +117,7 @@ def rooflines(chip: Chip) -> Figure | None:
     if not rows:
         return None
     dtype = rows[0].dtype
-    bandwidth, peak = chip.ceilings["copy_tb_per_s"], chip.ceilings[f"{dtype}_tflops"]
+    bandwidth, peak = chip.peak_rates["copy_tb_per_s"], chip.peak_rates[f"{dtype}_tflops"]
     figure = Figure(figsize=(11, 5))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     products = [r for r in rows if r.flops]

@@ -7,10 +7,10 @@ measured.
 
 The launches are those of the model itself, run on the meta device as if on the chip: what is not
 listed is not launched, and what is no kernel of deit_fast is named. A launch is predicted to take
-the longer of its arithmetic (at a share of the measured matrix ceiling that grows with K; of
-operands in eight bits the ceiling is twice as high, and K counts half) and its
+the longer of its arithmetic (at a share of the measured matrix peak rate that grows with K; of
+operands in eight bits the peak rate is twice as high, and K counts half) and its
 traffic (at 90% of the measured copy), and half of its epilogue's instructions, the other half being
-hidden by the second program on a multiprocessor. Ceilings are those of benchmarks/results/<chip>
+hidden by the second program on a multiprocessor. Peak rates are those of benchmarks/results/<chip>
 where that is there, else another such chip's (chips.py). Nothing here is a measurement but what
 stands under "measured".
 """
@@ -30,7 +30,7 @@ from benchmarks.measured import Chip as Measured
 from benchmarks.table5 import DISTILLED as NETWORKS
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.launches import record
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 from deit_fast.kernels.cases import DEIT
 from deit_fast.kernels.quantize import FORMATS
 
@@ -40,13 +40,13 @@ MEASURED_AS = {
 }  # fmt: skip
 
 
-def ceilings(gpu: Gpu = H100) -> tuple[dict, str]:
+def peak_rates(gpu: Gpu = H100) -> tuple[dict, str]:
     """Of the chip, and where they are from."""
     path = RESULTS / gpu.slug
-    if (path / "ceilings.json").exists():
+    if (path / "peak_rates.json").exists():
         measured = Measured.read(path)
-        return measured.ceilings, f"measured here, {measured.newest.date}"
-    return gpu.ceilings, f"measured on another {gpu.label}"
+        return measured.peak_rates, f"measured here, {measured.newest.date}"
+    return gpu.peak_rates, f"measured on another {gpu.label}"
 
 
 def measured_rows(batch: int, mode: str, gpu: Gpu = H100) -> tuple[dict, dict]:
@@ -95,7 +95,7 @@ def predict(
 ):  # fmt: skip
     """(rows of (launch, count, times), total microseconds, operations of PyTorch's own). format,
     attention: of `deit_fast.quantize`."""
-    with torch.device("meta"), _runtime.pretend(gpu.chip):
+    with torch.device("meta"), _chips.simulate_device(gpu.chip):
         model = getattr(deit_fast, NETWORKS[network])()
         if format is not None:
             deit_fast.quantize(model, format, attention=attention)
@@ -114,7 +114,7 @@ def full_flops(network: str) -> int:
 
 
 def markdown() -> str:
-    """The table of docs/performance.md: batch 256, ceilings of chips.py, no tuned table."""
+    """The table of docs/performance.md: batch 256, peak rates of chips.py, no tuned table."""
     lines = ["| | Ti | S | B | B-384 |", "|---|---:|---:|---:|---:|"]
     for gpu in GPUS.values():
         lines += _markdown(gpu)
@@ -123,7 +123,7 @@ def markdown() -> str:
 
 def _markdown(gpu):
     lines = []
-    limits = gpu.ceilings
+    limits = gpu.peak_rates
     found = {n: predict(n, 256, limits, tables=False, gpu=gpu) for n in NETWORKS}
 
     def line(name, value, form):
@@ -150,11 +150,11 @@ def _markdown(gpu):
     line("one pass, us", lambda n: found[n][1], "{:,.0f}")
     line("images/s", lambda n: 256 / found[n][1] * 1e6, "{:,.0f}")
 
-    def of_ceiling(network):
+    def of_peak_rate(network):
         flops = 256 * full_flops(network)
         return flops / limits["bf16_tflops"] / 1e4 / found[network][1]
 
-    line("of the matrix ceiling, full-model FLOPs", of_ceiling, "{:.0f}%")
+    line("of the matrix peak rate, full-model FLOPs", of_peak_rate, "{:.0f}%")
     return lines
 
 
@@ -188,7 +188,7 @@ def show(
     network: str, batch: int, console: Console, uint8: bool, format: str | None = None,
     attention: bool = False, gpu: Gpu = H100,
 ) -> None:  # fmt: skip
-    limits, source = ceilings(gpu)
+    limits, source = peak_rates(gpu)
     mode = "deit_fast_fp8_attention" if attention else MEASURED_AS[format]
     kernels, models = measured_rows(batch, mode, gpu)
     rows, total, others = predict(network, batch, limits, uint8, True, format, attention, gpu)
@@ -219,7 +219,7 @@ def show(
     console.print(
         f"one pass: {total:.0f} us predicted, {batch / total * 1e6:,.0f} images/s; "
         f"measured: {'not yet' if clock is None else f'{clock:,.0f} images/s'}; "
-        f"{flops / 1e9:.0f} GFLOP, at bf16's ceiling {flops / limits['bf16_tflops'] / 1e6:.0f} us"
+        f"{flops / 1e9:.0f} GFLOP, at bf16's peak rate {flops / limits['bf16_tflops'] / 1e6:.0f} us"
     )
     if format is not None:
         plain = predict(network, batch, limits, uint8, gpu=gpu)[1]
@@ -247,7 +247,7 @@ def main(argv=None):
     if args.attention and args.format != "fp8":
         parser.error("--attention wants --format fp8")
     if args.batch < 1:
-        parser.error(f"--batch: {args.batch}, want 1 or more")
+        parser.error(f"--batch: {args.batch}, expected 1 or more")
     if args.markdown:
         print(markdown())
         return

@@ -91,7 +91,7 @@ class Options:
             numbers[name] = default if given is None else given
             least = int(name not in ("warmup", "minutes"))
             if numbers[name] < least:
-                raise ValueError(f"--{name}: {given}, want {least} or more")
+                raise ValueError(f"--{name}: {given}, expected {least} or more")
         selected = table5.select(rows)
         relatives = [e for e in selected if e in table5.RELATIVES]
         if rows is None:
@@ -157,7 +157,7 @@ class Suite:
     files: dict = field(default_factory=dict)
     measured: list = field(default_factory=list)
     profiles: list = field(default_factory=list)
-    limits: dict | None = None  # the ceilings, once they are asked for
+    limits: dict | None = None  # the peak rates, once they are asked for
     _network: tuple = (None, None)
 
     @classmethod
@@ -172,16 +172,16 @@ class Suite:
         timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
         return {"runs": self.options.runs, "warmup": self.options.warmup, "timer": timer}
 
-    def ceilings(self, again: bool = False) -> dict:
+    def peak_rates(self, again: bool = False) -> dict:
         """What the chip can do; measured once and kept for these versions on this chip."""
-        path = self.folder / "ceilings.json"
+        path = self.folder / "peak_rates.json"
         if self.limits is None and path.exists() and not again:
             kept = results.load(path)
-            runs = min(self.options.runs, timing.CEILING_RUNS)
+            runs = min(self.options.runs, timing.PEAK_RATE_RUNS)
             if kept.hardware == self.hardware and kept.protocol["runs"] >= runs:
-                self.limits = kept.ceilings
+                self.limits = kept.peak_rates
         if self.limits is None or again:
-            self.limits = timing.ceilings(self.device, self.options.runs)
+            self.limits = timing.peak_rates(self.device, self.options.runs)
             results.open_results(path, self.hardware, self.protocol, self.limits).save(path)
         return self.limits
 
@@ -198,7 +198,7 @@ class Suite:
         if name not in self.files:
             path = self.folder / f"{name}.json"
             self.files[name] = results.open_results(
-                path, self.hardware, self.protocol, self.ceilings()
+                path, self.hardware, self.protocol, self.peak_rates()
             )
         return self.files[name]
 
@@ -232,7 +232,7 @@ class Suite:
             if row.note.startswith(LOST):
                 pytest.exit(f"the device is lost ({row.note}); run again to go on", returncode=5)
             pytest.fail(f"not timed: {row.note}", pytrace=False)
-        fields = ("batch", "tflops", "fraction_of_ceiling", "relative_error", "note")
+        fields = ("batch", "tflops", "fraction_of_peak_rate", "relative_error", "note")
         benchmark.extra_info |= {f: getattr(row, f) for f in fields}
         REPLAY.play(benchmark, times)
 
@@ -242,7 +242,7 @@ class Suite:
         network = self.network(entry)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
-            row, times = network.measure(mode, plan, self.ceilings(), self.stamp)
+            row, times = network.measure(mode, plan, self.peak_rates(), self.stamp)
         except TooSlow as error:
             pytest.skip(f"--minutes do not suffice: {error}")
         self.record(benchmark, name, row, times)
@@ -267,7 +267,7 @@ class Suite:
         key = (operation.name, network, name, batch, precision, implementation)
         self.keep_or_stop("kernels", key)
         row, times = kernel_rows.measure(
-            operation, inputs, network, case, batch, implementation, self.device, self.ceilings(),
+            operation, inputs, network, case, batch, implementation, self.device, self.peak_rates(),
             self.stamp, self.options.runs, self.options.warmup, backward,
         )  # fmt: skip
         if times:

@@ -6,7 +6,7 @@ examples:
   python -m benchmarks.take FOLDER --dry-run       only say what would be taken
 
 The whole folder is checked before anything is written: it has to be a GPU's, and of the kernels of
-this checkout. A figure that can't be right (above the measured ceilings, an error out of bounds, a
+this checkout. A figure that can't be right (above the measured peak rates, an error out of bounds, a
 kernel that failed its smoke test) is left out and named; the others are taken, for GPU time is too
 scarce to drop them. Taking a folder twice changes nothing. Exit status: 0, or 1 where figures were
 left out, or 2 where nothing was taken.
@@ -25,7 +25,7 @@ from benchmarks.lease import check, kernels, models, race
 from deit_fast import tune
 from deit_fast.bench import results, timing
 from deit_fast.bench.modes import MODES
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 10  # figures furthest from their prediction
@@ -57,14 +57,14 @@ class Figure:
 
 
 def figures(lease: check.Lease) -> list[Figure]:
-    """What was measured, beside what was predicted at the ceilings that were measured with it."""
+    """What was measured, beside what was predicted at the peak rates that were measured with it."""
     gpu = chips.of_slug(lease.header["slug"])
-    limits = lease.ceilings
+    limits = lease.peak_rates
     found = []
-    for name, row in {row["name"]: row for row in lease.rows["ceiling"]}.items():
+    for name, row in {row["name"]: row for row in lease.rows["peak_rate"]}.items():
         unit = "TFLOP/s" if name.endswith("_tflops") else "TB/s"
-        predicted = gpu.ceilings.get(name) if gpu else None
-        head = (row["run"], lease.header["commit"], f"ceiling {name}", unit)
+        predicted = gpu.peak_rates.get(name) if gpu else None
+        head = (row["run"], lease.header["commit"], f"peak rate {name}", unit)
         found.append(Figure(*head, predicted, row["value"]))
     for row in lease.models.values():
         if row.status == "measured":
@@ -110,7 +110,7 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
     """What the files under benchmarks/results/<chip> become. Raises ValueError where one is another
     chip's, or damaged."""
     in_table5 = {entry.measured_as for entry in table5.ENTRIES}
-    rows: dict[str, list] = {"ceilings": []}
+    rows: dict[str, list] = {"peak_rates": []}
     for row in lease.models.values():
         name = "table5" if (row.timm_name, row.image_size) in in_table5 else "relatives"
         if row.protocol == "latency":
@@ -130,10 +130,10 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
         before = results.load(path).rows if path.exists() else []
         made[path] = results.Results(
             header["hardware"], header["commit"], build, header["started"][:10],
-            {"runs": max((row.runs for row in new), default=timing.CEILING_RUNS),
+            {"runs": max((row.runs for row in new), default=timing.PEAK_RATE_RUNS),
              "warmup": kernels.WARMUP if name == "kernels" else models.WARMUP[0],
              "timer": "cuda events"},
-            lease.ceilings, before,
+            lease.peak_rates, before,
         )  # fmt: skip
         for row in new:
             made[path].put(row)
@@ -148,7 +148,7 @@ def table(lease: check.Lease, path: Path) -> str | None:
     """The tuned table at `path` with the choices of the folder's tables, the later one's before the
     earlier one's, as text; None: there are none. Raises ValueError for one that is damaged."""
     chip = lease.header["chip"]
-    of = _runtime.Chip(chip["name"], tuple(chip["capability"]), chip["processors"])
+    of = _chips.Chip(chip["name"], tuple(chip["capability"]), chip["num_sms"])
     merged, head = {_key(row): row for row in tune.kept(path, of)}, None
     for name in (race.TABLE, race.MORE):
         for row in tune.kept(lease.folder / name, of):

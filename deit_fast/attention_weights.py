@@ -97,13 +97,13 @@ def attention_rollout(
     """
     model = getattr(model, "_orig_mod", model)
     if head_fusion not in HEAD_FUSIONS:
-        raise ValueError(f"head_fusion: {head_fusion!r}, want one of {tuple(HEAD_FUSIONS)}")
+        raise ValueError(f"head_fusion: {head_fusion!r}, expected one of {tuple(HEAD_FUSIONS)}")
     if not 0 <= discard_ratio < 1:
-        raise ValueError(f"discard_ratio: {discard_ratio}, want 0 or more, and less than 1")
+        raise ValueError(f"discard_ratio: {discard_ratio}, expected 0 or more, and less than 1")
     chosen = _chosen(model, None)
     if isinstance(model, timm_cait.Cait):
         raise ValueError(
-            f"model: {type(model).__name__} mixes its heads behind the softmax, want a ViT or DeiT"
+            f"model: {type(model).__name__} mixes its heads behind the softmax, expected a ViT or DeiT"
         )
     product = None
 
@@ -141,7 +141,7 @@ def token_maps(model: nn.Module, images: Tensor, weights: Tensor) -> dict[str, T
     prefix = model.num_prefix_tokens
     if model.cls_token is None or weights.shape[-1] != prefix + h * w:
         raise ValueError(
-            f"weights: {weights.shape[-1]} tokens in {type(model).__name__}, want {h} x {w} patches"
+            f"weights: {weights.shape[-1]} tokens in {type(model).__name__}, expected {h} x {w} patches"
             " behind a class token"
         )
     names = ["class"] + ["distillation"] * (getattr(model, "dist_token", None) is not None)
@@ -181,7 +181,7 @@ def _stand_in(module, children):
 def _run(model, images, chosen, show: Callable[[str, Tensor], None]):
     """`show(name, weights)` for each of the chosen blocks, as they run."""
     if model.training:
-        raise ValueError("model: in train mode, want model.eval()")
+        raise ValueError("model: in train mode, expected model.eval()")
     seen, watched = set(), {}
     for name, block in chosen.items():
 
@@ -199,7 +199,7 @@ def _run(model, images, chosen, show: Callable[[str, Tensor], None]):
     if missed := chosen.keys() - seen:
         raise RuntimeError(
             f"model: {sorted(missed)[0]} was not seen: it, or what it is in, has a forward put on "
-            "the instance, want that of its class"
+            "the instance, expected that of its class"
         )
 
 
@@ -207,7 +207,7 @@ def _chosen(model, numbers) -> dict[str, nn.Module]:
     """{name: block} in the order in which they run."""
     if not isinstance(model, timm_vit.VisionTransformer | timm_cait.Cait):
         raise ValueError(
-            f"model: {type(model).__name__}, want timm's VisionTransformer (ViT, DeiT), "
+            f"model: {type(model).__name__}, expected timm's VisionTransformer (ViT, DeiT), "
             "VisionTransformerDistilled or Cait, accelerated or not"
         )
     blocks = {
@@ -221,24 +221,26 @@ def _chosen(model, numbers) -> dict[str, nn.Module]:
     for name, block in blocks.items():
         if type(block) not in _BLOCKS:
             kinds = ", ".join(dict.fromkeys(kind.__name__ for kind in _BLOCKS))
-            raise ValueError(f"model: {name} is a {type(block).__name__}, want one of {kinds}")
+            raise ValueError(f"model: {name} is a {type(block).__name__}, expected one of {kinds}")
         if type(block.attn) not in _BLOCKS[type(block)]:
             kind = _BLOCKS[type(block)][0].__name__
-            raise ValueError(f"model: {name}.attn is a {type(block.attn).__name__}, want {kind}")
+            raise ValueError(
+                f"model: {name}.attn is a {type(block.attn).__name__}, expected {kind}"
+            )
     return blocks
 
 
 def _pick(blocks, numbers):
     L, places = len(blocks), set()
     if not numbers:
-        raise ValueError("blocks: none, want a number at least, or None for all")
+        raise ValueError("blocks: none, expected a number at least, or None for all")
     for number in numbers:
         try:
             place = operator.index(number)
         except TypeError:
-            raise TypeError(f"blocks: {number!r}, want whole numbers") from None
+            raise TypeError(f"blocks: {number!r}, expected whole numbers") from None
         if not -L <= place < L:
-            raise ValueError(f"blocks: {number}, want {-L} to {L - 1} for {L} blocks")
+            raise ValueError(f"blocks: {number}, expected {-L} to {L - 1} for {L} blocks")
         places.add(place % L)
     return {name: block for i, (name, block) in enumerate(blocks.items()) if i in places}
 
@@ -246,13 +248,13 @@ def _pick(blocks, numbers):
 def _as_taken(model, images):
     """The images as the model takes them, in its dtype and on its device."""
     if not isinstance(images, Tensor):
-        raise TypeError(f"images: a {type(images).__name__}, want a tensor")
+        raise TypeError(f"images: a {type(images).__name__}, expected a tensor")
     as_bytes = images.dtype == torch.uint8
     if not as_bytes and not images.is_floating_point():
-        raise TypeError(f"images: {images.dtype}, want floats, normalised, or uint8")
+        raise TypeError(f"images: {images.dtype}, expected floats, normalised, or uint8")
     if images.dim() != 4:
         wanted = "(B, H, W, C) of uint8" if as_bytes else "(B, C, H, W)"
-        raise ValueError(f"images: shape {tuple(images.shape)}, want {wanted}")
+        raise ValueError(f"images: shape {tuple(images.shape)}, expected {wanted}")
     like = next(model.parameters())
     if not as_bytes:
         return images.to(like.device, like.dtype)

@@ -30,10 +30,10 @@ class Predictor:
 
     def __init__(self, model: nn.Module, batch_size: int, topk: int = 5, embed: bool = False):
         if topk < 1:
-            raise ValueError(f"topk: {topk}, want 1 or more")
+            raise ValueError(f"topk: {topk}, expected 1 or more")
         self.embed, self.topk = embed, min(topk, model.num_classes) or topk
         if not embed and not model.num_classes:
-            raise ValueError("model: has no classes, want embed=True")
+            raise ValueError("model: has no classes, expected embed=True")
         self.sums_to_two = getattr(model, "heads", None) == "joint_softmax"
         self.decoder = images.Decoder(data_config(model))
         self.engine = InferenceEngine(

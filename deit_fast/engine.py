@@ -94,16 +94,16 @@ class InferenceEngine:
     ):
         if (batch_size is None) == (batch_sizes is None):
             raise ValueError(
-                f"batch_size: {batch_size}, batch_sizes: {batch_sizes}, want one of them"
+                f"batch_size: {batch_size}, batch_sizes: {batch_sizes}, expected one of them"
             )
         sizes = (batch_size,) if batch_sizes is None else tuple(batch_sizes)
         if not sizes or not all(type(size) is int and size > 0 for size in sizes):
             name = "batch_size" if batch_sizes is None else "batch_sizes"
-            raise ValueError(f"{name}: {sizes}, want whole numbers from 1")
+            raise ValueError(f"{name}: {sizes}, expected whole numbers from 1")
         if output not in OUTPUTS:
-            raise ValueError(f"output: {output!r}, want one of {OUTPUTS}")
+            raise ValueError(f"output: {output!r}, expected one of {OUTPUTS}")
         if not set(prepare) <= set(INPUTS):
-            raise ValueError(f"prepare: {prepare!r}, want some of {INPUTS}")
+            raise ValueError(f"prepare: {prepare!r}, expected some of {INPUTS}")
         self.model, self.batch_sizes, self.output = model, tuple(sorted(set(sizes))), output
         self._options = {"dtype": dtype, "device": device, "image_size": image_size}
         self._prepare, self._lock = tuple(prepare), threading.Lock()
@@ -208,25 +208,27 @@ class InferenceEngine:
 
     def _kind(self, images):
         if not isinstance(images, Tensor):
-            raise TypeError(f"images: {type(images).__name__}, want a torch.Tensor")
+            raise TypeError(f"images: {type(images).__name__}, expected a torch.Tensor")
         channels, height, width = self.image_shape
         if images.dtype == torch.uint8:
             kind, shape = "uint8", (height, width, channels)
         elif images.is_floating_point():
             kind, shape = "float", self.image_shape
         else:
-            raise TypeError(f"images: dtype {images.dtype}, want floating point or uint8")
+            raise TypeError(f"images: dtype {images.dtype}, expected floating point or uint8")
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
-            want = ", ".join(map(str, shape))
+            expected = ", ".join(map(str, shape))
             got = tuple(images.shape)
-            raise ValueError(f"images: shape {got}, want (B, {want}) for {images.dtype}")
+            raise ValueError(f"images: shape {got}, expected (B, {expected}) for {images.dtype}")
         if not on_host(images) and images.device != self.device:
-            raise ValueError(f"images: on {images.device}, want {self.device} or the host")
+            raise ValueError(f"images: on {images.device}, expected {self.device} or the host")
         return kind
 
     def _check_model(self):
         if self.model.training:
-            raise RuntimeError("model: in train mode since the engine was built, want model.eval()")
+            raise RuntimeError(
+                "model: in train mode since the engine was built, expected model.eval()"
+            )
         if self._graphed:
             if self._weights_now() != self._pointers:
                 raise RuntimeError(
@@ -362,20 +364,20 @@ def _device_and_dtype(model, dtype, device, image_size):
     training = [name or "(the model)" for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
-            f"model: {len(training)} of its modules are in train mode ({training[0]} first), want "
+            f"model: {len(training)} of its modules are in train mode ({training[0]} first), expected "
             "model.eval()"
         )
     parameters = list(model.parameters())
     if not parameters:
-        raise ValueError("model: has no parameters, want a model")
+        raise ValueError("model: has no parameters, expected a model")
     devices = {p.device for p in parameters}
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     for what, found in (("device", devices), ("dtype", dtypes)):
         if len(found) != 1:
-            raise ValueError(f"model: parameters of {_listed(found)}, want one {what}")
+            raise ValueError(f"model: parameters of {_listed(found)}, expected one {what}")
     (found,), (found_dtype,) = devices, dtypes
     if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"model: on {found}, want a CPU or a CUDA device")
+        raise ValueError(f"model: on {found}, expected a CPU or a CUDA device")
     wanted = found if device is None else torch.device(device)
     if wanted.type != found.type or wanted.index not in (None, found.index):
         raise ValueError(f"model: on {found}, device asks for {wanted}: call model.to({wanted})")

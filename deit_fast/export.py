@@ -82,12 +82,14 @@ def export(
     path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
     check(path, format, batch)
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}, want one of {BACKENDS}")
+        raise ValueError(f"backend: {backend!r}, expected one of {BACKENDS}")
     if model.training:
-        raise ValueError("model: in training mode, want model.eval()")
+        raise ValueError("model: in training mode, expected model.eval()")
     shape, weight = _image_shape(model), next(model.parameters())
     if weight.dtype not in TOLERANCE or weight.is_meta:
-        raise ValueError(f"model: {weight.dtype} on {weight.device}, want a float model with data")
+        raise ValueError(
+            f"model: {weight.dtype} on {weight.device}, expected a float model with data"
+        )
     if format == "onnx":
         _check_onnx(model, weight.dtype)
     copied = copy.deepcopy(model)
@@ -115,7 +117,7 @@ def export(
             if not error <= TOLERANCE[weight.dtype]:  # so that NaN fails
                 raise RuntimeError(
                     f"{format}: the file disagrees with the model, relative error {error:.1e} at "
-                    f"batch {size}, want {TOLERANCE[weight.dtype]:.0e} or less; nothing was kept"
+                    f"batch {size}, expected {TOLERANCE[weight.dtype]:.0e} or less; nothing was kept"
                 )
         os.replace(written, path)
     why = _why(program, format, backend, weight.device)
@@ -126,11 +128,13 @@ def check(path: str | Path, format: str, batch: int | None = None) -> None:
     """Raise what `export` would for its target, before a model is there."""
     path = Path(path)
     if format not in FORMATS:
-        raise ValueError(f"format: {format!r}, want one of {tuple(FORMATS)}")
+        raise ValueError(f"format: {format!r}, expected one of {tuple(FORMATS)}")
     if path.suffix != FORMATS[format]:
-        raise ValueError(f"path: {path} for {format}, want a name that ends in {FORMATS[format]}")
+        raise ValueError(
+            f"path: {path} for {format}, expected a name that ends in {FORMATS[format]}"
+        )
     if batch is not None and (not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"batch: {batch!r}, want 1 or more, or None for any")
+        raise ValueError(f"batch: {batch!r}, expected 1 or more, or None for any")
     if path.is_dir():
         raise IsADirectoryError(f"path: {path} is a folder")
     if not path.parent.is_dir():
@@ -152,7 +156,7 @@ def _image_shape(model):
     size = getattr(embed, "img_size", None)
     if proj is None or size is None:
         raise ValueError(
-            f"model: {type(model).__name__}, want a timm vision transformer built for one image "
+            f"model: {type(model).__name__}, expected a timm vision transformer built for one image "
             "size (patch_embed.img_size)"
         )
     return proj.in_channels, *size
@@ -169,12 +173,12 @@ def _check_onnx(model, dtype):
     if dtype not in ONNX_DTYPES:
         names = " or ".join(str(d)[6:] for d in ONNX_DTYPES)
         raise ValueError(
-            f"onnx: {str(dtype)[6:]} model, want {names}: onnxruntime, which checks the file, "
+            f"onnx: {str(dtype)[6:]} model, expected {names}: onnxruntime, which checks the file, "
             "computes nothing else on a CPU"
         )
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size >= ONNX_LIMIT:
-        raise ValueError(f"onnx: {size:,} bytes of weights, want fewer than {ONNX_LIMIT:,}")
+        raise ValueError(f"onnx: {size:,} bytes of weights, expected fewer than {ONNX_LIMIT:,}")
 
 
 def _trace(model, example, dynamic):
@@ -225,11 +229,11 @@ def _sizes(batch):
     return (1, 3) if batch is None else (batch,)
 
 
-def _relative_error(got, want):
-    if got.shape != want.shape:
-        raise ValueError(f"it returns {tuple(got.shape)}, the model {tuple(want.shape)}")
-    got, want = got.double().cpu(), want.double().cpu()
-    return ((got - want).norm() / want.norm().clamp_min(1e-300)).item()
+def _relative_error(got, expected):
+    if got.shape != expected.shape:
+        raise ValueError(f"it returns {tuple(got.shape)}, the model {tuple(expected.shape)}")
+    got, expected = got.double().cpu(), expected.double().cpu()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def _why(program, format, backend, device) -> tuple[str, str]:

@@ -38,7 +38,7 @@ class Decoder:
     def __init__(self, config: dict):
         channels, *size = config["input_size"]
         if channels not in _MODES:
-            raise ValueError(f"config: {channels} channels, want one of {tuple(_MODES)}")
+            raise ValueError(f"config: {channels} channels, expected one of {tuple(_MODES)}")
         self.mode = _MODES[channels]
         self.resized = max(size) / (config.get("crop_pct") or 1)
         # As timm's own loader has it: the normalisation is left to the device.

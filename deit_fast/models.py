@@ -59,7 +59,7 @@ def create_model(
     RuntimeError (timm's) for an unknown timm model.
     """
     if pretrained and checkpoint is not None:
-        raise ValueError("pretrained and checkpoint: want one of them, got both")
+        raise ValueError("pretrained and checkpoint: expected one of them, got both")
     if checkpoint_key is not None and checkpoint is None:
         raise ValueError(f"checkpoint_key: {checkpoint_key!r}, but no checkpoint")
     if name == NANO and pretrained:
@@ -92,7 +92,7 @@ def set_heads(model: nn.Module, heads: str) -> None:
     "distill". Raises ValueError for anything else, and for a model with one head asked for more
     than "joint"."""
     if heads not in FUSIONS:
-        raise ValueError(f"heads: {heads!r}, want one of {FUSIONS}")
+        raise ValueError(f"heads: {heads!r}, expected one of {FUSIONS}")
     if isinstance(model, VisionTransformerDistilled):
         model.heads = heads
     elif heads != "joint":

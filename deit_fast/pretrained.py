@@ -226,7 +226,7 @@ def _current_cfg(model: nn.Module) -> dict:
     cfg = getattr(model, "pretrained_cfg", None)
     if not isinstance(cfg, dict) or not cfg.get("architecture"):
         raise ValueError(
-            f"model: {type(model).__name__} has no pretrained_cfg that names an architecture, want "
+            f"model: {type(model).__name__} has no pretrained_cfg that names an architecture, expected "
             "a model from create_model (if it is wrapped, the model inside)"
         )
     known = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"state_dict"}
@@ -393,7 +393,7 @@ def _source(path_or_hub_id: str | Path) -> tuple[Callable[[str], Path | None], s
         return lambda name: path if (path := folder / name).is_file() else None, str(folder)
     if folder.exists():
         raise ValueError(
-            f"{folder}: is a file, want a folder (create_model(name, checkpoint=FILE) loads a file)"
+            f"{folder}: is a file, expected a folder (create_model(name, checkpoint=FILE) loads a file)"
         )
     text = path_or_hub_id if isinstance(path_or_hub_id, str) else ""
     if not _HUB_ID.fullmatch(text):
@@ -425,7 +425,7 @@ def _read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({_line(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, want a JSON object")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content
 
 

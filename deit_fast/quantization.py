@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import data_config
-from .kernels import _runtime
+from .kernels import _checks, _chips, _policy
 from .kernels.quantize import FORMATS, LIMITS, TINY, dequantize, quantize_reference
 from .layers import Attention, Block, Mlp
 from .layers.quantized import QuantizedAttention, QuantizedMlp, undo, why_not
@@ -84,13 +84,13 @@ def quantize(
         if not fnmatch.filter(layers, pattern):
             some = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.0)
             raise ValueError(
-                f"exclude: {pattern!r} is none of the {len(layers)} layers, want such as "
+                f"exclude: {pattern!r} is none of the {len(layers)} layers, expected such as "
                 f"{', '.join(some)}"
             )
     if format == "int8" and calibration is not None:
-        raise ValueError("calibration: int8 has a scale for each row, want None")
+        raise ValueError("calibration: int8 has a scale for each row, expected None")
     if format == "int8" and attention:
-        raise ValueError("attention: int8 has no such products, want False")
+        raise ValueError("attention: int8 has no such products, expected False")
     report, chosen = QuantizationReport(format, "by row"), {}
     for name, (block, part) in layers.items():
         reason = why_not(block, part, format)
@@ -174,7 +174,7 @@ def quantized_layers(model: nn.Module) -> dict[str, str]:
 def _layers(model, format) -> dict[str, tuple[Block, str]]:
     """Name -> (its Block, "qkv", "proj", "fc1" or "fc2") of a model that can be quantised."""
     if format not in FORMATS:
-        raise ValueError(f"format: {format!r}, want one of {tuple(FORMATS)}")
+        raise ValueError(f"format: {format!r}, expected one of {tuple(FORMATS)}")
     kind = type(model).__name__
     modules = dict(model.named_modules())
     if any(is_quantized(m) for m in modules.values()):
@@ -194,10 +194,10 @@ def _layers(model, format) -> dict[str, tuple[Block, str]]:
         for layer in names
     }
     norm = next(iter(blocks.values())).norm1.weight
-    if norm.dtype not in _runtime.DTYPES:
-        raise TypeError(f"model: {kind} is in {norm.dtype}, want float32, float16 or bfloat16")
-    capability = _runtime.capability(norm.device.type, norm.device.index)
-    choice = _runtime.choose("quantized_linear", capability, FORMATS[format])
+    if norm.dtype not in _checks.DTYPES:
+        raise TypeError(f"model: {kind} is in {norm.dtype}, expected float32, float16 or bfloat16")
+    capability = _chips.capability(norm.device.type, norm.device.index)
+    choice = _policy.choose("quantized_linear", capability, FORMATS[format])
     if choice.implementation == "none":
         raise RuntimeError(
             f"model: {kind} is on a chip of {capability[0]}.{capability[1]}: {choice.reason}"
@@ -274,7 +274,7 @@ def _observe(model, static, calibration) -> tuple[dict[str, Tensor], int]:
             for handle in hooks:
                 handle.remove()
     if not images:
-        raise ValueError("calibration: no images came, want at least one")
+        raise ValueError("calibration: no images came, expected at least one")
     for name, value in largest.items():
         if not value.isfinite():
             what = "result" if name.endswith("qkv") else "operand"
@@ -305,24 +305,24 @@ def _batches(model, calibration):
         calibration = calibration.split(64) if calibration.dim() == 4 else [calibration]
     elif not isinstance(calibration, Iterable):
         raise TypeError(
-            f"calibration: {type(calibration).__name__}, want images or an iterable of batches"
+            f"calibration: {type(calibration).__name__}, expected images or an iterable of batches"
         )
     like = next(model.parameters())
     C, *size = data_config(model)["input_size"]
     for batch in calibration:
         images = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(images, Tensor):
-            raise TypeError(f"calibration: a batch is a {type(images).__name__}, want a tensor")
+            raise TypeError(f"calibration: a batch is a {type(images).__name__}, expected a tensor")
         bytewise = images.dtype == torch.uint8
         if not bytewise and not images.is_floating_point():
-            raise TypeError(f"calibration: images in {images.dtype}, want floats or uint8")
+            raise TypeError(f"calibration: images in {images.dtype}, expected floats or uint8")
         wanted = (*size, C) if bytewise else (C, *size)
         sizes = tuple(images.shape[1:])
         if getattr(model, "dynamic_img_size", False) and len(sizes) == 3:
             wanted = (*sizes[:2], C) if bytewise else (C, *sizes[1:])
         if images.dim() != 4 or sizes != wanted:
             raise ValueError(
-                f"calibration: images of shape {tuple(images.shape)} in {images.dtype}, want "
+                f"calibration: images of shape {tuple(images.shape)} in {images.dtype}, expected "
                 f"(B, {', '.join(map(str, wanted))})"
             )
         if len(images):

@@ -4,7 +4,7 @@
     layer_errors   each layer by itself, given what the original layer gets
     worst_layers   what each layer alone does to the logits, and what leaving it out would give
 
-A relative error is |got - want| / |want|, of all elements together. What is wanted comes from the
+A relative error is |got - expected| / |expected|, of all elements together. What is wanted comes from the
 model as it was, in fp32 if the error is to be all that eight bits (and a half-precision model
 around them) cost. Both models are in eval mode.
 """
@@ -78,10 +78,10 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Compar
     wrong = total = 0.0
     for batch in batches:
         x, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-        want, got = _logits(model, x, "model"), _logits(quantized, x, "quantized")
-        wrong += (got - want).square().sum().item()
-        total += want.square().sum().item()
-        classes, classes_quantized = want.argmax(1), got.argmax(1)
+        expected, got = _logits(model, x, "model"), _logits(quantized, x, "quantized")
+        wrong += (got - expected).square().sum().item()
+        total += expected.square().sum().item()
+        classes, classes_quantized = expected.argmax(1), got.argmax(1)
         images += len(x)
         same += (classes == classes_quantized).sum().item()
         if labels is not None:
@@ -90,11 +90,11 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Compar
             right += (classes == labels).sum().item()
             right_quantized += (classes_quantized == labels).sum().item()
     if not images:
-        raise ValueError("batches: no images came, want at least one")
+        raise ValueError("batches: no images came, expected at least one")
     if not total:
         raise ValueError("model: every logit is 0, there is nothing to compare with")
     if labelled not in (0, images):
-        raise ValueError(f"batches: labels for {labelled} of {images} images, want all or none")
+        raise ValueError(f"batches: labels for {labelled} of {images} images, expected all or none")
     top1 = (100 * n / images if labelled else None for n in (right, right_quantized))
     return Comparison(images, (wrong / total) ** 0.5, 100 * same / images, *top1)
 
@@ -121,10 +121,10 @@ def layer_errors(
     if not names:
         raise ValueError("quantized: no layer is in eight bits, call deit_fast.quantize first")
     if quantized_layers(model):
-        raise ValueError("model: is in eight bits, want it as it was before deit_fast.quantize")
+        raise ValueError("model: is in eight bits, expected it as it was before deit_fast.quantize")
     layers = dict(model.named_modules())
     if missing := [name for name in names if name not in layers]:
-        raise ValueError(f"model: has no layer {missing[0]}, want what quantized was made of")
+        raise ValueError(f"model: has no layer {missing[0]}, expected what quantized was made of")
 
     def hook(name, block, part):
         def measure(module, args):
@@ -132,9 +132,9 @@ def layer_errors(
             ours = quantized.get_submodule(block)
             errors = {}
             for kind, x in inputs.items():
-                want = _plain(layers[block], part, x)
+                expected = _plain(layers[block], part, x)
                 got = _in_eight_bits(ours, part, x)
-                errors[kind] = _relative_error(got, want)
+                errors[kind] = _relative_error(got, expected)
             found[name] = LayerErrors(name, **errors)
 
         return measure
@@ -174,13 +174,13 @@ def worst_layers(
     _expect_eval(model=model)
     split = images.split(batch_size)
     if not len(images):
-        raise ValueError("images: none, want at least one")
+        raise ValueError("images: none, expected at least one")
 
     @torch.inference_mode()
     def logits():
         return torch.cat([_logits(model, x, "model") for x in split])
 
-    want = logits()
+    expected = logits()
     report = quantize(model, format, calibration, exclude)
     try:
         layers = {name: model.get_submodule(name) for name in report.quantized}
@@ -189,7 +189,7 @@ def worst_layers(
 
         def error():
             nonlocal done
-            value, done = _relative_error(logits(), want), done + 1
+            value, done = _relative_error(logits(), expected), done + 1
             if progress is not None:
                 progress(done, total)
             return value
@@ -214,7 +214,7 @@ def worst_layers(
 def _expect_eval(**models):
     for name, model in models.items():
         if model.training:
-            raise ValueError(f"{name}: in train mode, want {name}.eval()")
+            raise ValueError(f"{name}: in train mode, expected {name}.eval()")
 
 
 def _for(model, images):
@@ -230,10 +230,10 @@ def _logits(model, images, name) -> Tensor:
     return logits
 
 
-def _relative_error(got, want) -> float:
-    want = want.double()
-    got = got.to(want)
-    return ((got - want).norm() / want.norm()).item()
+def _relative_error(got, expected) -> float:
+    expected = expected.double()
+    got = got.to(expected)
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def _random_like(x, seed) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from torch import nn
 
 from deit_fast import layers
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 
 from .layers._base import BACKENDS, Fast
 from .layers._bypass import FUSED, Rule, acknowledge, examine
@@ -126,7 +126,7 @@ def accelerate(
         known = ", ".join(c.__name__ for c in SWAPS)
         reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in found.left)
         raise ValueError(
-            f"model: nothing to swap in {type(model).__name__}, want a timm model with one of "
+            f"model: nothing to swap in {type(model).__name__}, expected a timm model with one of "
             f"{known}{reasons}"
         )
     return found
@@ -183,8 +183,8 @@ def _resolve_backend(backend: str) -> tuple[str, str]:
     if os.environ.get("DEIT_FAST_BACKEND"):
         backend, source = os.environ["DEIT_FAST_BACKEND"], "DEIT_FAST_BACKEND"
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} ({source}), want one of {BACKENDS}")
-    if backend == "triton" and not (torch.cuda.is_available() or _runtime.INTERPRET):
+        raise ValueError(f"backend: {backend!r} ({source}), expected one of {BACKENDS}")
+    if backend == "triton" and not (torch.cuda.is_available() or _chips.INTERPRET):
         raise RuntimeError(
             f"backend 'triton' ({source}) needs a CUDA device, and this machine has none; "
             "use 'auto' or 'torch'"
@@ -192,6 +192,6 @@ def _resolve_backend(backend: str) -> tuple[str, str]:
     if backend != "auto":
         return backend, source
     if torch.cuda.is_available():
-        major, minor = _runtime.capability("cuda", None)
+        major, minor = _chips.capability("cuda", None)
         return backend, f"kernels for sm_{major}{minor} on CUDA tensors, PyTorch on CPU tensors"
     return backend, "no CUDA device: PyTorch"

@@ -33,7 +33,7 @@ from deit_fast.bench.launches import record
 from deit_fast.bench.networks import device_is_lost
 from deit_fast.kernels import (
     Quantized,
-    _runtime,
+    _chips,
     _tuned,
     attention_reference,
     dequantize,
@@ -100,7 +100,7 @@ def tasks(
     product of the backward pass that may be Triton's."""
     recorder = record(model, batch, dtype, chip, tables=False)
     found: dict[Task, None] = {}
-    # the last first: of the calls of one shape only the model's first lacks its moments
+    # the last first: of the calls of one shape only the model's first lacks its row statistics
     for name, args, _ in reversed(recorder.calls):
         if name in _TASKS:
             for task in _TASKS[name](args, chip):
@@ -121,7 +121,7 @@ def _randn(like: torch.Tensor | None, device, scale=1.0):
     return (scale * torch.randn(like.shape, device=device)).to(like.dtype)
 
 
-def _moments(x, parts):
+def _row_stats(x, parts):
     """What a product leaves beside x."""
     parts = x.float().view(len(x), parts, -1)
     mean = parts.mean(2)
@@ -133,7 +133,7 @@ def _linear_candidates(dtype, chip, cublas, narrow=True, backward=False):
     triton_choices = [
         {"implementation": "triton", **config}
         for config in linear.configs(dtype, chip.capability, backward)
-        if narrow or config["BLOCK_N"] >= linear.MOMENTS_WIDTH
+        if narrow or config["BLOCK_N"] >= linear.ROW_STATS_WIDTH
     ]
     return _items([{"implementation": "cublas"}] * cublas + triton_choices)
 
@@ -160,7 +160,7 @@ def _linear_task(args, chip):
         }  # fmt: skip
 
     def call(**inputs):
-        return run_linear(**inputs, return_moments=emit)
+        return run_linear(**inputs, return_row_stats=emit)
 
     yield Task(
         "linear", tuple(shape.items()), _linear_candidates(x.dtype, chip, True, not emit), make,
@@ -170,7 +170,7 @@ def _linear_task(args, chip):
 
 def _layer_norm_linear_tasks(args, chip):
     """The product with the LayerNorm folded into it; then whether to fold at all."""
-    x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
+    x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation = args
     (M, K), N = x.shape, weight.shape[0]
     dtype = str(x.dtype)[6:]
     epilogue = linear.epilogue_name(activation, True, False, False, True, False)
@@ -181,11 +181,11 @@ def _layer_norm_linear_tasks(args, chip):
             "norm_bias": _randn(norm_bias, device), "weight": _randn(weight, device, K**-0.5),
             "bias": _randn(bias, device), "eps": eps, "activation": activation,
         }  # fmt: skip
-        if moments is not None:
-            made["moments"] = _moments(made["x"], moments.shape[0])
+        if row_stats is not None:
+            made["row_stats"] = _row_stats(made["x"], row_stats.shape[0])
         return made
 
-    def reference(moments=None, **inputs):
+    def reference(row_stats=None, **inputs):
         return layer_norm_linear_reference(**inputs)
 
     def folded(**inputs):
@@ -335,7 +335,7 @@ def _mlps(calls, chip):
     for (name, args, hidden), (after, rest, _) in zip(calls, calls[1:], strict=False):
         if (name, after) != ("layer_norm_linear", "linear") or rest[0].shape != hidden.shape:
             continue
-        x, norm_weight, norm_bias, weight, bias, moments, eps, activation = args
+        x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation = args
         _, weight2, bias2, residual, layer_scale, row_scale, _, emit, *_ = rest
         D = x.shape[1]
         scaled = layer_scale is not None or row_scale is not None
@@ -343,12 +343,12 @@ def _mlps(calls, chip):
         if activation != "gelu" or scaled or not fits:
             continue
         yield _mlp_task(
-            x, (norm_weight, norm_bias, weight, bias, weight2, bias2), residual, moments, eps, emit,
+            x, (norm_weight, norm_bias, weight, bias, weight2, bias2), residual, row_stats, eps, emit,
             chip,
         )  # fmt: skip
 
 
-def _mlp_task(x, weights, residual, moments, eps, emit, chip):
+def _mlp_task(x, weights, residual, row_stats, eps, emit, chip):
     hidden, D = weights[2].shape
     shape = {"M": x.shape[0], "D": D, "hidden": hidden, "dtype": str(x.dtype)[6:]}
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -359,14 +359,14 @@ def _mlp_task(x, weights, residual, moments, eps, emit, chip):
             for name, t in zip(names, weights, strict=True)
         }
         made["x"] = _randn(x, device)
-        if moments is not None:
-            made["moments"] = _moments(made["x"], moments.shape[0])
+        if row_stats is not None:
+            made["row_stats"] = _row_stats(made["x"], row_stats.shape[0])
         return made | {"residual": _randn(residual, device), "eps": eps}
 
     def call(**inputs):
-        return run_layer_norm_mlp(**inputs, return_moments=emit)
+        return run_layer_norm_mlp(**inputs, return_row_stats=emit)
 
-    def reference(moments=None, **inputs):
+    def reference(row_stats=None, **inputs):
         return layer_norm_mlp_reference(**inputs)
 
     choices = [{"implementation": "fused", **c} for c in layer_norm_mlp.configs(chip.capability)]
@@ -410,7 +410,7 @@ def settle(
 def _race(task, device, clock, known):
     """{choice: milliseconds, or None where it failed or disagreed}; nothing where the device's
     memory does not hold the task."""
-    times, chip = {}, _runtime.chip(device)
+    times, chip = {}, _chips.chip(device)
     with torch.no_grad(), _tuned.disabled(), _tuned.assumed(known, chip):
         try:
             inputs = task.make(device)
@@ -440,11 +440,11 @@ def allowance(inputs: dict) -> float:
 
 
 def _agrees(got, exact, allowed):
-    """Whether the result errs no more than allowed, and the moments, if any, are its own."""
-    y, moments = got if type(got) is tuple else (got, None)
+    """Whether the result errs no more than allowed, and the row statistics, if any, are its own."""
+    y, row_stats = got if type(got) is tuple else (got, None)
     if not _error(y, exact) <= allowed:  # NaN too
         return False
-    return moments is None or _error(moments, _moments(y, len(moments))) < 1e-4
+    return row_stats is None or _error(row_stats, _row_stats(y, len(row_stats))) < 1e-4
 
 
 def _wide(value):
@@ -507,13 +507,13 @@ def add_arguments(parser):
 
 def run(args, clock: Callable | None = None) -> int:
     if min(args.batch) < 1:
-        raise ValueError(f"--batch: {min(args.batch)}, want 1 or more")
+        raise ValueError(f"--batch: {min(args.batch)}, expected 1 or more")
     if not args.minutes > 0:
-        raise ValueError(f"--minutes: {args.minutes}, want more than 0")
+        raise ValueError(f"--minutes: {args.minutes}, expected more than 0")
     if not torch.cuda.is_available() and clock is None:
         raise RuntimeError("tuning measures on a CUDA device, and this machine has none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chip = _runtime.chip(device)
+    chip = _chips.chip(device)
     if chip.capability < (8, 0):
         print(f"{chip.name}: cuBLAS and PyTorch serve its products, there is nothing to choose")
         return 0
@@ -523,7 +523,7 @@ def run(args, clock: Callable | None = None) -> int:
     wanted: dict[Task, None] = {}
     for name in args.model:
         for batch in args.batch:
-            with torch.device("meta"), _runtime.pretend(chip):
+            with torch.device("meta"), _chips.simulate_device(chip):
                 model = create_model(name, **options)
                 if args.format is not None:
                     quantize(model, args.format)

@@ -138,7 +138,7 @@ async def read(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise too_large
     if not body:
-        raise HTTPException(400, "body: empty, want an image file")
+        raise HTTPException(400, "body: empty, expected an image file")
     return bytes(body)
 
 

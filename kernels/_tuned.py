@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import _runtime
+from . import _chips
 
 SHIPPED = Path(__file__).with_name("tuned")
 _forced: dict[str, dict] = {}
@@ -103,7 +103,7 @@ def implementation(op: str, weight, x, dtype: torch.dtype, **sizes) -> str | Non
 
 @torch.compiler.assume_constant_result
 def _implementation(op, shape, kind, index):
-    found = lookup(op, dict(shape) | {"M": None}, _runtime.chip(torch.device(kind, index)))
+    found = lookup(op, dict(shape) | {"M": None}, _chips.chip(torch.device(kind, index)))
     return found and found["implementation"]
 
 
@@ -173,13 +173,13 @@ def read(path: Path, chip) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(table, dict) or not isinstance(table.get("choices"), list):
-        raise ValueError('want an object with "gpu", "capability" and a list of "choices"')
-    for name, got, want in (
+        raise ValueError('expected an object with "gpu", "capability" and a list of "choices"')
+    for name, got, expected in (
         ("gpu", table.get("gpu"), chip.name),
         ("capability", table.get("capability"), list(chip.capability)),
     ):
-        if got != want:
-            raise ValueError(f"another chip's: {name} is {got!r}, this one's {want!r}")
+        if got != expected:
+            raise ValueError(f"another chip's: {name} is {got!r}, this one's {expected!r}")
     return _index(table["choices"], chip)
 
 
@@ -195,7 +195,7 @@ def _index(choices, chip):
             if op in _validators:
                 problem = _validators[op](shape, choice, chip.capability)
             else:
-                problem = f"no operation of that name, want one of {sorted(_validators)}"
+                problem = f"no operation of that name, expected one of {sorted(_validators)}"
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"choices[{i}] is malformed ({error!r})") from error
         if problem:
@@ -208,7 +208,7 @@ def check_choice(choice, implementations, configs) -> str | None:
     """Of every choice: a known implementation, and for "triton" a known configuration."""
     name = choice.get("implementation")
     if name not in implementations:
-        return f"implementation {name!r}, want one of {list(implementations)}"
+        return f"implementation {name!r}, expected one of {list(implementations)}"
     config = {k: v for k, v in choice.items() if k != "implementation"}
     if any(type(v) not in (int, bool) for v in config.values()):
         return f"a configuration that is not made of whole numbers: {config}"

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime, _tuned
+from . import _checks, _chips, _dispatch, _policy, _tuned
 from .quantize import (
     Quantized,
     _round,
@@ -44,7 +44,7 @@ LOG2_E = 1.4426950408889634
 def attention_reference(q, k, v, scale=None, bias=None):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)
-    return _runtime.sdpa(q, k, v, mask, scale).transpose(1, 2)
+    return _dispatch.sdpa(q, k, v, mask, scale).transpose(1, 2)
 
 
 def attention_quantized_reference(q, k, v, scale=None, format="fp8", out_scale=None, in_scale=None):
@@ -464,7 +464,7 @@ def meta(N: int, L: int, d: int, dtype: torch.dtype, bias: bool = False) -> dict
 def meta_backward(N: int, L: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
     """Blocks by rule: 64 x 64 in 4 warps, as forward, two CTAs a multiprocessor; 32 queries on
     sm_80 and sm_120, where 64 spill. For few queries blocks just as high."""
-    M, block, warps, stages = 64 if _runtime.is_datacenter(capability) else 32, 64, 4, 2
+    M, block, warps, stages = 64 if _chips.is_datacenter(capability) else 32, 64, 4, 2
     if dtype == torch.float32:  # FMA units: registers hold the operands too
         M, block, warps, stages = 16, 16, 8, 1
     M = 16 if N <= 16 else M
@@ -494,7 +494,7 @@ def tail(L: int, block: int, least: int = 16) -> int:
 @_tuned.validates("attention")
 def _why_not(shape, choice, capability):
     dtype = getattr(torch, str(shape.get("dtype")), None)
-    if dtype not in _runtime.DTYPES:
+    if dtype not in _checks.DTYPES:
         return f"dtype {shape.get('dtype')!r}"
     sizes = [shape.get(name) for name in ("N", "L", "d")]
     if not all(isinstance(n, int) and n > 0 for n in sizes):
@@ -507,7 +507,7 @@ def _choose(q, L, bias, implementation):
     """("torch" or "triton", configuration): a tuned table's word, or the rule's."""
     B, N, H, d = q.shape
     shape = {"M": B * H, "N": N, "L": L, "d": d, "dtype": str(q.dtype)[6:], "bias": bias}
-    found = _tuned.lookup("attention", shape, _runtime.chip(q.device))
+    found = _tuned.lookup("attention", shape, _chips.chip(q.device))
     if found is not None and implementation in ("auto", found["implementation"]):
         return found["implementation"], {k: v for k, v in found.items() if k != "implementation"}
     return "triton", meta(N, L, d, q.dtype, bias)
@@ -519,7 +519,7 @@ def _alloc(q, keep):
     return q.new_empty(q.shape), q.new_empty((B, H, N) if keep else 0, dtype=torch.float32)
 
 
-@_runtime.custom_op("deit_fast::attention")
+@_dispatch.custom_op("deit_fast::attention")
 def _fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool,
     implementation: str,
@@ -553,7 +553,7 @@ def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False, in_s
                 HEAD_DIM=d, BY_HEAD=by_head, **keys, **options,
             )  # fmt: skip
         else:
-            _attention_kernel[(B * H * _runtime.cdiv(N, config["BLOCK_M"]),)](
+            _attention_kernel[(B * H * _dispatch.cdiv(N, config["BLOCK_M"]),)](
                 q, k, v, bias, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
                 HEAD_DIM=d,
                 BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"],
@@ -561,7 +561,7 @@ def run(o, q, k, v, scale, bias=None, lse=None, scales=None, by_head=False, in_s
             )  # fmt: skip
 
 
-@_runtime.custom_op("deit_fast::attention_quantized")
+@_dispatch.custom_op("deit_fast::attention_quantized")
 def _fwd_quantized(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, out_scale: Tensor | None,
     in_scale: Tensor | None,
@@ -610,8 +610,8 @@ def run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=False):
     """Launch what computes dq (B, N, H, d), dk and dv (B, L, H, d) of contiguous o and do. With
     `sums` the sums of their rows come back, (3, H, d) in fp32."""
     (B, N, H, d), L = q.shape, k.shape[1]
-    config = meta_backward(N, L, q.dtype, _runtime.chip(q.device).capability)
-    tiles_m, tiles_n = _runtime.cdiv(N, config["BLOCK_M"]), _runtime.cdiv(L, config["BLOCK_N"])
+    config = meta_backward(N, L, q.dtype, _chips.chip(q.device).capability)
+    tiles_m, tiles_n = _dispatch.cdiv(N, config["BLOCK_M"]), _dispatch.cdiv(L, config["BLOCK_N"])
     shapes = (B, tiles_m, 1, H, d), (B, tiles_n, 2, H, d)
     parts = [q.new_empty(s, dtype=torch.float32) if sums else None for s in shapes]
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
@@ -624,7 +624,7 @@ def run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=False):
     return torch.cat([t.sum((0, 1)) for t in parts]) if sums else None
 
 
-@_runtime.custom_op("deit_fast::attention_backward")
+@_dispatch.custom_op("deit_fast::attention_backward")
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -645,7 +645,7 @@ def _(do, q, k, *args, **kwargs):
     return 8 * B * H * N * L * d  # dv, dp, dq, dk
 
 
-@_runtime.custom_op("deit_fast::attention_backward_packed")
+@_dispatch.custom_op("deit_fast::attention_backward_packed")
 def attention_backward_packed(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -711,17 +711,17 @@ def attention(
     Triton kernel takes d = 32, 48, 64 and 80. `implementation`: "auto" | "triton" | "torch". Raises
     ValueError for shapes, devices and head dimensions, TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("attention", q, implementation)
+    chosen = _policy.resolve("attention", q, implementation)
     q, k, v, scale = _checked(q, k, v, scale, bias)
     if chosen == "torch":
         return attention_reference(q, k, v, scale, bias)
     q, k, v, scale = _operands(q, k, v, scale)
     bias = None if bias is None else bias.contiguous()
-    keep = bias is None and q.shape[3] in TRAINED_HEAD_DIMS and _runtime.wants_grad(q, k, v)
+    keep = bias is None and q.shape[3] in TRAINED_HEAD_DIMS and _dispatch.wants_grad(q, k, v)
     return _fwd(q, k, v, bias, scale, keep, implementation)[0]
 
 
-@_runtime.inference_only
+@_dispatch.inference_only
 def attention_quantized(
     q: Tensor,
     k: Tensor,
@@ -746,15 +746,15 @@ def attention_quantized(
     if in_scale is None:
         expect_float(op, "q", q)
     else:
-        _runtime.expect(op, q, torch.float32, in_scale=(in_scale, (1, 1)))
+        _checks.expect(op, q, torch.float32, in_scale=(in_scale, (1, 1)))
         if q.dtype != torch.float8_e4m3fn or dtype != q.dtype:
             raise TypeError(
-                f"{op}: in_scale with a q of {q.dtype} and format {format!r}, want float8_e4m3fn "
+                f"{op}: in_scale with a q of {q.dtype} and format {format!r}, expected float8_e4m3fn "
                 "and 'fp8'"
             )
         if scale is not None and scale <= 0:
-            raise ValueError(f"{op}: scale {scale} with in_scale, want a positive one")
-    chosen = _runtime.resolve(op, q, implementation, dtype=dtype)
+            raise ValueError(f"{op}: scale {scale} with in_scale, expected a positive one")
+    chosen = _policy.resolve(op, q, implementation, dtype=dtype)
     q, k, v, scale = _checked(q, k, v, scale)
     expect_scale(op, q, format, out_scale)
     if chosen == "torch":
@@ -766,18 +766,18 @@ def attention_quantized(
 def _checked(q, k, v, scale, bias=None):
     """q, k and v in autocast's dtype, and the scale; or the error they deserve."""
     if q.element_size() > 1:
-        q, k, v = _runtime.cast(_runtime.autocast_dtype(q), q, k, v)
+        q, k, v = _checks.cast(_checks.autocast_dtype(q), q, k, v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"attention: q has shape {tuple(q.shape)} and k {tuple(k.shape)}, "
-            "want (B, N, H, d) and (B, L, H, d)"
+            "expected (B, N, H, d) and (B, L, H, d)"
         )
     B, N, H, d = q.shape
     L = k.shape[1]
-    _runtime.expect("attention", q, q.dtype, k=(k, (B, L, H, d)), v=(v, (B, L, H, d)))
-    _runtime.expect("attention", q, bias=(bias, (H, N, L)))
+    _checks.expect("attention", q, q.dtype, k=(k, (B, L, H, d)), v=(v, (B, L, H, d)))
+    _checks.expect("attention", q, bias=(bias, (H, N, L)))
     if L == 0:
-        raise ValueError(f"attention: k has shape {tuple(k.shape)}, want at least one key")
+        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected at least one key")
     return q, k, v, d**-0.5 if scale is None else float(scale)
 
 

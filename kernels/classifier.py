@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 from .layer_norm import layer_norm, layer_norm_reference
 from .linear import linear, linear_reference
 
@@ -116,7 +116,7 @@ def _alloc(x, head_weight):
     return head_weight.new_empty(x.shape[0], head_weight.shape[0])
 
 
-@_runtime.custom_op("deit_fast::classifier")
+@_dispatch.custom_op("deit_fast::classifier")
 def _fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -136,7 +136,7 @@ def _fwd(
     separate = len(tokens) == 2 and fusion == "joint_softmax"
     out = y.new_empty(2, B, C, dtype=torch.float32) if separate else y
     config = meta(head_weight.dtype)
-    grid = (_runtime.cdiv(B, config["BLOCK_M"]) * _runtime.cdiv(C, config["BLOCK_N"]),)
+    grid = (_dispatch.cdiv(B, config["BLOCK_M"]) * _dispatch.cdiv(C, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _classifier_kernel[grid](
             x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, out,
@@ -178,20 +178,20 @@ def classifier(
     softmax then is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Raises
     ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("classifier", x, implementation)
+    chosen = _policy.resolve("classifier", x, implementation)
     distilled = dist_weight is not None
     if fusion not in (FUSIONS if distilled else ("joint", "class")):
         raise ValueError(
             f"classifier: fusion {fusion!r} with {1 + distilled} head(s), "
-            f"want one of {FUSIONS if distilled else ('joint', 'class')}"
+            f"expected one of {FUSIONS if distilled else ('joint', 'class')}"
         )
     if x.dim() != 3 or x.shape[1] < 1 + distilled or head_weight.dim() != 2:
         raise ValueError(
             f"classifier: x has shape {tuple(x.shape)} and head_weight {tuple(head_weight.shape)}, "
-            f"want (B, N, D) with N >= {1 + distilled} and (classes, D)"
+            f"expected (B, N, D) with N >= {1 + distilled} and (classes, D)"
         )
     D, C = x.shape[2], head_weight.shape[0]
-    _runtime.expect(
+    _checks.expect(
         "classifier", x, norm_weight=(norm_weight, (D,)), norm_bias=(norm_bias, (D,)),
         head_weight=(head_weight, (C, D)), head_bias=(head_bias, (C,)),
         dist_weight=(dist_weight, (C, D)), dist_bias=(dist_bias, (C,)),
@@ -200,10 +200,8 @@ def classifier(
         return classifier_reference(
             x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, fusion, eps
         )
-    heads = _runtime.cast(
-        _runtime.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias
-    )
-    if _runtime.wants_grad(x, norm_weight, norm_bias, *heads):
+    heads = _checks.cast(_checks.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias)
+    if _dispatch.wants_grad(x, norm_weight, norm_bias, *heads):
         use = {"implementation": implementation}
         tokens = _tokens(fusion, distilled)
         y = x[:, tokens[0] : tokens[-1] + 1]

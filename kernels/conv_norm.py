@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 from .linear import ACTIVATIONS, _gelu, run
 
 LAST = torch.channels_last
@@ -123,7 +123,7 @@ def _alloc(x, weight, stride, padding):
     return x.new_empty(B, Y, X, D).permute(0, 3, 1, 2)
 
 
-@_runtime.custom_op("deit_fast::conv_norm")
+@_dispatch.custom_op("deit_fast::conv_norm")
 def _fwd(
     x: Tensor,
     weight: Tensor,
@@ -149,7 +149,7 @@ def _fwd(
     if groups == C == D and k == 3 and padding == 1 and stride in (1, 2) and fits:
         _, _, Y_out, X_out = y.shape
         tile, block = DEPTHWISE_META["TILE"], DEPTHWISE_META["BLOCK_C"]
-        tiles = _runtime.cdiv(Y_out, tile) * _runtime.cdiv(X_out, tile) * _runtime.cdiv(C, block)
+        tiles = _dispatch.cdiv(Y_out, tile) * _dispatch.cdiv(X_out, tile) * _dispatch.cdiv(C, block)
         with torch.cuda.device_of(x):
             _depthwise_conv_kernel[(B * tiles,)](
                 x, weight, *norm, residual, y, C, Y, X, Y_out, X_out, eps, STRIDE=stride,
@@ -214,16 +214,16 @@ def conv_norm(
     of them; residual of the result's shape. stride, padding: pixels, the same in both directions.
     `activation`: "none" | "gelu", as in `linear`, behind the residual. Returns (B, D, Y', X') in
     x's dtype, channels_last from the kernels. `implementation`: "auto" | "triton" | "torch";
-    inputs that want gradients get the reference. Raises ValueError for shapes, devices and names,
+    inputs that require gradients get the reference. Raises ValueError for shapes, devices and names,
     TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("conv_norm", x, implementation)
+    chosen = _policy.resolve("conv_norm", x, implementation)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"conv_norm: activation {activation!r}, want one of {ACTIVATIONS}")
+        raise ValueError(f"conv_norm: activation {activation!r}, expected one of {ACTIVATIONS}")
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(
             f"conv_norm: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
-            "want (B, C, Y, X) and (D, C / groups, k, k)"
+            "expected (B, C, Y, X) and (D, C / groups, k, k)"
         )
     D, k = weight.shape[0], weight.shape[2]
     B, C, Y, X = x.shape
@@ -232,17 +232,17 @@ def conv_norm(
             f"conv_norm: {C} channels of {Y} x {X} to {D} in {groups} groups, stride {stride}, "
             f"padding {padding}: no such convolution"
         )
-    dtype = _runtime.autocast_dtype(x)
-    x, weight = _runtime.cast(dtype, x, weight)
+    dtype = _checks.autocast_dtype(x)
+    x, weight = _checks.cast(dtype, x, weight)
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "mean": mean, "var": var}
     named = {name: (t, (D,)) for name, t in norm.items()}
-    _runtime.expect("conv_norm", x, **named)
-    _runtime.expect("conv_norm", x, x.dtype, weight=(weight, (D, C // groups, k, k)))
+    _checks.expect("conv_norm", x, **named)
+    _checks.expect("conv_norm", x, x.dtype, weight=(weight, (D, C // groups, k, k)))
     vectors = tuple(norm.values())
     if residual is not None:
         Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
-        _runtime.expect("conv_norm", x, residual=(residual, (B, D, Y, X)))
-    if chosen == "torch" or _runtime.wants_grad(x, weight, *vectors, residual):
+        _checks.expect("conv_norm", x, residual=(residual, (B, D, Y, X)))
+    if chosen == "torch" or _dispatch.wants_grad(x, weight, *vectors, residual):
         return conv_norm_reference(
             x, weight, *vectors, eps, stride, padding, groups, activation, residual
         )

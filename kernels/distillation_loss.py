@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 
 DISTILLATIONS = ("none", "soft", "hard")
 ALPHA = {"none": 0.0, "soft": 0.1, "hard": 0.5}  # the paper's weight of the teacher
@@ -181,7 +181,7 @@ def _alloc(class_logits, class_grad, dist_grad):
     return tuple(class_logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@_runtime.custom_op("deit_fast::distillation_loss")
+@_dispatch.custom_op("deit_fast::distillation_loss")
 def _fwd(
     class_logits: Tensor,
     dist_logits: Tensor | None,
@@ -222,7 +222,7 @@ def _(class_logits, dist_logits, target, teacher_logits, distillation, alpha, te
     return _alloc(class_logits, class_grad, dist_grad)
 
 
-_fwd.register_flops(_runtime.no_products)
+_fwd.register_flops(_dispatch.no_flops)
 
 
 def _save(ctx, inputs, output):
@@ -255,40 +255,40 @@ def _check(class_logits, dist_logits, target, teacher_logits, distillation, alph
            label_smoothing):  # fmt: skip
     op = "distillation_loss"
     if distillation not in DISTILLATIONS:
-        raise ValueError(f"{op}: distillation {distillation!r}, want one of {DISTILLATIONS}")
+        raise ValueError(f"{op}: distillation {distillation!r}, expected one of {DISTILLATIONS}")
     for name, t in (("dist_logits", dist_logits), ("teacher_logits", teacher_logits)):
         if (t is None) != (distillation == "none"):
             came, wanted = ("None", "a tensor") if t is None else ("a tensor", "None")
             raise ValueError(
-                f"{op}: {name} is {came}, want {wanted} with distillation {distillation!r}"
+                f"{op}: {name} is {came}, expected {wanted} with distillation {distillation!r}"
             )
     if class_logits.dim() != 2 or class_logits.shape[1] < 1:
         raise ValueError(
-            f"{op}: class_logits has shape {tuple(class_logits.shape)}, want (B, C) with C >= 1"
+            f"{op}: class_logits has shape {tuple(class_logits.shape)}, expected (B, C) with C >= 1"
         )
     soft = target.is_floating_point()
     shape = class_logits.shape
-    _runtime.expect(
+    _checks.expect(
         op, class_logits, dist_logits=(dist_logits, shape), teacher_logits=(teacher_logits, shape),
         target=(target, shape if soft else shape[:1]),
     )  # fmt: skip
     if not soft and target.dtype != torch.int64:
-        raise TypeError(f"{op}: target has dtype {target.dtype}, want int64 or floating point")
+        raise TypeError(f"{op}: target has dtype {target.dtype}, expected int64 or floating point")
     for name, t in (
         ("class_logits", class_logits), ("dist_logits", dist_logits),
         ("teacher_logits", teacher_logits),
     ):  # fmt: skip
         if t is not None and not t.is_floating_point():
-            raise TypeError(f"{op}: {name} has dtype {t.dtype}, want floating point")
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected floating point")
     if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"{op}: alpha {alpha}, want 0 to 1, or None for the paper's")
+        raise ValueError(f"{op}: alpha {alpha}, expected 0 to 1, or None for the paper's")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"{op}: temperature {temperature}, want it above 0 and finite")
+        raise ValueError(f"{op}: temperature {temperature}, expected it above 0 and finite")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing {label_smoothing}, want 0 to 1")
+        raise ValueError(f"{op}: label_smoothing {label_smoothing}, expected 0 to 1")
     if soft and label_smoothing != 0:
         raise ValueError(
-            f"{op}: label_smoothing {label_smoothing} with soft targets, want 0: Mixup smooths them"
+            f"{op}: label_smoothing {label_smoothing} with soft targets, expected 0: Mixup smooths them"
         )
 
 
@@ -323,7 +323,7 @@ def distillation_loss(
     | "torch"; second derivatives need "torch", RuntimeError otherwise. Raises ValueError or
     TypeError for arguments that do not fit. B = 0 gives NaN, the mean of nothing, as in PyTorch.
     """
-    chosen = _runtime.resolve("distillation_loss", class_logits, implementation)
+    chosen = _policy.resolve("distillation_loss", class_logits, implementation)
     _check(class_logits, dist_logits, target, teacher_logits, distillation, alpha, temperature,
            label_smoothing)  # fmt: skip
     alpha = ALPHA[distillation] if alpha is None or distillation == "none" else alpha
@@ -335,6 +335,6 @@ def distillation_loss(
     return _fwd(
         class_logits, dist_logits, target.detach(),
         None if teacher_logits is None else teacher_logits.detach(), distillation, float(alpha),
-        float(temperature), float(label_smoothing), _runtime.wants_grad(class_logits),
-        _runtime.wants_grad(dist_logits),
+        float(temperature), float(label_smoothing), _dispatch.wants_grad(class_logits),
+        _dispatch.wants_grad(dist_logits),
     )[0]  # fmt: skip

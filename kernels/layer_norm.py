@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _chips, _dispatch, _policy
 from .quantize import (
     Quantized,
     _round,
@@ -39,9 +39,9 @@ MAX_N = 8192  # one row is held in registers
 
 def layer_norm_reference(x, weight, bias, eps=1e-6):
     dtype = x.dtype
-    if weight.dtype != dtype and _runtime.autocast_dtype(x) is None:  # torch wants one dtype
+    if weight.dtype != dtype and _checks.autocast_dtype(x) is None:  # torch wants one dtype
         wide = torch.promote_types(dtype, weight.dtype)
-        x, weight, bias = _runtime.cast(wide, x, weight, bias)
+        x, weight, bias = _checks.cast(wide, x, weight, bias)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -137,7 +137,7 @@ def _alloc(x, residual, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), h
 
 
-@_runtime.custom_op("deit_fast::layer_norm")
+@_dispatch.custom_op("deit_fast::layer_norm")
 def _fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -157,7 +157,7 @@ def run(y, x, weight, bias, eps, residual=None, h=None, scales=None):
     M, N = x.shape
     config = meta(N)
     if M > 0:
-        grid = (_runtime.cdiv(M, config["BLOCK_M"]),)
+        grid = (_dispatch.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
             _layer_norm_kernel[grid](x, residual, weight, bias, y, h, scales, M, N, eps, **config)
 
@@ -167,10 +167,10 @@ def _(x, residual, weight, bias, eps, out_dtype):
     return _alloc(x, residual, out_dtype)
 
 
-_fwd.register_flops(_runtime.no_products)
+_fwd.register_flops(_dispatch.no_flops)
 
 
-@_runtime.custom_op("deit_fast::layer_norm_quantized")
+@_dispatch.custom_op("deit_fast::layer_norm_quantized")
 def _fwd_quantized(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -184,10 +184,10 @@ def _(x, weight, bias, eps, dtype):
     return _alloc_rows(x, dtype, 1)
 
 
-_fwd_quantized.register_flops(_runtime.no_products)
+_fwd_quantized.register_flops(_dispatch.no_flops)
 
 
-@_runtime.custom_op("deit_fast::layer_norm_backward")
+@_dispatch.custom_op("deit_fast::layer_norm_backward")
 def layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -198,8 +198,8 @@ def layer_norm_backward(
         return dx, h.new_zeros(2, N, dtype=torch.float32)
     config = meta(N)
     resident = max(1, BACKWARD_WARPS // config["num_warps"])
-    programs = resident * _runtime.chip(h.device).processors
-    programs = min(programs, _runtime.cdiv(M, config["BLOCK_M"]))
+    programs = resident * _chips.chip(h.device).num_sms
+    programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))
     sums = h.new_empty(programs, 2, N, dtype=torch.float32)
     with torch.cuda.device_of(h):
         _layer_norm_backward_kernel[(programs,)](h, weight, dy, dh, dx, sums, M, N, eps, **config)
@@ -211,7 +211,7 @@ def _(dy, dh, h, weight, eps, dtype):
     return h.new_empty(h.shape, dtype=dtype), h.new_empty(2, h.shape[1], dtype=torch.float32)
 
 
-layer_norm_backward.register_flops(_runtime.no_products)
+layer_norm_backward.register_flops(_dispatch.no_flops)
 
 
 def _save(ctx, inputs, output):
@@ -233,7 +233,7 @@ def _backward(ctx, dy, dh):
         def forward(h, weight, bias):
             return layer_norm_reference(h.float(), weight.float(), bias.float(), ctx.eps)
 
-        dx, dw, db = _runtime.differentiable(forward, (h, weight, bias), dy.float())
+        dx, dw, db = _dispatch.differentiable(forward, (h, weight, bias), dy.float())
         dx = dx if dh is None else dx + dh
     else:
         dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
@@ -251,8 +251,10 @@ _fwd.register_autograd(_backward, setup_context=_save)
 def _check(op, x, residual, weight, bias):
     N = x.shape[-1] if x.dim() else 0
     if not 0 < N <= MAX_N:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, want (..., N) with 0 < N <= {MAX_N}")
-    _runtime.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}, expected (..., N) with 0 < N <= {MAX_N}"
+        )
+    _checks.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
 
 
 def _operands(x, residual, weight, bias):
@@ -276,17 +278,17 @@ def layer_norm(
     N) in `out_dtype`; by default in x's dtype (fp32 under autocast, as torch). Raises ValueError
     for shapes and devices that do not fit. `implementation`: "auto" | "triton" | "torch".
     """
-    chosen = _runtime.resolve("layer_norm", x, implementation)
+    chosen = _policy.resolve("layer_norm", x, implementation)
     _check("layer_norm", x, None, weight, bias)
     if chosen == "torch":
         y = layer_norm_reference(x, weight, bias, eps)
         return y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
-        out_dtype = x.dtype if _runtime.autocast_dtype(x) is None else torch.float32
+        out_dtype = x.dtype if _checks.autocast_dtype(x) is None else torch.float32
     return _fwd(*_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
 
 
-@_runtime.inference_only
+@_dispatch.inference_only
 def layer_norm_quantized(
     x: Tensor,
     weight: Tensor,
@@ -303,7 +305,7 @@ def layer_norm_quantized(
     """
     dtype = storage("layer_norm_quantized", format)
     expect_float("layer_norm_quantized", "x", x)
-    chosen = _runtime.resolve("layer_norm_quantized", x, implementation, dtype=dtype)
+    chosen = _policy.resolve("layer_norm_quantized", x, implementation, dtype=dtype)
     _check("layer_norm_quantized", x, None, weight, bias)
     if chosen == "torch":
         return layer_norm_quantized_reference(x, weight, bias, eps, format)
@@ -326,12 +328,12 @@ def add_layer_norm(
     has the promoted dtype of x and residual and is rounded before it is normalised; the first
     result has the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
     """
-    chosen = _runtime.resolve("add_layer_norm", x, implementation)
+    chosen = _policy.resolve("add_layer_norm", x, implementation)
     _check("add_layer_norm", x, residual, weight, bias)
     if chosen == "torch":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out_dtype = torch.promote_types(x.dtype, residual.dtype)
-    if _runtime.autocast_dtype(x) is not None:
+    if _checks.autocast_dtype(x) is not None:
         out_dtype = torch.float32
     y, h = _fwd(*_operands(x, residual, weight, bias), eps, out_dtype)
     return y.view(x.shape), h.view(x.shape)

@@ -23,7 +23,7 @@ parts: under autocast x stays fp32; LN(x), qkv and o have the products' dtype.
 import torch
 from torch import Tensor
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 from .attention import (
     TRAINED_HEAD_DIMS,
     attention,
@@ -62,7 +62,7 @@ def _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute):
     )
 
 
-@_runtime.custom_op("deit_fast::layer_norm_attention_training")
+@_dispatch.custom_op("deit_fast::layer_norm_attention_training")
 def _train(
     x: Tensor,
     norm_weight: Tensor,
@@ -128,7 +128,7 @@ def _backward(ctx, dy, *_):
         def forward(x, *rest):
             *operands, layer_scale = rest
             y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
-            operands = _runtime.cast(qkv.dtype, *operands)
+            operands = _checks.cast(qkv.dtype, *operands)
             split = linear_reference(y.to(qkv.dtype), *operands[2:4])
             q, k, v = split.unflatten(-1, (3, ctx.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
             attended = (ctx.scale * q @ k.transpose(-2, -1)).softmax(-1) @ v  # SDPA has no second
@@ -136,7 +136,7 @@ def _backward(ctx, dy, *_):
             residual = x if ctx.add else None
             return linear_reference(attended, *operands[4:], "none", residual, layer_scale, rs)
 
-        return *_runtime.differentiable(forward, tensors[:8], dy), *nothing
+        return *_dispatch.differentiable(forward, tensors[:8], dy), *nothing
     dy = dy.contiguous().flatten(0, 1)
     scaled = scaled if scaled.numel() else None
     dz, dbproj, dls = linear_backward(dy, scaled, ls, rs, "none", o.dtype, proj_bias is not None)
@@ -172,9 +172,9 @@ def layer_norm_attention(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    moments: Tensor | None = None,
+    row_stats: Tensor | None = None,
     implementation: str = "auto",
-    return_moments: bool = False,
+    return_row_stats: bool = False,
     recompute: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """LayerNorm -> qkv -> attention -> projection [-> layer scale, row scale, + residual].
@@ -183,8 +183,8 @@ def layer_norm_attention(
     d,), the heads of q, then of k, then of v; proj_weight (D_out, num_heads d); proj_bias and
     layer_scale (D_out,); row_scale (B,); residual (B, N, D_out), `x` itself for a pre-norm block.
     Weights in x's dtype (under autocast in any). `scale` defaults to 1 / sqrt(d). Returns (B, N,
-    D_out) in the promoted dtype of the product and the residual. `moments` of x's rows and
-    `return_moments` of the result's: as `layer_norm_linear` and `linear`. `implementation`: "auto"
+    D_out) in the promoted dtype of the product and the residual. `row_stats` of x's rows and
+    `return_row_stats` of the result's: as `layer_norm_linear` and `linear`. `implementation`: "auto"
     | "triton" | "cublas" | "torch", of the products; attention then runs as "torch" or "auto".
     `recompute` says whether backward makes LN(x) again or finds it saved. Raises ValueError for
     shapes and devices that do not fit, TypeError for dtypes; errors name the part that raised them.
@@ -193,7 +193,7 @@ def layer_norm_attention(
     if x.dim() != 3 or num_heads < 1 or rows % (3 * num_heads):
         raise ValueError(
             f"layer_norm_attention: x has shape {tuple(x.shape)} and qkv_weight "
-            f"{tuple(qkv_weight.shape)}, want (B, N, D) and (3 * {num_heads} * d, D)"
+            f"{tuple(qkv_weight.shape)}, expected (B, N, D) and (3 * {num_heads} * d, D)"
         )
     d = rows // (3 * num_heads)
     scale = d**-0.5 if scale is None else float(scale)
@@ -204,28 +204,28 @@ def layer_norm_attention(
             x, (*weights, layer_scale, row_scale), num_heads, eps, scale, residual is not None,
             recompute, implementation,
         )  # fmt: skip
-        return (y, None) if return_moments else y
+        return (y, None) if return_row_stats else y
     qkv = layer_norm_linear(
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, "none", moments, implementation
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, "none", row_stats, implementation
     )
     o = attention(*qkv.unflatten(2, (3, num_heads, d)).unbind(2), scale, implementation=by)
     return linear(
         o.flatten(2), proj_weight, proj_bias, "none", residual, layer_scale, row_scale,
-        implementation, return_moments,
+        implementation, return_row_stats,
     )  # fmt: skip
 
 
 def _trains(x, tensors, residual, implementation) -> bool:
     """Whether one node of the graph serves; otherwise the parts, each with its own."""
-    if not _runtime.wants_grad(x, *tensors) or residual is not None and residual is not x:
+    if not _dispatch.wants_grad(x, *tensors) or residual is not None and residual is not x:
         return False
-    return _runtime.resolve("attention", x, implementation) != "torch"
+    return _policy.resolve("attention", x, implementation) != "torch"
 
 
 def _training(x, operands, num_heads, eps, scale, add, recompute, implementation):
     *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
-    dtype = _runtime.autocast_dtype(x)
-    w1, w2 = _runtime.cast(dtype, w1, w2)  # biases are added in fp32 as they are
+    dtype = _checks.autocast_dtype(x)
+    w1, w2 = _checks.cast(dtype, w1, w2)  # biases are added in fp32 as they are
     weights = (*norm, w1, b1, w2, b2)
     (rows, _), D, D_out = weights[2].shape, x.shape[2], weights[4].shape[0]
     names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
@@ -233,9 +233,9 @@ def _training(x, operands, num_heads, eps, scale, add, recompute, implementation
     named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
     scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
     residual = (x if add else None, (*x.shape[:2], D_out))
-    _runtime.expect("layer_norm_attention", x, **named, **scales, residual=residual)
+    _checks.expect("layer_norm_attention", x, **named, **scales, residual=residual)
     if dtype is None:
-        _runtime.expect("layer_norm_attention", x, x.dtype, **{k: named[k] for k in names[2:]})
+        _checks.expect("layer_norm_attention", x, x.dtype, **{k: named[k] for k in names[2:]})
     rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
     return _train(
         x.contiguous(), *rest, num_heads, eps, scale, add, recompute, implementation

@@ -11,8 +11,8 @@ largest of g, keeps W' of a small g out of fp16's subnormal numbers. s sums the 
 the mean comes off the fp32 product: x is rounded once instead of twice, so the error is below that
 of the separate operations also where channels or means are far from zero (docs/performance.md).
 
-mean and rstd come from the moments that `linear(..., return_moments=True)` leaves beside x, or from
-a pass over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); moments (P, 2, M)
+mean and rstd come from the row statistics that `linear(..., return_row_stats=True)` leaves beside x, or from
+a pass over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); row statistics (P, 2, M)
 in fp32: mean and sum of squared differences from it, of each of P equal parts of a row. Half
 precision and inference only: with gradients, in fp32, under autocast with an fp32 x, and where rows
 are few beside N, the two operations run one after the other.
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime, _tuned
+from . import _checks, _dispatch, _policy, _tuned
 from .layer_norm import MAX_N, layer_norm, layer_norm_backward, layer_norm_reference, meta
 from .layer_norm import _fwd as normalise
 from .linear import ACTIVATIONS, linear, linear_reference, run
@@ -68,9 +68,9 @@ def _fold_layer_norm_kernel(
 
 
 @triton.jit
-def _moments_kernel(
+def _row_stats_kernel(
     x_ptr,  # in: (M, K)
-    moments_ptr,  # out: (1, 2, M)
+    row_stats_ptr,  # out: (1, 2, M)
     M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # int64: M * K may pass 2**31
@@ -80,18 +80,18 @@ def _moments_kernel(
     x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=1) / K
     diff = tl.where(mask, x - mean[:, None], 0.0)
-    tl.store(moments_ptr + rows, mean, mask=rows < M)
-    tl.store(moments_ptr + M + rows, tl.sum(diff * diff, axis=1), mask=rows < M)
+    tl.store(row_stats_ptr + rows, mean, mask=rows < M)
+    tl.store(row_stats_ptr + M + rows, tl.sum(diff * diff, axis=1), mask=rows < M)
 
 
-@_runtime.custom_op("deit_fast::layer_norm_linear")
+@_dispatch.custom_op("deit_fast::layer_norm_linear")
 def _fwd(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    moments: Tensor | None,
+    row_stats: Tensor | None,
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -103,18 +103,18 @@ def _fwd(
     folded = torch.empty_like(weight)
     shift, sums = (x.new_empty(n, dtype=torch.float32) for n in (N, N + 1))
     with torch.cuda.device_of(x):
-        if moments is None:
-            moments = x.new_empty(1, 2, M, dtype=torch.float32)
-            _moments_kernel[(_runtime.cdiv(M, config["BLOCK_M"]),)](x, moments, M, K, **config)
-        _fold_layer_norm_kernel[(_runtime.cdiv(N, config["BLOCK_M"]),)](
+        if row_stats is None:
+            row_stats = x.new_empty(1, 2, M, dtype=torch.float32)
+            _row_stats_kernel[(_dispatch.cdiv(M, config["BLOCK_M"]),)](x, row_stats, M, K, **config)
+        _fold_layer_norm_kernel[(_dispatch.cdiv(N, config["BLOCK_M"]),)](
             weight, bias, norm_weight, norm_bias, folded, shift, sums, N, K, **config
         )
-    run(y, x, folded, shift, activation=activation, moments=moments, column_sums=sums, eps=eps)
+    run(y, x, folded, shift, activation=activation, row_stats=row_stats, column_sums=sums, eps=eps)
     return y
 
 
 @_fwd.register_fake
-def _(x, norm_weight, norm_bias, weight, bias, moments, eps, activation):
+def _(x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -144,31 +144,31 @@ def _why_not(shape, choice, capability):
     return _tuned.check_choice(choice, ("fold", "separate"), ())
 
 
-def uses_moments(x: Tensor, weight: Tensor) -> bool:
+def uses_row_stats(x: Tensor, weight: Tensor) -> bool:
     """Whether a fold of rows like x's into `weight` (N, K) is not ruled out by a tuned table, or by
     its exclusion."""
-    if "layer_norm_linear" in _runtime.excluded():
+    if "layer_norm_linear" in _policy.excluded():
         return False
     N, K = weight.shape
-    dtype = _runtime.autocast_dtype(x) or x.dtype
+    dtype = _checks.autocast_dtype(x) or x.dtype
     return _tuned.implementation("layer_norm_linear", weight, x, dtype, K=K, N=N) != "separate"
 
 
-def _why_not_fold(x, tensors, rows, moments, implementation) -> str | None:
+def _why_not_fold(x, tensors, rows, row_stats, implementation) -> str | None:
     """Why the normalisation can't or shouldn't be folded here; None: it is."""
-    if _runtime.wants_grad(x, *tensors):
+    if _dispatch.wants_grad(x, *tensors):
         return "gradients are wanted: it has none"
-    dtype = _runtime.autocast_dtype(x) or x.dtype
+    dtype = _checks.autocast_dtype(x) or x.dtype
     if x.dtype not in (torch.float16, torch.bfloat16) or dtype != x.dtype:
         return f"x is {x.dtype} and the product {dtype}: it takes one half precision"
     if implementation == "fold":
         return None
-    if _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
+    if _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
         return "Triton does not serve the product"
-    if not uses_moments(x, tensors[2]):
+    if not uses_row_stats(x, tensors[2]):
         return "measured slower on this chip"
     features = tensors[2].shape[0]
-    if not _runtime.at_least(rows, (8 if moments is None else 2) * features):
+    if not _dispatch.at_least(rows, (8 if row_stats is None else 2) * features):
         return "rows are few: folding W would cost more than normalising x"
     return None
 
@@ -181,13 +181,13 @@ def layer_norm_linear(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "none",
-    moments: Tensor | None = None,
+    row_stats: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """`activation(layer_norm(x) @ weight.T + bias)`.
 
     x (..., K), K <= 8192; norm_weight, norm_bias (K,); weight (N, K), bias (N,); dtypes as for
-    `linear`. `moments` (P, 2, rows) in fp32: what `linear(..., return_moments=True)` gave with x;
+    `linear`. `row_stats` (P, 2, rows) in fp32: what `linear(..., return_row_stats=True)` gave with x;
     they are believed. Returns (..., N) in x's dtype. `implementation`: "auto" and "triton" fold the
     normalisation into the product where the module's docstring and tuned tables say so, "fold"
     insists, "cublas" and "torch" run the two operations. Raises ValueError for shapes, devices and
@@ -196,41 +196,49 @@ def layer_norm_linear(
     if weight.dim() != 2 or x.dim() < 1 or not 0 < weight.shape[1] <= MAX_N:
         raise ValueError(
             f"layer_norm_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
-            f"want (..., K) and (N, K) with 0 < K <= {MAX_N}"
+            f"expected (..., K) and (N, K) with 0 < K <= {MAX_N}"
         )
     (N, K), lead = weight.shape, x.shape[:-1]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"layer_norm_linear: implementation {implementation!r}, want one of {IMPLEMENTATIONS}"
+            f"layer_norm_linear: implementation {implementation!r}, expected one of {IMPLEMENTATIONS}"
         )
     if N * K >= 2**31:
-        raise ValueError(f"layer_norm_linear: weight is {N} x {K}, want fewer than 2**31 elements")
+        raise ValueError(
+            f"layer_norm_linear: weight is {N} x {K}, expected fewer than 2**31 elements"
+        )
     if activation not in ACTIVATIONS:
-        raise ValueError(f"layer_norm_linear: activation {activation!r}, want one of {ACTIVATIONS}")
+        raise ValueError(
+            f"layer_norm_linear: activation {activation!r}, expected one of {ACTIVATIONS}"
+        )
     rows = math.prod(lead)
-    _runtime.expect(
+    _checks.expect(
         "layer_norm_linear", x, x=(x, (*lead, K)), norm_weight=(norm_weight, (K,)),
         norm_bias=(norm_bias, (K,)), bias=(bias, (N,)),
     )  # fmt: skip
-    if moments is not None:
-        parts = moments.shape[0] if moments.dim() == 3 else 1
-        _runtime.expect("layer_norm_linear", x, torch.float32, moments=(moments, (parts, 2, rows)))
+    if row_stats is not None:
+        parts = row_stats.shape[0] if row_stats.dim() == 3 else 1
+        _checks.expect(
+            "layer_norm_linear", x, torch.float32, row_stats=(row_stats, (parts, 2, rows))
+        )
         if K % parts:
-            raise ValueError(f"layer_norm_linear: moments of {parts} parts, want a divisor of {K}")
+            raise ValueError(
+                f"layer_norm_linear: row statistics of {parts} parts, expected a divisor of {K}"
+            )
     tensors = (norm_weight, norm_bias, weight, bias)
-    reason = _why_not_fold(x, tensors, rows, moments, implementation)
+    reason = _why_not_fold(x, tensors, rows, row_stats, implementation)
     if reason is None:
-        dtype = _runtime.autocast_dtype(x)
-        weight, bias = _runtime.cast(dtype, weight, bias)
-        _runtime.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
+        dtype = _checks.autocast_dtype(x)
+        weight, bias = _checks.cast(dtype, weight, bias)
+        _checks.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
         if implementation == "fold":
-            _runtime.resolve("linear", x, "triton")
-        tensors = (norm_weight, norm_bias, weight, bias, moments)
+            _policy.resolve("linear", x, "triton")
+        tensors = (norm_weight, norm_bias, weight, bias, row_stats)
         tensors = (t if t is None else t.contiguous() for t in tensors)
         return _fwd(x.reshape(-1, K).contiguous(), *tensors, eps, activation).view(*lead, N)
     if implementation == "fold":
         raise ValueError(f"layer_norm_linear: implementation 'fold', but {reason}")
     # under autocast the product rounds its input anyway: let the LayerNorm write that
     normalise = "triton" if implementation == "cublas" else implementation
-    y = layer_norm(x, norm_weight, norm_bias, eps, _runtime.autocast_dtype(x), normalise)
+    y = layer_norm(x, norm_weight, norm_bias, eps, _checks.autocast_dtype(x), normalise)
     return linear(y, weight, bias, activation, implementation=implementation)

@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime, _tuned
+from . import _checks, _chips, _dispatch, _policy, _tuned
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
 from .linear import (
-    MOMENTS_WIDTH,
+    ROW_STATS_WIDTH,
     _epilogue,
     _gelu,
     linear,
@@ -39,7 +39,7 @@ from .linear import (
     linear_gelu_backward,
     linear_reference,
     run,
-    worth_moments,
+    worth_row_stats,
 )
 
 IMPLEMENTATIONS = ("auto", "fused", "triton", "cublas", "torch")
@@ -57,7 +57,7 @@ def layer_norm_mlp_reference(
 @triton.jit
 def _layer_norm_mlp_kernel(
     x_ptr, g_ptr, h_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, res_ptr,  # in; biases, res may be None
-    y_ptr, moments_out_ptr,  # out: (M, D) and (D / 64, 2, M) or None
+    y_ptr, row_stats_out_ptr,  # out: (M, D) and (D / 64, 2, M) or None
     M, eps, HIDDEN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +95,11 @@ def _layer_norm_mlp_kernel(
         acc1 = tl.dot(z, tl.load(w2_ptrs + cols1[None, :] * HIDDEN), acc1)
     vectors = (b2_ptr, None, None, None, None, None)
     _epilogue(
-        acc0, first_row, left, 0, vectors, res_ptr, y_ptr, moments_out_ptr, (None, None, None),
+        acc0, first_row, left, 0, vectors, res_ptr, y_ptr, row_stats_out_ptr, (None, None, None),
         M, D, 1, "none", False, BLOCK_M, D0,
     )  # fmt: skip
     _epilogue(
-        acc1, first_row, left, D0, vectors, res_ptr, y_ptr, moments_out_ptr, (None, None, None),
+        acc1, first_row, left, D0, vectors, res_ptr, y_ptr, row_stats_out_ptr, (None, None, None),
         M, D, 1, "none", False, BLOCK_M, D1,
     )  # fmt: skip
 
@@ -116,20 +116,20 @@ AMPERE_CONFIGS = [_config(64, 32, 8, 2)]
 
 def configs(capability: tuple[int, int]) -> list[dict]:
     """Every configuration of the fused kernel that a tuned table may name; the first by rule."""
-    return HOPPER_CONFIGS if _runtime.is_datacenter(capability) else AMPERE_CONFIGS
+    return HOPPER_CONFIGS if _chips.is_datacenter(capability) else AMPERE_CONFIGS
 
 
 @_tuned.validates("layer_norm_mlp")
 def _why_not(shape, choice, capability):
     if choice.get("implementation") == "fused":
         if shape.get("D") not in FUSED_D or shape.get("dtype") not in ("float16", "bfloat16"):
-            return f"fused for {shape}, want D in {list(FUSED_D)} and half precision"
+            return f"fused for {shape}, expected D in {list(FUSED_D)} and half precision"
         choice = choice | {"implementation": "triton"}
         return _tuned.check_choice(choice, ("triton",), configs(capability))
     return _tuned.check_choice(choice, ("parts",), ())
 
 
-@_runtime.custom_op("deit_fast::layer_norm_mlp")
+@_dispatch.custom_op("deit_fast::layer_norm_mlp")
 def _fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -142,29 +142,29 @@ def _fwd(
     eps: float,
     emit: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, moments = _alloc(x, emit)
+    y, row_stats = _alloc(x, emit)
     if y.numel() == 0:
-        return y, moments
+        return y, row_stats
     (M, D), hidden = x.shape, fc1_weight.shape[0]
-    chip = _runtime.chip(x.device)
+    chip = _chips.chip(x.device)
     shape = {"M": M, "D": D, "hidden": hidden, "dtype": str(x.dtype)[6:]}
     found = _tuned.lookup("layer_norm_mlp", shape, chip) or {}
     config = {k: v for k, v in found.items() if k != "implementation"}
     config = config or configs(chip.capability)[0]
     with torch.cuda.device_of(x):
-        _layer_norm_mlp_kernel[(_runtime.cdiv(M, config["BLOCK_M"]),)](
+        _layer_norm_mlp_kernel[(_dispatch.cdiv(M, config["BLOCK_M"]),)](
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual,
-            y, moments if emit else None, M, eps, HIDDEN=hidden,
+            y, row_stats if emit else None, M, eps, HIDDEN=hidden,
             D0=FUSED_D[D][0], D1=FUSED_D[D][1], **config,
         )  # fmt: skip
-    return y, moments
+    return y, row_stats
 
 
 def _alloc(x, emit):
     """What forward returns. Also its fake, so the two cannot disagree."""
     M, D = x.shape
-    moments = (D // MOMENTS_WIDTH, 2, M) if emit else 0
-    return x.new_empty(M, D), x.new_empty(moments, dtype=torch.float32)
+    row_stats = (D // ROW_STATS_WIDTH, 2, M) if emit else 0
+    return x.new_empty(M, D), x.new_empty(row_stats, dtype=torch.float32)
 
 
 @_fwd.register_fake
@@ -185,7 +185,7 @@ def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
     )
 
 
-@_runtime.custom_op("deit_fast::layer_norm_mlp_training")
+@_dispatch.custom_op("deit_fast::layer_norm_mlp_training")
 def _train(
     x: Tensor,
     norm_weight: Tensor,
@@ -250,12 +250,12 @@ def _backward(ctx, dy, *_):
             residual = x if ctx.add else None
             *operands, layer_scale = rest
             y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
-            operands = _runtime.cast(fc1_weight.dtype, *operands)
+            operands = _checks.cast(fc1_weight.dtype, *operands)
             y = linear_reference(y.to(fc1_weight.dtype), *operands[2:4], "gelu")
             y = linear_reference(y, *operands[4:], "none", residual, layer_scale, rs)
             return y.flatten(0, 1)
 
-        return *_runtime.differentiable(forward, tensors[:8], dy), *nothing
+        return *_dispatch.differentiable(forward, tensors[:8], dy), *nothing
     dy = dy.contiguous()
     has_bias = fc2_bias is not None
     scaled = scaled if scaled.numel() else None
@@ -280,22 +280,20 @@ _train.register_autograd(_backward, setup_context=_save)
 
 def _why_not_fused(x, weights, residual, scaled, hidden, implementation) -> str | None:
     """Why one kernel can't or shouldn't do it all; None: it does."""
-    if _runtime.wants_grad(x, residual, *weights):
+    if _dispatch.wants_grad(x, residual, *weights):
         return "gradients are wanted: it has none"
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if not half or _runtime.autocast_dtype(x) not in (None, x.dtype):
+    if not half or _checks.autocast_dtype(x) not in (None, x.dtype):
         return f"x is {x.dtype}: it takes one half precision"
     if residual is not None and residual.dtype != x.dtype:
         return f"residual is {residual.dtype} and x {x.dtype}: it takes one half precision"
     if x.shape[-1] not in FUSED_D or hidden % 32:
-        return (
-            f"D is {x.shape[-1]} and hidden {hidden}, want D in {list(FUSED_D)}, hidden % 32 == 0"
-        )
+        return f"D is {x.shape[-1]} and hidden {hidden}, expected D in {list(FUSED_D)}, hidden % 32 == 0"
     if scaled:
         return "it has no LayerScale and no stochastic depth"
     if implementation == "fused":
         return None
-    if _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
+    if _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
         return "Triton does not serve the products"
     D, hidden = weights[4].shape
     found = _tuned.implementation("layer_norm_mlp", weights[4], x, x.dtype, D=D, hidden=hidden)
@@ -314,9 +312,9 @@ def layer_norm_mlp(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    moments: Tensor | None = None,
+    row_stats: Tensor | None = None,
     implementation: str = "auto",
-    return_moments: bool = False,
+    return_row_stats: bool = False,
     recompute: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """LayerNorm -> fc1 -> GELU -> fc2 [-> layer scale, row scale, + residual].
@@ -324,66 +322,66 @@ def layer_norm_mlp(
     x, residual (..., D); norm_weight, norm_bias, layer_scale, fc2_bias (D,); fc1_weight (hidden,
     D), fc1_bias (hidden,), fc2_weight (D, hidden); row_scale (S,) for S samples along x's first
     dimension. Weights in x's dtype (under autocast in any). Returns (..., D) in the promoted dtype
-    of the product and the residual; pass `residual=x` for a pre-norm block. `moments` of x's rows
-    and `return_moments` of the result's: as `layer_norm_linear` and `linear`. `implementation`:
+    of the product and the residual; pass `residual=x` for a pre-norm block. `row_stats` of x's rows
+    and `return_row_stats` of the result's: as `layer_norm_linear` and `linear`. `implementation`:
     "auto" | "triton" | "cublas" | "torch", in parts unless a tuned table says fused; "fused"
     insists and raises ValueError where it can't be. `recompute` says whether backward makes LN(x)
     and GELU's result again or finds them saved. Other errors name the part that raised them.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"layer_norm_mlp: implementation {implementation!r}, want one of {IMPLEMENTATIONS}"
+            f"layer_norm_mlp: implementation {implementation!r}, expected one of {IMPLEMENTATIONS}"
         )
     weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     scaled = layer_scale is not None or row_scale is not None
     reason = _why_not_fused(x, weights, residual, scaled, fc1_weight.shape[0], implementation)
     if reason is None:
-        return _fused(x, weights, residual, eps, return_moments)
+        return _fused(x, weights, residual, eps, return_row_stats)
     if implementation == "fused":
         raise ValueError(f"layer_norm_mlp: implementation 'fused', but {reason}")
     if _trains(x, (*weights, layer_scale), residual, implementation):
         operands = (*weights, layer_scale, row_scale)
         y = _training(x, operands, eps, residual is not None, recompute, implementation)
-        return (y, None) if return_moments else y
+        return (y, None) if return_row_stats else y
     y = layer_norm_linear(
-        x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, "gelu", moments, implementation
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, "gelu", row_stats, implementation
     )
     return linear(
         y, fc2_weight, fc2_bias, "none", residual, layer_scale, row_scale, implementation,
-        return_moments,
+        return_row_stats,
     )  # fmt: skip
 
 
-def _fused(x, weights, residual, eps, return_moments):
+def _fused(x, weights, residual, eps, return_row_stats):
     D, hidden = x.shape[-1], weights[2].shape[0]
     shapes = ((D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-    weights = [*weights[:2], *_runtime.cast(_runtime.autocast_dtype(x), *weights[2:])]
+    weights = [*weights[:2], *_checks.cast(_checks.autocast_dtype(x), *weights[2:])]
     named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
-    _runtime.expect("layer_norm_mlp", x, **named, residual=(residual, x.shape))
-    _runtime.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})
-    _runtime.resolve("linear", x, "triton")
+    _checks.expect("layer_norm_mlp", x, **named, residual=(residual, x.shape))
+    _checks.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})
+    _policy.resolve("linear", x, "triton")
     x2 = x.reshape(-1, D).contiguous()
     residual = None if residual is None else residual.reshape(-1, D).contiguous()
-    emit = return_moments and worth_moments(x2, D, (x, *weights, residual))
+    emit = return_row_stats and worth_row_stats(x2, D, (x, *weights, residual))
     weights = [t if t is None else t.contiguous() for t in weights]
-    y, moments = _fwd(x2, *weights, residual, eps, emit)
+    y, row_stats = _fwd(x2, *weights, residual, eps, emit)
     y = y.view(x.shape)
-    return (y, moments if emit else None) if return_moments else y
+    return (y, row_stats if emit else None) if return_row_stats else y
 
 
 def _trains(x, tensors, residual, implementation) -> bool:
     """Whether one node of the graph serves; otherwise the parts, each with its own."""
-    if not _runtime.wants_grad(x, *tensors) or residual is not None and residual is not x:
+    if not _dispatch.wants_grad(x, *tensors) or residual is not None and residual is not x:
         return False
     allowed = ("triton", "cublas", "torch")
-    return _runtime.resolve("linear", x, implementation, allowed) != "torch"
+    return _policy.resolve("linear", x, implementation, allowed) != "torch"
 
 
 def _training(x, operands, eps, add, recompute, implementation):
     *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
-    dtype = _runtime.autocast_dtype(x)
-    w1, w2 = _runtime.cast(dtype, w1, w2)  # biases are added in fp32 as they are
+    dtype = _checks.autocast_dtype(x)
+    w1, w2 = _checks.cast(dtype, w1, w2)  # biases are added in fp32 as they are
     weights = (*norm, w1, b1, w2, b2)
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     D, hidden, D_out = x.shape[-1], weights[2].shape[0], weights[4].shape[0]
@@ -391,9 +389,9 @@ def _training(x, operands, eps, add, recompute, implementation):
     named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
     scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
     residual = (x if add else None, (*x.shape[:-1], D_out))
-    _runtime.expect("layer_norm_mlp", x, **named, **scales, residual=residual)
+    _checks.expect("layer_norm_mlp", x, **named, **scales, residual=residual)
     if dtype is None:
-        _runtime.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})
+        _checks.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in names[2:]})
     rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
     y = _train(x.reshape(-1, D).contiguous(), *rest, eps, add, recompute, implementation)[0]
     return y.view(*x.shape[:-1], D_out)

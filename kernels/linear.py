@@ -18,7 +18,7 @@ are IEEE fp32, never TF32 (of backward's two, PyTorch's setting decides). GELU i
 within 3e-5 of it in half precision. Saved for backward: x, W, b, layer_scale, row_scale and, with
 GELU or a layer_scale, z in x's dtype.
 
-In inference the epilogue may also leave the moments of y's rounded rows, (N / 64, 2, M) in fp32:
+In inference the epilogue may also leave the row statistics of y's rounded rows, (N / 64, 2, M) in fp32:
 mean and sum of squared differences from it, of each 64 columns. layer_norm_linear, which shares the
 kernel, makes its LayerNorm of them.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _runtime, _tuned
+from . import _checks, _chips, _dispatch, _policy, _tuned
 
 ACTIVATIONS = ("none", "gelu")
 
@@ -86,15 +86,15 @@ def _gelu_and_slope(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _row_moments(
-    moments_ptr, first_row, left, M, K, eps, PARTS: tl.constexpr, BLOCK_M: tl.constexpr
+def _row_row_stats(
+    row_stats_ptr, first_row, left, M, K, eps, PARTS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """mean and rstd of each row from the moments of its PARTS equal parts (Chan et al.): no
+    """mean and rstd of each row from the row statistics of its PARTS equal parts (Chan et al.): no
     difference of large sums."""
     rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, triton.next_power_of_2(PARTS))
     mask = (parts < PARTS)[:, None] & (rows < left)[None, :]
     # the parts are cast, not M: an M of 1 is a constant
-    ptrs = moments_ptr + 2 * parts[:, None].to(tl.int64) * M + (first_row + rows)[None, :]
+    ptrs = row_stats_ptr + 2 * parts[:, None].to(tl.int64) * M + (first_row + rows)[None, :]
     means = tl.load(ptrs, mask=mask, other=0.0)
     squares = tl.load(ptrs + M, mask=mask, other=0.0)
     mean = tl.sum(means, axis=0) / PARTS
@@ -105,7 +105,7 @@ def _row_moments(
 
 @triton.jit
 def _epilogue(
-    acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, hidden, M, N,
+    acc, first_row, left, first_col, vectors, res_ptr, y_ptr, row_stats_out_ptr, hidden, M, N,
     rows_per_sample, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -152,14 +152,14 @@ def _epilogue(
         acc = _gelu(acc, EXACT)
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + base + offs, y, mask=mask)
-    if moments_out_ptr is not None:
-        PART: tl.constexpr = 64  # MOMENTS_WIDTH
+    if row_stats_out_ptr is not None:
+        PART: tl.constexpr = 64  # ROW_STATS_WIDTH
         h = tl.reshape(y.to(tl.float32), (BLOCK_M, BLOCK_N // PART, PART))
         mean = tl.sum(h, axis=2) / PART
         h -= mean[:, :, None]
         parts = first_col // PART + tl.arange(0, BLOCK_N // PART)
         parts = parts.to(tl.int64)
-        ptrs = moments_out_ptr + 2 * parts[None, :] * M + (first_row + rows)[:, None]
+        ptrs = row_stats_out_ptr + 2 * parts[None, :] * M + (first_row + rows)[:, None]
         inside = in_rows[:, None] & (parts * PART < N)[None, :]
         tl.store(ptrs, mean, mask=inside)
         tl.store(ptrs + M, tl.sum(h * h, axis=2), mask=inside)
@@ -197,7 +197,7 @@ def _product(
 
 @triton.jit
 def _linear_tile(
-    tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, hidden, M, N, K,
+    tile, x_ptr, w_ptr, vectors, res_ptr, row_stats_ptr, y_ptr, row_stats_out_ptr, hidden, M, N, K,
     rows_per_sample, eps, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -205,8 +205,8 @@ def _linear_tile(
     first_row, left, first_col = _tile(tile, M, N, BLOCK_M, BLOCK_N)
     b_ptr, ls_ptr, rs_ptr, sums_ptr = vectors
     mean, rstd = None, None
-    if moments_ptr is not None:  # before the product: two numbers a row, and no loads behind it
-        mean, rstd = _row_moments(moments_ptr, first_row, left, M, K, eps, PARTS, BLOCK_M)
+    if row_stats_ptr is not None:  # before the product: two numbers a row, and no loads behind it
+        mean, rstd = _row_row_stats(row_stats_ptr, first_row, left, M, K, eps, PARTS, BLOCK_M)
         rstd *= tl.load(sums_ptr + N)  # the unit in which W' is written
     vectors = (b_ptr, ls_ptr, rs_ptr, sums_ptr, mean, rstd)
     acc = _product(
@@ -216,16 +216,16 @@ def _linear_tile(
         HALF: tl.constexpr = BLOCK_N // 2
         left_acc, right_acc = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
         _epilogue(
-            left_acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr,
+            left_acc, first_row, left, first_col, vectors, res_ptr, y_ptr, row_stats_out_ptr,
             hidden, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
         )  # fmt: skip
         _epilogue(
             right_acc, first_row, left, first_col + HALF, vectors, res_ptr, y_ptr,
-            moments_out_ptr, hidden, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
+            row_stats_out_ptr, hidden, M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         _epilogue(
-            acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr, hidden,
+            acc, first_row, left, first_col, vectors, res_ptr, y_ptr, row_stats_out_ptr, hidden,
             M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -233,8 +233,8 @@ def _linear_tile(
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    moments_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N + 1,), fp32, or None
-    y_ptr, moments_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
+    row_stats_ptr, sums_ptr,  # in: (PARTS, 2, M) and (N + 1,), fp32, or None
+    y_ptr, row_stats_out_ptr,  # out: (M, N) and (N / 64, 2, M) or None
     z_ptr,  # (M, N) or None; out, but in for "gelu_backward"
     a_ptr, col_sums_ptr,  # out: (M, N) and (cdiv(M, BLOCK_M), N) in fp32, or None
     M, N, K, rows_per_sample, eps,
@@ -248,13 +248,13 @@ def _linear_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _linear_tile(
-                tile, x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr, hidden,
+                tile, x_ptr, w_ptr, vectors, res_ptr, row_stats_ptr, y_ptr, row_stats_out_ptr, hidden,
                 M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _linear_tile(
-            tl.program_id(0), x_ptr, w_ptr, vectors, res_ptr, moments_ptr, y_ptr, moments_out_ptr,
+            tl.program_id(0), x_ptr, w_ptr, vectors, res_ptr, row_stats_ptr, y_ptr, row_stats_out_ptr,
             hidden, M, N, K, rows_per_sample, eps, ACTIVATION, EXACT, PARTS, EVEN_K, TMA, SPLIT,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -263,7 +263,7 @@ def _linear_kernel(
 @triton.jit
 def _linear_epilogue_kernel(
     product_ptr, b_ptr, res_ptr, ls_ptr, rs_ptr,  # in; the last four may be None
-    y_ptr, moments_out_ptr, z_ptr,  # out: (M, N), (N / 64, 2, M), (M, N); the last two or None
+    y_ptr, row_stats_out_ptr, z_ptr,  # out: (M, N), (N / 64, 2, M), (M, N); the last two or None
     M, N, rows_per_sample,
     ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +276,7 @@ def _linear_epilogue_kernel(
     acc = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     vectors = (b_ptr, ls_ptr, rs_ptr, None, None, None)
     _epilogue(
-        acc, first_row, left, first_col, vectors, res_ptr, y_ptr, moments_out_ptr,
+        acc, first_row, left, first_col, vectors, res_ptr, y_ptr, row_stats_out_ptr,
         (z_ptr, None, None), M, N, rows_per_sample, ACTIVATION, EXACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -331,7 +331,7 @@ def _linear_backward_kernel(
 # 8 elements a thread and step; 128 rows a program leave partial sums of a 64th of dy's bytes (bf16)
 BACKWARD_META = {"ROWS": 128, "BLOCK_M": 8, "BLOCK_N": 128, "num_warps": 4}
 EPILOGUE_META = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}  # 8 elements (16 bytes) a thread
-MOMENTS_WIDTH = 64  # columns of y that one pair of moments summarises
+ROW_STATS_WIDTH = 64  # columns of y that one pair of row statistics summarises
 
 
 def _config(m, n, k, warps, stages, tma=False, persistent=False, split=False):
@@ -345,7 +345,7 @@ FP32_CONFIG = _config(64, 64, 16, 8, 2)  # FMA units: registers hold the operand
 BACKWARD_CONFIG = _config(64, 128, 64, 4, 3, tma=True, split=True)  # backward_config says where
 WIDE_BACKWARD_CONFIG = _config(128, 256, 64, 8, 4, tma=True, split=True)  # one CTA, to be raced
 # What each chip may be served with; the order is the rule's. Nothing here spills or serialises its
-# products with any epilogue: tests/test_ahead_of_time.py. Left out, with the compiler's figures in
+# products with any epilogue: tests/benchmarks/test_ahead_of_time.py. Left out, with the compiler's figures in
 # docs/performance.md: 128 x 256 in one piece (Triton 3.6's ptxas serialises the products) and warp
 # specialisation (Triton 3.9 refuses host descriptors).
 HOPPER_CONFIGS = [
@@ -388,7 +388,7 @@ def configs(
     "gelu_backward"."""
     if dtype == torch.float32:
         return [FP32_CONFIG]
-    hopper = _runtime.is_datacenter(capability)
+    hopper = _chips.is_datacenter(capability)
     found = HOPPER_CONFIGS if hopper else AMPERE_CONFIGS
     if not backward:
         return found
@@ -400,20 +400,20 @@ def configs(
 @_tuned.validates("linear")
 def _why_not(shape, choice, capability):
     dtype = getattr(torch, str(shape.get("dtype")), None)
-    if dtype not in _runtime.DTYPES:
+    if dtype not in _checks.DTYPES:
         return f"dtype {shape.get('dtype')!r}"
     epilogue = str(shape.get("epilogue"))
     if choice.get("implementation") == "cublas" and "folded" in epilogue:
         return "cuBLAS rounds the product before LayerNorm's mean is taken from it"
-    if "moments" in epilogue and choice.get("BLOCK_N", 64) < MOMENTS_WIDTH:
-        return f"a tile narrower than the {MOMENTS_WIDTH} columns of moments"
+    if "row_stats" in epilogue and choice.get("BLOCK_N", 64) < ROW_STATS_WIDTH:
+        return f"a tile narrower than the {ROW_STATS_WIDTH} columns of row statistics"
     offered = configs(dtype, capability, epilogue == "gelu_backward")
     return _tuned.check_choice(choice, ("triton", "cublas"), offered)
 
 
 def meta(
-    M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], processors: int,
-    moments: bool = False,
+    M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], num_sms: int,
+    row_stats: bool = False,
 ) -> dict:  # fmt: skip
     """The configuration for a shape that no table lists: the first of the chip's three that leaves
     no tile half empty and every multiprocessor with one."""
@@ -421,60 +421,60 @@ def meta(
         return FP32_CONFIG
     wide, narrow, small = configs(dtype, capability)[:3]
     for config in (wide, narrow) if N % wide["BLOCK_N"] == 0 else (narrow,):
-        if _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]) >= processors:
+        if _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]) >= num_sms:
             return config
-    return narrow if moments else small  # moments take 64 columns at a time
+    return narrow if row_stats else small  # row statistics take 64 columns at a time
 
 
-def epilogue_name(activation, bias, residual, scaled, normalised, moments) -> str:
+def epilogue_name(activation, bias, residual, scaled, normalised, row_stats) -> str:
     """What follows the product, as tuned tables write it: "folded+bias+gelu"."""
     parts = {
         "folded": normalised, "bias": bias, activation: activation != "none",
-        "scales": scaled, "residual": residual, "moments": moments,
+        "scales": scaled, "residual": residual, "row_stats": row_stats,
     }  # fmt: skip
     return "+".join(name for name, present in parts.items() if present)
 
 
-def _choose(x, N, epilogue, moments, implementation):
+def _choose(x, N, epilogue, row_stats, implementation):
     """("cublas" or "triton", configuration): a tuned table's word, or the rule's."""
     (M, K), dtype = x.shape, x.dtype
-    chip = _runtime.chip(x.device)
+    chip = _chips.chip(x.device)
     shape = {"M": M, "K": K, "N": N, "dtype": str(dtype)[6:], "epilogue": epilogue}
     found = _tuned.lookup("linear", shape, chip)
     if found is not None and implementation in ("auto", found["implementation"]):
         config = {k: v for k, v in found.items() if k != "implementation"}
         return found["implementation"], config
     if implementation == "auto":
-        implementation = _runtime.choose("linear", chip.capability, dtype).implementation
-    config = meta(M, N, dtype, chip.capability, chip.processors, moments)
+        implementation = _policy.choose("linear", chip.capability, dtype).implementation
+    config = meta(M, N, dtype, chip.capability, chip.num_sms, row_stats)
     return implementation, backward_config(config) if epilogue == "gelu_backward" else config
 
 
 def _alloc(x, weight, residual, emit, keep):
-    """What forward returns: y, moments, z. Also its fake, so the two cannot disagree."""
+    """What forward returns: y, row statistics, z. Also its fake, so the two cannot disagree."""
     (M, _), N = x.shape, weight.shape[0]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    moments = (N // MOMENTS_WIDTH, 2, M) if emit else 0
+    row_stats = (N // ROW_STATS_WIDTH, 2, M) if emit else 0
     z = x.new_empty((M, N) if keep else 0)
-    return x.new_empty(M, N, dtype=dtype), x.new_empty(moments, dtype=torch.float32), z
+    return x.new_empty(M, N, dtype=dtype), x.new_empty(row_stats, dtype=torch.float32), z
 
 
 def run(
-    y, x, weight, bias=None, residual=None, layer_scale=None, row_scale=None, moments=None,
-    column_sums=None, moments_out=None, z=None, a_out=None, activation="none", eps=0.0,
+    y, x, weight, bias=None, residual=None, layer_scale=None, row_scale=None, row_stats=None,
+    column_sums=None, row_stats_out=None, z=None, a_out=None, activation="none", eps=0.0,
     implementation="triton",
 ):  # fmt: skip
     """Launch what computes y (M, N) of contiguous operands, by table or rule. z gets x @ W^T + b.
     Of "gelu_backward", which reads z and writes a_out and y, the result is the sum of y's rows."""
     (M, K), N = x.shape, weight.shape[0]
     if N * K >= 2**31:
-        raise ValueError(f"linear: weight has {N} x {K} elements, want fewer than 2**31")
+        raise ValueError(f"linear: weight has {N} x {K} elements, expected fewer than 2**31")
     rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
     extras = (bias, residual, layer_scale, row_scale)
     scaled = layer_scale is not None or row_scale is not None
-    emit, exact = moments_out is not None, x.dtype == torch.float32
+    emit, exact = row_stats_out is not None, x.dtype == torch.float32
     epilogue = epilogue_name(
-        activation, bias is not None, residual is not None, scaled, moments is not None, emit
+        activation, bias is not None, residual is not None, scaled, row_stats is not None, emit
     )
     chosen, config = _choose(x, N, epilogue, emit, implementation)
     backward = activation == "gelu_backward"
@@ -487,9 +487,9 @@ def run(
             product, config = F.linear(x, weight), EPILOGUE_META
             if backward:
                 return _linear_backward(product, z, None, None, "gelu", y, a_out, True)[0]
-            grid = (_runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]),)
+            grid = (_dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]),)
             _linear_epilogue_kernel[grid](
-                product, *extras, y, moments_out, z, M, N, rows_per_sample, activation, exact,
+                product, *extras, y, row_stats_out, z, M, N, rows_per_sample, activation, exact,
                 **config,
             )  # fmt: skip
             return
@@ -500,21 +500,21 @@ def run(
         if config["TMA"]:
             x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
             w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-        tiles_m = _runtime.cdiv(M, config["BLOCK_M"])
+        tiles_m = _dispatch.cdiv(M, config["BLOCK_M"])
         col_sums = x.new_empty(tiles_m, N, dtype=torch.float32) if backward else None
-        tiles = tiles_m * _runtime.cdiv(N, config["BLOCK_N"])
+        tiles = tiles_m * _dispatch.cdiv(N, config["BLOCK_N"])
         if config["PERSISTENT"]:
-            tiles = min(tiles, _runtime.chip(x.device).processors)
+            tiles = min(tiles, _chips.chip(x.device).num_sms)
         _linear_kernel[(tiles,)](
-            x_arg, w_arg, *extras, moments, column_sums, y, moments_out, z, a_out, col_sums,
+            x_arg, w_arg, *extras, row_stats, column_sums, y, row_stats_out, z, a_out, col_sums,
             M, N, K, rows_per_sample, eps, ACTIVATION=activation, EXACT=exact,
-            PARTS=1 if moments is None else moments.shape[0],
+            PARTS=1 if row_stats is None else row_stats.shape[0],
             EVEN_K=K % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip
     return col_sums.sum(0) if backward else None
 
 
-@_runtime.custom_op("deit_fast::linear")
+@_dispatch.custom_op("deit_fast::linear")
 def _fwd(
     x: Tensor,
     weight: Tensor,
@@ -527,14 +527,14 @@ def _fwd(
     keep: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, moments, z = _alloc(x, weight, residual, emit, keep)
+    y, row_stats, z = _alloc(x, weight, residual, emit, keep)
     if y.numel():
         extras = (bias, residual, layer_scale, row_scale)
         run(
-            y, x, weight, *extras, moments_out=moments if emit else None,
+            y, x, weight, *extras, row_stats_out=row_stats if emit else None,
             z=z if keep else None, activation=activation, implementation=implementation,
         )  # fmt: skip
-    return y, moments, z
+    return y, row_stats, z
 
 
 def _without_tma(config, listed):
@@ -572,7 +572,7 @@ def _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias):
     )
 
 
-@_runtime.custom_op("deit_fast::linear_backward")
+@_dispatch.custom_op("deit_fast::linear_backward")
 def linear_backward(
     dy: Tensor,
     z: Tensor | None,
@@ -598,12 +598,12 @@ def linear_backward(
 def _linear_backward(dy, z, layer_scale, row_scale, activation, dz, a, has_bias):
     """The launch: db and dlayer_scale, (N,) in fp32, or None."""
     M, N = dy.shape
-    parts = _runtime.cdiv(M, BACKWARD_META["ROWS"])
+    parts = _dispatch.cdiv(M, BACKWARD_META["ROWS"])
     db, dls = (
         dy.new_empty(parts, N, dtype=torch.float32) if wanted else None
         for wanted in (has_bias, layer_scale is not None)
     )
-    grid = (parts * _runtime.cdiv(N, BACKWARD_META["BLOCK_N"]),)
+    grid = (parts * _dispatch.cdiv(N, BACKWARD_META["BLOCK_N"]),)
     per_sample = 1 if row_scale is None else M // row_scale.shape[0]
     exact = (dy if dz is None else dz).dtype == torch.float32
     with torch.cuda.device_of(dy):
@@ -619,7 +619,7 @@ def _(*args):
     return _alloc_backward(*args)
 
 
-linear_backward.register_flops(_runtime.no_products)
+linear_backward.register_flops(_dispatch.no_flops)
 
 
 def _save(ctx, inputs, output):
@@ -628,7 +628,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, layer_scale, row_scale, z)
     ctx.res_dtype = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for the moments and z
+    ctx.set_materialize_grads(False)  # no zeros for the row statistics and z
 
 
 def _backward(ctx, dy, *_):
@@ -646,7 +646,7 @@ def _backward(ctx, dy, *_):
             return linear_reference(*operands).flatten(0, 1)
 
         tensors = (x, weight, bias, layer_scale)
-        dx, dw, db, dls = _runtime.differentiable(forward, tensors, dy.to(x.dtype))
+        dx, dw, db, dls = _dispatch.differentiable(forward, tensors, dy.to(x.dtype))
         return dx, dw, db, dresidual, dls, *(None,) * 5
     dy = dy.contiguous()
     dz, db, dls = linear_backward(
@@ -666,7 +666,7 @@ def _backward(ctx, dy, *_):
 _fwd.register_autograd(_backward, setup_context=_save)
 
 
-@_runtime.custom_op("deit_fast::linear_gelu_backward")
+@_dispatch.custom_op("deit_fast::linear_gelu_backward")
 def linear_gelu_backward(
     dy: Tensor, weight: Tensor, z: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -696,19 +696,19 @@ def _(dy, weight, *args, **kwargs):
     return 2 * M * N * K
 
 
-def worth_moments(x, N, tensors) -> bool:
+def worth_row_stats(x, N, tensors) -> bool:
     """Whether the next product, three or four times as wide in a transformer, can fold its
     LayerNorm with profit, without gradients: see layer_norm_linear."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     half = half and all(t is None or t.dtype == x.dtype for t in tensors)
-    return half and N % MOMENTS_WIDTH == 0 and _runtime.at_least(x.shape[0], 8 * N)
+    return half and N % ROW_STATS_WIDTH == 0 and _dispatch.at_least(x.shape[0], 8 * N)
 
 
 def _torch(x, weight, bias, activation, residual, layer_scale, row_scale):
     """The reference; where nothing watches, with what follows the product in its place: a new
     tensor a step costs a CPU more than the arithmetic."""
     tensors = [t for t in (x, weight, bias, residual, layer_scale) if t is not None]
-    if row_scale is not None or _runtime.is_watched(*tensors):
+    if row_scale is not None or _dispatch.needs_dispatcher(*tensors):
         return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
     y = F.linear(x, weight, bias)
     if activation == "gelu":
@@ -729,7 +729,7 @@ def linear(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     implementation: str = "auto",
-    return_moments: bool = False,
+    return_row_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """`residual + row_scale * layer_scale * activation(x @ weight.T + bias)`, each part optional.
 
@@ -738,41 +738,41 @@ def linear(
     autocast x and weight are cast to its dtype, the others stay as they are. Returns (..., N) in
     the promoted dtype of x and residual. `activation`: "none" | "gelu" (erf; in half precision
     within 3e-5 of it). `implementation`: "auto" | "triton" | "cublas" | "torch". row_scale gets
-    no gradient. With `return_moments` also what `layer_norm_linear` wants to know of the result's
+    no gradient. With `return_row_stats` also what `layer_norm_linear` wants to know of the result's
     rows, (N / 64, 2, rows) in fp32: mean and sum of squared differences from it, of each 64
     columns; None where it would have no use for them or "torch" runs. Raises ValueError for
     shapes, devices and names, TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
+    chosen = _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
     if activation not in ACTIVATIONS:
-        raise ValueError(f"linear: activation {activation!r}, want one of {ACTIVATIONS}")
+        raise ValueError(f"linear: activation {activation!r}, expected one of {ACTIVATIONS}")
     if weight.dim() != 2 or x.dim() < 1:
         raise ValueError(
             f"linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
-            "want (..., K) and (N, K)"
+            "expected (..., K) and (N, K)"
         )
     N, K = weight.shape
     lead = x.shape[:-1]
-    _runtime.expect(
+    _checks.expect(
         "linear", x, x=(x, (*lead, K)), bias=(bias, (N,)), residual=(residual, (*lead, N)),
         layer_scale=(layer_scale, (N,)), row_scale=(row_scale, lead[:1]),
     )  # fmt: skip
-    dtype = _runtime.autocast_dtype(x)
+    dtype = _checks.autocast_dtype(x)
     if dtype is None:
-        _runtime.expect("linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
+        _checks.expect("linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
     if chosen == "torch":
         y = _torch(x, weight, bias, activation, residual, layer_scale, row_scale)
-        return (y, None) if return_moments else y
-    x, weight = _runtime.cast(dtype, x, weight)  # the bias is added in fp32 as it is
+        return (y, None) if return_row_stats else y
+    x, weight = _checks.cast(dtype, x, weight)  # the bias is added in fp32 as it is
     x2 = x.reshape(-1, K).contiguous()
     res2 = None if residual is None else residual.reshape(-1, N)
     rest = (weight, bias, res2, layer_scale, row_scale)
-    trains = _runtime.wants_grad(x2, *rest)
-    emit = return_moments and not trains
-    emit = emit and worth_moments(x2, N, (weight, res2, layer_scale, row_scale))
+    trains = _dispatch.wants_grad(x2, *rest)
+    emit = return_row_stats and not trains
+    emit = emit and worth_row_stats(x2, N, (weight, res2, layer_scale, row_scale))
     # what GELU's and the LayerScale's gradients are made of
     keep = trains and (activation == "gelu" or layer_scale is not None)
     rest = (t if t is None else t.contiguous() for t in rest)
-    y, moments, _ = _fwd(x2, *rest, activation, emit, keep, implementation)
+    y, row_stats, _ = _fwd(x2, *rest, activation, emit, keep, implementation)
     y = y.view(*lead, N)
-    return (y, moments if emit else None) if return_moments else y
+    return (y, row_stats if emit else None) if return_row_stats else y

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 
 
 def _channels(values, like):
@@ -196,7 +196,7 @@ def _fold(weight, bias, mean, std):
     return folded, shift
 
 
-@_runtime.custom_op("deit_fast::patch_embed")
+@_dispatch.custom_op("deit_fast::patch_embed")
 def _fwd(
     image: Tensor,
     weight: Tensor,
@@ -216,7 +216,7 @@ def _fwd(
         weight, bias = _fold(weight, bias, mean, std)
     pos_t = 0 if pos_embed is None else pos_embed.shape[0] - GH * GW
     config = meta(D, weight.dtype, nhwc)
-    tiles = _runtime.cdiv(B * GH * GW, config["BLOCK_M"]) * _runtime.cdiv(D, config["BLOCK_N"])
+    tiles = _dispatch.cdiv(B * GH * GW, config["BLOCK_M"]) * _dispatch.cdiv(D, config["BLOCK_N"])
     with torch.cuda.device_of(image):
         _patch_embed_kernel[(tiles,)](
             image, weight, bias, pos_embed, prefix_tokens, y, B, D, GH, GW,
@@ -311,42 +311,44 @@ def patch_embed(
     if weight.dim() != 4 or not 1 <= weight.shape[1] <= 4:
         raise ValueError(
             f"patch_embed: weight has shape {tuple(weight.shape)}, "
-            "want (D, C, PH, PW) with 1 to 4 channels"
+            "expected (D, C, PH, PW) with 1 to 4 channels"
         )
     D, C, PH, PW = weight.shape
     if image.dim() != 4 or image.shape[channel_dim] != C:
         raise ValueError(
-            f"patch_embed: image has shape {tuple(image.shape)}, want {layout}, C = {C}"
+            f"patch_embed: image has shape {tuple(image.shape)}, expected {layout}, C = {C}"
         )
     height, width = (s for i, s in enumerate(image.shape[1:], 1) if i != channel_dim)
     if height % PH or width % PW or not height or not width:
         raise ValueError(
-            f"patch_embed: image is {height} x {width}, want positive multiples of {PH} x {PW}"
+            f"patch_embed: image is {height} x {width}, expected positive multiples of {PH} x {PW}"
         )
     if image.dtype == torch.uint8:
         for name, value in (("mean", mean), ("std", std)):
             if value is None or len(value) != C:
                 raise ValueError(
-                    f"patch_embed: {name} is {value}, want {C} values for a uint8 image"
+                    f"patch_embed: {name} is {value}, expected {C} values for a uint8 image"
                 )
     elif not image.is_floating_point():
-        raise TypeError(f"patch_embed: image has dtype {image.dtype}, want floating point or uint8")
-    chosen = _runtime.resolve("patch_embed", weight, implementation)
-    dtype = _runtime.autocast_dtype(image)
+        raise TypeError(
+            f"patch_embed: image has dtype {image.dtype}, expected floating point or uint8"
+        )
+    chosen = _policy.resolve("patch_embed", weight, implementation)
+    dtype = _checks.autocast_dtype(image)
     if dtype is None and image.dtype not in (torch.uint8, weight.dtype):
         raise TypeError(
-            f"patch_embed: image has dtype {image.dtype}, want weight's {weight.dtype} or uint8"
+            f"patch_embed: image has dtype {image.dtype}, expected weight's {weight.dtype} or uint8"
         )
     n = (height // PH) * (width // PW)
     T = 0 if prefix_tokens is None else prefix_tokens.shape[0]
     rows = n if pos_embed is not None and pos_embed.shape[0] == n else T + n
-    _runtime.expect(
+    _checks.expect(
         "patch_embed", image, weight=(weight, weight.shape), bias=(bias, (D,)),
         pos_embed=(pos_embed, (rows, D)), prefix_tokens=(prefix_tokens, (T, D)),
     )  # fmt: skip
     if chosen == "torch":
         return patch_embed_reference(image, weight, bias, pos_embed, prefix_tokens, mean, std)
-    weight, bias = _runtime.cast(dtype, weight, bias)
+    weight, bias = _checks.cast(dtype, weight, bias)
     if image.dtype != torch.uint8:
         image = image.to(weight.dtype)
     image = image.contiguous()

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -130,14 +130,14 @@ def _alloc(x, dtype, parts):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(parts, x.shape[0], dtype=torch.float32)
 
 
-@_runtime.custom_op("deit_fast::quantize")
+@_dispatch.custom_op("deit_fast::quantize")
 def _fwd(x: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
     values, scales = _alloc(x, dtype, parts)
     if values.numel():
         M, width = x.shape[0], x.shape[1] // parts
         config = meta(width)
         with torch.cuda.device_of(x):
-            _quantize_kernel[(_runtime.cdiv(M * parts, config["BLOCK_M"]),)](
+            _quantize_kernel[(_dispatch.cdiv(M * parts, config["BLOCK_M"]),)](
                 x, values, scales, M, parts, width, INT8=dtype == torch.int8, **config
             )
     return values, scales
@@ -148,20 +148,20 @@ def _(x, dtype, parts):
     return _alloc(x, dtype, parts)
 
 
-_fwd.register_flops(_runtime.no_products)
+_fwd.register_flops(_dispatch.no_flops)
 
 
 def storage(op: str, format: str | None) -> torch.dtype | None:
     """The dtype of a format's values; None stays None. Raises ValueError for an unknown name."""
     if format is not None and format not in FORMATS:
-        raise ValueError(f"{op}: format {format!r}, want one of {tuple(FORMATS)}")
+        raise ValueError(f"{op}: format {format!r}, expected one of {tuple(FORMATS)}")
     return format and FORMATS[format]
 
 
 def expect_float(op: str, name: str, x: Tensor) -> None:
     """Raise TypeError unless x is in one of the dtypes that the kernels round to eight bits."""
-    if x.dtype not in _runtime.DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}, want float32, float16 or bfloat16")
+    if x.dtype not in _checks.DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected float32, float16 or bfloat16")
 
 
 def expect_scale(op: str, x: Tensor, format: str | None, out_scale: Tensor | None) -> None:
@@ -170,36 +170,40 @@ def expect_scale(op: str, x: Tensor, format: str | None, out_scale: Tensor | Non
         return
     if format != "fp8":
         raise ValueError(
-            f"{op}: out_scale with format {format!r}, want 'fp8': int8 could not say NaN"
+            f"{op}: out_scale with format {format!r}, expected 'fp8': int8 could not say NaN"
         )
-    _runtime.expect(op, x, torch.float32, out_scale=(out_scale, (1, 1)))
+    _checks.expect(op, x, torch.float32, out_scale=(out_scale, (1, 1)))
 
 
 def expect_quantized(op: str, name: str, q: Quantized, features: int | None = None) -> None:
     """Raise unless `q` is what `quantize` returns, of rows of `features`."""
     if not isinstance(q, Quantized):
-        raise TypeError(f"{op}: {name} is a {type(q).__name__}, want a Quantized")
+        raise TypeError(f"{op}: {name} is a {type(q).__name__}, expected a Quantized")
     if q.values.dtype not in LIMITS or q.scales.dtype != torch.float32:
         raise TypeError(
             f"{op}: {name} has values of {q.values.dtype} and scales of {q.scales.dtype}, "
-            "want float8_e4m3fn or int8, and float32"
+            "expected float8_e4m3fn or int8, and float32"
         )
     shape = tuple(q.values.shape)
     if not shape or features is not None and shape[-1] != features:
-        raise ValueError(f"{op}: {name} has values of shape {shape}, want (..., {features or 'K'})")
+        raise ValueError(
+            f"{op}: {name} has values of shape {shape}, expected (..., {features or 'K'})"
+        )
     rows = q.values.numel() // max(shape[-1], 1)
     one = q.scales.shape == (1, 1) and q.values.dtype == torch.float8_e4m3fn
     parts = q.scales.shape[0] if q.scales.dim() == 2 else 0
     if not one and (parts < 1 or q.scales.shape[1] != rows or shape[-1] % parts):
         raise ValueError(
             f"{op}: {name} has scales of shape {tuple(q.scales.shape)} for values of {shape}, "
-            f"want (P, {rows}), P a divisor of {shape[-1]}, or (1, 1) with fp8"
+            f"expected (P, {rows}), P a divisor of {shape[-1]}, or (1, 1) with fp8"
         )
     if q.scales.device != q.values.device:
-        raise ValueError(f"{op}: {name} has scales on {q.scales.device}, want {q.values.device}")
+        raise ValueError(
+            f"{op}: {name} has scales on {q.scales.device}, expected {q.values.device}"
+        )
 
 
-@_runtime.inference_only
+@_dispatch.inference_only
 def quantize(
     x: Tensor, format: str = "fp8", parts: int = 1, implementation: str = "auto"
 ) -> Quantized:
@@ -215,10 +219,10 @@ def quantize(
     K = x.shape[-1] if x.dim() else 0
     if parts < 1 or K < 1 or K % parts or K // parts > MAX_WIDTH:
         raise ValueError(
-            f"quantize: x has shape {tuple(x.shape)} and parts is {parts}, want (..., K) with K a "
+            f"quantize: x has shape {tuple(x.shape)} and parts is {parts}, expected (..., K) with K a "
             f"multiple of parts and parts of at most {MAX_WIDTH}"
         )
-    if _runtime.resolve("quantize", x, implementation, dtype=dtype) == "torch":
+    if _policy.resolve("quantize", x, implementation, dtype=dtype) == "torch":
         return quantize_reference(x, format, parts)
     values, scales = _fwd(x.reshape(-1, K).contiguous(), dtype, parts)
     return Quantized(values.view(x.shape), scales)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _runtime, _tuned
+from . import _checks, _chips, _dispatch, _policy, _tuned
 from .linear import ACTIVATIONS, _aligned, _config, _epilogue, _gelu, _tile, _without_tma
 from .quantize import (
     Quantized,
@@ -51,7 +51,7 @@ def quantized_linear_reference(
     x, weight, bias=None, activation="none", residual=None, layer_scale=None, row_scale=None,
     dtype=None, format=None, out_scale=None,
 ):  # fmt: skip
-    with _runtime.without_autocast(x.values):  # fp32, as the kernel
+    with _checks.without_autocast(x.values):  # fp32, as the kernel
         y = F.linear(dequantize(x), weight.values.float()) * weight.scales.view(-1)
     if bias is not None:
         y = y + bias.float()
@@ -223,7 +223,7 @@ AMPERE_CONFIGS = [
 
 def configs(capability: tuple[int, int]) -> list[dict]:
     """Every configuration that a tuned table may name."""
-    return HOPPER_CONFIGS if _runtime.is_datacenter(capability) else AMPERE_CONFIGS
+    return HOPPER_CONFIGS if _chips.is_datacenter(capability) else AMPERE_CONFIGS
 
 
 def epilogue_name(parts, activation, bias, residual, scaled, own_scale, quantized) -> str:
@@ -246,7 +246,7 @@ def why_not(shape, choice, capability):
 
 
 def meta(
-    M: int, N: int, capability: tuple[int, int], processors: int, parts: bool = False,
+    M: int, N: int, capability: tuple[int, int], num_sms: int, parts: bool = False,
     own_scales: bool = False,
 ) -> dict:  # fmt: skip
     """The configuration for a shape that no table lists: the first of the chip's three that leaves
@@ -254,7 +254,7 @@ def meta(
     wide, narrow, small = configs(capability)[:3]
     wide_fits = N % wide["BLOCK_N"] == 0 and not parts
     for config in (wide, narrow) if wide_fits else (narrow,):
-        if _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"]) >= processors:
+        if _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]) >= num_sms:
             return config
     return narrow if own_scales else small
 
@@ -281,11 +281,11 @@ def lookup_shape(
 
 
 def _choose(shape, device, parts, own_scales):
-    chip = _runtime.chip(device)
+    chip = _chips.chip(device)
     found = _tuned.lookup("quantized_linear", shape, chip)
     if found is not None:
         return {k: v for k, v in found.items() if k != "implementation"}
-    return meta(shape["M"], shape["N"], chip.capability, chip.processors, parts, own_scales)
+    return meta(shape["M"], shape["N"], chip.capability, chip.num_sms, parts, own_scales)
 
 
 def _alloc(x, weight, dtype, own_scales):
@@ -295,7 +295,7 @@ def _alloc(x, weight, dtype, own_scales):
     return x.new_empty(M, N, dtype=dtype), x.new_empty(scales, dtype=torch.float32)
 
 
-@_runtime.custom_op("deit_fast::quantized_linear")
+@_dispatch.custom_op("deit_fast::quantized_linear")
 def _fwd(
     x: Tensor,
     x_scales: Tensor,
@@ -329,7 +329,7 @@ def _fwd(
     if config["TMA"]:
         x_arg = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
         w_arg = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-    tiles = _runtime.cdiv(M, config["BLOCK_M"]) * _runtime.cdiv(N, config["BLOCK_N"])
+    tiles = _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"])
     with torch.cuda.device_of(x):
         _quantized_linear_kernel[(tiles,)](
             x_arg, x_scales, w_arg, weight_scales, bias, residual, layer_scale, row_scale, y,
@@ -353,7 +353,7 @@ def _(x, x_scales, weight, *args, **kwargs):
     return 2 * M * N * K
 
 
-@_runtime.inference_only
+@_dispatch.inference_only
 def quantized_linear(
     x: Quantized,
     weight: Quantized,
@@ -383,26 +383,28 @@ def quantized_linear(
     expect_quantized(op, "x", x)
     K = x.values.shape[-1]
     expect_quantized(op, "weight", weight, K)
-    chosen = _runtime.resolve(op, x.values, implementation, dtype=x.values.dtype)
+    chosen = _policy.resolve(op, x.values, implementation, dtype=x.values.dtype)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation {activation!r}, want one of {ACTIVATIONS}")
+        raise ValueError(f"{op}: activation {activation!r}, expected one of {ACTIVATIONS}")
     if weight.values.dtype != x.values.dtype:
-        raise TypeError(f"{op}: weight has {weight.values.dtype}, want x's {x.values.dtype}")
+        raise TypeError(f"{op}: weight has {weight.values.dtype}, expected x's {x.values.dtype}")
     N = weight.values.shape[0]
     if weight.values.dim() != 2 or weight.scales.shape != (1, N):
         raise ValueError(
             f"{op}: weight has shape {tuple(weight.values.shape)} and scales "
-            f"{tuple(weight.scales.shape)}, want (N, {K}) and (1, N)"
+            f"{tuple(weight.scales.shape)}, expected (N, {K}) and (1, N)"
         )
     parts = x.scales.shape[0]
     if parts > 1 and K // parts % 32:
-        raise ValueError(f"{op}: x has parts of {K // parts} features, want a multiple of 32")
+        raise ValueError(f"{op}: x has parts of {K // parts} features, expected a multiple of 32")
     if N * K >= 2**31:
-        raise ValueError(f"{op}: weight is {N} x {K}, want fewer than 2**31 elements")
+        raise ValueError(f"{op}: weight is {N} x {K}, expected fewer than 2**31 elements")
     if K > MAX_K and x.values.dtype == torch.int8:
-        raise ValueError(f"{op}: x has {K} features, want {MAX_K} at most: int32 holds their sums")
+        raise ValueError(
+            f"{op}: x has {K} features, expected {MAX_K} at most: int32 holds their sums"
+        )
     lead = x.values.shape[:-1]
-    _runtime.expect(
+    _checks.expect(
         op, x.values, weight=(weight.values, (N, K)), bias=(bias, (N,)),
         residual=(residual, (*lead, N)), layer_scale=(layer_scale, (N,)),
         row_scale=(row_scale, lead[:1]),
@@ -416,14 +418,16 @@ def quantized_linear(
     out = storage(op, format)
     expect_scale(op, x.values, format, out_scale)
     extras = (residual, layer_scale, row_scale)
-    if out is None and dtype not in _runtime.DTYPES:
-        raise TypeError(f"{op}: dtype {dtype}, want float32, float16 or bfloat16 without a format")
+    if out is None and dtype not in _checks.DTYPES:
+        raise TypeError(
+            f"{op}: dtype {dtype}, expected float32, float16 or bfloat16 without a format"
+        )
     if out is not None and (dtype is not None or any(t is not None for t in extras)):
         raise ValueError(
             f"{op}: format {format!r} with a dtype, residual, layer_scale or row_scale"
         )
     if out is not None and out_scale is None and N % PART:
-        raise ValueError(f"{op}: {N} features in {format!r}, want a multiple of {PART}")
+        raise ValueError(f"{op}: {N} features in {format!r}, expected a multiple of {PART}")
     if chosen == "torch":
         return quantized_linear_reference(
             x, weight, bias, activation, *extras, dtype, format, out_scale

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _dispatch, _policy
 from .distillation_loss import _add_block, _product, _rows, _sum_of_products
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -130,7 +130,7 @@ def _alloc(logits, grad):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@_runtime.custom_op("deit_fast::sparse_cross_entropy")
+@_dispatch.custom_op("deit_fast::sparse_cross_entropy")
 def _fwd(logits: Tensor, indices: Tensor, probs: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
     loss, dz = _alloc(logits, grad)
     (B, C), K = logits.shape, indices.shape[1]
@@ -150,7 +150,7 @@ def _(logits, indices, probs, grad):
     return _alloc(logits, grad)
 
 
-_fwd.register_flops(_runtime.no_products)
+_fwd.register_flops(_dispatch.no_flops)
 
 
 def _save(ctx, inputs, output):
@@ -176,19 +176,21 @@ _fwd.register_autograd(_backward, setup_context=_save)
 def _check(logits, indices, probs):
     op = "sparse_cross_entropy"
     if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}, want (B, C) with C >= 1")
+        raise ValueError(
+            f"{op}: logits has shape {tuple(logits.shape)}, expected (B, C) with C >= 1"
+        )
     B, C = logits.shape
     if indices.dim() != 2 or not 1 <= indices.shape[1] <= C:
         raise ValueError(
-            f"{op}: indices has shape {tuple(indices.shape)}, want ({B}, K) with K from 1 to {C}"
+            f"{op}: indices has shape {tuple(indices.shape)}, expected ({B}, K) with K from 1 to {C}"
         )
     K = indices.shape[1]
-    _runtime.expect(op, logits, indices=(indices, (B, K)), probs=(probs, (B, K)))
+    _checks.expect(op, logits, indices=(indices, (B, K)), probs=(probs, (B, K)))
     if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{op}: indices has dtype {indices.dtype}, want int64 or int32")
+        raise TypeError(f"{op}: indices has dtype {indices.dtype}, expected int64 or int32")
     for name, t in (("logits", logits), ("probs", probs)):
         if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} has dtype {t.dtype}, want floating point")
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected floating point")
 
 
 def sparse_cross_entropy(
@@ -207,8 +209,8 @@ def sparse_cross_entropy(
     otherwise. Raises ValueError or TypeError for arguments that do not fit. B = 0 gives NaN, the
     mean of nothing, as in PyTorch.
     """
-    chosen = _runtime.resolve("sparse_cross_entropy", logits, implementation)
+    chosen = _policy.resolve("sparse_cross_entropy", logits, implementation)
     _check(logits, indices, probs)
     if chosen == "torch":
         return sparse_cross_entropy_reference(logits, indices, probs)
-    return _fwd(logits, indices, probs.detach(), _runtime.wants_grad(logits))[0]
+    return _fwd(logits, indices, probs.detach(), _dispatch.wants_grad(logits))[0]

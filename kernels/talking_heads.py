@@ -17,7 +17,7 @@ logarithms of the sums: one launch goes over the keys for delta and dWw, then fo
 over the queries for dk and dv. dWl and dWw are partial sums of each program, no atomics.
 
 Mixing is a product too, on tensor cores: of the weights and the tile as a matrix with a row a head.
-They want 16 rows at least. With 8 heads, the halves of a head's tile are rows of their own, and the
+They take 16 rows at least. With 8 heads, the halves of a head's tile are rows of their own, and the
 weights become W (x) I, 16 x 16, with zeros where the halves would meet. A NaN, or in fp16 a score
 that overflows, passes these zeros: one in q may reach other queries of its sample, which a NaN in k
 or v does in any attention.
@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _runtime
+from . import _checks, _chips, _dispatch, _policy
 
 SPLITS = {32: 16, 48: 32}  # d: the first of the two powers of two that make it
 
@@ -351,7 +351,7 @@ def _alloc(qkv, keep):
     return qkv.new_empty(B, N, H, d), qkv.new_empty((B, H, N) if keep else 0, dtype=torch.float32)
 
 
-@_runtime.custom_op("deit_fast::talking_heads")
+@_dispatch.custom_op("deit_fast::talking_heads")
 def _fwd(
     qkv: Tensor, wl: Tensor, bl: Tensor | None, ww: Tensor, bw: Tensor | None, scale: float,
     keep: bool,
@@ -362,7 +362,7 @@ def _fwd(
     config = configs(H, qkv.dtype)[0]
     if o.numel():
         with torch.cuda.device_of(qkv):
-            _talking_heads_kernel[(B * _runtime.cdiv(N, config["BLOCK_M"]),)](
+            _talking_heads_kernel[(B * _dispatch.cdiv(N, config["BLOCK_M"]),)](
                 qkv, wl, ww, bw, o, lse if keep else None, N, scale, **sizes(H, d), **config
             )
     return o, lse
@@ -386,7 +386,7 @@ def _alloc_backward(qkv):
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
-@_runtime.custom_op("deit_fast::talking_heads_backward")
+@_dispatch.custom_op("deit_fast::talking_heads_backward")
 def talking_heads_backward(
     do: Tensor, qkv: Tensor, wl: Tensor, ww: Tensor, bw: Tensor | None, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -399,7 +399,7 @@ def talking_heads_backward(
         return dqkv, *(t.zero_() for t in sums)
     _, of_dq, of_dkv = configs(H, qkv.dtype)
     shared = sizes(H, d)
-    HEADS, programs = shared["HEADS"], B * _runtime.cdiv(N, of_dq["BLOCK_M"])
+    HEADS, programs = shared["HEADS"], B * _dispatch.cdiv(N, of_dq["BLOCK_M"])
     SIZE = max(16, HEADS)
     delta = torch.empty_like(lse)
     pairs = qkv.new_empty(2, programs, SIZE, SIZE, dtype=torch.float32)
@@ -407,7 +407,7 @@ def talking_heads_backward(
         _talking_heads_dq_kernel[(programs,)](
             qkv, wl, ww, do, lse, delta, dqkv, *pairs, N, scale, **shared, **of_dq
         )
-        _talking_heads_dkv_kernel[(B * _runtime.cdiv(N, of_dkv["BLOCK_N"]),)](
+        _talking_heads_dkv_kernel[(B * _dispatch.cdiv(N, of_dkv["BLOCK_N"]),)](
             qkv, wl, ww, bw, do, lse, delta, dqkv, N, scale, **shared, **of_dkv
         )
     # Of W (x) I only the diagonals are sums of one part of the queries with itself.
@@ -447,10 +447,10 @@ def _backward(ctx, do, _):
     if torch.is_grad_enabled():  # a second derivative is wanted
 
         def forward(qkv, *weights):
-            weights = _runtime.cast(qkv.dtype, *weights)
+            weights = _checks.cast(qkv.dtype, *weights)
             return talking_heads_attention_reference(qkv, *weights, ctx.scale)
 
-        return *_runtime.differentiable(forward, tensors, do), None, None
+        return *_dispatch.differentiable(forward, tensors, do), None, None
     dqkv, *grads = talking_heads_backward(do.contiguous(), qkv, wl, ww, bw, lse, ctx.scale)
     weights = zip(grads, (wl, bl, ww, bw), strict=True)
     return dqkv, *(None if t is None else g.to(t.dtype) for g, t in weights), None, None
@@ -478,30 +478,30 @@ def talking_heads_attention(
     "auto" | "triton" | "torch". Raises ValueError for shapes, devices, head counts and dimensions,
     TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("talking_heads", qkv, implementation)
-    dtype = _runtime.autocast_dtype(qkv)
+    chosen = _policy.resolve("talking_heads", qkv, implementation)
+    dtype = _checks.autocast_dtype(qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
-            f"talking_heads_attention: qkv has shape {tuple(qkv.shape)}, want (B, N, 3, H, d)"
+            f"talking_heads_attention: qkv has shape {tuple(qkv.shape)}, expected (B, N, 3, H, d)"
         )
     N, _, H, d = qkv.shape[1:]
-    _runtime.expect(
+    _checks.expect(
         "talking_heads_attention", qkv, None if dtype else qkv.dtype,
         proj_l_weight=(proj_l_weight, (H, H)), proj_l_bias=(proj_l_bias, (H,)),
         proj_w_weight=(proj_w_weight, (H, H)), proj_w_bias=(proj_w_bias, (H,)),
     )  # fmt: skip
     weights = (proj_l_weight, proj_l_bias, proj_w_weight, proj_w_bias)
     scale = d**-0.5 if scale is None else float(scale)
-    trains = _runtime.wants_grad(qkv, *weights)
+    trains = _dispatch.wants_grad(qkv, *weights)
     small = chosen == "triton" and trains and H > 8 and _lacks_memory(qkv.device)
     if chosen == "torch" or small and implementation == "auto":
         return talking_heads_attention_reference(qkv, *weights, scale)
     if small:
         raise ValueError(
-            f"talking_heads_attention: gradients of {H} heads want 109 KB of shared memory, which "
-            "this chip does not have; want implementation 'auto' or 'torch'"
+            f"talking_heads_attention: gradients of {H} heads need 109 KB of shared memory, which "
+            "this chip does not have; expected implementation 'auto' or 'torch'"
         )
-    (qkv,) = _runtime.cast(dtype, qkv)
+    (qkv,) = _checks.cast(dtype, qkv)
     problem = why_not(H, d, qkv.dtype)
     if problem:
         raise ValueError(f"talking_heads_attention: {problem}")
@@ -515,7 +515,7 @@ def talking_heads_attention(
 
 def _lacks_memory(device: torch.device) -> bool:
     """Whether the chip's limit is 99 KB: consumer and inference chips."""
-    capability = _runtime.capability(device.type, device.index)
+    capability = _chips.capability(device.type, device.index)
     return capability in ((8, 6), (8, 9)) or capability is not None and capability >= (12, 0)
 
 

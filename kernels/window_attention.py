@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _runtime
+from . import _checks, _chips, _dispatch, _policy
 
 HEAD_DIM = 32
 LOG2_E = 1.4426950408889634
@@ -54,7 +54,7 @@ def _merge(o, shape, window):
 def window_attention_reference(qkv, biases, window, scale=None):
     q, k, v = _split(qkv, window)
     bias = biases[:, offsets(window, biases.device)].to(q.dtype)
-    return _merge(_runtime.sdpa(q, k, v, bias, scale), qkv.shape, window)
+    return _merge(_dispatch.sdpa(q, k, v, bias, scale), qkv.shape, window)
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def meta_backward(dtype: torch.dtype, capability: tuple[int, int], scores: bool 
     """64 x 64 in 4 warps; in 8 for the gradient of the scores, which holds them twice. On sm_80
     nothing is loaded ahead: Triton 3.6 would spill."""
     block, warps = (16, 4) if dtype == torch.float32 else (64, 8 if scores else 4)
-    stages = 1 if scores or not _runtime.is_datacenter(capability) else 2
+    stages = 1 if scores or not _chips.is_datacenter(capability) else 2
     return {"BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
@@ -311,7 +311,7 @@ def _alloc(qkv, keep):
     return qkv.new_empty(B, Y, X, H, d), lse
 
 
-@_runtime.custom_op("deit_fast::window_attention")
+@_dispatch.custom_op("deit_fast::window_attention")
 def _fwd(
     qkv: Tensor, biases: Tensor, window: int, scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,7 @@ def _fwd(
     _, Y, X, H, _, d = qkv.shape
     config = meta(qkv.dtype)
     if o.numel():
-        grid = (_windows(qkv, window) * H * _runtime.cdiv(window**2, config["BLOCK_M"]),)
+        grid = (_windows(qkv, window) * H * _dispatch.cdiv(window**2, config["BLOCK_M"]),)
         with torch.cuda.device_of(qkv):
             _window_attention_kernel[grid](
                 qkv, biases, o, lse if keep else None, Y, X, H, scale * LOG2_E,
@@ -339,7 +339,7 @@ def _(qkv, biases, window, *args, **kwargs):
     return 4 * B * Y * X * H * window**2 * d
 
 
-@_runtime.custom_op("deit_fast::window_attention_backward")
+@_dispatch.custom_op("deit_fast::window_attention_backward")
 def _bwd(
     do: Tensor, qkv: Tensor, biases: Tensor, o: Tensor, lse: Tensor, window: int, scale: float,
     learns: bool,
@@ -351,9 +351,9 @@ def _bwd(
     dbiases = qkv.new_zeros((H, L) if learns else 0, dtype=torch.float32)
     if not qkv.numel():
         return dqkv, dbiases
-    chip = _runtime.chip(qkv.device)
+    chip = _chips.chip(qkv.device)
     config, scores = (meta_backward(qkv.dtype, chip.capability, s) for s in (False, True))
-    tiles = _runtime.cdiv(L, config["BLOCK"])
+    tiles = _dispatch.cdiv(L, config["BLOCK"])
     saved = (qkv, biases, o, do, lse)
     with torch.cuda.device_of(qkv):
         _window_attention_backward_kernel[(windows * H * 2 * tiles,)](
@@ -362,7 +362,7 @@ def _bwd(
         if learns:
             # a few programs a multiprocessor, each over many windows
             blocks = H * tiles * tiles
-            chunks = min(windows, _runtime.cdiv(4 * chip.processors, blocks))
+            chunks = min(windows, _dispatch.cdiv(4 * chip.num_sms, blocks))
             ds = qkv.new_empty(chunks, H, L, L, dtype=torch.float32)
             _window_attention_scores_kernel[(chunks * blocks,)](
                 *saved, ds, windows, chunks, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **scores
@@ -404,7 +404,7 @@ def _backward(ctx, do, _):
             p = (ctx.scale * q @ k.transpose(-2, -1) + bias).softmax(-1)
             return _merge(p @ v, qkv.shape, ctx.window).to(qkv.dtype)
 
-        return *_runtime.differentiable(forward, (qkv, biases), do), None, None, None
+        return *_dispatch.differentiable(forward, (qkv, biases), do), None, None, None
     learns = ctx.needs_input_grad[1]
     dqkv, dbiases = _bwd(do.contiguous(), qkv, biases, o, lse, ctx.window, ctx.scale, learns)
     return dqkv, dbiases.to(biases.dtype) if learns else None, None, None, None
@@ -429,24 +429,24 @@ def window_attention(
     al., 2022), section 3.3; the biases are LeViT's. Raises ValueError for shapes and devices,
     TypeError for dtypes that do not fit.
     """
-    chosen = _runtime.resolve("window_attention", qkv, implementation)
-    (qkv,) = _runtime.cast(_runtime.autocast_dtype(qkv), qkv)
+    chosen = _policy.resolve("window_attention", qkv, implementation)
+    (qkv,) = _checks.cast(_checks.autocast_dtype(qkv), qkv)
     if qkv.dim() != 6 or qkv.shape[4:] != (3, HEAD_DIM):
         raise ValueError(
-            f"window_attention: qkv has shape {tuple(qkv.shape)}, want (B, Y, X, H, 3, {HEAD_DIM})"
+            f"window_attention: qkv has shape {tuple(qkv.shape)}, expected (B, Y, X, H, 3, {HEAD_DIM})"
         )
     _, Y, X, H, _, d = qkv.shape
     if window < 1 or Y % window or X % window:
         raise ValueError(
-            f"window_attention: window {window} on a map of {Y} x {X}, want one that divides both"
+            f"window_attention: window {window} on a map of {Y} x {X}, expected one that divides both"
         )
-    _runtime.expect("window_attention", qkv, biases=(biases, (H, window**2)))
-    if biases.dtype not in _runtime.DTYPES and chosen == "triton":
-        raise TypeError(f"window_attention: biases have dtype {biases.dtype}, want a float's")
+    _checks.expect("window_attention", qkv, biases=(biases, (H, window**2)))
+    if biases.dtype not in _checks.DTYPES and chosen == "triton":
+        raise TypeError(f"window_attention: biases have dtype {biases.dtype}, expected a float's")
     scale = d**-0.5 if scale is None else float(scale)
     if chosen == "torch":
         return window_attention_reference(qkv, biases, window, scale)
     if window * X * H * 3 * d >= 2**31:
         raise ValueError(f"window_attention: a window spans 2**31 elements of qkv ({X} x {H} wide)")
-    keep = _runtime.wants_grad(qkv, biases)
+    keep = _dispatch.wants_grad(qkv, biases)
     return _fwd(qkv.contiguous(), biases.contiguous(), window, scale, keep)[0]

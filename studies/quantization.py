@@ -327,13 +327,13 @@ def page(study) -> str:
         'they were. Layers are excluded by name or pattern, `exclude=["blocks.0.*"]`.',
         "",
         "All figures below are of a CPU, fp32 around the eight bits, and of accuracy alone. "
-        "Relative errors are |got - want| / |want| of all elements together, "
+        "Relative errors are |got - expected| / |expected| of all elements together, "
         "against the model in fp32.",
         "",
         "- Fashion-MNIST: the model that comes with deit_fast (`deit_nano_fashion`, "
         f"{fashion['parameters']:,} parameters), {fashion['images']:,} images of the test set, "
         f"scales measured on {fashion['calibration']} images of the training set.",
-        f"- Photographs: {plan['photographs']} with random weights, for want of pretrained ones "
+        f"- Photographs: {plan['photographs']} with random weights, in the absence of pretrained ones "
         "where this ran, so there is no top-1; corners and centre of the "
         f"{photos['calibration']} photographs in deit_fast/data, {photos['images']} images, scales "
         f"measured on the whole ones. One image is {100 / photos['images']:.0f} points.",

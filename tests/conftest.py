@@ -24,7 +24,7 @@ torch.backends.cudnn.allow_tf32 = False  # references in fp32 mean fp32
 import checking  # noqa: E402
 import interpreting  # noqa: E402  (not before the interpreter is chosen)
 
-from deit_fast.kernels import _runtime, cases  # noqa: E402
+from deit_fast.kernels import _chips, cases  # noqa: E402
 
 pytest_plugins = ["tiers", "selection"]
 
@@ -37,7 +37,7 @@ def pytest_runtest_protocol(item):
     if not interpreted or "device" in item.fixturenames or item.get_closest_marker("cpu"):
         return (yield)
     with interpreting.refused(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_runtime, "INTERPRET", False)
+        patch.setattr(_chips, "INTERPRET", False)
         patch.delenv("TRITON_INTERPRET")
         return (yield)
 

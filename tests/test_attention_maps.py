@@ -40,12 +40,12 @@ def tiny_cait(backend="torch", **kwargs):
 
 def assert_timms(found, reference, x):
     """As accurate as timm's against fp64, of the same x; rows sum to 1."""
-    want = timms_softmax(reference, x)
+    expected = timms_softmax(reference, x)
     true = timms_softmax(copy.deepcopy(reference).double(), x.double())
-    assert list(found) == list(want)
+    assert list(found) == list(expected)
     for name, p in found.items():
         assert p.dtype == torch.float32 and not p.requires_grad
-        assert_as_accurate(p, want[name], true[name], name)
+        assert_as_accurate(p, expected[name], true[name], name)
         assert_close(p.sum(-1), torch.ones_like(p[..., 0]), f"rows of {name}")
         assert_differ(p[0], p[1])
 
@@ -99,11 +99,11 @@ def test_autocast(make):
     x = images(reference)
     for model in (reference, fast):
         with torch.autocast("cpu", BF16):
-            found, want = deit_fast.attention_maps(model, x), timms_softmax(reference, x)
+            found, expected = deit_fast.attention_maps(model, x), timms_softmax(reference, x)
         true = timms_softmax(copy.deepcopy(reference).double(), x.double())
         for name, p in found.items():
             assert p.dtype == torch.float32
-            assert_as_accurate(p, want[name], true[name], name)
+            assert_as_accurate(p, expected[name], true[name], name)
             assert_close(p.sum(-1), torch.ones_like(p[..., 0]), name)
 
 
@@ -165,7 +165,7 @@ def test_eight_bits(variant):
             qkv = u @ weight.T + layer.bias
         if "too" in variant:
             qkv = dequantize(quantize_statically_reference(qkv, layer.output_scale))
-        want, plain = (
+        expected, plain = (
             (q @ k.transpose(2, 3) * exact.attn.scale).softmax(-1)
             for q, k, _ in (
                 t.unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4) for t in (qkv, unrounded)
@@ -173,10 +173,10 @@ def test_eight_bits(variant):
         )
         got = found[f"blocks.{i}"]
         if exclude:
-            assert_close(got, want)
+            assert_close(got, expected)
             continue
-        assert_differ(want, plain)
-        assert_within(got, want, NEIGHBOURS * relative_error(want, plain))
+        assert_differ(expected, plain)
+        assert_within(got, expected, NEIGHBOURS * relative_error(expected, plain))
 
 
 # The model stays as it is
@@ -224,13 +224,13 @@ def test_the_model_is_never_changed(make, fast):
     model.blocks[0].register_forward_hook(another)
     with torch.no_grad():
         model(x)
-    ((before,), (want,)) = states, outputs
+    ((before,), (expected,)) = states, outputs
     inside.clear()
     deit_fast.attention_maps(model, x)
     with torch.no_grad():
         outputs.append(model(x))
     assert len(states) == 2
-    assert_equal(outputs, [want] * 3)
+    assert_equal(outputs, [expected] * 3)
     for after in (states[1], state(model)):
         assert_same_state(after, before)
 
@@ -254,9 +254,11 @@ def counted(model, call):
 def test_hooks_fire_as_in_one_forward_pass(make):
     for model in make():
         x = images(model)
-        want = counted(model, lambda model=model, x=x: model(x))
-        assert counted(model, lambda model=model, x=x: deit_fast.attention_maps(model, x)) == want
-        assert max(want.values()) >= 2
+        expected = counted(model, lambda model=model, x=x: model(x))
+        assert (
+            counted(model, lambda model=model, x=x: deit_fast.attention_maps(model, x)) == expected
+        )
+        assert max(expected.values()) >= 2
 
 
 class Adapted(nn.Module):
@@ -298,12 +300,12 @@ def test_a_compiled_model():
     """The stand-in of one that torch.compile wraps, or that compiles itself, is not compiled."""
     for model in tiny_pair():
         x = images(model)
-        want = deit_fast.attention_maps(model, x)
+        expected = deit_fast.attention_maps(model, x)
         never = {"backend": lambda *_: pytest.fail("compiled")}
-        assert_equal(deit_fast.attention_maps(torch.compile(model, **never), x), want)
+        assert_equal(deit_fast.attention_maps(torch.compile(model, **never), x), expected)
         for module in (model, model.blocks):
             module.compile(**never)
-        assert_equal(deit_fast.attention_maps(model, x), want)
+        assert_equal(deit_fast.attention_maps(model, x), expected)
 
 
 # Which blocks
@@ -326,7 +328,7 @@ def test_blocks_by_number():
                 assert list(got) == [names[i] for i in places]
                 assert_close(got, {name: every[name] for name in got})
             for wrong in (L, -L - 1, [0, L]):
-                with pytest.raises(ValueError, match=f"blocks: -?{L}|blocks: -{L + 1}, want"):
+                with pytest.raises(ValueError, match=f"blocks: -?{L}|blocks: -{L + 1}, expected"):
                     deit_fast.attention_maps(model, x, wrong)
 
 
@@ -334,22 +336,22 @@ def test_errors():
     model = tiny_pair()[1]
     x = images(model)
     for wrong, error, message in (
-        ([], ValueError, "blocks: none, want a number at least"),
-        (1.0, TypeError, "blocks: 1.0, want whole numbers"),
-        ("1", TypeError, "blocks: '1', want whole numbers"),
+        ([], ValueError, "blocks: none, expected a number at least"),
+        (1.0, TypeError, "blocks: 1.0, expected whole numbers"),
+        ("1", TypeError, "blocks: '1', expected whole numbers"),
     ):
         with pytest.raises(error, match=message):
             deit_fast.attention_maps(model, x, wrong)
     for call in (deit_fast.attention_maps, deit_fast.attention_rollout):
         for wrong, error, message in (
-            (x.numpy(), TypeError, "images: a ndarray, want a tensor"),
-            (x.long(), TypeError, "images: torch.int64, want floats"),
-            (x[0], ValueError, r"images: shape \(3, 64, 64\), want \(B, C, H, W\)"),
-            (x[0].byte(), ValueError, r"want \(B, H, W, C\) of uint8"),
+            (x.numpy(), TypeError, "images: a ndarray, expected a tensor"),
+            (x.long(), TypeError, "images: torch.int64, expected floats"),
+            (x[0], ValueError, r"images: shape \(3, 64, 64\), expected \(B, C, H, W\)"),
+            (x[0].byte(), ValueError, r"expected \(B, H, W, C\) of uint8"),
         ):
             with pytest.raises(error, match=message):
                 call(model, wrong)
-        with pytest.raises(ValueError, match="model: in train mode, want"):
+        with pytest.raises(ValueError, match="model: in train mode, expected"):
             call(copy.deepcopy(model).train(), x)
 
 
@@ -357,14 +359,14 @@ def test_models_that_have_no_such_attention():
     vit, x = "deit_tiny_patch16_224", torch.zeros(1, 3, 64, 64)
     small = {"embed_dim": 64, "num_heads": 2, "depth": 1, "img_size": 64}
     for name, options, message in (
-        ("tiny_vit_5m_224", {}, "model: TinyVit, want timm's VisionTransformer"),
-        ("test_resnet", {}, "model: ResNet, want timm's VisionTransformer"),
+        ("tiny_vit_5m_224", {}, "model: TinyVit, expected timm's VisionTransformer"),
+        ("test_resnet", {}, "model: ResNet, expected timm's VisionTransformer"),
         (
             vit,
             {"block_fn": timm.models.vision_transformer.ParallelScalingBlock, **small},
-            "model: blocks.0 is a ParallelScalingBlock, want one of Block, LayerScaleBlock",
+            "model: blocks.0 is a ParallelScalingBlock, expected one of Block, LayerScaleBlock",
         ),
-        (vit, {"attn_layer": "diff", **small}, "model: blocks.0.attn is a DiffAttention, want"),
+        (vit, {"attn_layer": "diff", **small}, "model: blocks.0.attn is a DiffAttention, expected"),
     ):
         model = timm.create_model(name, **options).eval()
         with pytest.raises(ValueError, match=message):

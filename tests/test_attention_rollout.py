@@ -42,16 +42,16 @@ def test_rollout_by_numpy(fusion, ratio):
     models = tiny_pair(img_size=(32, 80), depth=3, num_heads=4, embed_dim=128)
     x, found = images(models[0], batch=3), []
     maps = timms_softmax(models[0], x)
-    want = by_numpy(maps, fusion, ratio)
+    expected = by_numpy(maps, fusion, ratio)
     for model in models:
         found.append(deit_fast.attention_rollout(model, x, fusion, ratio))
-        assert_close(found[-1], want.float())
+        assert_close(found[-1], expected.float())
         assert_close(found[-1].sum(-1), torch.ones(3, 12))
         assert_differ(found[-1][0], found[-1][1])
     others = itertools.product(("mean", "max", "min"), (0.0, 0.5, 0.999))
     for other in others:
         if other != (fusion, ratio):
-            assert_differ(by_numpy(maps, *other), want)
+            assert_differ(by_numpy(maps, *other), expected)
     assert_equal(deit_fast.attention_rollout(models[0], x),
                  deit_fast.attention_rollout(models[0], x, "mean", 0.0))  # fmt: skip
 
@@ -62,10 +62,14 @@ def test_rollout_errors():
     with torch.autocast("cpu", BF16):
         rollout = deit_fast.attention_rollout(model, x)
     assert_close(rollout.sum(-1), torch.ones(2, 18))
-    with pytest.raises(ValueError, match=r"head_fusion: 'sum', want one of \('mean', 'max', 'min'"):
+    with pytest.raises(
+        ValueError, match=r"head_fusion: 'sum', expected one of \('mean', 'max', 'min'"
+    ):
         deit_fast.attention_rollout(model, x, "sum")
     for ratio in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="discard_ratio: .*, want 0 or more, and less than 1"):
+        with pytest.raises(
+            ValueError, match="discard_ratio: .*, expected 0 or more, and less than 1"
+        ):
             deit_fast.attention_rollout(model, x, discard_ratio=ratio)
     for cait in pair(CAIT, depth=1, img_size=32):
         with pytest.raises(ValueError, match="model: Cait mixes its heads behind the softmax"):
@@ -152,8 +156,8 @@ def test_command_draws(model, command, tmp_path, capsys, monkeypatch):
                 number = int(what.split(",")[0].split(".")[1])
                 weights = deit_fast.attention_maps(model, x)[f"blocks.{number}"].mean(1)
             for row, token in enumerate(("class", "distillation")):
-                want = weights[0, row, 2:].view(2, 3)
-                assert_equal(torch.from_numpy(maps[token]), want)
+                expected = weights[0, row, 2:].view(2, 3)
+                assert_equal(torch.from_numpy(maps[token]), expected)
         with Image.open(out) as image:
             assert image.format == "PNG" and min(image.size) > 400
             pictures.append(np.asarray(image.convert("RGB")))
@@ -217,7 +221,7 @@ def test_command_errors_before_anything_is_read(command, tmp_path, capsys):
     found = wrong(command, capsys, *out, "--rollout", "--block", "1")
     assert "--block: rollout goes through all of them" in found
     found = wrong(command, capsys, "--out", str(tmp_path / "a.jpg"))
-    assert "a.jpg, want a name that ends in .png" in found
+    assert "a.jpg, expected a name that ends in .png" in found
     (tmp_path / "a.png").mkdir()
     assert "a.png is a folder" in wrong(command, capsys, *out)
 
@@ -243,7 +247,7 @@ def test_command_errors(command, tmp_path, capsys, monkeypatch):
         ([str(many)], [*model, *out], "more than 64 images in"),
         ([str(empty)], [*model, *out], "no images found in"),
         ([str(photo.parent / "*.gif")], [*model, *out], "no images found in"),
-        ([str(photo)], [*model, *out, "--block", "3"], "blocks: 3, want -3 to 2 for 3 blocks"),
+        ([str(photo)], [*model, *out, "--block", "3"], "blocks: 3, expected -3 to 2 for 3 blocks"),
         ([str(photo)], ["--model", str(tmp_path), *out], "config.json"),
     ):
         assert message in wrong([*start, *inputs], capsys, *options), message

@@ -49,11 +49,11 @@ def test_classes_are_timms(tmp_path, heads):
     assert [r for b in batches for r in b.reasons] == [None, "cannot identify image file"] + [
         None
     ] * 3
-    want = probabilities(reference, heads).topk(3)
+    expected = probabilities(reference, heads).topk(3)
     classes = np.concatenate([b.columns["classes"] for b in batches])
     scores = np.concatenate([b.columns["scores"] for b in batches])
-    np.testing.assert_array_equal(classes, want.indices)
-    assert_close(torch.from_numpy(scores), want.values)
+    np.testing.assert_array_equal(classes, expected.indices)
+    assert_close(torch.from_numpy(scores), expected.values)
 
 
 def test_features_are_timms_pre_logits():
@@ -65,8 +65,8 @@ def test_features_are_timms_pre_logits():
     )
     x = torch.stack([transform(Image.open(p).convert("RGB")) for p in PHOTOS])
     with torch.no_grad():
-        want = reference.forward_head(reference.forward_features(x), pre_logits=True)
-    assert_close(torch.from_numpy(batch.columns["embedding"]), want)
+        expected = reference.forward_head(reference.forward_features(x), pre_logits=True)
+    assert_close(torch.from_numpy(batch.columns["embedding"]), expected)
 
 
 def test_a_batch_of_nothing_but_unreadable_files():

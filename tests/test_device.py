@@ -7,7 +7,7 @@ import torch
 from checking import assert_close
 
 from deit_fast.kernels import layer_norm, layer_norm_reference
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 
 
 def inputs(device="cpu"):
@@ -18,7 +18,7 @@ def test_without_it_no_kernel_takes_a_cpu_tensor():
     """In any order of the tests: nor where a chip is pretended, nor in processes of tests."""
     with pytest.raises(RuntimeError, match="needs a CUDA tensor, x is on cpu"):
         layer_norm(*inputs(), implementation="triton")
-    with pretend(Chip("H200", (9, 0), 132)):
+    with simulate_device(Chip("H200", (9, 0), 132)):
         with pytest.raises((RuntimeError, ValueError), match="got CPU tensors|cpu tensor"):
             layer_norm(*inputs(), implementation="triton")
     assert "TRITON_INTERPRET" not in os.environ

@@ -75,9 +75,9 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
         with fake.on(owner):
             images.add_(1)  # in the memory that the last call read
             given = images.clone()
-        want = answers(m, given)
+        expected = answers(m, given)
         got = run(images)
-        assert_close(got, want, f"call {repeat}")
+        assert_close(got, expected, f"call {repeat}")
         assert not got.is_inference()
 
 
@@ -116,11 +116,11 @@ def test_callers_on_streams_of_their_own(fake):
     for turn in range(6):
         fake.caller = streams[turn % 2]
         images = floats(turn + 1)
-        want = answers(m, images)
-        results.append((fake.caller, run(images), want))
-    for stream, got, want in results:  # an overwritten one would differ
+        expected = answers(m, images)
+        results.append((fake.caller, run(images), expected))
+    for stream, got, expected in results:  # an overwritten one would differ
         with fake.on(stream):
-            assert_close(got, want)
+            assert_close(got, expected)
 
 
 def test_the_next_images_are_copied_while_the_last_are_computed(fake, monkeypatch):
@@ -311,21 +311,21 @@ def test_refresh_sees_other_heads(fake):
 def test_threads_get_their_own_answers():
     m = model()
     run = InferenceEngine(m, batch_size=4)
-    want = {count: answers(m, floats(count)) for count in range(1, 9)}
+    expected = {count: answers(m, floats(count)) for count in range(1, 9)}
     found = []
 
     def call(count):
         for _ in range(20):
             found.append((count, run(floats(count))))
 
-    threads = [threading.Thread(target=call, args=(count,)) for count in want]
+    threads = [threading.Thread(target=call, args=(count,)) for count in expected]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert len(found) == 20 * len(want)
+    assert len(found) == 20 * len(expected)
     for count, got in found:
-        assert_close(got, want[count])
+        assert_close(got, expected[count])
 
 
 def test_one_call_at_a_time():
@@ -352,10 +352,10 @@ def test_one_call_at_a_time():
 def test_features_are_timms_pre_logits(distilled):
     reference, fast = tiny_pair(distilled=distilled)
     with torch.no_grad():
-        want = reference.forward_head(reference.forward_features(floats(3)), pre_logits=True)
+        expected = reference.forward_head(reference.forward_features(floats(3)), pre_logits=True)
     for m in (fast, reference):
         got = InferenceEngine(m, batch_size=2, output="features")(floats(3))
-        assert_close(got, want)
+        assert_close(got, expected)
 
 
 def test_features_of_a_model_without_classes():
@@ -372,9 +372,9 @@ def test_a_model_that_takes_no_bytes_gets_them_normalised():
 
 def test_bytes_where_the_patch_embedding_is_watched():
     m = model()
-    want = answers(m, bytes_of(2))
+    expected = answers(m, bytes_of(2))
     m.patch_embed.register_forward_hook(lambda *_: None)
-    assert_close(answers(m, bytes_of(2)), want)
+    assert_close(answers(m, bytes_of(2)), expected)
 
 
 def test_other_floating_images_and_autocast():
@@ -390,7 +390,7 @@ def test_other_floating_images_and_autocast():
 def test_image_size():
     m = deit_fast.create_model("deit_tiny_patch16_224", **TINY | {"dynamic_img_size": True}).eval()
     assert_answers(InferenceEngine(m, 2, image_size=96)(floats(3, 96)), m, floats(3, 96))
-    with pytest.raises(ValueError, match=r"want \(B, 3, 64, 32\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 64, 32\)"):
         InferenceEngine(m, 2, image_size=(64, 32))(floats(1))
 
 
@@ -419,7 +419,7 @@ def test_models_that_cannot_run():
         InferenceEngine(m, 1)
     m = model()
     m.head.double()
-    with pytest.raises(ValueError, match="float32, torch.float64, want one dtype"):
+    with pytest.raises(ValueError, match="float32, torch.float64, expected one dtype"):
         InferenceEngine(m, 1)
     with pytest.raises(TypeError, match="float32, dtype asks for torch.float16"):
         InferenceEngine(model(), 1, dtype=torch.float16)
@@ -438,7 +438,7 @@ def test_models_that_cannot_run():
     "options, message",
     [
         ({}, "batch_size: None, batch_sizes: None"),
-        ({"batch_size": 1, "batch_sizes": (1,)}, "want one of them"),
+        ({"batch_size": 1, "batch_sizes": (1,)}, "expected one of them"),
         ({"batch_size": 0}, r"batch_size: \(0,\)"),
         ({"batch_sizes": ()}, r"batch_sizes: \(\)"),
         ({"batch_sizes": (1, 2.0)}, "whole numbers"),
@@ -456,10 +456,18 @@ def test_options_that_are_none(options, message):
     [
         ([1], TypeError, "images: list"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "dtype torch.int32"),
-        (torch.zeros(3, 64, 64), ValueError, r"want \(B, 3, 64, 64\)"),
-        (torch.zeros(1, 64, 64, 3), ValueError, r"shape \(1, 64, 64, 3\), want \(B, 3, 64, 64\)"),
-        (torch.zeros(1, 3, 64, 64).byte(), ValueError, r"want \(B, 64, 64, 3\) for torch.uint8"),
-        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "on meta, want cpu or the host"),
+        (torch.zeros(3, 64, 64), ValueError, r"expected \(B, 3, 64, 64\)"),
+        (
+            torch.zeros(1, 64, 64, 3),
+            ValueError,
+            r"shape \(1, 64, 64, 3\), expected \(B, 3, 64, 64\)",
+        ),
+        (
+            torch.zeros(1, 3, 64, 64).byte(),
+            ValueError,
+            r"expected \(B, 64, 64, 3\) for torch.uint8",
+        ),
+        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "on meta, expected cpu or the host"),
     ],
 )
 def test_images_that_are_none(images, error, message):
@@ -481,11 +489,11 @@ def test_a_captured_pass_is_all_there_is(format, make, monkeypatch):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = m(x)
-        want = out.clone()
+        expected = out.clone()
         x.copy_(x.flip(0))
         graph.replay()
-        assert_close(out, want.flip(0))
-    assert_differ(out, want)
+        assert_close(out, expected.flip(0))
+    assert_differ(out, expected)
 
 
 @pytest.mark.gpu("real streams, graphs and pinned memory")
@@ -495,10 +503,10 @@ def test_real_graphs(dtype):
     run = InferenceEngine(m, batch_sizes=(1, 4, 16))
     for count in (0, 1, 3, 16, 41):
         for images in (floats(count).to(dtype), bytes_of(count)):
-            want = answers(m, images.cuda())
+            expected = answers(m, images.cuda())
             for given in (images, images.pin_memory(), images.cuda()):
                 for _ in range(3):  # other batch sizes may go through other tiles
-                    assert_close(run(given), want)
+                    assert_close(run(given), expected)
     assert run.memory.workspace > 0
 
 
@@ -510,7 +518,7 @@ def test_real_graphs_see_weights_and_serve_threads():
         for p in m.parameters():
             p.add_(0.05)
     assert_close(run(floats(3)), answers(m, floats(3).cuda()))
-    want = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
+    expected = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
     torch.cuda.synchronize()
     found = []
 
@@ -519,15 +527,15 @@ def test_real_graphs_see_weights_and_serve_threads():
             for _ in range(50):
                 found.append((count, run(floats(count).pin_memory())))
 
-    threads = [threading.Thread(target=call, args=(count,)) for count in want]
+    threads = [threading.Thread(target=call, args=(count,)) for count in expected]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     torch.cuda.synchronize()
-    assert len(found) == 50 * len(want)
+    assert len(found) == 50 * len(expected)
     for count, got in found:
-        assert_close(got, want[count])
+        assert_close(got, expected[count])
     m.half()
     with pytest.raises(RuntimeError, match="refresh"):
         run(floats(1))

@@ -80,7 +80,7 @@ def server():
     process.wait(10)
 
 
-def expected():
+def predicted():
     """What each photograph is, from the command line."""
     command = [Path(sys.executable).with_name("deit-fast"), "classify", "--json", "--topk", "3"]
     done = subprocess.run(
@@ -95,7 +95,7 @@ def test_server_under_load(server):
     """Many clients at once: no answer is lost, and none is another's."""
     import httpx
 
-    want, bodies = expected(), [p.read_bytes() for p in PHOTOS]
+    expected, bodies = predicted(), [p.read_bytes() for p in PHOTOS]
     kinds, refused = [0, 1, 2, 3, "bad"] * 24, []
     before = httpx.get(f"{server}/health").json()
 
@@ -123,8 +123,8 @@ def test_server_under_load(server):
             continue
         assert answer.status_code == 200
         found = answer.json()["predictions"]
-        assert [p["class"] for p in found] == [p["class"] for p in want[kind]]
-        for one, other in zip(found, want[kind], strict=True):
+        assert [p["class"] for p in found] == [p["class"] for p in expected[kind]]
+        for one, other in zip(found, expected[kind], strict=True):
             assert_at_most(abs(one["score"] - other["score"]), SIXTH_DIGIT, "score")
     after = httpx.get(f"{server}/health").json()
     assert refused, "64 clients, 40 places"

@@ -33,7 +33,7 @@ import deit_fast
 from benchmarks.chips import H200
 from deit_fast.cli import main
 from deit_fast.export import export
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 from deit_fast.quantization import quantized_layers
 
 exporting = importlib.import_module("deit_fast.export")  # the name may be the function's, too
@@ -99,7 +99,7 @@ def test_exports_for_any_and_for_a_fixed_batch(batch, backend, uint8, device):
 @pytest.fixture
 def h200():
     """Tensors of the meta device count as lying on one."""
-    with _runtime.pretend(H200.chip), _tuned.disabled(), torch.no_grad():
+    with _chips.simulate_device(H200.chip), _tuned.disabled(), torch.no_grad():
         yield
 
 
@@ -132,7 +132,7 @@ def test_eight_bits_export_as_a_gpu_would_run_them(format):
     fast = tiny_pair("auto")[1].half()
     deit_fast.quantize(fast, format)
     fast.to("meta")
-    with _runtime.pretend(H200.chip), _tuned.disabled(), torch.no_grad():
+    with _chips.simulate_device(H200.chip), _tuned.disabled(), torch.no_grad():
         x = some_images(2, FP16, device="meta", size=64)
         program = torch.export.export(fast, (x,), dynamic_shapes=ANY)
     eight_bits = {"layer_norm_quantized", "quantized_linear", "attention_quantized"}
@@ -278,8 +278,8 @@ def test_aoti_and_plain_programs_load_without_deit_fast(tmp_path, device):
     assert done.returncode == 0, done.stderr
     for found in torch.load(out):
         for got in found:
-            want = fused(reference, x[: len(got)], "joint_softmax")
-            assert_close(got.cpu(), want)
+            expected = fused(reference, x[: len(got)], "joint_softmax")
+            assert_close(got.cpu(), expected)
     assert f"compiled for this machine's {device}" in str(reports[0])
     assert all(r.backend == "torch" and "loads without deit_fast" in r.why for r in reports)
 
@@ -312,10 +312,10 @@ def test_half_precision(format, dtype, tmp_path):
     export(fast.to(dtype), path, format)
     x = images(reference, 5).to(dtype)
     with torch.no_grad():
-        got, want = read(path, format)(x), reference.to(dtype)(x)
+        got, expected = read(path, format)(x), reference.to(dtype)(x)
         assert got.dtype == dtype
         true = reference.double()(x.double())
-        assert_as_accurate(got, want, true, factor=3.0)  # onnxruntime rounds elsewhere
+        assert_as_accurate(got, expected, true, factor=3.0)  # onnxruntime rounds elsewhere
 
 
 @pytest.mark.slow
@@ -330,10 +330,10 @@ def test_the_model_stays_what_it_is(format, tmp_path, device):
     weights = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in fast.named_parameters()}
     x = images(fast, 2).to(device)
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         export(fast, target(tmp_path, format), format)
         fired.clear()
-        assert torch.equal(fast(x), want) and fired == [1]
+        assert torch.equal(fast(x), expected) and fired == [1]
     assert kinds == {name: (type(m), vars(m).get("backend")) for name, m in fast.named_modules()}
     assert kinds["blocks.0"] == (deit_fast.layers.Block, "triton") and not fast.training
     for name, p in fast.named_parameters():
@@ -428,9 +428,9 @@ def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
     if missing != "onnx":  # which is looked for first
         selection.extra("export", "onnx", "onnxscript", "onnxruntime")
     monkeypatch.setitem(sys.modules, missing, None)
-    want = rf"onnx: needs {missing} .*: pip install 'deit_fast\[export\]'"
+    expected = rf"onnx: needs {missing} .*: pip install 'deit_fast\[export\]'"
     _, fast = tiny_pair(**SMALL)
-    with pytest.raises(RuntimeError, match=want):
+    with pytest.raises(RuntimeError, match=expected):
         export(fast, tmp_path / "tiny.onnx", "onnx")
     assert export(fast, tmp_path / "tiny.pt2", "torch-export", batch=1).bytes  # needs none
 
@@ -448,13 +448,13 @@ def test_a_compiled_model_is_exported_without_its_wrapper(tmp_path):
 def test_models_that_do_not_fit(tmp_path):
     pt2 = tmp_path / "a.pt2"
     _, fast = tiny_pair(**SMALL)
-    with pytest.raises(ValueError, match="backend: 'triton', want one of"):
+    with pytest.raises(ValueError, match="backend: 'triton', expected one of"):
         export(fast, pt2, "torch-export", backend="triton")
-    with pytest.raises(ValueError, match=r"in training mode, want model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"in training mode, expected model.eval\(\)"):
         export(fast.train(), pt2, "torch-export")
-    with pytest.raises(ValueError, match="want a timm vision transformer"):
+    with pytest.raises(ValueError, match="expected a timm vision transformer"):
         export(timm.create_model("resnet18").eval(), pt2, "torch-export")
-    with pytest.raises(ValueError, match="float32 on meta, want a float model with data"):
+    with pytest.raises(ValueError, match="float32 on meta, expected a float model with data"):
         export(tiny_pair(**SMALL)[1].to("meta"), pt2, "torch-export")
     assert not list(tmp_path.iterdir())
 
@@ -463,10 +463,10 @@ def test_models_that_do_not_fit(tmp_path):
 def test_models_that_do_not_fit_onnx(tmp_path, monkeypatch):
     selection.extra("export", "onnx", "onnxscript", "onnxruntime")
     onnx = tmp_path / "a.onnx"
-    with pytest.raises(ValueError, match="onnx: bfloat16 model, want float32 or float16"):
+    with pytest.raises(ValueError, match="onnx: bfloat16 model, expected float32 or float16"):
         export(tiny_pair(**SMALL)[1].bfloat16(), onnx, "onnx")
     monkeypatch.setattr(exporting, "ONNX_LIMIT", 100_000)
-    with pytest.raises(ValueError, match="bytes of weights, want fewer than 100,000"):
+    with pytest.raises(ValueError, match="bytes of weights, expected fewer than 100,000"):
         export(tiny_pair(**SMALL)[1], onnx, "onnx")
     assert not list(tmp_path.iterdir())
 
@@ -515,10 +515,13 @@ def test_command_with_another_dtype_batch_and_backend(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--out", "tiny.onnx"], "path: tiny.onnx for torch-export, want a name that ends in .pt2"),
+        (
+            ["--out", "tiny.onnx"],
+            "path: tiny.onnx for torch-export, expected a name that ends in .pt2",
+        ),
         (["--out", "absent/tiny.pt2"], "path: no folder absent"),
         (["--out", "folder.pt2"], "path: folder.pt2 is a folder"),
-        (["--out", "tiny.pt2", "--batch", "0"], "batch: 0, want 1 or more"),
+        (["--out", "tiny.pt2", "--batch", "0"], "batch: 0, expected 1 or more"),
         (["--out", "tiny.pt2", "--checkpoint", "absent.pth"], "checkpoint: no file absent.pth"),
         (["--out", "tiny.pt2", "--no-pretrained", "--heads", "distill"], "has one head"),
     ],

@@ -40,7 +40,7 @@ def counted(call):
 
 
 def inference(model, x):
-    """FLOPs without gradients. Parameters want none either: the counter fails on an expanded one
+    """FLOPs without gradients. Parameters expected none either: the counter fails on an expanded one
     that does, as timm's CaiT has."""
     model.requires_grad_(False)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def pixels(device="meta"):
     return torch.randn(2, 3, SIZE, SIZE, device=device)
 
 
-def expected(reference, pruned=True, backend="triton"):
+def expected_flops(reference, pruned=True, backend="triton"):
     """Of inference, of a forward pass and of a backward pass: timm's; of DeiT less what the last
     block saves where it runs for the prefix tokens alone, and in Triton with the rows of zeros that
     are part of the product for the gradient of the patch embedding's weight."""
@@ -85,14 +85,16 @@ def test_models(name, backend):
     """Tensors without data."""
     reference, fast = MODELS[name](backend)
     fast, x = fast.to("meta"), pixels()
-    assert (inference(fast, x), *training(lambda: fast(x))) == expected(reference, backend=backend)
+    assert (inference(fast, x), *training(lambda: fast(x))) == expected_flops(
+        reference, backend=backend
+    )
 
 
 @pytest.mark.parametrize("name", slow_but(MODELS, "distilled"))
 def test_models_that_compute(name, device):
     reference, fast = MODELS[name]("triton")
     fast, x = fast.to(device), pixels(device)
-    assert (inference(fast, x), *training(lambda: fast(x))) == expected(reference)
+    assert (inference(fast, x), *training(lambda: fast(x))) == expected_flops(reference)
 
 
 @pytest.mark.parametrize("name", ["deit", "distilled"])
@@ -100,15 +102,17 @@ def test_features_of_all_tokens(name):
     reference, fast = MODELS[name]("triton")
     fast, x = fast.to("meta"), pixels()
     fast.forward, reference.forward = fast.forward_features, reference.forward_features
-    assert (inference(fast, x), *training(lambda: fast(x))) == expected(reference, pruned=False)
+    assert (inference(fast, x), *training(lambda: fast(x))) == expected_flops(
+        reference, pruned=False
+    )
 
 
 def test_fake_tensors(device):
     reference, fast = MODELS["distilled"]("triton")
-    want = expected(reference)[0]
+    expected = expected_flops(reference)[0]
     fast = fast.to(device)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        assert counted(lambda: fast(pixels(device)))[0] == want
+        assert counted(lambda: fast(pixels(device)))[0] == expected
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
@@ -117,11 +121,11 @@ def test_models_in_eight_bits(format, device):
     deit_fast.quantize(fast.to(device), format)
     with torch.no_grad():
         found, _ = counted(lambda: fast(pixels(device)))
-    assert found == expected(reference)[0]
+    assert found == expected_flops(reference)[0]
 
 
 def test_every_operator_has_a_formula():
-    """One without products says so: see `_runtime.no_products`."""
+    """One without products says so: see `_dispatch.no_flops`."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     ours = {name.split("::")[1] for name in names if name.startswith("deit_fast::")}
     assert "linear" in ours

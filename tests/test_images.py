@@ -39,11 +39,11 @@ def config(name):
 @pytest.mark.parametrize("path", PHOTOS, ids=lambda p: p.stem)
 def test_decoder_is_timms_evaluation_transform(name, path):
     transform = timm.data.create_transform(**config(name))
-    want = transform(Image.open(path).convert("RGB"))
+    expected = transform(Image.open(path).convert("RGB"))
     pixels = Decoder(config(name))(path)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     got = normalize_reference(torch.from_numpy(pixels)[None], BASE["mean"], BASE["std"])[0]
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr"])
@@ -54,18 +54,18 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     photo = photo.convert("L").convert("I").point(lambda v: v * 256) if mode == "I;16" else photo
     # Pillow 12 cannot read the YCbCr that it writes without compression
     photo.convert(mode).save(path, **({"compression": "tiff_lzw"} if suffix == ".tif" else {}))
-    want = timm.data.create_transform(**config("DeiT"))(Image.open(path).convert("RGB"))
+    expected = timm.data.create_transform(**config("DeiT"))(Image.open(path).convert("RGB"))
     pixels = torch.from_numpy(Decoder(config("DeiT"))(path))[None]
     got = normalize_reference(pixels, BASE["mean"], BASE["std"])[0]
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 def test_one_channel():
     gray = config("DeiT") | {"input_size": (1, 64, 64), "mean": (0.5,), "std": (0.5,)}
-    want = timm.data.create_transform(**gray)(Image.open(PHOTOS[0]).convert("L"))
+    expected = timm.data.create_transform(**gray)(Image.open(PHOTOS[0]).convert("L"))
     pixels = Decoder(gray)(PHOTOS[0])
     assert pixels.shape == (64, 64, 1)
-    assert_close((torch.from_numpy(pixels[..., 0]) / 255 - 0.5) / 0.5, want[0])
+    assert_close((torch.from_numpy(pixels[..., 0]) / 255 - 0.5) / 0.5, expected[0])
     with pytest.raises(ValueError, match="2 channels"):
         Decoder(gray | {"input_size": (2, 64, 64)})
 
@@ -156,10 +156,10 @@ def test_patterns_lists_and_single_images(tree, monkeypatch):
 
 
 def test_large_folders_are_sorted_in_pieces(tree, monkeypatch):
-    want = set(find([tree]))
+    expected = set(find([tree]))
     monkeypatch.setattr(images, "SORTED", 2)
     found = list(find([tree]))
-    assert len(found) == len(want) and set(found) == want
+    assert len(found) == len(expected) and set(found) == expected
 
 
 def test_a_folder_that_cannot_be_read(tree, monkeypatch):

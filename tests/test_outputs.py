@@ -171,7 +171,7 @@ def test_no_image_at_all_is_readable(tmp_path, name):
 @pytest.mark.parametrize("every", [0.0, 1e9])
 def test_resumed_runs_equal_one_that_was_not_interrupted(tmp_path, monkeypatch, embed, name, every):
     """Stopped after every number of batches, with the last state of then, or with the first."""
-    want = whole(tmp_path / "whole", name, embed)
+    expected = whole(tmp_path / "whole", name, embed)
     monkeypatch.setattr(outputs, "EVERY", every)
     for stop in range(6):
         out = tmp_path / f"{stop}" / name
@@ -180,14 +180,14 @@ def test_resumed_runs_equal_one_that_was_not_interrupted(tmp_path, monkeypatch, 
         assert not out.exists()
         one = run(out, embed)
         assert one.resumed
-        for made in want.parent.iterdir():
+        for made in expected.parent.iterdir():
             assert (out.parent / made.name).read_bytes() == made.read_bytes(), stop
-        assert len(list(out.parent.iterdir())) == len(list(want.parent.iterdir()))
+        assert len(list(out.parent.iterdir())) == len(list(expected.parent.iterdir()))
 
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "EVERY", 0.0)
-    want, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
+    expected, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
     done = []
     for _ in range(5):
         done.append(run(out, stop=1).state["done"])
@@ -195,7 +195,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch):
             file.write(b'{"image": "torn')
     assert done == [4, 8, 12, 16, 20]
     run(out)
-    assert out.read_bytes() == want.read_bytes()
+    assert out.read_bytes() == expected.read_bytes()
 
 
 def test_resuming_keeps_the_images_that_were_found(tmp_path):
@@ -299,7 +299,7 @@ def test_the_table_beside_npy_is_no_ones_elses(tmp_path):
 
 def test_interrupted_within_a_write(tmp_path, monkeypatch):
     """Ctrl-C may come between any two lines; what is saved then is of one moment."""
-    want = whole(tmp_path / "whole", "a.npy", embed=True)
+    expected = whole(tmp_path / "whole", "a.npy", embed=True)
     for name in ("rows", "features"):
         out = tmp_path / name / "a.npy"
         out.parent.mkdir()
@@ -322,7 +322,7 @@ def test_interrupted_within_a_write(tmp_path, monkeypatch):
         one.save()
         one._locked.close()
         assert run(out, True).resumed
-        assert out.read_bytes() == want.read_bytes()
+        assert out.read_bytes() == expected.read_bytes()
 
 
 def test_a_run_that_is_not_complete_is_not_put_in_place(tmp_path):
@@ -419,7 +419,7 @@ except OSError as error:
 
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path):
-    want, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
+    expected, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
     command = [sys.executable, "-c", FULL, str(out)]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert found.returncode == 2, found.stderr
@@ -428,7 +428,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     state = json.loads((tmp_path / "a.csv.partial/state.json").read_text())
     assert 0 < state["done"] < 23
     one = run(out)
-    assert one.resumed and out.read_bytes() == want.read_bytes()
+    assert one.resumed and out.read_bytes() == expected.read_bytes()
 
 
 def test_a_disk_that_fills_at_the_very_end(tmp_path, monkeypatch):

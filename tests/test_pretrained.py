@@ -36,14 +36,14 @@ def forget(model):
     return model
 
 
-def assert_equal_models(got, want):
-    state, wanted = got.state_dict(), want.state_dict()
+def assert_equal_models(got, expected):
+    state, wanted = got.state_dict(), expected.state_dict()
     assert state.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(state[name], tensor), name
-    x = images(want)
+    x = images(expected)
     with torch.no_grad():
-        assert torch.equal(got.eval()(x), want.eval()(x))
+        assert torch.equal(got.eval()(x), expected.eval()(x))
 
 
 def read(folder):
@@ -289,11 +289,11 @@ def test_data_config_is_timms(name, tmp_path):
     sizes = {"embed_dim": 64, "num_heads": 2, "depth": 2}
     plain = timm.create_model(deit_fast.NAMES.get(name, name), **sizes)
     fast = deit_fast.create_model(name, **sizes)
-    want = timm.data.resolve_model_data_config(plain)
-    assert timm.data.resolve_model_data_config(fast) == want
+    expected = timm.data.resolve_model_data_config(plain)
+    assert timm.data.resolve_model_data_config(fast) == expected
     save_pretrained(forget(fast), tmp_path)
     again = from_pretrained(tmp_path)
-    assert timm.data.resolve_model_data_config(again) == want
+    assert timm.data.resolve_model_data_config(again) == expected
     assert again.pretrained_cfg["classifier"] == plain.pretrained_cfg["classifier"]
 
 
@@ -310,8 +310,8 @@ def test_own_preprocessing_and_labels_come_back(tmp_path):
     save_pretrained(model, tmp_path)
     assert not any(read(tmp_path)["pretrained_cfg"].get(key) for key in source)
     again = from_pretrained(tmp_path)
-    want = own | {"input_size": (3, 64, 64)}  # not the 224 the architecture was trained at
-    assert timm.data.resolve_model_data_config(again) == want
+    expected = own | {"input_size": (3, 64, 64)}  # not the 224 the architecture was trained at
+    assert timm.data.resolve_model_data_config(again) == expected
     assert again.pretrained_cfg["label_names"] == labels
     model.reset_classifier(4)
     save_pretrained(model, tmp_path)
@@ -325,8 +325,8 @@ def test_other_image_size_is_resized_from_the_stored_grid(tmp_path):
     model = tiny(img_size=(32, 128))  # 2 x 8 patches, as many as the 4 x 4 asked for
     save_pretrained(model, tmp_path)
     again = from_pretrained(tmp_path, img_size=64)
-    want = resize_pos_embed(model.pos_embed, (2, 8), (4, 4), 2)
-    assert_equal(again.pos_embed, want)
+    expected = resize_pos_embed(model.pos_embed, (2, 8), (4, 4), 2)
+    assert_equal(again.pos_embed, expected)
     assert not torch.equal(again.pos_embed, model.pos_embed)
     assert torch.equal(again.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 
@@ -420,9 +420,9 @@ def test_damaged_configs(folder):
         whole[:100]: "config.json: is no JSON",
         "": "config.json: is no JSON",
         "[" * 100_000: "config.json: is no JSON",
-        "[1]": "holds a list, want a JSON object",
+        "[1]": "holds a list, expected a JSON object",
         "{}": "neither timm's 'architecture' nor transformers' 'model_type'",
-        '{"model_type": "bert"}': "model_type 'bert', want 'deit' or 'vit'",
+        '{"model_type": "bert"}': "model_type 'bert', expected 'deit' or 'vit'",
         '{"architecture": "deit_huge"}': "architecture 'deit_huge' is none of timm",
         '{"architecture": ["deit"]}': "is none of timm",
     }.items():
@@ -514,7 +514,7 @@ def test_what_looks_local_is_never_looked_up(tmp_path, monkeypatch):
     for path in ("./a", "../a/b", str(tmp_path / "a"), "~/no/such", "a/b/c", "a b", Path("timm/a")):
         refused(FileNotFoundError, "no such folder .*hub", path)
     refused(FileNotFoundError, "timm: has no config.json", "timm")
-    refused(ValueError, "is a file, want a folder", "timm/deit")
+    refused(ValueError, "is a file, expected a folder", "timm/deit")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tiers import slow
 from torch.nn.utils import prune
 
 import deit_fast
-from deit_fast.kernels import _runtime, layer_norm_quantized
+from deit_fast.kernels import _chips, layer_norm_quantized
 from deit_fast.kernels.quantize import (
     LIMITS,
     Quantized,
@@ -122,10 +122,10 @@ def test_logits_are_those_of_the_definition(variant, format):
     assert quantized_layers(fast).keys() == set(LAYERS) - left
     defined = simulated(reference, fast)
     for read in (logits, features):  # all tokens go through the same blocks
-        got, want, exact = (read(model, x) for model in (fast, defined, reference))
-        assert_differ(want, exact)
-        assert_within(want, exact, LOGITS_IN_EIGHT_BITS)
-        assert_within(got, want, NEIGHBOURS * relative_error(want, exact))
+        got, expected, exact = (read(model, x) for model in (fast, defined, reference))
+        assert_differ(expected, exact)
+        assert_within(expected, exact, LOGITS_IN_EIGHT_BITS)
+        assert_within(got, expected, NEIGHBOURS * relative_error(expected, exact))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -140,14 +140,14 @@ def test_kernels_serve_the_model(format, dtype, device):
     fast.to(device, dtype)
     got, got_logits = features(fast, x), logits(fast, x)
     deit_fast.accelerate(fast, "torch")
-    want, want_logits = features(fast, x), logits(fast, x)
+    expected, want_logits = features(fast, x), logits(fast, x)
     undo(fast)
     exact = features(fast, x)
     assert got.dtype == got_logits.dtype == dtype
-    rounding = relative_error(want, exact)
+    rounding = relative_error(expected, exact)
     exactly = dtype == torch.float32 and not attention
-    assert_within(want, exact, LOGITS_IN_EIGHT_BITS)
-    assert_within(got, want, rounding / (2 if exactly else 1))
+    assert_within(expected, exact, LOGITS_IN_EIGHT_BITS)
+    assert_within(got, expected, rounding / (2 if exactly else 1))
     assert_within(got, exact, 1.25 * rounding)
     assert_within(got_logits, want_logits, LOGITS_IN_EIGHT_BITS)
 
@@ -261,7 +261,7 @@ def test_state_dict_through_safetensors(format, tmp_path):
 def test_scales_that_are_none_are_refused():
     _, fast = quantized_pair("fp8")
     x, state = images(fast), fast.state_dict()
-    want = logits(fast, x)
+    expected = logits(fast, x)
     for value in (0.0, torch.nan, torch.inf, -1.0):
         broken = state | {"blocks.0.mlp.fc2.input_scale": torch.full((1, 1), value)}
         with pytest.raises(RuntimeError, match="input_scale has values that are not positive"):
@@ -270,7 +270,7 @@ def test_scales_that_are_none_are_refused():
     name = "blocks.0.attn.qkv.weight"
     with pytest.raises(RuntimeError, match="size mismatch"):
         fast.load_state_dict({name: state[name][:1]}, strict=False)
-    assert torch.equal(logits(fast, x), want)
+    assert torch.equal(logits(fast, x), expected)
     layer = fast.blocks[0].attn.qkv
     assert layer._original is not None
     fast.load_state_dict({"blocks.0.attn.qkv.weight_scale": 2 * layer.weight_scale}, strict=False)
@@ -282,10 +282,12 @@ def test_scales_that_are_none_are_refused():
 def test_weights_of_another_format_are_refused():
     reference, fast = quantized_pair("fp8")
     before = copy.deepcopy(fast.state_dict())
-    with pytest.raises(RuntimeError, match=r"qkv.weight has torch.float32, want torch.float8_e4m3"):
+    with pytest.raises(
+        RuntimeError, match=r"qkv.weight has torch.float32, expected torch.float8_e4m3"
+    ):
         fast.load_state_dict(reference.state_dict(), strict=False)
     _, other = quantized_pair("int8")
-    with pytest.raises(RuntimeError, match=r"want torch.float8_e4m3fn: deit_fast.restore"):
+    with pytest.raises(RuntimeError, match=r"expected torch.float8_e4m3fn: deit_fast.restore"):
         fast.load_state_dict(other.state_dict(), strict=False)
     for name in LAYERS:
         for part in ("weight", "weight_scale"):
@@ -326,7 +328,7 @@ def test_folders(format, attention, tmp_path):
 def test_copies_pickles_and_compilation(format):
     _, fast = quantized_pair(format)
     x = images(fast)
-    want = logits(fast, x)
+    expected = logits(fast, x)
     file = io.BytesIO()
     torch.save(fast, file)
     file.seek(0)
@@ -335,26 +337,26 @@ def test_copies_pickles_and_compilation(format):
         pickle.loads(pickle.dumps(fast)),
         torch.load(file, weights_only=False),
     ):
-        assert torch.equal(logits(again, x), want)
+        assert torch.equal(logits(again, x), expected)
         assert not quantized_layers(deit_fast.restore(again))
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-    assert_close(logits(compiled, x), want)
+    assert_close(logits(compiled, x), expected)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         # rounded to bf16 first: more numbers go to a neighbour
-        assert_within(fast(x), want, LOGITS_IN_EIGHT_BITS / 2)
+        assert_within(fast(x), expected, LOGITS_IN_EIGHT_BITS / 2)
 
 
 def test_a_sample_that_is_not_a_number_stays_alone():
     for format in ("fp8", "int8"):
         _, fast = quantized_pair(format)
         x = images(fast, 3)
-        want = logits(fast, x)
+        expected = logits(fast, x)
         for bad in (torch.nan, torch.inf):
             x[1, 0, 5, 5] = bad
             got = logits(fast, x)
             assert got[1].isnan().all(), (format, bad)
-            assert_close(got[[0, 2]], want[[0, 2]])
+            assert_close(got[[0, 2]], expected[[0, 2]])
 
 
 @pytest.mark.parametrize("offset", [0.1, 1.0])
@@ -426,14 +428,14 @@ def test_calibration_reads_images_in_every_way():
 @pytest.mark.parametrize(
     "calibration, error, message",
     [
-        (torch.zeros(2, 3, 32, 32), ValueError, r"\(2, 3, 32, 32\).*want \(B, 3, 64, 64\)"),
+        (torch.zeros(2, 3, 32, 32), ValueError, r"\(2, 3, 32, 32\).*expected \(B, 3, 64, 64\)"),
         (torch.zeros(3, 64, 64), ValueError, r"\(3, 64, 64\)"),
-        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ValueError, r"want \(B, 64, 64, 3\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ValueError, r"expected \(B, 64, 64, 3\)"),
         (torch.zeros(0, 3, 64, 64), ValueError, "no images came"),
         ([], ValueError, "no images came"),
         (iter(()), ValueError, "no images came"),
         (["a.jpg"], TypeError, "a batch is a str"),
-        (3, TypeError, "calibration: int, want"),
+        (3, TypeError, "calibration: int, expected"),
         (torch.full((1, 3, 64, 64), torch.nan), ValueError, "operand of blocks.0.attn.proj became"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), TypeError, "images in torch.int64"),
     ],
@@ -454,17 +456,17 @@ def test_models_and_names_that_do_not_fit():
     for model, options, error, message in (
         (reference, {}, ValueError, "has timm's blocks, call deit_fast.accelerate first"),
         (torch.nn.Linear(3, 4), {}, ValueError, "Linear has no Block"),
-        (fast, {"format": "fp4"}, ValueError, "format: 'fp4', want one of"),
+        (fast, {"format": "fp4"}, ValueError, "format: 'fp4', expected one of"),
         (
             fast,
             {"exclude": "blocks.2.*"},
             ValueError,
-            r"'blocks.2.\*' is none of the 8 layers, want",
+            r"'blocks.2.\*' is none of the 8 layers, expected",
         ),
         (fast, {"exclude": "blocks.*"}, ValueError, "no layer is left"),
         (fast, {"format": "int8", "calibration": [1]}, ValueError, "int8 has a scale for each row"),
         (fast, {"format": "int8", "attention": True}, ValueError, "int8 has no such products"),
-        (copy.deepcopy(fast).double(), {}, TypeError, "torch.float64, want float32"),
+        (copy.deepcopy(fast).double(), {}, TypeError, "torch.float64, expected float32"),
     ):
         with pytest.raises(error, match=message):
             deit_fast.quantize(model, **options)
@@ -495,12 +497,12 @@ def test_models_and_names_that_do_not_fit():
 def test_a_chip_without_the_type(capability, format, reason):
     """Said by quantize, and at the call where the model got there later."""
     _, fast = tiny_pair("auto")
-    with _runtime.pretend(_runtime.Chip("a chip", capability, 108)):
+    with _chips.simulate_device(_chips.Chip("a chip", capability, 108)):
         with pytest.raises(RuntimeError, match=f"on a chip of .*{reason}"):
             deit_fast.quantize(fast, format)
     assert not quantized_layers(fast)
     deit_fast.quantize(fast, format)
-    with _runtime.pretend(_runtime.Chip("a chip", capability, 108)), torch.no_grad():
+    with _chips.simulate_device(_chips.Chip("a chip", capability, 108)), torch.no_grad():
         with pytest.raises(RuntimeError, match=reason):
             fast.blocks[0](torch.randn(1, 5, 64))
 
@@ -513,18 +515,18 @@ def test_a_layer_alone():
         got = fast.blocks[0](x, attn_mask=mask)
         assert_within(got, reference.blocks[0](x, attn_mask=mask), BLOCK_IN_EIGHT_BITS)
         for name in ("attn", "mlp"):
-            got, want = (getattr(m.blocks[0], name)(x) for m in (fast, reference))
-            assert_differ(got, want, name)
-            assert_within(got, want, BLOCK_IN_EIGHT_BITS, name)
+            got, expected = (getattr(m.blocks[0], name)(x) for m in (fast, reference))
+            assert_differ(got, expected, name)
+            assert_within(got, expected, BLOCK_IN_EIGHT_BITS, name)
         assert type(fast.blocks[0].attn.qkv) is QuantizedLinear
         layer = fast.blocks[0].attn.qkv
         for backend in ("auto", "torch"):
             deit_fast.accelerate(fast, backend)
             assert layer.backend == backend
-        want = (
+        expected = (
             dequantize(quantize_reference(x, format)) @ dequantize(layer.operand).t() + layer.bias
         )
-        assert_close(layer(x), want)
+        assert_close(layer(x), expected)
 
 
 @pytest.mark.slow
@@ -532,12 +534,12 @@ def test_gradients_are_refused_when_they_are_asked_for():
     """Not before: whoever forgets no_grad gets his logits, compiled too."""
     _, fast = quantized_pair("fp8")
     x = images(fast)
-    want = logits(fast, x)
+    expected = logits(fast, x)
     torch._dynamo.reset()
     for model in (fast, torch.compile(fast, fullgraph=True, backend="aot_eager")):
         y = model(x)
         assert y.requires_grad
-        assert_close(y, want)
+        assert_close(y, expected)
         with pytest.raises(RuntimeError, match="eight bits are for inference"):
             y.sum().backward()
 
@@ -557,9 +559,9 @@ def test_a_block_of_zeros(device):
     _, fast = tiny_pair("triton", img_size=32, depth=1)
     for t in fast.blocks[0].attn.parameters():
         t.data.zero_()
-    want = logits(fast.to(device), images(fast).to(device))
+    expected = logits(fast.to(device), images(fast).to(device))
     deit_fast.quantize(fast, "fp8", exclude="*.mlp.*", attention=True)
-    assert_close(logits(fast, images(fast).to(device)), want)
+    assert_close(logits(fast, images(fast).to(device)), expected)
 
 
 @pytest.mark.gpu("a real capture of a model in eight bits")
@@ -570,9 +572,9 @@ def test_cuda_graph(format):
     assert fast.blocks[0].attn.qkv._original.device.type == "cpu"
     fast.bfloat16()
     x = images(fast, 8).cuda().bfloat16()
-    want = logits(fast, x)
+    expected = logits(fast, x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
         got = fast(x)
     graph.replay()
-    assert torch.equal(got, want)
+    assert torch.equal(got, expected)

@@ -85,7 +85,7 @@ def test_compare_by_hand():
 def test_compare_refuses():
     with pytest.raises(ValueError, match="no images came"):
         compare(WANT, GOT, [])
-    with pytest.raises(ValueError, match="labels for 2 of 4 images, want all or none"):
+    with pytest.raises(ValueError, match="labels for 2 of 4 images, expected all or none"):
         compare(WANT, GOT, [(FOUR[:2], torch.zeros(2)), FOUR[2:]])
     with pytest.raises(ValueError, match="quantized: in train mode"):
         compare(WANT, Says([[0.0]]), [FOUR])
@@ -119,15 +119,15 @@ def test_a_layer_gets_what_it_gets_in_the_model(model, format, name, monkeypatch
     with torch.inference_mode():
         timms(x)
         quantized(x)
-    (operand, weight, _), (want,) = seen[0], inputs
+    (operand, weight, _), (expected,) = seen[0], inputs
     layer = quantized.get_submodule(name)
     got = dequantize(operand) @ dequantize(weight).T + layer.bias
-    want_error = ((got - want).norm() / want.norm()).item()
+    want_error = ((got - expected).norm() / expected.norm()).item()
     (found,) = layer_errors(model, quantized, x)
     assert found.name == name
     # a number between two of eight bits may go either way
     assert_within(found.images, want_error, 0.02)
-    assert_differ(got, want)
+    assert_differ(got, expected)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
@@ -337,9 +337,9 @@ def test_quantize_reports_and_saves(model, folders, tmp_path, capsys, on_a_cpu):
     calibration = [x for _, x in evaluate.batches(model, some, 8, 0, [], [0, 1, 3])]
     quantized = copy.deepcopy(model)
     exclude = ["blocks.0.*", "*.fc2"]
-    want = deit_fast.quantize(quantized, "fp8", calibration, exclude)
-    assert str(want) in printed.out and "3 images" in str(want)
-    assert found["quantized"] == want.quantized == [LAYERS[i] for i in (4, 5, 6)]
+    expected = deit_fast.quantize(quantized, "fp8", calibration, exclude)
+    assert str(expected) in printed.out and "3 images" in str(expected)
+    assert found["quantized"] == expected.quantized == [LAYERS[i] for i in (4, 5, 6)]
     comparison = compare(model, quantized, [(x, labels)])
     for name, value in found["comparison"].items():
         assert_within(value, getattr(comparison, name), APART[FP32], name)
@@ -391,18 +391,18 @@ def test_quantize_runs_the_shipped_photographs(model, folders, tmp_path, capsys,
         (["--calibration", "empty"], "empty: nothing recognised"),
         (["--calibration", "nowhere"], "no image, folder, pattern or list"),
         (["--calibration", "broken"], "calibration: no images came"),
-        (["--calibration", "more", "--images", "0"], "--images: 0, want 1 or more"),
+        (["--calibration", "more", "--images", "0"], "--images: 0, expected 1 or more"),
         (["--images", "3"], "--images: of what"),
         (["--format", "int8", "--attention"], "--attention: int8 has no such products"),
         (["--split", "train"], "--split: of what"),
         (["--data", "empty"], "empty: nothing recognised"),
         (
             ["--exclude", "blocks.9.*", "--out", "nowhere"],
-            "exclude: 'blocks.9.*' is none of the 8 layers, want",
+            "exclude: 'blocks.9.*' is none of the 8 layers, expected",
         ),
         (["--exclude", "*"], "no layer is left to quantise"),
         (["--out", "model"], "is MODEL, whose weights would be lost"),
-        (["--batch", "0"], "--batch: 0, want 1 or more"),
+        (["--batch", "0"], "--batch: 0, expected 1 or more"),
     ],
 )
 def test_quantize_says_what_is_wrong(args, message, folders, monkeypatch, capsys):

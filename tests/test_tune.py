@@ -16,11 +16,11 @@ from triton.runtime.interpreter import GridExecutor
 import deit_fast
 from benchmarks.accuracy import short_sums
 from deit_fast import tune
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.linear import HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG
 from deit_fast.kernels.quantized_linear import HOPPER_CONFIGS as EIGHT_BITS_CONFIGS
 
-CHIP = _runtime.Chip("NVIDIA H9000", (9, 0), 4)
+CHIP = _chips.Chip("NVIDIA H9000", (9, 0), 4)
 NAME = "deit_tiny_distilled"
 FP16 = torch.float16
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cpu("made-up times must not reach this GPU's table")
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIT_FAST_CACHE", str(tmp_path))
     _tuned.forget()
-    with _runtime.pretend(CHIP):
+    with _chips.simulate_device(CHIP):
         yield tmp_path / "tuned" / "h9000.json"
     _tuned.forget()
 
@@ -46,12 +46,12 @@ def names(tasks):
 
 
 def test_tasks_of_deit_tiny():
-    found = tune.tasks(meta_model(), 256, torch.bfloat16, _runtime.Chip("H200", (9, 0), 132))
+    found = tune.tasks(meta_model(), 256, torch.bfloat16, _chips.Chip("H200", (9, 0), 132))
     shapes = [dict(t.shape) for t in found]
     assert len(found) == len(set(found)) == len({str(t) for t in found})
     folded = {(s["K"], s["N"]) for s in shapes if s.get("epilogue") == "folded+bias"}
     assert folded == {(192, 576), (192, 384)}  # and the last block's keys and values
-    for epilogue in ("bias+residual+moments", "folded+bias+gelu", "bias+gelu"):
+    for epilogue in ("bias+residual+row_stats", "folded+bias+gelu", "bias+gelu"):
         assert any(s.get("epilogue") == epilogue for s in shapes), epilogue
     order = [tune.ORDER.index(t.op) for t in found]
     assert order == sorted(order) and set(order) == {0, 1, 2, 3}
@@ -66,12 +66,12 @@ def test_tasks_of_deit_tiny():
 
 
 def test_every_moment_is_known_in_the_race():
-    """Of the two kinds of calls for qkv, with and without moments, the one of eleven blocks."""
-    found = tune.tasks(meta_model(), 256, torch.bfloat16, _runtime.Chip("H200", (9, 0), 132))
+    """Of the two kinds of calls for qkv, with and without row statistics, the one of eleven blocks."""
+    found = tune.tasks(meta_model(), 256, torch.bfloat16, _chips.Chip("H200", (9, 0), 132))
     for task in found:
         if task.op in ("layer_norm_linear", "layer_norm_mlp"):
             made = task.make(torch.device("meta"))
-            assert made["moments"].shape[:2] == (3, 2), task
+            assert made["row_stats"].shape[:2] == (3, 2), task
 
 
 def asked_by(model, monkeypatch):
@@ -390,7 +390,7 @@ def test_a_lost_device_ends_the_race(small, cache):
 
 
 @pytest.mark.slow
-def test_wrong_moments_are_out(small, cache, monkeypatch):
+def test_wrong_row_stats_are_out(small, cache, monkeypatch):
     wrong = HOPPER_CONFIGS[0]
     real = tune.run_linear
 
@@ -402,14 +402,14 @@ def test_wrong_moments_are_out(small, cache, monkeypatch):
         return y
 
     def emits(task):
-        return "moments" in dict(task.shape).get("epilogue", "")
+        return "row_stats" in dict(task.shape).get("epilogue", "")
 
     every = tune.tasks
     monkeypatch.setattr(tune, "tasks", lambda *args: filter(emits, every(*args)))
     monkeypatch.setattr(tune, "run_linear", run_linear)
     run(prefer({"implementation": "triton", **wrong}), "--batch", "30")
     rows = json.loads(cache.read_text())["choices"]
-    emitting = [r for r in rows if "moments" in r["shape"].get("epilogue", "")]
+    emitting = [r for r in rows if "row_stats" in r["shape"].get("epilogue", "")]
     assert emitting and all(r["ms"] == 2.0 for r in emitting)
 
 
@@ -417,7 +417,7 @@ def test_wrong_moments_are_out(small, cache, monkeypatch):
 def test_tasks_without_the_interpreter():
     """On a machine with a GPU nothing is interpreted: listing what to tune must not need it."""
     code = (
-        "import torch; from deit_fast import tune; from deit_fast.kernels._runtime import Chip\n"
+        "import torch; from deit_fast import tune; from deit_fast.kernels._chips import Chip\n"
         "with torch.device('meta'): model = tune.create_model('deit_tiny')\n"
         "print(len(tune.tasks(model, 256, torch.bfloat16, Chip('H', (9, 0), 132))))"
     )
@@ -450,9 +450,9 @@ def test_a_table_that_is_not_ours_is_left_as_it_is(small, cache):
 
 
 def test_bad_calls_are_named(small, cache):
-    with pytest.raises(ValueError, match="--batch: 0, want 1 or more"):
+    with pytest.raises(ValueError, match="--batch: 0, expected 1 or more"):
         run(prefer({}), "--batch", "0")
-    with pytest.raises(ValueError, match="--minutes: 0.0, want more than 0"):
+    with pytest.raises(ValueError, match="--minutes: 0.0, expected more than 0"):
         run(prefer({}), "--minutes", "0")
     with pytest.raises(RuntimeError, match="tuning measures on a CUDA device"):
         run(None)

@@ -66,13 +66,13 @@ def _engine(ctx, network, batch, write):
         images = random_images(batch, size, torch.device("cpu"), 10 + seed).bfloat16()
         batches.append(images.pin_memory() if cuda else images)
     with torch.inference_mode():
-        want = [model(images.to(ctx.device)).float() for images in batches]
+        expected = [model(images.to(ctx.device)).float() for images in batches]
     got = engine(batches[0].to(ctx.device))
-    write("engine is the eager call", "bf16", _distance(got, want[0]), 0.0, ROUNDING)
+    write("engine is the eager call", "bf16", _distance(got, expected[0]), 0.0, ROUNDING)
     worst = 0.0
     for _ in range(TURNS):  # nothing waits between the calls: a race would mix batches
         answers = [engine(images) for images in batches]
-        worst = max(worst, *(_distance(a, w) for a, w in zip(answers, want, strict=True)))
+        worst = max(worst, *(_distance(a, w) for a, w in zip(answers, expected, strict=True)))
     write(f"{IN_FLIGHT} batches in flight", "bf16", worst, 0.0, ROUNDING)
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
@@ -82,8 +82,8 @@ def _engine(ctx, network, batch, write):
     write("bytes are the floats", "bf16", error, 0.0, 5e-2)
 
 
-def _distance(got, want):
-    return relative(((got.float() - want).norm() / want.norm()).item())
+def _distance(got, expected):
+    return relative(((got.float() - expected).norm() / expected.norm()).item())
 
 
 def relative(error: float) -> float:

@@ -14,11 +14,11 @@ from .context import ROWS
 from .orchestrate import HEADER, broken
 
 KINDS = {
-    "facts", "smoke", "agreement", "ceiling", "race", "model", "kernel", "sanitizer", "step",
+    "facts", "smoke", "agreement", "peak_rate", "race", "model", "kernel", "sanitizer", "step",
 }  # fmt: skip
 HEAD = ("kind", "step", "kernels")  # of every row, beside "run"
 # A model's FLOPs are counted whole; ours leaves 7% of them out, the last block's. Clocks differ.
-MOST_OF_CEILING = {"model": 1.12, "kernel": 1.08}
+MOST_OF_PEAK_RATE = {"model": 1.12, "kernel": 1.08}
 MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1, "fp8": 3e-1, "int8": 3e-1}
 
 
@@ -35,8 +35,8 @@ class Lease:
     doubts: list[str]
 
     @property
-    def ceilings(self) -> dict[str, float]:
-        return {row["name"]: row["value"] for row in self.rows.get("ceiling", ())}
+    def peak_rates(self) -> dict[str, float]:
+        return {row["name"]: row["value"] for row in self.rows.get("peak_rate", ())}
 
     @property
     def failed(self) -> frozenset[str]:
@@ -64,8 +64,10 @@ def read(folder: Path) -> Lease:
         elif row["kernels"] == ours:
             rows.setdefault(row["kind"], []).append(row | {"line": number})
     for name in ("bf16_tflops", "copy_tb_per_s"):
-        if name not in lease.ceilings:
-            raise ValueError(f"{folder / ROWS}: no ceiling {name}: nothing to hold figures against")
+        if name not in lease.peak_rates:
+            raise ValueError(
+                f"{folder / ROWS}: no peak rate {name}: nothing to hold figures against"
+            )
     for kind, type_of, into in (
         ("model", ModelRow, lease.models), ("kernel", KernelRow, lease.kernels),
     ):  # fmt: skip
@@ -143,15 +145,15 @@ def _doubt(row, kind, lease):
         per_s = 1e3 * row.batch / row.ms_median
         if row.images_per_s is None or not 0.99 < row.images_per_s / per_s < 1.01:
             return f"{row.images_per_s} images/s, {per_s:.0f} by its time"
-        ceiling = lease.ceilings.get(f"{precision}_tflops")
-        share = row.tflops / ceiling if ceiling and row.tflops else 0.0
+        peak_rate = lease.peak_rates.get(f"{precision}_tflops")
+        share = row.tflops / peak_rate if peak_rate and row.tflops else 0.0
         if ours and lease.failed and "failed the smoke test" not in (row.note or ""):
             return f"{', '.join(sorted(lease.failed))} failed the smoke test, and no note says so"
     else:
-        share = row.fraction_of_ceiling or 0.0
+        share = row.fraction_of_peak_rate or 0.0
         failed = {name.removesuffix(smoke.BACKWARD) for name in lease.failed}
         if ours and row.op in failed and row.served_by == "triton":
             return f"{row.op} failed the smoke test"
-    if share > MOST_OF_CEILING[kind]:
-        return f"{share:.2f} of the measured ceiling"
+    if share > MOST_OF_PEAK_RATE[kind]:
+        return f"{share:.2f} of the measured peak rate"
     return None

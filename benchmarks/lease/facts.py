@@ -6,7 +6,7 @@ import subprocess
 import torch
 
 from deit_fast.bench import timing
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 
 from .context import Context
 
@@ -15,11 +15,11 @@ LEAST_FREE = 20e9  # bytes: DeiT-B's training step at batch 256 takes about that
 
 def step(ctx: Context) -> str:
     """Write the row "facts". Raises RuntimeError for a GPU on which nothing would be measured."""
-    chip = _runtime.chip(ctx.device)
+    chip = _chips.chip(ctx.device)
     found = {
         "hardware": timing.hardware(ctx.device), "slug": timing.slug(ctx.device),
         "chip": {
-            "name": chip.name, "capability": list(chip.capability), "processors": chip.processors,
+            "name": chip.name, "capability": list(chip.capability), "num_sms": chip.num_sms,
         },
         "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
@@ -33,7 +33,7 @@ def step(ctx: Context) -> str:
             "limits": limits(),
         }  # fmt: skip
     ctx.write("facts", **found)
-    return f"{chip.name}, {chip.processors} SMs, {found['cores']} cores"
+    return f"{chip.name}, {chip.num_sms} SMs, {found['cores']} cores"
 
 
 def expect(name: str, capability: tuple[int, int], free: float) -> None:

@@ -25,12 +25,12 @@ def parts(small: bool) -> list[str]:
 
 
 def step(ctx: Context, part: str) -> str:
-    """Time every operation of a network in one direction. Raises NotReady without the ceilings,
+    """Time every operation of a network in one direction. Raises NotReady without the peak rates,
     which say what share of the chip a kernel reaches."""
     network, backward = part.removesuffix(BACKWARD), part.endswith(BACKWARD)
-    ceilings = {row["name"]: row["value"] for row in ctx.rows("ceiling")}
-    if "copy_tb_per_s" not in ceilings:
-        raise NotReady("the ceilings were not measured")
+    peak_rates = {row["name"]: row["value"] for row in ctx.rows("peak_rate")}
+    if "copy_tb_per_s" not in peak_rates:
+        raise NotReady("the peak rates were not measured")
     stamp = models.stamp(ctx)
     there = {
         (r["op"], r["network"], r["case"], r["dtype"], r["mode"])
@@ -50,7 +50,7 @@ def step(ctx: Context, part: str) -> str:
                 if ctx.left() <= 0:
                     return _said(slower)
                 speedup = _pair(
-                    ctx, operation, network, label, case, batch, backward, stamp, ceilings
+                    ctx, operation, network, label, case, batch, backward, stamp, peak_rates
                 )
                 if speedup is not None and speedup < 1:
                     slower.append(f"{operation.name} {label}".strip())
@@ -61,7 +61,7 @@ def _said(slower):
     return f"slower than PyTorch: {', '.join(slower)}" if slower else ""
 
 
-def _pair(ctx, operation, network, label, case, batch, backward, stamp, ceilings):
+def _pair(ctx, operation, network, label, case, batch, backward, stamp, peak_rates):
     """PyTorch's row, and ours with its speedup, which is returned; None where one failed."""
 
     def inputs(device):
@@ -70,7 +70,7 @@ def _pair(ctx, operation, network, label, case, batch, backward, stamp, ceilings
     eager = None
     for implementation in (BASELINE, OURS):
         row, _ = kernel_rows.measure(
-            operation, inputs, network, label, batch, implementation, ctx.device, ceilings, stamp,
+            operation, inputs, network, label, batch, implementation, ctx.device, peak_rates, stamp,
             2 if ctx.small else RUNS, WARMUP, backward,
         )  # fmt: skip
         if implementation == OURS and row.ms_median and eager:

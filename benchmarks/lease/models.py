@@ -152,7 +152,7 @@ class _Row:
     def __init__(self, ctx, network, protocol, batch, baseline, stamp):
         self.ctx, self.network, self.protocol, self.batch = ctx, network, protocol, batch
         self.baseline, self.stamp, self.said = baseline, stamp, []
-        self.ceilings = {r["name"]: r["value"] for r in ctx.rows("ceiling")}
+        self.peak_rates = {r["name"]: r["value"] for r in ctx.rows("peak_rate")}
         self.note = ", ".join(sorted(ctx.excluded))
 
     def write(self, mode: Mode, running=None, baseline_per_s=None, **other):
@@ -171,10 +171,10 @@ class _Row:
             summary = timing.summary(running.times)
             per_s = 1e3 * batch / summary["ms_median"]
             tflops = per_s * self.network.flops * (3 if mode.train else 1) / 1e12
-            ceiling = self.ceilings.get(f"{mode.precision}_tflops")
+            peak_rate = self.peak_rates.get(f"{mode.precision}_tflops")
             row |= summary | {
                 "runs": len(running.times), "images_per_s": per_s, "tflops": tflops,
-                "fraction_of_ceiling": tflops / ceiling if ceiling else None,
+                "fraction_of_peak_rate": tflops / peak_rate if peak_rate else None,
                 "relative_error": running.error, "peak_memory_gb": running.peak_gb,
                 "host_ms": running.host_ms, "sm_mhz": running.clock.get("sm_mhz"),
                 "power_w": running.clock.get("power_w"),

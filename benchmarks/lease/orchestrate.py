@@ -39,7 +39,7 @@ class Run:
         self.args, self.work, self.folder = args, work, args.out
         bare.prepare(work)
         from deit_fast.bench import networks, results  # not before the import path is made
-        from deit_fast.kernels import _runtime
+        from deit_fast.kernels import _chips
 
         self.lost = networks.device_is_lost
         self.kernels, self.sources = results.kernel_digest(), results.sources()
@@ -52,7 +52,7 @@ class Run:
         self.processes = args.processes or len(self.back or cores)
         self.facts = self._facts()
         chip = self.facts["chip"]
-        self.chip = _runtime.Chip(chip["name"], tuple(chip["capability"]), chip["processors"])
+        self.chip = _chips.Chip(chip["name"], tuple(chip["capability"]), chip["num_sms"])
         self._open()
 
     def _context(self, name, deadline, folder=None):
@@ -161,10 +161,10 @@ class Run:
 
     def _start(self, background, wanted):
         """Compilation beside the first steps."""
-        from deit_fast.kernels import _runtime
+        from deit_fast.kernels import _chips
 
         here = self._context("", 0.0)
-        if here.device.type == "cuda" or _runtime.is_pretended():
+        if here.device.type == "cuda" or _chips.is_simulated():
             warmup = importlib.import_module("benchmarks.lease.warmup")
             background.start(
                 "kernels", lambda: warmup.run(wanted, self.chip, here.small, self.processes)
@@ -225,12 +225,12 @@ class Run:
 
     def _exclude(self, step):
         """Failed families are PyTorch's in what this step runs."""
-        from deit_fast.kernels import _runtime
+        from deit_fast.kernels import _policy
 
         from . import smoke
 
         names = smoke.excluded(self.excluded, step.name in TRAINS)
-        _runtime.exclude(*names)
+        _policy.exclude(*names)
         os.environ["DEIT_FAST_EXCLUDE"] = ",".join(names)  # of processes that a step starts
 
 

@@ -26,7 +26,7 @@ STEPS = (
          f"{HERE}.smoke:groups", exclusive=False),
     Step("agreement", 30, "whole models, gradients, engine, batches in flight",
          f"{HERE}.agreement:step", f"{HERE}.agreement:parts", exclusive=False),
-    Step("ceilings", 12, "peak rates: matmul by dtype, copy", f"{HERE}.ceilings:step"),
+    Step("peak_rates", 12, "peak rates: matmul by dtype, copy", f"{HERE}.peak_rates:step"),
     Step("race", 40, "tiles and libraries for DeiT's GEMMs and attention", f"{HERE}.race:quick"),
     Step("throughput", 75, "images/s at batch 256", f"{HERE}.models:throughput",
          f"{HERE}.models:deits"),

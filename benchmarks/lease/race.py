@@ -15,7 +15,7 @@ import deit_fast
 from benchmarks.table5 import DISTILLED
 from deit_fast import tune
 from deit_fast.bench import timing
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 
 from .context import Context
 from .warmup import NETWORKS
@@ -30,8 +30,8 @@ LATER = "layer_norm_mlp"  # made of the others: raced once they are settled
 def quick(ctx: Context) -> str:
     """B first, then S, then Ti; within a network the GEMMs, the one of the backward pass too,
     attention, folding. Every shape is written, and in the table, at once."""
-    chip = _runtime.chip(ctx.device)
-    if ctx.small and not _runtime.is_pretended():
+    chip = _chips.chip(ctx.device)
+    if ctx.small and not _chips.is_simulated():
         return "nothing to race on a CPU: PyTorch serves it"
     networks = ["Ti"] if ctx.small else list(NETWORKS)
     wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
@@ -43,8 +43,8 @@ def rest(ctx: Context) -> str:
     """What quick() had no time for, DeiT-B at 384 pixels and in fp8, and races that were close over
     again: most valuable first. Into a table of its own: rows that were measured with the first one
     stay comparable with each other."""
-    chip = _runtime.chip(ctx.device)
-    if ctx.small and not _runtime.is_pretended():
+    chip = _chips.chip(ctx.device)
+    if ctx.small and not _chips.is_simulated():
         return ""
     networks = ["Ti"] if ctx.small else list(NETWORKS)
     wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
@@ -77,7 +77,7 @@ def worth(task: tune.Task) -> float:
 
 
 def _tasks(ctx, name, chip, format=None):
-    with torch.device("meta"), _runtime.pretend(chip):
+    with torch.device("meta"), _chips.simulate_device(chip):
         model = deit_fast.create_model(name)
         if format is not None:
             deit_fast.quantize(model, format)

@@ -23,7 +23,7 @@ from benchmarks.operations import (
 from deit_fast.bench import timing
 from deit_fast.bench.modes import MODES, PRECISIONS
 from deit_fast.bench.networks import device_is_lost, reason
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips, _policy
 from deit_fast.kernels.cases import deit_cases
 
 from .context import Context
@@ -78,7 +78,7 @@ def cases(operation, op, network, backward, small, device):
     """(row so far, maker of inputs, dtype) of each check of an operation on a network's shapes that
     the device has the instructions for."""
     quantized = op in EIGHT_BITS
-    capability = _runtime.capability(device.type, device.index)
+    capability = _chips.capability(device.type, device.index)
     without_fp8 = capability is not None and capability < (8, 9)
     for batch in (SMALL,) if small else (BATCH, ODD) if network == "B" else (BATCH,):
         for label, case in deit_cases(op, network, batch).items():
@@ -163,4 +163,4 @@ def excluded(families: frozenset[str], training: bool) -> list[str]:
     if training:
         names |= {name.removesuffix(BACKWARD) for name in families}
     served = {POLICY.get(name, name) for name in names}
-    return sorted(name for name in served if name in _runtime.EXCLUDABLE)
+    return sorted(name for name in served if name in _policy.EXCLUDABLE)

@@ -23,7 +23,7 @@ import deit_fast
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations
 from benchmarks.table5 import DISTILLED
 from deit_fast import tune
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.cases import deit_cases
 
 from . import agreement, kernels, models, sanitize, smoke
@@ -82,7 +82,7 @@ def compile_only(capability: tuple[int, int]) -> None:
     JITFunction.run = compiled
 
 
-def jobs(steps: list[str], chip: _runtime.Chip, small: bool) -> list[tuple[str, Callable]]:
+def jobs(steps: list[str], chip: _chips.Chip, small: bool) -> list[tuple[str, Callable]]:
     """(name, function) of what the steps launch, in the order of need; each compiles little."""
     networks = ["Ti"] if small else list(NETWORKS)
     steps, found = set(steps), [("Triton's driver", nvidia.CudaUtils)]  # C code, as the launchers
@@ -202,7 +202,7 @@ def _races(name, chip, format=None):
         if format is not None:
             deit_fast.quantize(model, format)
     made: dict = {}  # of the last task, in each process
-    few = chip._replace(processors=RACE_SMS)
+    few = chip._replace(num_sms=RACE_SMS)
     for task in tune.tasks(model, RACE_BATCH, BF16, few, training=format is None):
         for candidate in task.candidates:
             if dict(candidate)["implementation"] != "torch":
@@ -217,11 +217,11 @@ def _candidate(task, candidate, made):
         task.call(**made[task])
 
 
-def run(steps: list[str], chip: _runtime.Chip, small: bool, processes: int) -> int:
+def run(steps: list[str], chip: _chips.Chip, small: bool, processes: int) -> int:
     """Compile it all by so many processes, forked from this one; returns how many jobs failed. One
     that fails is named in the log, and its kernels are the steps' to compile."""
     compile_only(chip.capability)
-    with _runtime.pretend(chip):
+    with _chips.simulate_device(chip):
         todo = jobs(steps, chip, small)
         taken, failed = multiprocessing.Value("i", 0), multiprocessing.Value("i", 0)
         children = [_fork(todo, taken, failed) for _ in range(min(processes, len(todo)))]

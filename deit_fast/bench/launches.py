@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.engine import data_config
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _chips, _tuned
 
 # of PyTorch's own operations, those that launch nothing
 _FREE = frozenset(
@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(
-    model: nn.Module, batch: int, dtype: torch.dtype, chip: _runtime.Chip, uint8: bool = False,
+    model: nn.Module, batch: int, dtype: torch.dtype, chip: _chips.Chip, uint8: bool = False,
     tables: bool = True,
 ) -> Recorder:  # fmt: skip
     """Inference of an accelerated `model`, which is moved to the meta device. tables: whether tuned
@@ -47,7 +47,7 @@ def record(
         image = torch.empty(batch, *size, channels, device="meta", dtype=torch.uint8)
     else:
         image = torch.empty(batch, channels, *size, device="meta", dtype=dtype)
-    with _runtime.pretend(chip), _tuned.disabled(not tables), torch.no_grad():
+    with _chips.simulate_device(chip), _tuned.disabled(not tables), torch.no_grad():
         with Recorder() as recorder:
             model(image)
     return recorder

@@ -38,7 +38,7 @@ class Mode:
 
     @property
     def precision(self) -> str:
-        """Of the matrix products: "fp32", "tf32", "fp16", "bf16", "fp8" or "int8"; a ceiling has
+        """Of the matrix products: "fp32", "tf32", "fp16", "bf16", "fp8" or "int8"; a peak rate has
         the same name."""
         return self.eight_bits or self._precision
 
@@ -141,6 +141,6 @@ def pick(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            wanted = f"did you mean {' or '.join(near)}?" if near else f"want one of {known}"
+            wanted = f"did you mean {' or '.join(near)}?" if near else f"expected one of {known}"
             raise ValueError(f"{what}: unknown {name!r}, {wanted}")
     return names

@@ -103,7 +103,9 @@ class Network:
         options: dict | None = None,
     ):  # fmt: skip
         if os.environ.get("DEIT_FAST_BACKEND"):
-            raise ValueError("DEIT_FAST_BACKEND is set, want it unset: a mode runs what it names")
+            raise ValueError(
+                "DEIT_FAST_BACKEND is set, expected it unset: a mode runs what it names"
+            )
         self.device, self.label = device, label or name
         self.timm_name, self.image_size = check_network(name, image_size)
         self.images = random_images(DISTINCT, self.image_size, device)
@@ -188,12 +190,13 @@ class Network:
         """Relative error against eager fp32 of all logits of a batch, or of all parameters'
         gradients where the step trains."""
         got = step.outputs(step.cast(self.batch(batch)))
-        want = self._reference(step.mode.train, batch)
+        expected = self._reference(step.mode.train, batch)
         if not step.mode.train:
-            want = [w.repeat(batch // len(w), 1) for w in want]
-        total = sum((w.double().norm() ** 2).item() for w in want)
+            expected = [w.repeat(batch // len(w), 1) for w in expected]
+        total = sum((w.double().norm() ** 2).item() for w in expected)
         difference = sum(
-            ((g.double() - w.double()).norm() ** 2).item() for g, w in zip(got, want, strict=True)
+            ((g.double() - w.double()).norm() ** 2).item()
+            for g, w in zip(got, expected, strict=True)
         )
         return (difference / total) ** 0.5
 
@@ -249,8 +252,8 @@ class Network:
         if key not in self._references:
             step = self.step(MODES[REFERENCE.name + TRAIN * train])
             with step.mode.settings():
-                want = step.outputs(self.batch(distinct), batch // distinct)
-            self._references[key] = [w.cpu() for w in want]
+                expected = step.outputs(self.batch(distinct), batch // distinct)
+            self._references[key] = [w.cpu() for w in expected]
         return [w.to(self.device) for w in self._references[key]]
 
     def _eager_error(self, mode):
@@ -260,7 +263,7 @@ class Network:
         return self._errors[mode]
 
     def measure(
-        self, mode: Mode, plan: Plan, ceilings: dict, stamp: dict
+        self, mode: Mode, plan: Plan, peak_rates: dict, stamp: dict
     ) -> tuple[ModelRow, list[float]]:
         """One row and its single times, ms. A mode that disagrees, does not run or is not to be
         had here gives a row that says so, and no times.
@@ -268,7 +271,9 @@ class Network:
         stamp: the row's `commit` and `build`. A batch too large for memory is halved. Raises
         ValueError where the protocol has an optimiser and the mode does not train."""
         if plan.protocol == "step" and not mode.train:
-            raise ValueError(f"mode: {mode.name} by protocol step, want one that ends in {TRAIN}")
+            raise ValueError(
+                f"mode: {mode.name} by protocol step, expected one that ends in {TRAIN}"
+            )
         row = {
             "network": self.label, "timm_name": self.timm_name, "image_size": self.image_size,
             "mode": mode.name, "protocol": plan.protocol, "asked_batch": plan.batch,
@@ -302,10 +307,10 @@ class Network:
         figures |= summary(times)
         images_per_s = 1e3 * batch / figures["ms_mean" if plan.protocol == "paper" else "ms_median"]
         tflops = images_per_s * self.flops * (3 if mode.train else 1) / 1e12
-        ceiling = ceilings.get(f"{mode.precision}_tflops")
+        peak_rate = peak_rates.get(f"{mode.precision}_tflops")
         return ModelRow(
             **row, **figures, batch=batch, note=note, images_per_s=images_per_s, tflops=tflops,
-            fraction_of_ceiling=tflops / ceiling if ceiling else None,
+            fraction_of_peak_rate=tflops / peak_rate if peak_rate else None,
         ), times  # fmt: skip
 
     def _timed(self, mode, batch, plan):

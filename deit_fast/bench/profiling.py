@@ -17,7 +17,7 @@ FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that ar
 _OURS = re.compile(
     r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm"
     r"|layer_norm_mlp|patch_embed|classifier"
-    r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|moments"
+    r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|row_stats"
     r"|layer_norm_backward|linear_backward|attention_backward|talking_heads(_dq|_dkv)?"
     r"|window_attention(_backward|_scores|_biases)?|depthwise_conv|fold_batch_norm)_kernel)"
 )
@@ -30,7 +30,7 @@ _NAMES = (
     ("copies", r"memcpy|memset|copy|nchwToNhwc|nhwcToNchw|catarray|::cat\b|::contiguous|::clone"
      r"|::_to_copy|transpose"),
     ("attention", r"attention|talking_heads|flash|fmha|softmax|sdpa|bmm"),
-    ("norm", r"(layer|batch|group)_?norm|^_moments|bn_fw|bn_bw"),
+    ("norm", r"(layer|batch|group)_?norm|^_row_stats|bn_fw|bn_bw"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|conv|::(add)?mm|_(scaled|int)_mm|linear_kernel"
      r"|patch_embed|classifier|fprop|dgrad|wgrad|winograd|implicit|mkldnn"),
 )  # fmt: skip

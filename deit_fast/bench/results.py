@@ -1,7 +1,7 @@
 """The results file: one chip, one benchmark, every figure with the build that produced it.
 
     {"hardware": {...}, "commit": "<sha>", "build": "<digest>", "date": "2026-11-21",
-     "protocol": {...}, "ceilings": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
+     "protocol": {...}, "peak_rates": {"bf16_tflops": 788.0, "copy_tb_per_s": 4.3}, "rows": [...]}
 
 A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of what decides a figure: the
 sources of kernels and layers, the tuned choices, the versions of torch, triton, timm and torchao,
@@ -27,7 +27,7 @@ from deit_fast.kernels import _tuned
 
 # of the package, what decides what a model launches
 DECIDES = ("layers/*.py", "engine.py", "swap.py", "models.py", "quantization.py")
-HEADER = ("hardware", "commit", "build", "date", "protocol", "ceilings", "rows")
+HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")
 
 
 class CorruptResults(ValueError):
@@ -47,7 +47,7 @@ class Timing:
     ms_p80: float | None = None
     runs: int
     tflops: float | None = None
-    fraction_of_ceiling: float | None = None
+    fraction_of_peak_rate: float | None = None
     relative_error: float | None = None  # against eager fp32 (models), a wider dtype (kernels)
     commit: str
     build: str
@@ -90,7 +90,7 @@ class ModelRow(Timing):
 class KernelRow(Timing):
     """One operation on one shape. mode: "eager", "compiled", "fused" or another implementation's
     name. bytes: inputs read once and outputs written once. predicted_ms: what bytes and FLOPs take
-    at the chip's ceilings, the larger of the two."""
+    at the chip's peak rates, the larger of the two."""
 
     op: str
     network: str  # of deit_fast.kernels.cases.DEIT
@@ -115,7 +115,7 @@ class Results:
     build: str
     date: str
     protocol: dict
-    ceilings: dict
+    peak_rates: dict
     rows: list[ModelRow | KernelRow] = field(default_factory=list)
 
     def put(self, row: ModelRow | KernelRow) -> None:
@@ -158,9 +158,9 @@ def load(path: Path) -> Results:
         raise CorruptResults(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or set(content) != set(HEADER):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise CorruptResults(f"{path}: holds {found}, want the keys {sorted(HEADER)}")
+        raise CorruptResults(f"{path}: holds {found}, expected the keys {sorted(HEADER)}")
     if not isinstance(content["rows"], list):
-        raise CorruptResults(f"{path}: rows is {type(content['rows']).__name__}, want a list")
+        raise CorruptResults(f"{path}: rows is {type(content['rows']).__name__}, expected a list")
     rows = [row_of(path, i, values) for i, values in enumerate(content.pop("rows"))]
     return Results(**content, rows=rows)
 
@@ -168,7 +168,7 @@ def load(path: Path) -> Results:
 def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:
     """A row of its fields' values. Raises CorruptResults, naming the file and the row's number."""
     if not isinstance(values, dict):
-        raise CorruptResults(f"{path}: rows[{i}] is {type(values).__name__}, want an object")
+        raise CorruptResults(f"{path}: rows[{i}] is {type(values).__name__}, expected an object")
     kind = KernelRow if "op" in values else ModelRow
     known = {f.name: f for f in fields(kind)}
     for name in values:
@@ -179,7 +179,7 @@ def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:
             if f.default is MISSING:
                 raise CorruptResults(f"{path}: rows[{i}] lacks {name!r}")
         elif not _fits(values[name], f.type):
-            raise CorruptResults(f"{path}: rows[{i}].{name} is {values[name]!r}, want {f.type}")
+            raise CorruptResults(f"{path}: rows[{i}].{name} is {values[name]!r}, expected {f.type}")
     return kind(**values)
 
 
@@ -250,7 +250,7 @@ def choices_digest(hardware: dict) -> str | None:
     return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
 
 
-def open_results(path: Path | None, hardware: dict, protocol: dict, ceilings: dict) -> Results:
+def open_results(path: Path | None, hardware: dict, protocol: dict, peak_rates: dict) -> Results:
     """The file's rows under a header of today; no rows where there is no file (yet). Raises
     CorruptResults, and ValueError where the file holds another chip's results."""
     rows = []
@@ -261,4 +261,4 @@ def open_results(path: Path | None, hardware: dict, protocol: dict, ceilings: di
         if chips[0] != chips[1]:
             raise ValueError(f"{path}: holds results of {chips[0]}, this is {chips[1]}")
     today = date.today().isoformat()
-    return Results(hardware, commit(), build(hardware), today, protocol, ceilings, rows)
+    return Results(hardware, commit(), build(hardware), today, protocol, peak_rates, rows)

@@ -28,7 +28,7 @@ def _table(title, left, right):
 
 def models(rows: Iterable[ModelRow]) -> Table:
     """images/s and what belongs to them, a line a row."""
-    figures = ("batch", "images/s", "ms", "p20-p80", "GB", "of ceiling", "error")
+    figures = ("batch", "images/s", "ms", "p20-p80", "GB", "of peak rate", "error")
     table = _table("images/s", ("network", "mode", "protocol"), figures)
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
@@ -38,15 +38,15 @@ def models(rows: Iterable[ModelRow]) -> Table:
         table.add_row(
             *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",
             f"{(r.ms_p80 - r.ms_p20) / r.ms_median:.1%}", _or_dash(r.peak_memory_gb, "{:.2f}"),
-            _or_dash(r.fraction_of_ceiling, "{:.0%}"), _or_dash(r.relative_error, "{:.0e}"),
+            _or_dash(r.fraction_of_peak_rate, "{:.0%}"), _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 
 
 def kernels(rows: Iterable[KernelRow]) -> Table:
-    """Predicted against measured: bytes and FLOPs at the chip's ceilings, beside the clock."""
+    """Predicted against measured: bytes and FLOPs at the chip's peak rates, beside the clock."""
     figures = ("MB", "GFLOP", "predicted us", "measured us", "ratio", "error")
-    title = "against the playbook: bytes and FLOPs at the measured ceilings, and the clock"
+    title = "against the playbook: bytes and FLOPs at the measured peak rates, and the clock"
     table = _table(title, ("operation", "network", "case", "mode", "served by"), figures)
     for r in rows:
         measured = r.ms_median and 1e3 * r.ms_median

@@ -18,12 +18,12 @@ from statistics import fmean, median, quantiles
 
 import torch
 
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _policy, _tuned
 from deit_fast.kernels.quantize import FORMATS
 
 from .modes import MODES
 
-CEILING_RUNS = 20
+PEAK_RATE_RUNS = 20
 GRAPH_MS = 1.0  # that one graph of a short kernel's calls should last
 MOST_COPIES = 64
 CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
@@ -228,12 +228,12 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def ceilings(device: torch.device, runs: int = CEILING_RUNS) -> dict[str, float]:
+def peak_rates(device: torch.device, runs: int = PEAK_RATE_RUNS) -> dict[str, float]:
     """The chip's best, measured on random data: a large copy, counting bytes read and written
     (copy_tb_per_s), and the best of several large matrix products in each precision, those in
     eight bits where the GPU has them; they are left out, with a warning, where PyTorch's library
     does not run them."""
-    cuda, runs = device.type == "cuda", min(runs, CEILING_RUNS)
+    cuda, runs = device.type == "cuda", min(runs, PEAK_RATE_RUNS)
     found = {"copy_tb_per_s": _copy_tb_per_s(2 << 30 if cuda else 64 << 20, runs, device)}
     shapes = [(1024, 1024, 1024)] if not cuda else [
         (8192, 8192, 8192), (16384, 8192, 4096), (50_688, 3072, 768), (50_688, 768, 3072),
@@ -250,7 +250,7 @@ def ceilings(device: torch.device, runs: int = CEILING_RUNS) -> dict[str, float]
             raise
         except RuntimeError as error:  # every other figure stands without
             line = str(error).partition("\n")[0]
-            warnings.warn(f"no ceiling of {name}: {line}", stacklevel=2)
+            warnings.warn(f"no peak rate of {name}: {line}", stacklevel=2)
         else:
             found[f"{name}_tflops"] = best
     release(device)
@@ -265,7 +265,7 @@ def formats(device: torch.device) -> list[str]:
 
 def why_no_products(format: str, of: tuple[int, int] | None) -> str | None:
     """Why a chip (None: a CPU) multiplies nothing in "fp8" or "int8", or None."""
-    choice = _runtime.choose("quantized_linear", of, FORMATS[format])
+    choice = _policy.choose("quantized_linear", of, FORMATS[format])
     return choice.reason if choice.implementation == "none" else None
 
 

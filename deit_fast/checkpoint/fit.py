@@ -69,7 +69,7 @@ def load_state(
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     misshaped = [
-        f"{k} {tuple(state[k].shape)}, want {tuple(own[k].shape)}"
+        f"{k} {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
@@ -136,9 +136,11 @@ def _hints(own, state):
     missing, unexpected, hints = own.keys() - state.keys(), state.keys() - own.keys(), []
     heads = [{k for k in of if k.rpartition(".")[0] in HEADS} for of in (missing, state)]
     if missing and heads == [missing, set()]:
-        hints += ["no classifier in it: want num_classes=0, or as many classes as a new one is for"]
+        hints += [
+            "no classifier in it: expected num_classes=0, or as many classes as a new one is for"
+        ]
     if "norm.weight" in missing and "fc_norm.weight" in unexpected:
-        hints += ["its norm is behind the pooling: want global_pool='avg'"]
+        hints += ["its norm is behind the pooling: expected global_pool='avg'"]
     firsts = {k.partition(".")[0] for k in unexpected}
     if len(firsts) == 1 and missing and missing <= {k.partition(".")[2] for k in unexpected}:
         first = firsts.pop()

@@ -91,7 +91,7 @@ def _damage(message):
     if "legacy .tar format" in message:
         return "is in torch's tar format of 2016: no longer read"
     if "TorchScript" in message:
-        return "is a TorchScript archive, a program: want the state_dict() of what it holds"
+        return "is a TorchScript archive, a program: expected the state_dict() of what it holds"
     reason = message.strip().splitlines()[0][:120] if message.strip() else "empty file"
     return f"is truncated or no checkpoint ({reason})"
 
@@ -157,7 +157,7 @@ def _listing(found):
     largest = sorted(found, key=found.get, reverse=True)
     shown = [f"{key!r} ({found[key]} tensor{'s'[: found[key] - 1]})" for key in largest[:_LISTED]]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"want as checkpoint_key one of {', '.join(shown)}{more}"
+    return f"expected as checkpoint_key one of {', '.join(shown)}{more}"
 
 
 # Which part of the names

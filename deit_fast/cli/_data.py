@@ -68,7 +68,7 @@ def setting(args) -> Setting:
     batch = (256 if cuda else 32) if args.batch is None else args.batch
     for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
         if value < least:
-            raise ValueError(f"--{name}: {value}, want {least} or more")
+            raise ValueError(f"--{name}: {value}, expected {least} or more")
     dtype = args.dtype or ("fp16" if cuda else "fp32")
     return Setting("cuda" if cuda else "cpu", dtype, batch, workers)
 

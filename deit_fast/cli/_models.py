@@ -48,7 +48,7 @@ def load(args, strict: bool = True) -> nn.Module:
         given = args.checkpoint, args.checkpoint_key, args.pretrained
         if any(value is not None for value in given):
             raise ValueError(
-                f"--model {args.model}: a folder with weights of its own, want neither "
+                f"--model {args.model}: a folder with weights of its own, expected neither "
                 "--checkpoint nor --checkpoint-key nor --[no-]pretrained"
             )
         options = {"heads": args.heads, "strict": strict, **size}
@@ -65,7 +65,7 @@ def load(args, strict: bool = True) -> nn.Module:
             torch.manual_seed(0)
         return deit_fast.create_model(args.model, **options).eval()
     if args.checkpoint is not None:
-        raise ValueError("--pretrained and --checkpoint: want one of them, got both")
+        raise ValueError("--pretrained and --checkpoint: expected one of them, got both")
     try:
         return deit_fast.create_model(args.model, pretrained=True, **options).eval()
     except (OSError, RuntimeError) as error:  # no network, no such repository, unknown name

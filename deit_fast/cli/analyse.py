@@ -155,9 +155,9 @@ def _tokens(args, setting, plots):
 
 def _attention(args):
     if args.rollout and args.block is not None:
-        raise ValueError("--block: rollout goes through all of them, want one of the two")
+        raise ValueError("--block: rollout goes through all of them, expected one of the two")
     if args.out.suffix != ".png":
-        raise ValueError(f"--out: {args.out}, want a name that ends in .png")
+        raise ValueError(f"--out: {args.out}, expected a name that ends in .png")
     if args.out.is_dir():
         raise IsADirectoryError(f"--out: {args.out} is a folder")
     from deit_fast.distill import plots  # matplotlib may be missing: said before anything runs

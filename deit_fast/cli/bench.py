@@ -65,10 +65,14 @@ def run(args) -> int:
     modes = [MODES[name] for name in pick("--modes", names, MODES)]
     for mode in modes:
         if args.protocol == "step" and not mode.train:
-            raise ValueError(f"--modes: {mode.name} by protocol step, want one that ends in _train")
+            raise ValueError(
+                f"--modes: {mode.name} by protocol step, expected one that ends in _train"
+            )
     for name in ("runs", "warmup"):
         if getattr(args, name) < (name == "runs"):
-            raise ValueError(f"--{name}: {getattr(args, name)}, want {int(name == 'runs')} or more")
+            raise ValueError(
+                f"--{name}: {getattr(args, name)}, expected {int(name == 'runs')} or more"
+            )
     hardware = timing.hardware(device)
     timer = "cuda events" if device.type == "cuda" else "perf_counter"
     protocol = {"runs": args.runs, "warmup": args.warmup, "timer": timer}
@@ -88,14 +92,14 @@ def run(args) -> int:
     interrupted = False
     try:
         with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as progress:
-            task = progress.add_task("ceilings of the chip", total=len(todo))
-            ceilings = timing.ceilings(device, args.runs)
-            file = results.open_results(args.json, hardware, protocol, ceilings)
+            task = progress.add_task("peak rates of the chip", total=len(todo))
+            peak_rates = timing.peak_rates(device, args.runs)
+            file = results.open_results(args.json, hardware, protocol, peak_rates)
             stamp = {"commit": results.commit(), "build": results.build(hardware)}
             for mode, batch in todo:
                 progress.update(task, description=f"{mode.name}, batch {batch}")
                 plan = Plan(args.protocol, batch, args.runs, args.warmup)
-                rows.append(network.measure(mode, plan, ceilings, stamp)[0])
+                rows.append(network.measure(mode, plan, peak_rates, stamp)[0])
                 if args.json:
                     file.put(rows[-1])
                     file.save(args.json)
@@ -129,5 +133,5 @@ def _numbers(text):
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"--batches: {text!r}, want numbers from 1 such as 1,8,256")
+        raise ValueError(f"--batches: {text!r}, expected numbers from 1 such as 1,8,256")
     return numbers

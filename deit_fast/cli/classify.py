@@ -54,14 +54,14 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if args.topk < 1:
-        raise ValueError(f"--topk: {args.topk}, want 1 or more")
+        raise ValueError(f"--topk: {args.topk}, expected 1 or more")
     if args.workers is None and not args.out:
         args.workers = 0
     device, dtype, batch, workers = _data.setting(args)
     if args.embed and not args.out:
-        raise ValueError("--embed: want --out FILE for the features")
+        raise ValueError("--embed: expected --out FILE for the features")
     if args.json and args.out:
-        raise ValueError("--json: goes to standard output, want --out FILE.jsonl instead")
+        raise ValueError("--json: goes to standard output, expected --out FILE.jsonl instead")
     if args.out:
         outputs.check(args.out, args.embed, args.overwrite)
     if next(images.find(args.images), None) is None:

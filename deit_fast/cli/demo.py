@@ -25,7 +25,7 @@ import deit_fast
 from deit_fast.bulk import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _policy
 
 MODELS = ("deit_tiny_distilled", "deit_small_distilled")
 RUNS = 10
@@ -44,7 +44,7 @@ def run(args) -> int:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in both columns
     batch = (256 if cuda else 8) if args.batch is None else args.batch
     if batch < 1:
-        raise ValueError(f"--batch: {batch}, want 1 or more")
+        raise ValueError(f"--batch: {batch}, expected 1 or more")
     console = Console()
     photos = sorted(p for p in files("deit_fast").joinpath("data").iterdir() if p.suffix == ".jpg")
     names = ", ".join(p.stem for p in photos)
@@ -90,8 +90,8 @@ def run(args) -> int:
     )
     console.print(f"backend: {report.backend} ({report.why_backend})")
     capability = torch.cuda.get_device_capability() if cuda else None
-    for op in (*_runtime.ROW_KERNELS[:1], *_runtime.PRODUCTS):
-        choice = _runtime.choose(op, capability, torch.float16)
+    for op in (*_policy.ROW_OPS[:1], *_policy.MATMUL_OPS):
+        choice = _policy.choose(op, capability, torch.float16)
         console.print(f"  {op}: {choice.implementation} ({choice.reason})")
     if cuda:
         console.print(f"device: {torch.cuda.get_device_name()}")
@@ -127,9 +127,9 @@ def _plain(label):
 def _compare(reference, fast, images):
     """Share of images with the same ordered top 5, and the relative error of the logits."""
     with torch.inference_mode():
-        want, got = reference(images).double(), fast(images).double()
-    same = (want.topk(5).indices == got.topk(5).indices).all(1).double().mean().item()
-    return same, ((got - want).norm() / want.norm()).item()
+        expected, got = reference(images).double(), fast(images).double()
+    same = (expected.topk(5).indices == got.topk(5).indices).all(1).double().mean().item()
+    return same, ((got - expected).norm() / expected.norm()).item()
 
 
 def _images_per_second(models, images):

@@ -24,5 +24,5 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if args.start is None:
-        raise ValueError("--from: missing, want a folder of weights, a file, or 'pretrained'")
+        raise ValueError("--from: missing, expected a folder of weights, a file, or 'pretrained'")
     return train.run(args)

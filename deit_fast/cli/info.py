@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deit_fast.kernels import _runtime, _tuned
+from deit_fast.kernels import _checks, _chips, _policy, _tuned
 from deit_fast.kernels.quantize import FORMATS
 
 
@@ -30,20 +30,20 @@ def run(args) -> int:
     capability, what = _chip(args.chip)
     console.print(what)
     table = Table("operation", "dtype", "implementation", "why", title="backend auto")
-    for op in (*_runtime.ROW_KERNELS, *_runtime.PRODUCTS):
+    for op in (*_policy.ROW_OPS, *_policy.MATMUL_OPS):
         if op == "quantize":  # where quantized_linear's operands are of use
             continue
-        choices = {d: _runtime.choose(op, capability, d) for d in _runtime.DTYPES}
+        choices = {d: _policy.choose(op, capability, d) for d in _checks.DTYPES}
         if len(set(choices.values())) == 1:
             table.add_row(op, "any", *choices[torch.float32])
         else:
             table.add_row(op, "fp16, bf16", *choices[torch.float16])
             table.add_row("", "fp32", *choices[torch.float32])
     for i, (name, dtype) in enumerate(FORMATS.items()):  # deit_fast.quantize's
-        choice = _runtime.choose("quantized_linear", capability, dtype)
+        choice = _policy.choose("quantized_linear", capability, dtype)
         table.add_row("" if i else "quantized_linear", name, *choice)
-    folded = capability is not None and _runtime.choose("linear", capability, torch.float16)
-    if "layer_norm_linear" in _runtime.excluded():
+    folded = capability is not None and _policy.choose("linear", capability, torch.float16)
+    if "layer_norm_linear" in _policy.excluded():
         table.add_row("layer_norm_linear", "any", "its parts", "excluded")
     elif folded and folded.implementation == "triton":
         why = "inference: mean, rstd in the product's epilogue"
@@ -56,10 +56,10 @@ def run(args) -> int:
     parts = "layer_norm_linear, then linear; one node of the graph in training"
     table.add_row("layer_norm_mlp", "any", "its parts", parts)
     console.print(table)
-    if _runtime.excluded():
-        console.print(f"excluded: {', '.join(sorted(_runtime.excluded()))} (DEIT_FAST_EXCLUDE)")
+    if _policy.excluded():
+        console.print(f"excluded: {', '.join(sorted(_policy.excluded()))} (DEIT_FAST_EXCLUDE)")
     if args.chip is None and torch.cuda.is_available():
-        for line in _tables(_runtime.chip(torch.device("cuda"))):
+        for line in _tables(_chips.chip(torch.device("cuda"))):
             console.print(line, soft_wrap=True)
     return 0
 
@@ -90,7 +90,9 @@ def _chip(chip):
         try:
             major, minor = map(int, chip.split("."))
         except ValueError:
-            raise ValueError(f"--chip: {chip!r}, want a compute capability such as 9.0") from None
+            raise ValueError(
+                f"--chip: {chip!r}, expected a compute capability such as 9.0"
+            ) from None
         return (major, minor), f"chip: compute capability {major}.{minor} (asked for, not here)"
     if not torch.cuda.is_available():
         return None, "chip: no CUDA device, CPU only"

@@ -146,15 +146,15 @@ def run(args) -> int:
 def _check(args):
     """All that can be wrong before a model is loaded."""
     if args.calibration is not None and args.format != "fp8":
-        raise ValueError(f"--calibration: {args.format} has a scale for each row, want none")
+        raise ValueError(f"--calibration: {args.format} has a scale for each row, expected none")
     if args.attention and args.format != "fp8":
-        raise ValueError(f"--attention: {args.format} has no such products, want it without")
+        raise ValueError(f"--attention: {args.format} has no such products, expected it without")
     if args.images is not None and args.calibration is None:
-        raise ValueError("--images: of what, want --calibration DATA too")
+        raise ValueError("--images: of what, expected --calibration DATA too")
     if args.images is not None and args.images < 1:
-        raise ValueError(f"--images: {args.images}, want 1 or more")
+        raise ValueError(f"--images: {args.images}, expected 1 or more")
     if args.split is not None and args.data is None:
-        raise ValueError("--split: of what, want --data DATA too")
+        raise ValueError("--split: of what, expected --data DATA too")
     if args.out is not None and args.out.resolve() == Path(args.model).resolve():
         raise ValueError(f"--out: {args.out} is MODEL, whose weights would be lost")
 

@@ -260,7 +260,7 @@ def _arguments(pairs):
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise ValueError(f"--model-args: {pair!r}, want KEY=VALUE")
+            raise ValueError(f"--model-args: {pair!r}, expected KEY=VALUE")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -44,7 +44,7 @@ def classifiers(specs: list[str]) -> dict[str, list[str | None]]:
         if not name or Path(spec).is_dir() or name in ("hf-hub", "local-dir"):
             name, head = spec, None
         elif head not in evaluate.HEADS:
-            raise ValueError(f"{spec}: head {head!r}, want one of {evaluate.HEADS}")
+            raise ValueError(f"{spec}: head {head!r}, expected one of {evaluate.HEADS}")
         found.setdefault(name, []).append(head)
     return found
 
@@ -105,9 +105,9 @@ def token_similarity(
     if len(evaluate.heads_of(model)) == 1:
         raise ValueError(f"model: {type(model).__name__} has no distillation token")
     if model.training:
-        raise ValueError("model: in train mode, want model.eval()")
+        raise ValueError("model: in train mode, expected model.eval()")
     if count < 1:
-        raise ValueError(f"count: {count}, want 1 or more")
+        raise ValueError(f"count: {count}, expected 1 or more")
     count = min(count, len(images))
     chosen = [i * len(images) // count for i in range(count)]
     sums = torch.zeros(len(model.blocks) + 1, dtype=torch.float64)
@@ -149,7 +149,7 @@ def comparison(folders: list[str | Path]) -> list[tuple[str, ...]]:
     for folder in map(Path, folders):
         run = _read(folder / "run.json", RUN)
         if run["distill"] not in METHODS:
-            wrong = f"{run['distill']!r}, want one of {tuple(METHODS)}"
+            wrong = f"{run['distill']!r}, expected one of {tuple(METHODS)}"
             raise ValueError(f"{folder / 'run.json'}: distill: {wrong}")
         result = _read(folder / "result.json", RESULT)
         seed = run.pop("seed")
@@ -200,20 +200,20 @@ def _read(path, wanted):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, want a JSON object")
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
     for key, kinds in wanted.items():
         if key not in found:
             raise ValueError(f"{path}: has no {key}")
         if type(found[key]) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
-            raise ValueError(f"{path}: {key}: {found[key]!r}, want {names}")
+            raise ValueError(f"{path}: {key}: {found[key]!r}, expected {names}")
     return found
 
 
 def _percent(path, result, top, head):
     value = result[top].get(head)
     if type(value) not in (int, float) or not 0 <= value <= 100:
-        raise ValueError(f"{path}: {top}: {head}: {value!r}, want a percentage")
+        raise ValueError(f"{path}: {top}: {head}: {value!r}, expected a percentage")
     return value
 
 

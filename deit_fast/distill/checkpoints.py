@@ -52,5 +52,5 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"checkpoint {path}: is damaged, or none ({line})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         came = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"checkpoint {path}: format {came!r}, want {FORMAT}")
+        raise ValueError(f"checkpoint {path}: format {came!r}, expected {FORMAT}")
     return state

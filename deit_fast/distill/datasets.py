@@ -89,9 +89,9 @@ def open_images(
     """
     path = Path(path)
     if mode not in ("RGB", "L"):
-        raise ValueError(f'mode: {mode!r}, want "RGB" or "L"')
+        raise ValueError(f'mode: {mode!r}, expected "RGB" or "L"')
     if split is not None and split not in SPLITS:
-        raise ValueError(f"split: {split!r}, want one of {tuple(SPLITS)} or None")
+        raise ValueError(f"split: {split!r}, expected one of {tuple(SPLITS)} or None")
     if not path.exists():
         raise FileNotFoundError(f"data {path}: no such file or folder")
     kind, path, files = _choose(path, split)
@@ -114,7 +114,9 @@ def fraction(images: ImageSet, count: int, seed: int) -> ImageSet:
     Raises ValueError for a count out of 1..len(images).
     """
     if not 1 <= count <= len(images):
-        raise ValueError(f"count: {count}, want 1 to {len(images)}, which is how many there are")
+        raise ValueError(
+            f"count: {count}, expected 1 to {len(images)}, which is how many there are"
+        )
     # Not default_rng: numpy keeps only RandomState's stream the same from version to version.
     order = np.random.RandomState(seed).permutation(len(images))
     by_class = np.argsort(images.labels[order], kind="stable")
@@ -160,8 +162,8 @@ def _choose(path, split):
     if (path / "dataset_dict.json").exists():
         raise _wrong(path, f"holds splits, say which, there is {there}")
     if not found:
-        want = "folders of classes, .tar or .parquet files, a save_to_disk folder, or IDX files"
-        raise _wrong(path, f"nothing recognised, looked for {want}, there is {there}")
+        expected = "folders of classes, .tar or .parquet files, a save_to_disk folder, or IDX files"
+        raise _wrong(path, f"nothing recognised, looked for {expected}, there is {there}")
     if len(found) > 1:
         both = " and ".join(f"{kind} ({_some(files)})" for kind, files in found.items())
         raise _wrong(path, f"can be read in more than one way: {both}")
@@ -249,7 +251,7 @@ class _Folders(ImageSet):
         if not names:
             raise _wrong(path, f"no image in {_some(files)}")
         if odd := [name for name in names if name.count("/") != 1]:
-            raise _wrong(path, f"{odd[0]} is not in the folder of a class, want CLASS/NAME")
+            raise _wrong(path, f"{odd[0]} is not in the folder of a class, expected CLASS/NAME")
         folders = [name.partition("/")[0] for name in names]
         labels, known = _by_folder(path, folders, [folder.name for folder in files])
         order = np.argsort(labels, kind="stable")  # Bee before bee, as classes go, not bee/1, Bee/2
@@ -347,7 +349,7 @@ def _sample_labels(path, descriptor, keys, labelled, label_key):
     for key in keys:
         suffix = ".cls" if key in labelled[".cls"] else ".json"
         if key not in labelled[suffix]:
-            raise _wrong(path, f"{key}: no label, want {key}.cls or {key}.json")
+            raise _wrong(path, f"{key}: no label, expected {key}.cls or {key}.json")
         try:
             text = os.pread(descriptor, *labelled[suffix][key])
             label = int(text) if suffix == ".cls" else json.loads(text)[label_key]
@@ -355,7 +357,7 @@ def _sample_labels(path, descriptor, keys, labelled, label_key):
             label = None
         if type(label) is not int:
             where = suffix if suffix == ".cls" else f"{suffix} under {label_key!r}"
-            raise _wrong(path, f"{key}: no label, want an integer in its {where}")
+            raise _wrong(path, f"{key}: no label, expected an integer in its {where}")
         labels.append(label)
     if len(keys) > len(set(keys)):
         twice = next(key for key, after in pairwise(sorted(keys)) if key == after)
@@ -370,7 +372,7 @@ def _folder_labels(path, names, folders):
     above = parts[0][0] if parts else ""
     for name, (folder, label) in zip(names, parts, strict=True):
         if not label or folder != above:  # another folder: perhaps another split
-            raise _wrong(path, f"{name}: no label, want CLASS/NAME, .cls or .json")
+            raise _wrong(path, f"{name}: no label, expected CLASS/NAME, .cls or .json")
     known = {base for folder, base in folders if folder == above and base != "."}
     return [label for _, label in parts], known
 
@@ -404,10 +406,10 @@ class _Arrow(ImageSet):
         if isinstance(image, datasets.Image):  # decode=False: errors of decoding are ours to report
             self.data = self.data.cast_column(image_key, datasets.Image(decode=False))
         elif not (isinstance(image, dict) and "bytes" in image or "binary" in str(image)):
-            raise _wrong(path, f"image_key: {image_key!r} holds {image}, want images")
+            raise _wrong(path, f"image_key: {image_key!r} holds {image}, expected images")
         names = label.names if isinstance(label, datasets.ClassLabel) else None
         if names is None and not re.match("u?int", getattr(label, "dtype", None) or ""):
-            raise _wrong(path, f"label_key: {label_key!r} holds {label}, want integers")
+            raise _wrong(path, f"label_key: {label_key!r} holds {label}, expected integers")
         labels = data.select_columns([label_key]).with_format("arrow")[:][label_key]
         if labels.null_count:
             raise _wrong(self.name(labels.is_null().to_pylist().index(True)), "no label")
@@ -436,11 +438,11 @@ class _Idx(ImageSet):
         stem = re.sub("-images(.)idx3", r"-labels\1idx1", file.name.removesuffix(".gz"))
         found = [f for f in (file.with_name(stem), file.with_name(f"{stem}.gz")) if f.is_file()]
         if not found:
-            raise _wrong(file, f"no labels for it, want {stem} or {stem}.gz beside it")
+            raise _wrong(file, f"no labels for it, expected {stem} or {stem}.gz beside it")
         self.pixels, labels = _read_idx(file, 3), _read_idx(found[0], 1).astype(np.int64)
         if len(labels) != len(self.pixels):
             raise _wrong(
-                found[0], f"{len(labels)} labels, want {len(self.pixels)}, as many as images"
+                found[0], f"{len(labels)} labels, expected {len(self.pixels)}, as many as images"
             )
         if not self.pixels.size:
             raise _wrong(file, "no image")
@@ -462,11 +464,11 @@ def _read_idx(path, dimensions):
         raise _wrong(path, f"no whole gzip file: {error}") from error
     magic, begin = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
     if content[:4] != magic:
-        raise _wrong(path, f"begins with {content[:4].hex() or 'nothing'}, want {magic.hex()}")
+        raise _wrong(path, f"begins with {content[:4].hex() or 'nothing'}, expected {magic.hex()}")
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, begin, 4)]
-    want = begin + int(np.prod(shape, dtype=object))
-    if len(content) != want:
-        raise _wrong(path, f"{len(content)} bytes, want {want} for the sizes {shape}")
+    expected = begin + int(np.prod(shape, dtype=object))
+    if len(content) != expected:
+        raise _wrong(path, f"{len(content)} bytes, expected {expected} for the sizes {shape}")
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 

@@ -93,10 +93,10 @@ class Predictions:
 def check(model: nn.Module, images) -> None:
     """Raise ValueError for a model in train mode, and where the labels can't be its classes."""
     if model.training:
-        raise ValueError("model: in train mode, want model.eval()")
+        raise ValueError("model: in train mode, expected model.eval()")
     if model.num_classes != len(images.classes):
         raise ValueError(
-            f"model: {model.num_classes} classes, images: {len(images.classes)}, want as many (a "
+            f"model: {model.num_classes} classes, images: {len(images.classes)}, expected as many (a "
             "label is a place among the images' classes: some of ImageNet's alone are numbered anew"
             ", so they can't be compared with a model of all)"
         )
@@ -125,14 +125,16 @@ def batches(
     added to `skipped`. The rest, and errors, as `predictions`."""
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value < least:
-            raise ValueError(f"{name}: {value}, want {least} or more")
+            raise ValueError(f"{name}: {value}, expected {least} or more")
     config, like = data_config(model), next(model.parameters())
     decoder = Decoder(config)
     if images.mode != decoder.mode:
-        raise ValueError(f"images: mode {images.mode}, want {decoder.mode} for this model")
+        raise ValueError(f"images: mode {images.mode}, expected {decoder.mode} for this model")
     mean, std = config["mean"], config["std"]
     if {len(mean), len(std)} != {len(images.mode)}:  # "L" is one channel, "RGB" three
-        raise ValueError(f"model: mean {mean}, std {std} in its pretrained_cfg, want one a channel")
+        raise ValueError(
+            f"model: mean {mean}, std {std} in its pretrained_cfg, expected one a channel"
+        )
     # timm's transform up to the bytes, a quarter of the floats, which are normalised on the device
     source = _Pixels(images, transform or decoder.transform)
 

@@ -10,7 +10,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise RuntimeError(
-        "plots: matplotlib is missing, want pip install 'deit_fast[train]'"
+        "plots: matplotlib is missing, expected pip install 'deit_fast[train]'"
     ) from error
 
 STYLE = {

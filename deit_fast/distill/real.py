@@ -23,10 +23,14 @@ def read_real_labels(path: str | Path) -> list[list[int]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is no JSON ({error})") from error
     if not isinstance(found, list):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, want a list of lists of ints")
+        raise ValueError(
+            f"{path}: holds a {type(found).__name__}, expected a list of lists of ints"
+        )
     for i, labels in enumerate(found, 1):
         if not isinstance(labels, list) or not all(type(c) is int and c >= 0 for c in labels):
-            raise ValueError(f"{path}: image {i} has {labels!r:.60}, want a list of ints from 0")
+            raise ValueError(
+                f"{path}: image {i} has {labels!r:.60}, expected a list of ints from 0"
+            )
     return found
 
 
@@ -37,8 +41,10 @@ def real_truths(real: list[list[int]], names: Iterable[str]) -> list[list[int]]:
     for name in names:
         found = _NUMBER.search(PurePath(name).name)
         if found is None:
-            raise ValueError(f"{name}: has no number, want a name as ILSVRC2012_val_00000001.JPEG")
+            raise ValueError(
+                f"{name}: has no number, expected a name as ILSVRC2012_val_00000001.JPEG"
+            )
         if not 1 <= int(found[1]) <= len(real):
-            raise ValueError(f"{name}: number {int(found[1])}, want one from 1 to {len(real)}")
+            raise ValueError(f"{name}: number {int(found[1])}, expected one from 1 to {len(real)}")
         truths.append(real[int(found[1]) - 1])
     return truths

@@ -67,14 +67,16 @@ class Recipe:
         for setting in fields(self):
             _check(setting, getattr(self, setting.name))
         if self.opt not in list_optimizers():
-            raise ValueError(f"opt: {self.opt!r}, want one of timm's: adamw, sgd, lamb, ...")
+            raise ValueError(f"opt: {self.opt!r}, expected one of timm's: adamw, sgd, lamb, ...")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"warmup_epochs: {self.warmup_epochs}, want at most the {self.epochs} epochs"
+                f"warmup_epochs: {self.warmup_epochs}, expected at most the {self.epochs} epochs"
             )
 
         if self.min_lr > self.peak_lr:
-            raise ValueError(f"min_lr: {self.min_lr:g}, want at most the peak lr {self.peak_lr:g}")
+            raise ValueError(
+                f"min_lr: {self.min_lr:g}, expected at most the peak lr {self.peak_lr:g}"
+            )
 
     @property
     def peak_lr(self) -> float:
@@ -89,7 +91,7 @@ class Recipe:
         """Of the teacher's term, for "none" | "soft" | "hard"."""
         weights = {"none": 0.0, "soft": self.soft_weight, "hard": self.hard_weight}
         if distill not in weights:
-            raise ValueError(f"distill: {distill!r}, want one of {DISTILLATIONS}")
+            raise ValueError(f"distill: {distill!r}, expected one of {DISTILLATIONS}")
         return weights[distill]
 
 
@@ -114,7 +116,7 @@ def _read(name_or_path, above=()):
     except ValueError as error:
         raise ValueError(f"recipe {path}: is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path}: holds a {type(content).__name__}, want an object")
+        raise ValueError(f"recipe {path}: holds a {type(content).__name__}, expected an object")
     content.pop("about", None)
     base = content.pop("base", None)
     known = {setting.name for setting in fields(Recipe)}
@@ -139,12 +141,12 @@ def _check(setting, value):
     if setting.type is float and type(value) is int:
         value = float(value)
     if type(value) is not setting.type or value != value or value in (math.inf, -math.inf):
-        raise ValueError(f"{name}: {value!r}, want a {setting.type.__name__}")
+        raise ValueError(f"{name}: {value!r}, expected a {setting.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{name}: {value!r}, want one of {', '.join(limits['choices'])}")
+        raise ValueError(f"{name}: {value!r}, expected one of {', '.join(limits['choices'])}")
     if limits["least"] is not None and value < limits["least"]:
-        raise ValueError(f"{name}: {value}, want {limits['least']} or more")
+        raise ValueError(f"{name}: {value}, expected {limits['least']} or more")
     if limits["above"] is not None and value <= limits["above"]:
-        raise ValueError(f"{name}: {value}, want it above {limits['above']}")
+        raise ValueError(f"{name}: {value}, expected it above {limits['above']}")
     if limits["most"] is not None and value > limits["most"]:
-        raise ValueError(f"{name}: {value}, want at most {limits['most']}")
+        raise ValueError(f"{name}: {value}, expected at most {limits['most']}")

@@ -77,24 +77,24 @@ class Settings:
         for name in ("accum", "count", "img_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}, want 1 or more")
+                raise ValueError(f"{name}: {value}, expected 1 or more")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: {self.seed}, want 0 to 2**32 - 1")
+            raise ValueError(f"seed: {self.seed}, expected 0 to 2**32 - 1")
         if self.distill not in DISTILLATIONS:
-            raise ValueError(f"distill: {self.distill!r}, want one of {DISTILLATIONS}")
+            raise ValueError(f"distill: {self.distill!r}, expected one of {DISTILLATIONS}")
         if taken := sorted(self.model_args.keys() & TAKEN.keys()):
             raise ValueError(f"model_args: {taken[0]} is decided by {TAKEN[taken[0]]}")
         if self.amp not in AMP:
-            raise ValueError(f"amp: {self.amp!r}, want one of {', '.join(AMP)}")
+            raise ValueError(f"amp: {self.amp!r}, expected one of {', '.join(AMP)}")
         if self.model is None and self.start is None:
-            raise ValueError("model: none, want a name, or a folder to start from")
+            raise ValueError("model: none, expected a name, or a folder to start from")
         if self.store is not None and self.distill != "none":
-            raise ValueError(f"distill: {self.distill!r} with a store, want 'none': nothing but "
+            raise ValueError(f"distill: {self.distill!r} with a store, expected 'none': nothing but "
                              "what is stored is learnt")  # fmt: skip
         if (self.distill == "none") != (self.teacher is None):
             came = "none" if self.teacher is None else self.teacher
             raise ValueError(
-                f"teacher: {came}, with distill {self.distill!r}; want both or neither"
+                f"teacher: {came}, with distill {self.distill!r}; expected both or neither"
             )
 
 
@@ -110,7 +110,7 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
     if settings.img_size is not None:  # convnets take any
         size = [settings.img_size] * 2
     if channels not in (1, 3):
-        raise ValueError(f"model: {channels} channels, want 1 or 3")
+        raise ValueError(f"model: {channels} channels, expected 1 or 3")
     images.mode = validation.mode = {1: "L", 3: "RGB"}[channels]
     if settings.count is not None:
         images = fraction(images, settings.count, settings.seed)
@@ -120,7 +120,7 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
         if channels == 1 and getattr(settings, key) is None:
             values = (sum(values) / len(values),)
         if len(values) != channels or key == "std" and min(values) <= 0:
-            raise ValueError(f"{key}: {values}, want {channels} numbers, those of std above 0")
+            raise ValueError(f"{key}: {values}, expected {channels} numbers, those of std above 0")
         means[key] = tuple(values)
     resizing = recipe.interpolation if recipe.interpolation != "random" else "bicubic"
     model.pretrained_cfg = dict(model.pretrained_cfg) | means | {
@@ -148,7 +148,7 @@ def _build(settings, recipe, classes):
     else:
         build = partial(create_model, name, checkpoint=start, checkpoint_key=settings.start_key)
     if name is None and not is_folder:
-        raise ValueError(f"model: none, want the name of what {start} holds")
+        raise ValueError(f"model: none, expected the name of what {start} holds")
     of = stored(start)["architecture"] if is_folder else architecture(name)
     options = {"num_classes": classes} | settings.model_args | _rates(of, recipe)
     try:
@@ -161,7 +161,7 @@ def _build(settings, recipe, classes):
             "drop or model_args?"
         ) from error
     if is_folder and name is not None and of != architecture(name):
-        raise ValueError(f"start: {start} holds a {of}, want {name}")
+        raise ValueError(f"start: {start} holds a {of}, expected {name}")
     return model
 
 

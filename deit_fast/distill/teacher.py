@@ -43,7 +43,9 @@ def load_teacher(
         raise ValueError(f"teacher: checkpoint_key {checkpoint_key!r}, but no checkpoint")
     if Path(name).is_dir():
         if checkpoint is not None:
-            raise ValueError(f"teacher: the folder {name} has weights, want no checkpoint as well")
+            raise ValueError(
+                f"teacher: the folder {name} has weights, expected no checkpoint as well"
+            )
         model = at_size(partial(from_pretrained, name, **options), img_size)
     elif not timm.is_model(architecture(name)):
         raise ValueError(f"teacher: {name!r} is neither a folder nor a name of ours or timm's")
@@ -52,7 +54,7 @@ def load_teacher(
             model = at_size(partial(create_model, name, pretrained=True, **options), img_size)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"teacher: no pretrained weights for {name} ({_line(error)}); want a folder, or a "
+                f"teacher: no pretrained weights for {name} ({_line(error)}); expected a folder, or a "
                 "file as its checkpoint"
             ) from error
     else:
@@ -62,7 +64,7 @@ def load_teacher(
         load_state(model, state, f"teacher's checkpoint {checkpoint}")
     if model.num_classes != num_classes:
         raise ValueError(
-            f"teacher: {name} has {model.num_classes} classes, want the data's {num_classes}"
+            f"teacher: {name} has {model.num_classes} classes, expected the data's {num_classes}"
         )
     return model.requires_grad_(False).eval()
 
@@ -104,7 +106,7 @@ class Objective:
             ours, theirs = data_config(student), data_config(teacher)
             if ours["input_size"][0] != theirs["input_size"][0]:
                 raise ValueError(
-                    f"teacher: {theirs['input_size'][0]} channels, want the student's "
+                    f"teacher: {theirs['input_size'][0]} channels, expected the student's "
                     f"{ours['input_size'][0]}"
                 )
             if (ours["mean"], ours["std"]) != (theirs["mean"], theirs["std"]):

@@ -68,7 +68,7 @@ def train(
     for name, value, least in (("workers", workers, 0), ("save_every", save_every, 1),
                                ("eval_every", eval_every, 1)):  # fmt: skip
         if value < least:
-            raise ValueError(f"{name}: {value}, want {least} or more")
+            raise ValueError(f"{name}: {value}, expected {least} or more")
     if tensorboard:
         folder.summary_writer()  # or an error before anything else
     out = Path(out)
@@ -244,7 +244,7 @@ class Run:
     def _require_updates(self, mine):
         if not len(self.batches):
             raise ValueError(
-                f"batch: {self.recipe.batch}, want at most the {mine} images that each of "
+                f"batch: {self.recipe.batch}, expected at most the {mine} images that each of "
                 f"{self.group.world} processes has in an epoch"
             )
 
@@ -255,7 +255,7 @@ class Run:
         path = self.out / folder.CHECKPOINT
         there = self.group.gather(path.exists() and not restart)
         if any(there) != all(there):
-            raise ValueError(f"out: {path} is not there for each process, want a shared folder")
+            raise ValueError(f"out: {path} is not there for each process, expected a shared folder")
         state = checkpoints.load(path) if there[0] else None
         if state is not None:
             was = state["identity"].get("settings", {}).get("store")
@@ -540,10 +540,12 @@ def _split(batch, world, accum, mixing):
     """Images of one process in one update. mixing: what needs pairs of them, or None."""
     if batch % (world * accum):
         raise ValueError(
-            f"batch: {batch}, want a multiple of {world * accum} "
+            f"batch: {batch}, expected a multiple of {world * accum} "
             f"({world} processes, {accum} parts each)"
         )
     mine = batch // world
     if mixing and mine % 2:
-        raise ValueError(f"batch: {mine} images in each process, want an even number for {mixing}")
+        raise ValueError(
+            f"batch: {mine} images in each process, expected an even number for {mixing}"
+        )
     return mine

@@ -74,7 +74,7 @@ def from_transformers(model: nn.Module, backend: str = "auto") -> nn.Module:
     (`hidden_act` other than "gelu").
     """
     if not any(c.__name__ in CLASSES for c in type(model).__mro__):
-        raise ValueError(f"model: {type(model).__name__}, want one of {', '.join(CLASSES)}")
+        raise ValueError(f"model: {type(model).__name__}, expected one of {', '.join(CLASSES)}")
     stored = convert(model.config.to_dict(), model.state_dict(), source=type(model).__name__)
     built = build(stored, type(model).__name__, backend, like=next(model.parameters()))
     return built.train(model.training)
@@ -88,13 +88,19 @@ def convert(
     the config in errors. Raises ValueError for what is no DeiT or ViT classifier, or not one that
     timm's classes compute."""
     if config.get("model_type") not in ("deit", "vit"):
-        raise ValueError(f"{source}: model_type {config.get('model_type')!r}, want 'deit' or 'vit'")
+        raise ValueError(
+            f"{source}: model_type {config.get('model_type')!r}, expected 'deit' or 'vit'"
+        )
     given = {k: v for k, v in config.items() if v is not None}
     config = _DEFAULTS | given
     if config["hidden_act"] != "gelu":
-        raise ValueError(f"{source}: hidden_act {config['hidden_act']!r}, want 'gelu' (the exact)")
+        raise ValueError(
+            f"{source}: hidden_act {config['hidden_act']!r}, expected 'gelu' (the exact)"
+        )
     if not any(name.endswith("classifier.weight") for name in state):
-        raise ValueError(f"{source}: the weights have no classifier, want {' or '.join(CLASSES)}")
+        raise ValueError(
+            f"{source}: the weights have no classifier, expected {' or '.join(CLASSES)}"
+        )
     try:
         return _stored(config, _timm_names(state), preprocessor or {})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:

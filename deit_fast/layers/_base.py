@@ -12,7 +12,7 @@ class Fast(Bypasses):
     """Mixin of every drop-in module.
 
     `backend` is handed to each operation as its `implementation`: "auto" (Triton on a CUDA device,
-    as `deit_fast.kernels._runtime.choose` says; PyTorch on a CPU), "triton" or "torch". What is
+    as `deit_fast.kernels._policy.choose` says; PyTorch on a CPU), "triton" or "torch". What is
     fused is `plan`'s to say, at every call: see `_bypass`.
     """
 

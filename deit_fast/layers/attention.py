@@ -42,12 +42,12 @@ class Attention(Fast, timm.layers.Attention):
         o = self._attend_packed(normalized_linear(x, norm, self.qkv, self.backend))
         return residual_linear(o, self.proj, x, layer_scale, drop_path, self.backend)
 
-    def branch(self, x, norm, first=None, moments=None, **epilogue):
+    def branch(self, x, norm, first=None, row_stats=None, **epilogue):
         """The attention half of a Block: `norm`, a LayerNorm module, comes first and the rest is
         the projection's epilogue. With `first`, the first tokens (B, T, D) of x, only they ask, and
-        all answer: (B, T, D_out). `moments` are those of x's rows, if they are known."""
+        all answer: (B, T, D_out). `row_stats` are those of x's rows, if they are known."""
         use = {"implementation": self.backend}
-        fold = {"moments": moments, **use}
+        fold = {"row_stats": row_stats, **use}
         norm_weight, norm_bias, eps = norm.operands
         weight, bias = weights(self.qkv)
         if first is None:

@@ -5,7 +5,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
-from deit_fast.kernels.layer_norm_linear import uses_moments
+from deit_fast.kernels.layer_norm_linear import uses_row_stats
 
 from ._base import Fast, is_identity, why_not_drop_path, why_not_parts
 from ._bypass import FUSED, class_name, is_plain
@@ -60,43 +60,43 @@ class Block(Fast, timm_vit.Block):
             return self.forward_prefix(x, prefix)
         plan = self.plan(x)
         if plan is FUSED:
-            return self.forward_with_moments(x, None, False)[0]
+            return self.forward_with_row_stats(x, None, False)[0]
         return self.unfused(x) if plan.unfused else self._in_parts(x)
 
     def _in_parts(self, x):
         x = self.attn.in_parts(x, self.norm1, self.ls1, self.drop_path1)
         return self.mlp.in_parts(x, self.norm2, self.ls2, self.drop_path2)
 
-    def forward_with_moments(self, x, moments, return_moments=True):
-        """`forward(x)`, given the moments of x's rows, and those of its own, of which the next
+    def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
+        """`forward(x)`, given the row statistics of x's rows, and those of its own, of which the next
         block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
         scales = branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
-        wanted = wants_moments(x, self.mlp.fc1)
+        wanted = wants_row_stats(x, self.mlp.fc1)
         x = self.attn.branch(
-            x, self.norm1, moments=moments, residual=x, return_moments=wanted, **scales
+            x, self.norm1, row_stats=row_stats, residual=x, return_row_stats=wanted, **scales
         )
-        x, moments = x if wanted else (x, None)
+        x, row_stats = x if wanted else (x, None)
         scales = branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
-        wanted = return_moments and wants_moments(x, self.attn.qkv)  # the next one's is alike
+        wanted = return_row_stats and wants_row_stats(x, self.attn.qkv)  # the next one's is alike
         x = self.mlp.branch(
-            x, self.norm2, moments=moments, residual=x, return_moments=wanted, **scales
+            x, self.norm2, row_stats=row_stats, residual=x, return_row_stats=wanted, **scales
         )
         return x if wanted else (x, None)
 
-    def forward_prefix(self, x: torch.Tensor, prefix: int, moments=None) -> torch.Tensor:
+    def forward_prefix(self, x: torch.Tensor, prefix: int, row_stats=None) -> torch.Tensor:
         """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone where
         the block is fused."""
         if self.plan(x) is not FUSED:
             return self.forward(x)[:, :prefix].contiguous()
         first = x[:, :prefix].contiguous()
         scales = branch_scales(self.ls1, self.drop_path1, x)
-        x = self.attn.branch(x, self.norm1, first, moments, residual=first, **scales)
+        x = self.attn.branch(x, self.norm1, first, row_stats, residual=first, **scales)
         scales = branch_scales(self.ls2, self.drop_path2, x)
         return self.mlp.branch(x, self.norm2, residual=x, **scales)
 
 
-def wants_moments(x: torch.Tensor, linear: nn.Module) -> bool:
-    """Whether the LayerNorm in front of `linear` may be folded into it, given x's moments."""
+def wants_row_stats(x: torch.Tensor, linear: nn.Module) -> bool:
+    """Whether the LayerNorm in front of `linear` may be folded into it, given x's row statistics."""
     if torch.is_grad_enabled() or not is_plain(linear):  # one in eight bits
         return False
-    return uses_moments(x, linear.weight)
+    return uses_row_stats(x, linear.weight)

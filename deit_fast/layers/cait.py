@@ -20,7 +20,7 @@ from ._base import (
 )
 from ._bypass import is_seen, is_traced
 from ._parts import row_scale
-from .block import wants_moments
+from .block import wants_row_stats
 from .layer_norm import LayerNorm
 from .mlp import Mlp
 from .vision_transformer import FastTransformer, run_blocks
@@ -46,12 +46,12 @@ class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
         qkv = kernels.linear(x, *weights(self.qkv), implementation=self.backend)
         return kernels.linear(self._attend(qkv), *weights(self.proj), implementation=self.backend)
 
-    def branch(self, x, norm, moments=None, **epilogue):
+    def branch(self, x, norm, row_stats=None, **epilogue):
         """The attention half of a LayerScaleBlock: `norm`, a LayerNorm module, comes first and the
-        rest is the projection's epilogue. `moments` are those of x's rows, if they are known."""
+        rest is the projection's epilogue. `row_stats` are those of x's rows, if they are known."""
         norm_weight, norm_bias, eps = norm.operands
         qkv = kernels.layer_norm_linear(
-            x, norm_weight, norm_bias, *weights(self.qkv), eps, moments=moments,
+            x, norm_weight, norm_bias, *weights(self.qkv), eps, row_stats=row_stats,
             implementation=self.backend,
         )  # fmt: skip
         return kernels.linear(
@@ -107,10 +107,10 @@ class _LayerScaleBlock(Fast):
         parts = {"norm1": LayerNorm, "attn": cls.attention, "norm2": LayerNorm, "mlp": Mlp}
         return why_not_parts(module, **parts) or why_not_drop_path(module, "drop_path")
 
-    def _mlp_half(self, x, **moments):
+    def _mlp_half(self, x, **row_stats):
         return self.mlp.branch(
             x, self.norm2, residual=x, layer_scale=self.gamma_2,
-            row_scale=row_scale(self.drop_path, x), recompute=self.recompute, **moments,
+            row_scale=row_scale(self.drop_path, x), recompute=self.recompute, **row_stats,
         )  # fmt: skip
 
 
@@ -127,18 +127,18 @@ class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
     def forward(self, x):
         if self.plan(x).unfused:
             return self.unfused(x)
-        return self.forward_with_moments(x, None, False)[0]
+        return self.forward_with_row_stats(x, None, False)[0]
 
-    def forward_with_moments(self, x, moments, return_moments=True):
-        """`forward(x)`, given the moments of x's rows, and those of its own: as `Block`'s."""
-        wanted = wants_moments(x, self.mlp.fc1)
+    def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
+        """`forward(x)`, given the row statistics of x's rows, and those of its own: as `Block`'s."""
+        wanted = wants_row_stats(x, self.mlp.fc1)
         x = self.attn.branch(
-            x, self.norm1, moments, residual=x, layer_scale=self.gamma_1,
-            row_scale=row_scale(self.drop_path, x), return_moments=wanted,
+            x, self.norm1, row_stats, residual=x, layer_scale=self.gamma_1,
+            row_scale=row_scale(self.drop_path, x), return_row_stats=wanted,
         )  # fmt: skip
-        x, moments = x if wanted else (x, None)
-        wanted = return_moments and wants_moments(x, self.attn.qkv)  # the next one's is alike
-        x = self._mlp_half(x, moments=moments, return_moments=wanted)
+        x, row_stats = x if wanted else (x, None)
+        wanted = return_row_stats and wants_row_stats(x, self.attn.qkv)  # the next one's is alike
+        x = self._mlp_half(x, row_stats=row_stats, return_row_stats=wanted)
         return x if wanted else (x, None)
 
 
@@ -203,7 +203,7 @@ class Cait(FastTransformer, timm_cait.Cait):
             return checkpoint_seq(self.blocks, x)
         if torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
             return self.blocks(x)
-        return run_blocks(self.blocks, x, return_moments=False, kind=LayerScaleBlock)[0]
+        return run_blocks(self.blocks, x, return_row_stats=False, kind=LayerScaleBlock)[0]
 
     def _run_prefix(self, x):
         """The class token (B, 1, D) after the last block."""

@@ -57,8 +57,8 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
         if well_formed and strict:
             size = tuple(image.shape[first : first + 2])
             if size != tuple(self.img_size):
-                got, want = (" x ".join(map(str, s)) for s in (size, self.img_size))
-                raise ValueError(f"image is {got}, the model was built for {want}")
+                got, expected = (" x ".join(map(str, s)) for s in (size, self.img_size))
+                raise ValueError(f"image is {got}, the model was built for {expected}")
         if well_formed and (strict or self.img_size is None):
             for dim, patch in zip((first, first + 1), self.patch_size, strict=True):
                 # as the convolution: a margin that fills no patch is left out

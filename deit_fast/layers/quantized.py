@@ -34,7 +34,7 @@ def why_not(block, name: str, format: str) -> str | None:
 
 
 def _normalized_linear(
-    x, norm, linear, backend, rows=slice(None), moments=None, activation="none", **output
+    x, norm, linear, backend, rows=slice(None), row_stats=None, activation="none", **output
 ):
     """`activation(linear(norm(x)))` for these rows of the weight. `output`: of a layer in eight
     bits, the format and scale of its result."""
@@ -47,7 +47,7 @@ def _normalized_linear(
     weight, bias = weights(linear)
     bias = None if bias is None else bias[rows]
     return kernels.layer_norm_linear(
-        x, norm_weight, norm_bias, weight[rows], bias, eps, activation, moments, backend
+        x, norm_weight, norm_bias, weight[rows], bias, eps, activation, row_stats, backend
     )
 
 
@@ -69,14 +69,14 @@ def _output(consumer) -> dict:
     return {"format": consumer.format, "out_scale": consumer.input_scale}
 
 
-def _project(operand, linear, backend, x, return_moments=False, recompute=True, **epilogue):
-    """The product that ends a branch, of x's kind. Eight bits leave no moments."""
+def _project(operand, linear, backend, x, return_row_stats=False, recompute=True, **epilogue):
+    """The product that ends a branch, of x's kind. Eight bits leave no row statistics."""
     if is_quantized(linear):
         y = linear.project(operand, x, backend=backend, **epilogue)
-        return (y, None) if return_moments else y
+        return (y, None) if return_row_stats else y
     return kernels.linear(
         operand, *weights(linear), **epilogue, implementation=backend,
-        return_moments=return_moments,
+        return_row_stats=return_row_stats,
     )  # fmt: skip
 
 
@@ -105,18 +105,18 @@ class QuantizedAttention(_InEightBits, Attention):
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return _project(self._attended(q, k, v), self.proj, self.backend, x)
 
-    def branch(self, x, norm, first=None, moments=None, **epilogue):
-        def project(x, rows, moments=None):
+    def branch(self, x, norm, first=None, row_stats=None, **epilogue):
+        def project(x, rows, row_stats=None):
             made = _normalized_linear(
-                x, norm, self.qkv, self.backend, rows, moments, **self._output()
+                x, norm, self.qkv, self.backend, rows, row_stats, **self._output()
             )
             return _values(made).unflatten(2, (-1, self.num_heads, self.head_dim)).unbind(2)
 
         rows = self.num_heads * self.head_dim
         if first is None:
-            q, k, v = project(x, slice(None), moments)
+            q, k, v = project(x, slice(None), row_stats)
         else:
-            (q,), (k, v) = project(first, slice(rows)), project(x, slice(rows, None), moments)
+            (q,), (k, v) = project(first, slice(rows)), project(x, slice(rows, None), row_stats)
         return _project(self._attended(q, k, v), self.proj, self.backend, x, **epilogue)
 
     def _output(self):
@@ -148,9 +148,15 @@ class QuantizedMlp(_InEightBits, Mlp):
         hidden = _project(operand, self.fc1, self.backend, x, activation="gelu", **self._output())
         return _project(_operand(hidden, self.fc2, self.backend), self.fc2, self.backend, x)
 
-    def branch(self, x, norm, moments=None, **epilogue):
+    def branch(self, x, norm, row_stats=None, **epilogue):
         hidden = _normalized_linear(
-            x, norm, self.fc1, self.backend, moments=moments, activation="gelu", **self._output()
+            x,
+            norm,
+            self.fc1,
+            self.backend,
+            row_stats=row_stats,
+            activation="gelu",
+            **self._output(),
         )
         # only behind an fc1 that stayed as it was there is something to quantise
         operand = _operand(hidden, self.fc2, self.backend)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast import kernels
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _checks
 from deit_fast.kernels.quantize import FORMATS, Quantized, dequantize
 
 
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Linear):
             weight = Quantized(weight.values[rows], weight.scales[:, rows])
             bias = None if bias is None else bias[rows]
         if options.get("format") is None:
-            options["dtype"] = _runtime.autocast_dtype(like) or like.dtype
+            options["dtype"] = _checks.autocast_dtype(like) or like.dtype
         return kernels.quantized_linear(operand, weight, bias, **options, implementation=backend)
 
     def extra_repr(self):
@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Linear):
             moved[name] = t if t is None else fn(t.view(as_integers))
             if t is not None and moved[name].dtype != as_integers:
                 raise TypeError(
-                    f"model: {name} in eight bits would become {moved[name].dtype}, want "
+                    f"model: {name} in eight bits would become {moved[name].dtype}, expected "
                     "model.to(dtype), which leaves it"
                 )
         self._buffers |= dict.fromkeys(self._KEPT)
@@ -112,7 +112,7 @@ class QuantizedLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, *lists):
         names = {prefix + name: self._buffers[name] for name in self._KEPT}
         wrong = [
-            f"{name} has {state_dict[name].dtype}, want {own.dtype}: deit_fast.restore(model) takes"
+            f"{name} has {state_dict[name].dtype}, expected {own.dtype}: deit_fast.restore(model) takes"
             " other weights"
             for name, own in names.items()
             if own is not None and name in state_dict and state_dict[name].dtype != own.dtype

@@ -138,7 +138,7 @@ class Attention(Fast, timm_tiny.Attention):
                 f"has heads of {module.key_dim} and {module.val_dim}, the kernel takes {HEAD_DIM}"
             )
         if module.resolution[0] != module.resolution[1]:
-            return f"has windows of {module.resolution}, want square ones"
+            return f"has windows of {module.resolution}, expected square ones"
         return None
 
     def forward(self, x):

@@ -96,7 +96,7 @@ class FastTransformer(Fast):
         elif torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
             x = self.blocks(x)
         else:
-            x = run_blocks(self.blocks, x, return_moments=False)[0]
+            x = run_blocks(self.blocks, x, return_row_stats=False)[0]
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
@@ -125,8 +125,8 @@ class FastTransformer(Fast):
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
             return checkpoint(run_last, x)
-        x, moments = run_blocks(before, x, return_moments=prunes and not called)
-        return run_last(x) if moments is None else run_last(x, moments=moments)
+        x, row_stats = run_blocks(before, x, return_row_stats=prunes and not called)
+        return run_last(x) if row_stats is None else run_last(x, row_stats=row_stats)
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]
@@ -212,17 +212,17 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return fuse(self.heads, logits)
 
 
-def run_blocks(blocks, x, return_moments=True, kind=Block):
-    """Tokens after the blocks, and the moments of their rows or None; blocks of exactly `kind` hand
+def run_blocks(blocks, x, return_row_stats=True, kind=Block):
+    """Tokens after the blocks, and the row statistics of their rows or None; blocks of exactly `kind` hand
     them on."""
-    moments = None
+    row_stats = None
     for i, block in enumerate(blocks, 1):
         if kind_of(block) is kind and not is_watched(block) and block.plan(x) is FUSED:
-            more = return_moments or i < len(blocks)
-            x, moments = block.forward_with_moments(x, moments, more)
+            more = return_row_stats or i < len(blocks)
+            x, row_stats = block.forward_with_row_stats(x, row_stats, more)
         else:
-            x, moments = block(x), None
-    return x, moments
+            x, row_stats = block(x), None
+    return x, row_stats
 
 
 def _height_width(image: torch.Tensor) -> tuple[int, int]:

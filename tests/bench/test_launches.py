@@ -18,7 +18,7 @@ from benchmarks import chips, costs, predict
 from benchmarks.table5 import select
 from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
-from deit_fast.kernels._runtime import Chip
+from deit_fast.kernels._chips import Chip
 from deit_fast.kernels.cases import DEIT, deit_cases
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 
@@ -125,11 +125,11 @@ def test_tiny_vit_in_half_precision():
     assert recorder.others == {"clone": 1, "mean": 1, "native_layer_norm": 1, "addmm": 1}
 
 
-def test_moments_come_with_the_product_before():
+def test_row_stats_come_with_the_product_before():
     recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
-    moments = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]
-    assert len(moments) == 23 and moments[0] is None
-    assert all(m.shape == (6, 2, 256 * 198) for m in moments[1:])
+    row_stats = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]
+    assert len(row_stats) == 23 and row_stats[0] is None
+    assert all(m.shape == (6, 2, 256 * 198) for m in row_stats[1:])
 
 
 def test_the_last_block_is_for_the_prefix_tokens():
@@ -148,16 +148,16 @@ def test_chips_without_tensor_cores_for_triton(dtype):
 
 
 def test_a_table_that_says_separate_or_fused():
-    """Then nobody makes moments, and what a table chooses can be listed too."""
+    """Then nobody makes row statistics, and what a table chooses can be listed too."""
     with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
         recorder = record(meta_model("deit_tiny"), 256, BF16, H200)
         ops = Counter(op for op, _, _ in recorder.calls)
         assert ops["layer_norm"] == 25 and "layer_norm_linear" not in ops
         assert not [1 for op, args, _ in recorder.calls if op == "linear" and args[-2]]
-        rows, _, _ = predict.predict("Ti", 256, chips.H200.ceilings)
+        rows, _, _ = predict.predict("Ti", 256, chips.H200.peak_rates)
         assert "layer_norm" in {launch.op for launch, _, _ in rows}
     with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **FUSED_CONFIGS[0]}):
-        rows, total, _ = predict.predict("Ti", 256, chips.H200.ceilings)
+        rows, total, _ = predict.predict("Ti", 256, chips.H200.peak_rates)
         (mlp,) = [r for r in rows if r[0].op == "layer_norm_mlp" and r[0].bytes > 1e7]
         assert mlp[1] == 11 and total > 0
 
@@ -220,7 +220,7 @@ def test_peak_memory_is_no_more_than_eagers():
 def test_prediction_counts_the_whole_model(network):
     """Its FLOPs are those of the paper's model less the last block's pruning, and its time lies
     between the tensor floor and the plan of separate kernels."""
-    rows, total, others = predict.predict(network, 256, chips.H200.ceilings, tables=False)
+    rows, total, others = predict.predict(network, 256, chips.H200.peak_rates, tables=False)
     D, H, N, size = DEIT[network]
     patches = (size // 16) ** 2
     block = 2 * N * D * 12 * D + 4 * N * N * D
@@ -238,7 +238,7 @@ def test_prediction_counts_the_whole_model(network):
 
 def test_prediction_of_one_product():
     """By hand: 50,688 x 768 -> 3072 with GELU."""
-    rows, _, _ = predict.predict("B", 256, chips.H200.ceilings, tables=False)
+    rows, _, _ = predict.predict("B", 256, chips.H200.peak_rates, tables=False)
     (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
     launch, count, times = row
     assert count == 11 and launch.flops == 2 * 50688 * 768 * 3072
@@ -253,7 +253,7 @@ def test_prediction_of_one_product():
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_prediction_in_eight_bits(format):
-    """Every launch has one; products at twice the ceiling, and as if K were half as long."""
+    """Every launch has one; products at twice the peak rate, and as if K were half as long."""
     model = deit_fast.create_model("deit_tiny_distilled", depth=2)
     deit_fast.quantize(model, format)
     found = costs.launches(record(model, 256, BF16, H200))
@@ -280,7 +280,7 @@ def test_prediction_in_eight_bits(format):
 def test_prediction_of_a_quantised_model(capsys):
     """The command's ratio to bf16; attention in fp8 is named and takes less."""
     (bf16, fp8, attention) = (
-        predict.predict("S", 256, chips.H200.ceilings, False, False, *kind)[1]
+        predict.predict("S", 256, chips.H200.peak_rates, False, False, *kind)[1]
         for kind in ((), ("fp8",), ("fp8", True))
     )
     assert bf16 / 1.5 < fp8 < bf16 / 1.2 and attention < fp8
@@ -303,8 +303,8 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     folder.mkdir()
     kernel = kernel_row(network="Ti", case="fc2", ms=0.0345)
     model = model_row(select(["DeiT-Ti distilled"])[0], "deit_fast_engine_bf16", 123456.0)
-    for name, rows in (("ceilings", []), ("kernels", [kernel]), ("table5", [model])):
-        results = replace(results_of(*rows), ceilings=limits)
+    for name, rows in (("peak_rates", []), ("kernels", [kernel]), ("table5", [model])):
+        results = replace(results_of(*rows), peak_rates=limits)
         results.save(folder / f"{name}.json")
     predict.main(["--network", "Ti"])
     other = capsys.readouterr().out

@@ -90,5 +90,5 @@ def test_pick_names_the_nearest():
     assert pick("modes", ["b", "a", "b"], ["a", "b"]) == ["b", "a"]
     with pytest.raises(ValueError, match="modes: unknown 'eager_fp33', did you mean eager_fp32"):
         pick("modes", ["eager_fp33"], MODES)
-    with pytest.raises(ValueError, match=r"rows: unknown 'zzz', want one of \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"rows: unknown 'zzz', expected one of \['a', 'b'\]"):
         pick("rows", ["zzz"], ["a", "b"])

@@ -31,7 +31,7 @@ from deit_fast.quantization import quantized_layers
 
 CPU = torch.device("cpu")
 STAMP = {"commit": "unknown", "build": "0" * 12}
-CEILINGS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "copy_tb_per_s": 1.0, "fp8_tflops": 4.0}
+PEAK_RATES = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "copy_tb_per_s": 1.0, "fp8_tflops": 4.0}
 ONE = Plan("batch", batch=3, runs=2, warmup=1)
 
 
@@ -46,7 +46,7 @@ def convnet():
 
 
 def measure(network, mode, plan=ONE):
-    return network.measure(MODES[mode], plan, CEILINGS, STAMP)
+    return network.measure(MODES[mode], plan, PEAK_RATES, STAMP)
 
 
 ROWS = ["eager_fp32", "eager_bf16", "deit_fast_fp32", "deit_fast_bf16"]
@@ -63,8 +63,8 @@ def test_a_row_of_a_vision_transformer(vit, mode, train):
     assert row.images_per_s == pytest.approx(3e3 / row.ms_median)
     flops = vit.flops * (3 if train else 1)
     assert row.tflops == pytest.approx(flops * row.images_per_s / 1e12)
-    ceiling = 1.0 if mode.endswith("fp32") else 2.0
-    assert row.fraction_of_ceiling == pytest.approx(row.tflops / ceiling)
+    peak_rate = 1.0 if mode.endswith("fp32") else 2.0
+    assert row.fraction_of_peak_rate == pytest.approx(row.tflops / peak_rate)
     exact = mode.endswith("fp32")
     assert_at_most(row.relative_error, APART[FP32] if exact else TOLERANCE["bf16"] / 2)
     assert exact or row.relative_error > 1e-4
@@ -121,13 +121,13 @@ def test_the_input_sets_are_different_memory(vit, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["deit_fast_fp8", slow("deit_fast_int8")])
 def test_a_row_in_eight_bits(vit, mode):
-    """Its ceiling is that of its products; its error what eight bits cost, and no more."""
+    """Its peak rate is that of its products; its error what eight bits cost, and no more."""
     row, times = measure(vit, mode)
     assert row.status == "measured" and row.note is None and len(times) == 2
     fp8 = mode.endswith("fp8")
     assert row.relative_error > (0.02 if fp8 else 0.005)
     assert_at_most(row.relative_error, TOLERANCE["fp8" if fp8 else "int8"])
-    assert row.fraction_of_ceiling == (pytest.approx(row.tflops / 4.0) if fp8 else None)
+    assert row.fraction_of_peak_rate == (pytest.approx(row.tflops / 4.0) if fp8 else None)
     step = vit.step(MODES[mode])
     assert len(quantized_layers(step.model)) == 48 and step.left is None
     assert not quantized_layers(vit.model)
@@ -347,7 +347,9 @@ def test_an_optimiser_that_does_not_descend_is_not_timed(vit, fault, monkeypatch
 
 
 def test_only_what_trains_takes_a_step(vit):
-    with pytest.raises(ValueError, match="mode: eager_fp32 by protocol step, want one that ends"):
+    with pytest.raises(
+        ValueError, match="mode: eager_fp32 by protocol step, expected one that ends"
+    ):
         measure(vit, "eager_fp32", STEP)
 
 
@@ -452,13 +454,13 @@ def test_every_part_matters_for_the_output(vit, convnet):
     """Or a wrong part would go unnoticed: each parameter, zeroed, changes the logits."""
     for network in (vit, convnet):
         step = network.step(MODES["eager_fp32"])
-        want = step(network.images)
+        expected = step(network.images)
         for name, p in step.model.named_parameters():
             kept = p.detach().clone()
             p.data.zero_()
             if name.endswith("qkv.bias"):  # the keys' third cannot matter, the rest must
                 p.data[p.numel() // 3 : 2 * p.numel() // 3] = 0
-            assert_differ(step(network.images), want, name)
+            assert_differ(step(network.images), expected, name)
             p.data.copy_(kept)
 
 

@@ -33,7 +33,7 @@ NAMES = {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
     "norm": [
-        "_layer_norm_kernel", "_moments_kernel", "_fold_layer_norm_kernel",
+        "_layer_norm_kernel", "_row_stats_kernel", "_fold_layer_norm_kernel",
         "_fold_batch_norm_kernel",
         "void at::native::vectorized_layer_norm_kernel<BFloat16, float>",
         "triton_per_fused_add_addmm_native_layer_norm_view_4", "aten::native_batch_norm",

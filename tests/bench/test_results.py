@@ -56,7 +56,7 @@ def test_the_schema_knows_exactly_the_rows_fields():
     {"rows.0.status": "skipped"}, {"rows.0.protocol": "mine"}, {"rows.0.extra": 1},
     {"rows.1.status": "unavailable", "rows.1.note": None},
     {"rows.1.note": None}, {"rows.2.dtype": "fp8"}, {"commit": "main"}, {"date": "today"},
-    {"hardware.gpu": 5}, {"protocol.runs": 0}, {"ceilings.bf16_tflops": 0}, {"ceilings": {}},
+    {"hardware.gpu": 5}, {"protocol.runs": 0}, {"peak_rates.bf16_tflops": 0}, {"peak_rates": {}},
 ], ids=str)  # fmt: skip
 def test_the_schema_refuses(file, change):
     content = json.loads(file.read_text())
@@ -84,12 +84,12 @@ def test_another_chips_file_is_refused(file):
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda text: text[:-40], "not JSON"),
-    (lambda text: "[]", "holds list, want the keys"),
-    (lambda text: text.replace('"date"', '"day"'), "want the keys"),
+    (lambda text: "[]", "holds list, expected the keys"),
+    (lambda text: text.replace('"date"', '"day"'), "expected the keys"),
     (lambda text: text.replace('"batch": 256', '"batch": "256"', 1), r"rows\[0\].batch is '256'"),
     (lambda text: text.replace('   "protocol": "batch",\n', "", 1), r"rows\[0\] lacks 'protocol'"),
     (lambda text: text.replace('"timm_name"', '"name"', 1), "unknown field 'name'"),
-    (lambda text: text.replace('median": 2560.0', 'median": true', 1), r"want float \| None"),
+    (lambda text: text.replace('median": 2560.0', 'median": true', 1), r"expected float \| None"),
 ], ids=["truncated", "list", "key", "type", "lacks", "unknown", "bool"])  # fmt: skip
 def test_a_corrupt_file_is_refused_and_left(file, damage, reason):
     text = file.read_text()

@@ -1,4 +1,4 @@
-"""Clocks count what they say, inputs rotate, and the chip's ceilings are figures."""
+"""Clocks count what they say, inputs rotate, and the chip's peak rates are figures."""
 
 import time
 
@@ -14,10 +14,10 @@ CPU = torch.device("cpu")
 def test_summary_is_the_percentiles():
     times = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0]
     found = timing.summary(times)
-    want = torch.quantile(
+    expected = torch.quantile(
         torch.tensor(times, dtype=FP64), torch.tensor([0.2, 0.5, 0.8], dtype=FP64)
     )
-    assert [found[k] for k in ("ms_p20", "ms_median", "ms_p80")] == pytest.approx(want.tolist())
+    assert [found[k] for k in ("ms_p20", "ms_median", "ms_p80")] == pytest.approx(expected.tolist())
     assert found["ms_mean"] == pytest.approx(sum(times) / 6)
     assert set(timing.summary([7.0]).values()) == {7.0}
 
@@ -43,9 +43,9 @@ def test_device_clocks_agree_on_a_large_copy(clock):
     source = torch.randn(1 << 28, device=device)
     target = torch.empty_like(source)
     (low, high) = (0.5, 2.0)
-    want = 2e3 * source.nbytes / 1e12 / timing.ceilings(device, runs=5)["copy_tb_per_s"]
+    expected = 2e3 * source.nbytes / 1e12 / timing.peak_rates(device, runs=5)["copy_tb_per_s"]
     times = clock(lambda x: target.copy_(x), [source], runs=5, warmup=2, device=device)
-    assert low < sorted(times)[2] / want < high
+    assert low < sorted(times)[2] / expected < high
 
 
 def test_rotation_leaves_no_input_in_the_cache(monkeypatch):
@@ -68,8 +68,8 @@ def test_folder_names(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ceilings_are_plausible(device):
-    found = timing.ceilings(torch.device(device), runs=3)
+def test_peak_rates_are_plausible(device):
+    found = timing.peak_rates(torch.device(device), runs=3)
     assert {"copy_tb_per_s", "fp32_tflops", "fp16_tflops", "bf16_tflops"} <= set(found)
     assert all(1e-5 < value < 1e5 for value in found.values())
     a = torch.randn(1024, 1024)  # the same product by hand: within what noise there is
@@ -82,7 +82,7 @@ def test_ceilings_are_plausible(device):
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_ceilings_of_eight_bits(format):
+def test_peak_rates_of_eight_bits(format):
     """The products themselves, where the chip has them."""
     assert 1e-9 < timing._eight_bits_tflops((32, 48, 64), format, 2, CPU) < 1e3
     assert timing.formats(CPU) == ["fp8", "int8"]
@@ -92,10 +92,10 @@ def test_ceilings_of_eight_bits(format):
     assert "needs compute capability 8.9" in timing.why_no_products("fp8", (8, 6))
 
 
-def test_a_ceiling_that_does_not_run_is_left_out(monkeypatch):
+def test_a_peak_rate_that_does_not_run_is_left_out(monkeypatch):
     """With a warning, and the others stand; a device that is lost is not passed over."""
 
-    class Cuda:  # as far as ceilings looks
+    class Cuda:  # as far as peak rates looks
         type = "cuda"
 
     def eight_bits(shape, format, runs, device):
@@ -108,8 +108,8 @@ def test_a_ceiling_that_does_not_run_is_left_out(monkeypatch):
     monkeypatch.setattr(timing, "formats", lambda device: ["fp8", "int8"])
     monkeypatch.setattr(timing, "_eight_bits_tflops", eight_bits)
     monkeypatch.setattr(timing, "release", lambda device: None)
-    with pytest.warns(UserWarning, match="no ceiling of fp8: CUBLAS_STATUS_NOT_SUPPORTED$"):
-        found = timing.ceilings(Cuda())
+    with pytest.warns(UserWarning, match="no peak rate of fp8: CUBLAS_STATUS_NOT_SUPPORTED$"):
+        found = timing.peak_rates(Cuda())
     assert "fp8_tflops" not in found
     assert (found["int8_tflops"], found["bf16_tflops"], found["copy_tb_per_s"]) == (7.0, 5.0, 4.0)
 
@@ -118,7 +118,7 @@ def test_a_ceiling_that_does_not_run_is_left_out(monkeypatch):
 
     monkeypatch.setattr(timing, "_eight_bits_tflops", lost)
     with pytest.raises(torch.AcceleratorError):
-        timing.ceilings(Cuda())
+        timing.peak_rates(Cuda())
 
 
 def test_hardware_says_what_this_is():
@@ -154,7 +154,7 @@ def test_the_last_sample_of_the_clocks(tmp_path):
         "2026/11/26 10:00:00.000, 345, 2619, 80.1, 31\n"
         "2026/11/26 10:00:00.250, 1755, 2619, [N/A], 45\n2026/11/26 10:00:00.500, 19"
     )
-    want = {"sm_mhz": 1755.0, "mem_mhz": 2619.0, "power_w": None, "temperature_c": 45.0}
-    assert timing.last_sample(path) == want
+    expected = {"sm_mhz": 1755.0, "mem_mhz": 2619.0, "power_w": None, "temperature_c": 45.0}
+    assert timing.last_sample(path) == expected
     path.write_text("No devices were found\n")
     assert timing.last_sample(path) == unknown

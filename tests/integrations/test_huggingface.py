@@ -114,12 +114,12 @@ def test_both_heads_are_where_they_belong():
     model = theirs()
     fast = from_transformers(model, backend="torch")
     with torch.no_grad():
-        want = model(images(model))
+        expected = model(images(model))
         deit_fast.set_heads(fast, "class")
-        assert_close(fast(images(model)), want.cls_logits)
+        assert_close(fast(images(model)), expected.cls_logits)
         deit_fast.set_heads(fast, "distill")
         got = fast(images(model))
-        assert_close(got, want.distillation_logits)
+        assert_close(got, expected.distillation_logits)
 
 
 def test_gradients_without_a_head_for_the_distillation_token():
@@ -129,9 +129,11 @@ def test_gradients_without_a_head_for_the_distillation_token():
     assert fast.training and type(fast) is layers.VisionTransformer
     x = images(model)
     upstream = torch.randn(2, 11)
-    want = torch.autograd.grad(model(x).logits, model.deit.embeddings.distillation_token, upstream)
+    expected = torch.autograd.grad(
+        model(x).logits, model.deit.embeddings.distillation_token, upstream
+    )
     got = torch.autograd.grad(fast(x), fast.reg_token, upstream)
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 def test_device_dtype_mode_and_weights_of_its_own():
@@ -175,8 +177,8 @@ def test_models_of_the_paper_get_their_names(kind, width, heads, tmp_path):
     )
     timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
-        want = model(images(model, 1)).logits
-        assert_close(timms(images(model, 1)), want)
+        expected = model(images(model, 1)).logits
+        assert_close(timms(images(model, 1)), expected)
 
 
 def test_large_ones_too_by_their_config():
@@ -232,24 +234,24 @@ def test_folders_from_before_safetensors(folder):
     is no checkpoint of a timm model."""
     import safetensors.torch
 
-    want = from_pretrained(folder).state_dict()
+    expected = from_pretrained(folder).state_dict()
     states = [safetensors.torch.load_file(folder / "model.safetensors"), theirs().state_dict()]
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     for state in states:
         torch.save(state, path)
-        assert_equal(dict(from_pretrained(folder).state_dict()), dict(want))
+        assert_equal(dict(from_pretrained(folder).state_dict()), dict(expected))
         for name in ("deit_tiny", "deit_tiny_distilled"):
             with pytest.raises(ValueError, match="pytorch_model.bin has transformers' names: deit"):
                 deit_fast.create_model(name, checkpoint=path)
 
 
 def test_transformers_is_not_needed_to_read_its_folders(folder, monkeypatch):
-    want = from_pretrained(folder)
+    expected = from_pretrained(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it raises
     module = importlib.reload(sys.modules[convert.__module__])
     assert module.convert is not convert
-    assert torch.equal(from_pretrained(folder).pos_embed, want.pos_embed)
+    assert torch.equal(from_pretrained(folder).pos_embed, expected.pos_embed)
 
 
 def test_a_config_with_nothing_but_what_differs(folder):
@@ -266,10 +268,10 @@ def test_a_config_with_nothing_but_what_differs(folder):
 def test_other_size_and_classes(folder):
     model = from_pretrained(folder, img_size=96)
     seed(0)
-    want = deit_fast.checkpoint.resize_pos_embed(
+    expected = deit_fast.checkpoint.resize_pos_embed(
         theirs().deit.embeddings.position_embeddings, (4, 4), (6, 6), 2
     )
-    assert_equal(model.pos_embed, want)
+    assert_equal(model.pos_embed, expected)
     with pytest.warns(UserWarning, match="head.weight, head.bias"):
         assert from_pretrained(folder, num_classes=3).head_dist.out_features == 3
 
@@ -315,12 +317,12 @@ def test_preprocessing_gives_the_same_pixels(case, folder):
     ramp[..., 1] = np.linspace(255, 0, 120)
     ramp[80:, :, 2] = 17
     image = Image.fromarray(ramp.astype(np.uint8))
-    want = processor(image, return_tensors="pt")["pixel_values"][0]
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
     model = from_pretrained(folder)
     config = timm.data.resolve_model_data_config(model)
     got = timm.data.create_transform(**config)(image)
-    assert got.shape == want.shape
-    apart = (got - want).abs().mean().item() * min(config["std"])
+    assert got.shape == expected.shape
+    apart = (got - expected).abs().mean().item() * min(config["std"])
     assert_at_most(apart, 1.5 / 255, "resizing rounds to bytes at other places")
     names = {2: "bilinear", 3: "bicubic"}
     assert config["interpolation"] == names[int(processor.resample)]
@@ -340,10 +342,12 @@ def test_preprocessors_as_transformers_4_wrote_them():
 
 
 def test_models_that_are_refused():
-    with pytest.raises(ValueError, match="DeiTModel, want one of DeiTForImageClassificationWith"):
+    with pytest.raises(
+        ValueError, match="DeiTModel, expected one of DeiTForImageClassificationWith"
+    ):
         from_transformers(transformers.DeiTModel(transformers.DeiTConfig(**TINY)))
     for act in ("gelu_new", "relu", "quick_gelu"):
-        with pytest.raises(ValueError, match=f"hidden_act '{act}', want 'gelu'"):
+        with pytest.raises(ValueError, match=f"hidden_act '{act}', expected 'gelu'"):
             from_transformers(theirs(hidden_act=act))
 
 
@@ -370,5 +374,5 @@ def test_configs_and_weights_that_are_refused(folder):
         from_pretrained(folder)
     headless = transformers.DeiTModel(transformers.DeiTConfig(**TINY))
     headless.save_pretrained(folder)
-    with pytest.raises(ValueError, match="the weights have no classifier, want DeiTFor"):
+    with pytest.raises(ValueError, match="the weights have no classifier, expected DeiTFor"):
         from_pretrained(folder)

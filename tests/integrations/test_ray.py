@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray_classify
 import selection
 import torch
 from checking import assert_close
@@ -17,7 +18,7 @@ from PIL import Image
 import deit_fast
 from deit_fast import bulk, images, outputs
 
-SCRIPT = Path(__file__).with_name("ray_classify.py")
+SCRIPT = Path(ray_classify.__file__)
 PHOTOS = sorted((Path(deit_fast.__file__).parent / "data").glob("*.jpg"))
 
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 def on_the_cluster(folder, tmp_path):
     empty, out = tmp_path / "empty", tmp_path / "found"
     empty.mkdir()
-    path = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")))
     # Ray makes its workers nice, and then other tests keep them waiting
     env = os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"}
     done = subprocess.run(
@@ -65,11 +66,11 @@ def test_equals_one_machine(folder, tmp_path):
     answers = on_the_cluster(folder, tmp_path)
     assert answers["model"] == ("torch", False)
     assert "inputs: no images found" in answers["empty"]
-    found, want = answers["rows"], on_one_machine(folder)
-    assert len(found) == len(want) == 120
+    found, expected = answers["rows"], on_one_machine(folder)
+    assert len(found) == len(expected) == 120
     assert sum(row["error"] is not None for row in found) == 5
     for row in found:
-        other = want.pop(row["image"])
+        other = expected.pop(row["image"])
         assert row["error"] == other["error"]
         for name in ("classes", "labels"):
             assert row.get(name) is None or list(row[name]) == other[name]
@@ -79,4 +80,4 @@ def test_equals_one_machine(folder, tmp_path):
             else:
                 assert_close(torch.tensor(row[name]), torch.tensor(other[name]), name)
         assert row["error"] or set(row) == set(other)
-    assert not want
+    assert not expected

@@ -28,7 +28,7 @@ from deit_fast.kernels import (
     cases,
     dequantize,
 )
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.attention import (
     CONFIGS,
     FP32_CONFIG,
@@ -81,7 +81,10 @@ def test_a_table_may_give_it_to_torch(device):
     """With gradients it keeps its kernels, which leave what backward reads."""
     inputs = make_inputs(2, 2, 20, 20, 32, packed=True, device=device)
     halves = {name: t.half() for name, t in inputs.items()}
-    with pretend(Chip("H200", (9, 0), 4)), _tuned.forced("attention", {"implementation": "torch"}):
+    with (
+        simulate_device(Chip("H200", (9, 0), 4)),
+        _tuned.forced("attention", {"implementation": "torch"}),
+    ):
         got = attention(**halves)
         assert_equal(got, attention_reference(**halves))
         assert got.is_contiguous()
@@ -97,7 +100,7 @@ def test_backward_on_an_a100(shape, dtype, device):
         meta_backward(N, L, dtype, (8, 0))["BLOCK_M"]
         < meta_backward(64, L, dtype, (9, 0))["BLOCK_M"]
     )
-    with pretend(Chip("A100", (8, 0), 108)):
+    with simulate_device(Chip("A100", (8, 0), 108)):
         check(
             triton_attention, attention_reference, make_inputs(1, 2, N, L, 32, device=device), dtype
         )
@@ -110,7 +113,7 @@ def test_packed_backward(N, capability, device):
     seed(0)
     qkv = torch.randn(2, N, 3, 3, 32, device=device).half()
     do = torch.randn(2, N, 3, 32, device=device).half()
-    with pretend(Chip("some GPU", capability, 108)):
+    with simulate_device(Chip("some GPU", capability, 108)):
         o, lse = _fwd(*qkv.unbind(2), None, 0.2, True, "triton")
         dqkv, sums = attention_backward_packed(do, qkv, o, lse, 0.2)
         separate = attention_backward(do, *qkv.unbind(2), o, lse, 0.2)
@@ -205,9 +208,9 @@ def test_a_query_without_keys_gets_zero(device):
     inputs = make_inputs(1, 1, 5, 20, 32, bias=True, device=device)
     inputs["bias"][:, 1] = -torch.inf
     leaves = [t.requires_grad_() for t in inputs.values()]
-    got, want = triton_attention(**inputs), attention_reference(**inputs)
+    got, expected = triton_attention(**inputs), attention_reference(**inputs)
     assert not got[0, 1].any() and not got.isnan().any()
-    assert_close(got, want)
+    assert_close(got, expected)
     for grad in torch.autograd.grad(got.square().sum(), leaves):
         assert not grad.isnan().any()
 
@@ -220,8 +223,8 @@ def test_any_strides(layout, device):
     q, k, v = torch.randn(3, 2, 33, 3, 32, device=device).unbind()
     views = [t.permute(order).contiguous().permute(back) for t in (q, k, v)]
     assert not views[0].is_contiguous()
-    want = triton_attention(q, k, v)
-    assert_equal(triton_attention(*views), want)
+    expected = triton_attention(q, k, v)
+    assert_equal(triton_attention(*views), expected)
 
 
 def test_nan_reaches_its_own_head_and_row_only(device):
@@ -245,13 +248,13 @@ def assert_quantized(q, k, v, format, out_scale, device, **options):
     scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
     options |= {"format": format, "out_scale": scale}
     got = attention_quantized(q, k, v, **options, implementation="triton")
-    want = attention_quantized_reference(q, k, v, **options)
+    expected = attention_quantized_reference(q, k, v, **options)
     (B, N, H, d), dtype = q.shape, FORMATS[format]
-    assert got.values.shape == (B, N, H * d) and got.values.dtype == want.values.dtype == dtype
-    assert got.scales.shape == want.scales.shape == ((H, B * N) if scale is None else (1, 1))
-    assert_close(got.scales, want.scales, dtype=q.dtype)
+    assert got.values.shape == (B, N, H * d) and got.values.dtype == expected.values.dtype == dtype
+    assert got.scales.shape == expected.scales.shape == ((H, B * N) if scale is None else (1, 1))
+    assert_close(got.scales, expected.scales, dtype=q.dtype)
     exact = attention_reference(q.double(), k.double(), v.double(), options.get("scale")).flatten(2)
-    assert_as_accurate(dequantize(got), dequantize(want), exact, factor=1.1)
+    assert_as_accurate(dequantize(got), dequantize(expected), exact, factor=1.1)
 
 
 @QUANTIZED
@@ -283,7 +286,7 @@ def test_quantized_in_fp32_with_any_strides_and_scales(device):
     views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.values()]
     assert_quantized(*views, "int8", None, device, scale=-0.3)
     table = {"implementation": "torch"}  # of eight bits the kernels alone know
-    with pretend(Chip("H200", (9, 0), 4)), _tuned.forced("attention", table):
+    with simulate_device(Chip("H200", (9, 0), 4)), _tuned.forced("attention", table):
         assert_quantized(*views, "fp8", None, device)
 
 
@@ -388,9 +391,9 @@ def test_products_in_fp8_that_do_not_fit(device):
     values, scale = in_fp8({"B": 1, "H": 2, "N": 5, "L": 7, "d": 32}, device)
     halves = {name: t.half() for name, t in values.items()}
     for inputs, options, error, message in (
-        (values, {}, TypeError, "q has dtype torch.float8_e4m3fn, want"),
+        (values, {}, TypeError, "q has dtype torch.float8_e4m3fn, expected"),
         (halves, {"in_scale": scale}, TypeError, "in_scale with a q of torch.float16"),
-        (values, {"in_scale": scale, "format": "int8"}, TypeError, "format 'int8', want"),
+        (values, {"in_scale": scale, "format": "int8"}, TypeError, "format 'int8', expected"),
         (values, {"in_scale": scale[0]}, ValueError, r"in_scale has shape \(1,\)"),
         (values, {"in_scale": scale, "scale": -1.0}, ValueError, "scale -1.0 with in_scale"),
         (values | {"k": halves["k"]}, {"in_scale": scale}, TypeError, "k has dtype torch.float16"),
@@ -414,11 +417,21 @@ def test_quantized_bad_input_is_named(device):
     for implementation in ("auto", "triton", "torch"):
         for arguments, options, error, message in (
             ((q.double(), k, v), {}, TypeError, "attention_quantized: q has dtype torch.float64"),
-            ((q, k.half(), v), {}, TypeError, "k has dtype torch.float16, want torch.float32"),
-            ((q, k, v[:, :5]), {}, ValueError, r"v has shape \(1, 5, 2, 32\), want"),
-            ((q, k, v), {"format": "e5m2"}, ValueError, "attention_quantized: format 'e5m2', want"),
-            ((q, k, v), {"format": "int8", "out_scale": one}, ValueError, "want 'fp8': int8 could"),
-            ((q, k, v), {"out_scale": one[0]}, ValueError, r"out_scale has shape \(1,\), want"),
+            ((q, k.half(), v), {}, TypeError, "k has dtype torch.float16, expected torch.float32"),
+            ((q, k, v[:, :5]), {}, ValueError, r"v has shape \(1, 5, 2, 32\), expected"),
+            (
+                (q, k, v),
+                {"format": "e5m2"},
+                ValueError,
+                "attention_quantized: format 'e5m2', expected",
+            ),
+            (
+                (q, k, v),
+                {"format": "int8", "out_scale": one},
+                ValueError,
+                "expected 'fp8': int8 could",
+            ),
+            ((q, k, v), {"out_scale": one[0]}, ValueError, r"out_scale has shape \(1,\), expected"),
             ((q, k, v), {"out_scale": one.half()}, TypeError, "out_scale has dtype torch.float16"),
         ):
             with pytest.raises(error, match=message):
@@ -451,11 +464,11 @@ def test_compiles_into_one_graph(device):
 
 def test_bad_input_is_named(device):
     q, k, v = make_inputs(1, 2, 5, 7, 32, device=device).values()
-    with pytest.raises(ValueError, match=r"v has shape \(1, 5, 2, 32\), want \(1, 7, 2, 32\)"):
+    with pytest.raises(ValueError, match=r"v has shape \(1, 5, 2, 32\), expected \(1, 7, 2, 32\)"):
         attention(q, k, v[:, :5])
-    with pytest.raises(ValueError, match=r"bias has shape \(2, 5, 5\), want \(2, 5, 7\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(2, 5, 5\), expected \(2, 5, 7\)"):
         attention(q, k, v, bias=torch.zeros(2, 5, 5, device=device))
-    with pytest.raises(TypeError, match="k has dtype torch.float16, want torch.float32"):
+    with pytest.raises(TypeError, match="k has dtype torch.float16, expected torch.float32"):
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match="head dimension 31"):
         attention(q[..., :31], k[..., :31], v[..., :31], implementation="triton")

@@ -66,26 +66,26 @@ def test_fusions_are_what_they_say(device):
     )
     a = y[:, 0] @ inputs["head_weight"].T + inputs["head_bias"]
     b = y[:, 1] @ inputs["dist_weight"].T + inputs["dist_bias"]
-    want = {
+    expected = {
         "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1),
         "class": a, "distill": b,
     }  # fmt: skip
     for implementation in ("triton", "torch"):
-        for fusion, expected in want.items():
+        for fusion, logits in expected.items():
             got = classifier(**inputs, fusion=fusion, implementation=implementation)
-            assert_close(got, expected)
+            assert_close(got, logits)
 
 
 def test_prefix_rows_of_a_wider_buffer(device):
     inputs = make_inputs(4, 198, 64, 10, device=device)
-    want = triton_classifier(**inputs)
+    expected = triton_classifier(**inputs)
     inputs["x"] = inputs["x"][:, :2]  # strided, not copied
-    assert_equal(triton_classifier(**inputs), want)
+    assert_equal(triton_classifier(**inputs), expected)
     inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    assert_equal(triton_classifier(**inputs), want)
+    assert_equal(triton_classifier(**inputs), expected)
     for name in ("norm_weight", "norm_bias", "head_bias", "dist_bias"):
         inputs[name] = inputs[name].repeat_interleave(2)[::2]
-    assert_equal(triton_classifier(**inputs), want)
+    assert_equal(triton_classifier(**inputs), expected)
 
 
 def test_autocast(device):
@@ -126,7 +126,7 @@ def test_bad_input_is_named():
         classifier(**inputs, fusion="sum")
     with pytest.raises(ValueError, match=r"x has shape \(3, 1, 64\)"):
         classifier(**inputs | {"x": inputs["x"][:, :1]})
-    with pytest.raises(ValueError, match=r"dist_bias has shape \(9,\), want \(10,\)"):
+    with pytest.raises(ValueError, match=r"dist_bias has shape \(9,\), expected \(10,\)"):
         classifier(**inputs | {"dist_bias": torch.zeros(9)})
     one = make_inputs(3, 2, 64, 10, distilled=False)
     with pytest.raises(ValueError, match="fusion 'distill' with 1 head"):

@@ -9,7 +9,7 @@ from tiers import slow
 
 from deit_fast.kernels import cases, conv_norm
 from deit_fast.kernels import conv_norm_reference as reference
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import conv_norm_inputs as make_inputs
 from deit_fast.kernels.conv_norm import _fwd
 
@@ -26,7 +26,7 @@ def test_no_less_accurate_than_torch(case, dtype, device):
 @pytest.mark.parametrize("case", [cases.CONV_NORM[i] for i in (1, 3, 5)], ids=str)
 def test_on_a_chip_without_tensor_cores(case, device):
     """The products are cuBLAS' there."""
-    with pretend(Chip("V100", (7, 0), 80)):
+    with simulate_device(Chip("V100", (7, 0), 80)):
         check(conv_norm, reference, make_inputs(**case, device=device), FP16, grads=False)
 
 
@@ -35,15 +35,15 @@ def test_on_a_chip_without_tensor_cores(case, device):
 def test_memory_formats(case, device):
     """Channels side by side in the result, whatever came."""
     inputs = make_inputs(**case, device=device)
-    want = reference(**inputs)
+    expected = reference(**inputs)
     for layout in (torch.contiguous_format, torch.channels_last):
         for name in {"x", "residual"} & inputs.keys():
             inputs[name] = inputs[name].contiguous(memory_format=layout)
         got = triton_conv_norm(**inputs)
-        assert_close(got, want)
+        assert_close(got, expected)
         assert got.is_contiguous(memory_format=torch.channels_last)
     inputs["x"] = inputs["x"].transpose(2, 3).contiguous().transpose(2, 3)
-    assert_close(triton_conv_norm(**inputs), want)
+    assert_close(triton_conv_norm(**inputs), expected)
 
 
 @pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT], ids=str)
@@ -64,9 +64,9 @@ def test_autocast(device):
         inputs = make_inputs(**case, device=device)
         with torch.autocast(device, FP16):
             got = triton_conv_norm(**inputs)
-        want = reference(**inputs)
+        expected = reference(**inputs)
         assert got.dtype == FP16
-        assert_close(got.float(), want, dtype=FP16)
+        assert_close(got.float(), expected, dtype=FP16)
 
 
 @pytest.mark.parametrize("case", [slow(DEPTHWISE), PRODUCT, cases.CONV_NORM[5]], ids=str)
@@ -96,8 +96,8 @@ def test_errors(device):
         ({"x": x[:, :40]}, ValueError, "40 channels of 14 x 11 to 48 in 48 groups"),
         ({"stride": 0}, ValueError, "stride 0"),
         ({"padding": -1}, ValueError, "padding -1"),
-        ({"groups": 16}, ValueError, r"weight has shape \(48, 1, 3, 3\), want \(48, 3, 3, 3\)"),
-        ({"mean": inputs["mean"][:3]}, ValueError, r"mean has shape \(3,\), want \(48,\)"),
+        ({"groups": 16}, ValueError, r"weight has shape \(48, 1, 3, 3\), expected \(48, 3, 3, 3\)"),
+        ({"mean": inputs["mean"][:3]}, ValueError, r"mean has shape \(3,\), expected \(48,\)"),
         ({"residual": x[:, :, 1:]}, ValueError, r"residual has shape \(2, 48, 13, 11\)"),
         ({"activation": "relu"}, ValueError, "activation 'relu'"),
         ({"weight": weight.half()}, TypeError, "weight has dtype torch.float16"),

@@ -86,8 +86,8 @@ def test_equations_of_the_paper(implementation, device):
     kl = (teacher * (teacher / student).log()).sum() / 6
     hard = -d.double().softmax(1)[rows, t.argmax(1)].log().mean()
     loss = partial(distillation_loss, implementation=implementation)
-    for distillation, want in (("soft", 0.9 * ce + 0.1 * 9 * kl), ("hard", ce / 2 + hard / 2)):
-        assert_close(loss(z, d, y, t, distillation), want.float())
+    for distillation, expected in (("soft", 0.9 * ce + 0.1 * 9 * kl), ("hard", ce / 2 + hard / 2)):
+        assert_close(loss(z, d, y, t, distillation), expected.float())
     assert_close(loss(z, None, y, distillation="none"), ce.float())
     smooth = torch.nn.functional.cross_entropy(z, y, label_smoothing=0.1)
     got = loss(z, None, y, distillation="none", label_smoothing=0.1, alpha=0.7)
@@ -125,8 +125,8 @@ def test_gradients_are_rounded_once(dtype, device):
     inputs = {k: t.to(dtype) if k.endswith("logits") else t for k, t in inputs.items()}
     _, *grads = loss_and_gradients(triton_loss, inputs, 0.3)
     _, *true = loss_and_gradients(distillation_loss_reference, in_fp64(inputs), 0.3)
-    for got, want in zip(grads, true, strict=True):
-        assert (got == want.to(dtype)).float().mean() > 0.99  # fp32 shifts a few across
+    for got, expected in zip(grads, true, strict=True):
+        assert (got == expected.to(dtype)).float().mean() > 0.99  # fp32 shifts a few across
 
 
 def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
@@ -137,11 +137,11 @@ def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
     inputs = {k: t.half() if k.endswith("logits") else t for k, t in inputs.items()}
     _, *grads = loss_and_gradients(triton_loss, inputs, 2.0**16)
     _, *true = loss_and_gradients(distillation_loss_reference, in_fp64(inputs), 2.0**16)
-    for got, want in zip(grads, true, strict=True):
-        assert (want / 2**16).abs().median() < 1e-6
-        small = want.abs() < want.abs().median()
+    for got, expected in zip(grads, true, strict=True):
+        assert (expected / 2**16).abs().median() < 1e-6
+        small = expected.abs() < expected.abs().median()
         for some in (small, ~small):
-            assert_close(got.double()[some], want[some], dtype=FP16)
+            assert_close(got.double()[some], expected[some], dtype=FP16)
 
 
 def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
@@ -159,14 +159,14 @@ def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
 def test_rows_of_a_wider_buffer(device):
     """As a product for both heads leaves them; what lies beside the rows is NaN."""
     inputs = make_inputs(5, 100, "soft", soft_target=True, device=device)
-    want = loss_and_gradients(triton_loss, inputs)
+    expected = loss_and_gradients(triton_loss, inputs)
     tensors = [k for k, t in inputs.items() if isinstance(t, torch.Tensor)]
 
     def assert_same(change):
         changed = inputs | {k: change(inputs[k]) for k in tensors}
         assert any(not changed[k].is_contiguous() for k in tensors)
         got = loss_and_gradients(triton_loss, changed)
-        assert_equal(got, want)
+        assert_equal(got, expected)
 
     def wider(t):
         buffer = torch.full((5, 333), torch.nan, device=device)
@@ -176,13 +176,13 @@ def test_rows_of_a_wider_buffer(device):
     assert_same(wider)
     assert_same(lambda t: t.t().contiguous().t())
     inputs = make_inputs(5, 100, "hard", device=device)
-    want = triton_loss(**inputs)
+    expected = triton_loss(**inputs)
     inputs["target"] = inputs["target"].repeat_interleave(2)[::2]
-    assert_equal(triton_loss(**inputs), want)
+    assert_equal(triton_loss(**inputs), expected)
     row = inputs["teacher_logits"][:1]
-    want = triton_loss(**inputs | {"teacher_logits": row.repeat(5, 1)})
+    expected = triton_loss(**inputs | {"teacher_logits": row.repeat(5, 1)})
     got = triton_loss(**inputs | {"teacher_logits": row.expand(5, 100)})
-    assert_equal(got, want)
+    assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("label", [-1, -100, 10, 2**32 + 1])
@@ -274,12 +274,12 @@ def test_gradients_nobody_wants_are_not_made(device):
     rest = ("soft", 0.1, 3.0, 0.0)
     loss, dz, dd = _fwd(*tensors, *rest, False, False)
     assert dz.numel() == dd.numel() == 0
-    want = loss_and_gradients(triton_loss, inputs)
-    assert_equal(loss, want[0])
+    expected = loss_and_gradients(triton_loss, inputs)
+    assert_equal(loss, expected[0])
     for i, name in enumerate(LOGITS):
         leaf = inputs[name].detach().requires_grad_()
         (got,) = torch.autograd.grad(triton_loss(**inputs | {name: leaf}), leaf)
-        assert_equal(got, want[1 + i])
+        assert_equal(got, expected[1 + i])
         with torch.no_grad():
             assert not triton_loss(**inputs | {name: leaf}).requires_grad
 
@@ -339,40 +339,42 @@ def test_compiles_into_one_graph(distillation, compiler, device):
 def test_bad_input_is_named(device):
     inputs = make_inputs(3, 10, device=device)
     z, d, y, t = (inputs[k] for k in (*LOGITS, "target", "teacher_logits"))
-    with pytest.raises(ValueError, match="distillation 'kl', want one of"):
+    with pytest.raises(ValueError, match="distillation 'kl', expected one of"):
         distillation_loss(z, d, y, t, "kl")
-    with pytest.raises(ValueError, match="teacher_logits is None, want a tensor .* 'hard'"):
+    with pytest.raises(ValueError, match="teacher_logits is None, expected a tensor .* 'hard'"):
         distillation_loss(z, d, y)
-    with pytest.raises(ValueError, match="dist_logits is None, want a tensor .* 'soft'"):
+    with pytest.raises(ValueError, match="dist_logits is None, expected a tensor .* 'soft'"):
         distillation_loss(z, None, y, t, "soft")
-    with pytest.raises(ValueError, match="dist_logits is a tensor, want None .* 'none'"):
+    with pytest.raises(ValueError, match="dist_logits is a tensor, expected None .* 'none'"):
         distillation_loss(z, d, y, None, "none")
-    with pytest.raises(ValueError, match=r"class_logits has shape \(3, 0\), want \(B, C\)"):
+    with pytest.raises(ValueError, match=r"class_logits has shape \(3, 0\), expected \(B, C\)"):
         distillation_loss(z[:, :0], d, y, t)
-    with pytest.raises(ValueError, match=r"class_logits has shape \(10,\), want \(B, C\)"):
+    with pytest.raises(ValueError, match=r"class_logits has shape \(10,\), expected \(B, C\)"):
         distillation_loss(z[0], d, y, t)
-    with pytest.raises(ValueError, match=r"dist_logits has shape \(3, 9\), want \(3, 10\)"):
+    with pytest.raises(ValueError, match=r"dist_logits has shape \(3, 9\), expected \(3, 10\)"):
         distillation_loss(z, d[:, :9], y, t)
-    with pytest.raises(ValueError, match=r"teacher_logits has shape \(2, 10\), want \(3, 10\)"):
+    with pytest.raises(ValueError, match=r"teacher_logits has shape \(2, 10\), expected \(3, 10\)"):
         distillation_loss(z, d, y, t[:2])
-    with pytest.raises(ValueError, match=r"target has shape \(3, 1\), want \(3,\)"):
+    with pytest.raises(ValueError, match=r"target has shape \(3, 1\), expected \(3,\)"):
         distillation_loss(z, d, y[:, None], t)
-    with pytest.raises(ValueError, match=r"target has shape \(3,\), want \(3, 10\)"):
+    with pytest.raises(ValueError, match=r"target has shape \(3,\), expected \(3, 10\)"):
         distillation_loss(z, d, y.float(), t)
-    with pytest.raises(TypeError, match="target has dtype torch.int32, want int64"):
+    with pytest.raises(TypeError, match="target has dtype torch.int32, expected int64"):
         distillation_loss(z, d, y.int(), t)
-    with pytest.raises(TypeError, match="teacher_logits has dtype torch.int64, want floating"):
+    with pytest.raises(TypeError, match="teacher_logits has dtype torch.int64, expected floating"):
         distillation_loss(z, d, y, t.long())
     for alpha in (-0.1, 1.1, torch.nan):
-        with pytest.raises(ValueError, match="alpha .*, want 0 to 1"):
+        with pytest.raises(ValueError, match="alpha .*, expected 0 to 1"):
             distillation_loss(z, d, y, t, alpha=alpha)
     for temperature in (0.0, -1.0, torch.inf, torch.nan):
-        with pytest.raises(ValueError, match="temperature .*, want it above 0"):
+        with pytest.raises(ValueError, match="temperature .*, expected it above 0"):
             distillation_loss(z, d, y, t, temperature=temperature)
-    with pytest.raises(ValueError, match="label_smoothing 1.5, want 0 to 1"):
+    with pytest.raises(ValueError, match="label_smoothing 1.5, expected 0 to 1"):
         distillation_loss(z, d, y, t, label_smoothing=1.5)
     mixed = make_inputs(3, 10, soft_target=True, device=device)["target"]
-    with pytest.raises(ValueError, match="label_smoothing 0.1 with soft targets, want 0: Mixup"):
+    with pytest.raises(
+        ValueError, match="label_smoothing 0.1 with soft targets, expected 0: Mixup"
+    ):
         distillation_loss(z, d, mixed, t, label_smoothing=0.1)
     with pytest.raises(ValueError, match="implementation: 'cuda'"):
         distillation_loss(z, d, y, t, implementation="cuda")

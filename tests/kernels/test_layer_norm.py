@@ -85,21 +85,21 @@ def test_non_contiguous_input(device):
     x = torch.randn(64, 6, device=device).t()
     residual = torch.randn(6, 128, device=device)[:, ::2]
     got = add_layer_norm(x, residual, inputs["weight"], inputs["bias"], implementation="triton")
-    want = add_layer_norm_reference(x, residual, inputs["weight"], inputs["bias"])
-    assert_close(got, want)
+    expected = add_layer_norm_reference(x, residual, inputs["weight"], inputs["bias"])
+    assert_close(got, expected)
     strided = [inputs[k].repeat_interleave(2)[::2] for k in ("weight", "bias")]
     got = add_layer_norm(x, residual, *strided, implementation="triton")
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_weights_of_another_dtype(implementation, device):
     inputs = make_inputs((7, 64), device)
     x = inputs.pop("x")
-    want = layer_norm(x.half().float(), **inputs, implementation="torch")
+    expected = layer_norm(x.half().float(), **inputs, implementation="torch")
     got = layer_norm(x.half(), **inputs, implementation=implementation)
     assert got.dtype == FP16
-    assert_close(got, want.half())
+    assert_close(got, expected.half())
 
 
 def test_nan_stays_in_its_row(device):
@@ -123,18 +123,18 @@ def test_quantized(case, dtype, format, device):
     """Half a step from fp64's result at most, the step being that of the row's largest value."""
     inputs = {k: t.to(dtype) for k, t in make_inputs(**case, device=device).items()}
     q = layer_norm_quantized(**inputs, format=format, implementation="triton")
-    want = layer_norm_quantized_reference(**inputs, format=format)
+    expected = layer_norm_quantized_reference(**inputs, format=format)
     rows = inputs["x"].numel() // inputs["x"].shape[-1]
     assert q.values.shape == inputs["x"].shape and q.values.dtype == FORMATS[format]
-    assert q.scales.shape == want.scales.shape == (1, rows)
-    assert_close(q.scales, want.scales)
+    assert q.scales.shape == expected.scales.shape == (1, rows)
+    assert_close(q.scales, expected.scales)
     exact = layer_norm_reference(**{k: t.double() for k, t in inputs.items()})
     half = 0.5 if format == "int8" else 16.0
     allowed = (half + 0.02) * q.scales.view(*inputs["x"].shape[:-1], 1) + 1e-5
     assert ((dequantize(q) - exact).abs() <= allowed).all()
     if rows:
         assert (q.values.float().abs().amax(-1) == LIMITS[q.values.dtype]).all()
-        assert_as_accurate(dequantize(q), dequantize(want), exact, factor=1.1)
+        assert_as_accurate(dequantize(q), dequantize(expected), exact, factor=1.1)
 
 
 @FORMAT
@@ -161,11 +161,11 @@ def test_quantized_rows_do_not_touch_each_other(format, implementation, device):
 def test_quantized_non_contiguous_input(device):
     inputs = make_inputs((6, 64), device)
     x = inputs.pop("x")
-    want = layer_norm_quantized(x, **inputs, implementation="triton")
+    expected = layer_norm_quantized(x, **inputs, implementation="triton")
     strided = {k: t.repeat_interleave(2)[::2] for k, t in inputs.items()}
     got = layer_norm_quantized(x.t().contiguous().t(), **strided, implementation="triton")
-    assert torch.equal(got.values.float(), want.values.float())
-    assert torch.equal(got.scales, want.scales)
+    assert torch.equal(got.values.float(), expected.values.float())
+    assert torch.equal(got.scales, expected.scales)
 
 
 @FORMAT
@@ -186,16 +186,20 @@ def test_quantized_bad_input_is_named():
     x, weight, bias = make_inputs((6, 64)).values()
     for wrong, error, message in (
         ((x.double(), weight, bias), TypeError, "layer_norm_quantized: x has dtype torch.float64"),
-        ((x, weight[:3], bias), ValueError, r"quantized: weight has shape \(3,\), want \(64,\)"),
+        (
+            (x, weight[:3], bias),
+            ValueError,
+            r"quantized: weight has shape \(3,\), expected \(64,\)",
+        ),
         (
             (x[:, :0], weight, bias),
             ValueError,
-            r"quantized: x has shape \(6, 0\), want",
+            r"quantized: x has shape \(6, 0\), expected",
         ),
     ):
         with pytest.raises(error, match=message):
             layer_norm_quantized(*wrong)
-    with pytest.raises(ValueError, match="layer_norm_quantized: format 'fp16', want one of"):
+    with pytest.raises(ValueError, match="layer_norm_quantized: format 'fp16', expected one of"):
         layer_norm_quantized(x, weight, bias, format="fp16")
     with pytest.raises(ValueError, match="implementation: 'cuda' for layer_norm_quantized"):
         layer_norm_quantized(x, weight, bias, implementation="cuda")
@@ -224,9 +228,9 @@ def test_compiles_into_one_graph(device):
 
 def test_bad_input_is_named(device):
     x, weight, bias = make_inputs((6, 64), device=device).values()
-    with pytest.raises(ValueError, match=r"residual has shape \(3, 64\), want \(6, 64\)"):
+    with pytest.raises(ValueError, match=r"residual has shape \(3, 64\), expected \(6, 64\)"):
         add_layer_norm(x, x[:3], weight, bias)
-    with pytest.raises(ValueError, match=r"weight has shape \(3,\), want \(64,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected \(64,\)"):
         layer_norm(x, weight[:3], bias)
     with pytest.raises(ValueError, match="N <= 8192"):
         layer_norm(torch.zeros(1, 9000), torch.zeros(9000), torch.zeros(9000))

@@ -17,7 +17,7 @@ from checking import (
 from tiers import slow
 
 from deit_fast.kernels import (
-    _runtime,
+    _chips,
     cases,
     layer_norm_attention,
     layer_norm_attention_reference,
@@ -61,7 +61,9 @@ def test_saved_or_made_again(recompute, implementation, device):
         nodes.append(y.grad_fn and y.grad_fn.name())
         return y
 
-    with _runtime.pretend(_runtime.Chip("H200", (9, 0), 4)):  # "cublas" leaves attention to "auto"
+    with _chips.simulate_device(
+        _chips.Chip("H200", (9, 0), 4)
+    ):  # "cublas" leaves attention to "auto"
         check(fn, layer_norm_attention_reference, inputs, FP16)
         inputs |= {"qkv_bias": None, "proj_bias": None}
         check(pre_norm(fn), pre_norm(layer_norm_attention_reference), inputs, FP16)
@@ -142,8 +144,8 @@ def test_second_derivative(device):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return layer_norm_attention_reference(x, **rest)
 
-    got, want = second(triton_layer_norm_attention), second(reference)
-    assert_close(got, want)
+    got, expected = second(triton_layer_norm_attention), second(reference)
+    assert_close(got, expected)
 
 
 def test_empty_batch(device):
@@ -161,9 +163,11 @@ def test_bad_input_is_named(grad, device):
     fn = triton_layer_norm_attention
     with pytest.raises(ValueError, match=r"\(2, 5, 64\) and qkv_weight \(191, 64\)"):
         fn(**inputs | {"qkv_weight": inputs["qkv_weight"][:-1]})
-    with pytest.raises(ValueError, match=r"(norm_weight|weight) has shape \(63,\), want \(64,\)"):
+    with pytest.raises(
+        ValueError, match=r"(norm_weight|weight) has shape \(63,\), expected \(64,\)"
+    ):
         fn(**inputs | {"norm_weight": torch.zeros(63, device=device)})
-    with pytest.raises(ValueError, match=r"bias has shape \(63,\), want \(64,\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(63,\), expected \(64,\)"):
         fn(**inputs | {"proj_bias": torch.zeros(63, device=device)})
-    with pytest.raises(TypeError, match="dtype torch.float16, want torch.float32"):
+    with pytest.raises(TypeError, match="dtype torch.float16, expected torch.float32"):
         fn(**inputs | {"proj_weight": inputs["proj_weight"].half()})

@@ -27,7 +27,7 @@ from deit_fast.kernels import (
     layer_norm_linear_reference,
     linear,
 )
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import layer_norm_linear_inputs as make_inputs
 from deit_fast.kernels.layer_norm_linear import _fwd
 from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
@@ -69,18 +69,18 @@ def test_every_configuration_a_table_may_name(config, dtype, device):
 
 
 @pytest.mark.parametrize("implementation", ["triton", slow("cublas")])
-def test_moments_of_the_product_before(implementation, device):
-    """The moments that a linear leaves give what a pass over its result gives."""
+def test_row_stats_of_the_product_before(implementation, device):
+    """The row statistics that a linear leaves give what a pass over its result gives."""
     seed(0)
     hidden, weight = torch.randn(1600, 96, device=device), torch.randn(192, 96, device=device)
-    x, moments = linear(
-        hidden.half(), weight.half(), implementation=implementation, return_moments=True
+    x, row_stats = linear(
+        hidden.half(), weight.half(), implementation=implementation, return_row_stats=True
     )
     inputs = in_dtype(make_inputs(M=1600, K=192, N=64, device=device), FP16) | {"x": x}
-    got = folded(**inputs, moments=moments)
+    got = folded(**inputs, row_stats=row_stats)
     assert_close(got, folded(**inputs))
-    moments[:, 0] += 1.0  # they are believed
-    assert_differ(folded(**inputs, moments=moments), got)
+    row_stats[:, 0] += 1.0  # they are believed
+    assert_differ(folded(**inputs, row_stats=row_stats), got)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 30.0])
@@ -105,8 +105,8 @@ def test_rows_that_do_not_vary(device):
     """Variance zero: eps alone keeps rstd finite."""
     inputs = in_dtype(make_inputs(M=5, K=64, N=32, device=device), FP16)
     inputs["x"] = torch.full_like(inputs["x"], 3.0)
-    want = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
-    assert_close(folded(**inputs).double(), want, dtype=FP16)
+    expected = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
+    assert_close(folded(**inputs).double(), expected, dtype=FP16)
 
 
 def test_nan_stays_in_its_row(device):
@@ -127,7 +127,7 @@ def test_changed_weights_are_seen(device):
 
 
 def test_when_it_folds(device, monkeypatch):
-    """Half precision, no gradients, rows twice the features (eight times where their moments are
+    """Half precision, no gradients, rows twice the features (eight times where their row statistics are
     not known), and what a table says."""
     calls = []
     module = __import__("sys").modules["deit_fast.kernels.layer_norm_linear"]
@@ -139,17 +139,17 @@ def test_when_it_folds(device, monkeypatch):
         sizes = {"M": 96, "K": 64, "N": 48} | sizes
         inputs = in_dtype(make_inputs(**sizes, device=device), dtype)
         inputs["weight"].requires_grad_(grad)
-        moments = torch.ones(1, 2, sizes["M"], device=device) if known else None
-        layer_norm_linear(**inputs, moments=moments, implementation=implementation)
+        row_stats = torch.ones(1, 2, sizes["M"], device=device) if known else None
+        layer_norm_linear(**inputs, row_stats=row_stats, implementation=implementation)
         return bool(calls)
 
     assert folds() and folds(M=20, implementation="fold")
     assert folds(M=384, known=False) and not folds(M=383, known=False)
     assert not folds(FP32) and not folds(grad=True) and not folds(M=95)
     assert not folds(implementation="cublas") and not folds(implementation="torch")
-    with pretend(Chip("A100", (8, 0), 108)):
+    with simulate_device(Chip("A100", (8, 0), 108)):
         assert folds(implementation="auto")
-    with pretend(Chip("V100", (7, 0), 80)):
+    with simulate_device(Chip("V100", (7, 0), 80)):
         assert not folds(implementation="auto")
     with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
         assert not folds()
@@ -200,28 +200,32 @@ def test_strided_and_empty_input(device):
     inputs = in_dtype(make_inputs(M=12, K=64, N=48, device=device), FP16)
     x = inputs["x"]
     wide = torch.cat([x, x], 1)[:, ::2]
-    want = folded(**inputs | {"x": wide.contiguous()})
-    assert_close(folded(**inputs | {"x": wide}), want)
+    expected = folded(**inputs | {"x": wide.contiguous()})
+    assert_close(folded(**inputs | {"x": wide}), expected)
     assert folded(**inputs | {"x": x[:0]}).shape == (0, 48)
 
 
 def test_bad_input_is_named():
     x, g, w = torch.zeros(6, 32), torch.ones(32), torch.zeros(16, 32)
-    with pytest.raises(ValueError, match=r"norm_weight has shape \(31,\), want \(32,\)"):
+    with pytest.raises(ValueError, match=r"norm_weight has shape \(31,\), expected \(32,\)"):
         layer_norm_linear(x, g[:31], g, w)
-    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), want \(6, 31\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), expected \(6, 31\)"):
         layer_norm_linear(x, g, g, w[:, :31])
     with pytest.raises(ValueError, match="activation 'relu'"):
         layer_norm_linear(x, g, g, w, activation="relu")
-    with pytest.raises(ValueError, match="layer_norm_linear: implementation 'flod', want one of"):
+    with pytest.raises(
+        ValueError, match="layer_norm_linear: implementation 'flod', expected one of"
+    ):
         layer_norm_linear(x, g, g, w, implementation="flod")
-    with pytest.raises(TypeError, match="bias has dtype torch.bfloat16, want torch.float16"):
+    with pytest.raises(TypeError, match="bias has dtype torch.bfloat16, expected torch.float16"):
         folded(x.half(), g.half(), g.half(), w.half(), w[:, 0].to(BF16))
-    with pytest.raises(ValueError, match=r"moments has shape \(1, 2, 5\), want \(1, 2, 6\)"):
-        layer_norm_linear(x, g, g, w, moments=torch.zeros(1, 2, 5))
-    with pytest.raises(ValueError, match="moments of 3 parts, want a divisor of 32"):
-        layer_norm_linear(x, g, g, w, moments=torch.zeros(3, 2, 6))
+    with pytest.raises(
+        ValueError, match=r"row_stats has shape \(1, 2, 5\), expected \(1, 2, 6\)"
+    ):
+        layer_norm_linear(x, g, g, w, row_stats=torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="row statistics of 3 parts, expected a divisor of 32"):
+        layer_norm_linear(x, g, g, w, row_stats=torch.zeros(3, 2, 6))
     with pytest.raises(ValueError, match="'fold', but gradients are wanted"):
         folded(x.half(), g.half().requires_grad_(), g.half(), w.half())
-    with pytest.raises(TypeError, match="weight has dtype torch.bfloat16, want torch.float16"):
+    with pytest.raises(TypeError, match="weight has dtype torch.bfloat16, expected torch.float16"):
         folded(x.half(), g.half(), g.half(), w.to(BF16))

@@ -100,8 +100,8 @@ def test_second_derivative(device):
         grads = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
-    got, want = second(triton_layer_norm_mlp), second(layer_norm_mlp_reference)
-    assert_close(got, want)
+    got, expected = second(triton_layer_norm_mlp), second(layer_norm_mlp_reference)
+    assert_close(got, expected)
 
 
 def test_autocast_keeps_the_stream_in_fp32(device):
@@ -130,17 +130,17 @@ def test_fused_in_every_configuration_a_table_may_name(config, dtype, device):
 
 
 @pytest.mark.slow
-def test_fused_and_parts_leave_the_same_moments(device):
+def test_fused_and_parts_leave_the_same_row_stats(device):
     inputs = half_inputs(8 * 192, 1, 64, device)
     with torch.no_grad():
-        y, moments = fused(**inputs, return_moments=True)
-        others = triton_layer_norm_mlp(**inputs, return_moments=True)
+        y, row_stats = fused(**inputs, return_row_stats=True)
+        others = triton_layer_norm_mlp(**inputs, return_row_stats=True)
     assert_close(y, others[0])
     for i, name in enumerate(("means", "squares")):
-        assert_close(moments[:, i], others[1][:, i], name, dtype=FP16)
+        assert_close(row_stats[:, i], others[1][:, i], name, dtype=FP16)
     parts = y.double().view(-1, 3, 64)
-    assert_close(moments[:, 0].t(), parts.mean(2).float())
-    assert fused(**half_inputs(20, 1, 64, device), return_moments=True)[1] is None
+    assert_close(row_stats[:, 0].t(), parts.mean(2).float())
+    assert fused(**half_inputs(20, 1, 64, device), return_row_stats=True)[1] is None
 
 
 def test_a_table_decides_whether_it_is_fused(device, monkeypatch):
@@ -174,7 +174,7 @@ def test_fused_op(device):
         ({"x": torch.zeros(2, 3, 192)}, "x is torch.float32"),
         ({"residual": torch.zeros(2, 3, 192)}, "residual is torch.float32 and x torch.float16"),
         ({"layer_scale": torch.ones(192)}, "it has no LayerScale"),
-        ({"fc1_weight": torch.zeros(50, 192)}, "hidden 50, want"),
+        ({"fc1_weight": torch.zeros(50, 192)}, "hidden 50, expected"),
         ({"norm_weight": torch.ones(192, requires_grad=True)}, "gradients are wanted"),
         ({"fc2_weight": torch.zeros(192, 32).half()}, r"fc2_weight has shape \(192, 32\)"),
     ],
@@ -195,7 +195,7 @@ def test_compiles_into_one_graph(device):
 
 def test_bad_input_is_named():
     inputs = make_inputs(6, 2, 32, 48)
-    with pytest.raises(ValueError, match=r"weight has shape \(31,\), want \(32,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(31,\), expected \(32,\)"):
         layer_norm_mlp(**inputs | {"norm_weight": torch.zeros(31)})
-    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 32\), want \(2, 3, 31\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 32\), expected \(2, 3, 31\)"):
         layer_norm_mlp(**inputs | {"fc1_weight": torch.zeros(48, 31)})

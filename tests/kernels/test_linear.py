@@ -22,7 +22,7 @@ from checking import (
 from selection import where
 
 from deit_fast.kernels import _tuned, cases, linear, linear_reference
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import linear_inputs as make_inputs
 from deit_fast.kernels.linear import (
     AMPERE_CONFIGS,
@@ -107,10 +107,10 @@ def test_gelu_backward_in_every_configuration(config, dtype, device):
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", HOPPER_CONFIGS + AMPERE_CONFIGS, ids=str)
-# cuBLAS takes no configuration; and narrower than what moments summarise, the rule chooses none
+# cuBLAS takes no configuration; and narrower than what row statistics summarise, the rule chooses none
 @where(lambda implementation, config: implementation == "triton" or config == HOPPER_CONFIGS[0])
 @where(lambda config: config["BLOCK_N"] >= 64)
-def test_moments_of_the_rounded_result(config, dtype, implementation, device):
+def test_row_stats_of_the_rounded_result(config, dtype, implementation, device):
     """mean and sum of squared differences of each 64 columns, also with a mean far from zero."""
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("GPU: this chip has no tensor descriptors")
@@ -120,12 +120,12 @@ def test_moments_of_the_rounded_result(config, dtype, implementation, device):
     choice = {"implementation": implementation}
     choice |= config if implementation == "triton" else {}
     with _tuned.forced("linear", choice), torch.no_grad():
-        y, moments = linear(**inputs, implementation=implementation, return_moments=True)
+        y, row_stats = linear(**inputs, implementation=implementation, return_row_stats=True)
     parts = y.double().view(-1, 3, 64)
-    assert moments.shape == (3, 2, parts.shape[0])
-    assert_close(moments[:, 0].t(), parts.mean(2).float())
+    assert row_stats.shape == (3, 2, parts.shape[0])
+    assert_close(row_stats[:, 0].t(), parts.mean(2).float())
     squares = (parts - parts.mean(2, keepdim=True)).square().sum(2)
-    assert_close(moments[:, 1].t(), squares.float())
+    assert_close(row_stats[:, 1].t(), squares.float())
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -143,27 +143,33 @@ def test_programs(persistent, device, monkeypatch):
 
     monkeypatch.setattr(module, "_linear_kernel", Kernel())
     chip = Chip("NVIDIA H9000", (9, 0), 7)
-    with pretend(chip), _tuned.forced("linear", {"implementation": "triton", **config}):
+    with simulate_device(chip), _tuned.forced("linear", {"implementation": "triton", **config}):
         for M in (100, 128 * 9):
             inputs = make_inputs(M=M, S=1, K=64, N=256, device=device)
             linear(inputs["x"].half(), inputs["weight"].half(), implementation="triton")
     assert grids == ([(2,), (7,)] if persistent else [(2,), (18,)])
 
 
-def test_moments_only_where_they_serve(device):
+def test_row_stats_only_where_they_serve(device):
     """Few rows, fp32, a width that is no multiple of 64, gradients: none."""
     many = {"M": 8 * 64, "S": 1, "K": 64, "N": 64, "device": device}
 
-    def moments(dtype=FP16, grad=False, **changed):
+    def row_stats(dtype=FP16, grad=False, **changed):
         inputs = make_inputs(**many | changed)
         inputs = {k: v if k == "activation" else v.to(dtype) for k, v in inputs.items()}
         inputs["weight"].requires_grad_(grad)
-        return linear(**inputs, implementation="triton", return_moments=True)[1]
+        return linear(**inputs, implementation="triton", return_row_stats=True)[1]
 
-    assert moments() is not None
-    assert moments(M=8 * 64 - 1) is moments(FP32) is moments(N=48) is moments(grad=True) is None
+    assert row_stats() is not None
+    assert (
+        row_stats(M=8 * 64 - 1)
+        is row_stats(FP32)
+        is row_stats(N=48)
+        is row_stats(grad=True)
+        is None
+    )
     inputs = make_inputs(**many)
-    assert linear(**inputs, implementation="torch", return_moments=True)[1] is None
+    assert linear(**inputs, implementation="torch", return_row_stats=True)[1] is None
 
 
 def test_operands_that_tensor_descriptors_cannot_address(device):
@@ -255,19 +261,19 @@ def test_nan_stays_in_its_row(device):
     assert y[3].isnan().all() and y.isnan().any(1).sum() == 1
 
 
-@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("row_stats", [False, True])
 @pytest.mark.parametrize("N", [192, 384, 576, 768, 1000, 3072])
 @pytest.mark.parametrize("M", [1, 198, 50_688])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
-def test_rule_gives_every_multiprocessor_a_tile(M, N, dtype, moments):
-    """... unless even the smallest tile cannot; and moments get whole groups of columns."""
-    for chip, processors in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)):
-        config = meta(M, N, dtype, chip, processors, moments)
+def test_rule_gives_every_multiprocessor_a_tile(M, N, dtype, row_stats):
+    """... unless even the smallest tile cannot; and row statistics get whole groups of columns."""
+    for chip, num_sms in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)):
+        config = meta(M, N, dtype, chip, num_sms, row_stats)
         assert config in configs(dtype, chip)
         tiles = -(-M // config["BLOCK_M"]) * -(-N // config["BLOCK_N"])
         smallest = config in (HOPPER_CONFIGS[2], AMPERE_CONFIGS[2], FP32_CONFIG)
-        assert tiles >= processors or smallest or moments
-        assert not moments or config["BLOCK_N"] >= 64
+        assert tiles >= num_sms or smallest or row_stats
+        assert not row_stats or config["BLOCK_N"] >= 64
 
 
 def test_second_derivative_where_only_the_residual_has_one(device):
@@ -309,13 +315,13 @@ def test_compiles_into_one_graph(device):
 
 def test_bad_input_is_named():
     x, weight = torch.zeros(6, 32), torch.zeros(16, 32)
-    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), want \(6, 31\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(6, 32\), expected \(6, 31\)"):
         linear(x, weight[:, :31])
-    with pytest.raises(ValueError, match=r"residual has shape \(6, 32\), want \(6, 16\)"):
+    with pytest.raises(ValueError, match=r"residual has shape \(6, 32\), expected \(6, 16\)"):
         linear(x, weight, residual=x)
     with pytest.raises(ValueError, match="activation 'relu'"):
         linear(x, weight, activation="relu")
-    with pytest.raises(TypeError, match="weight has dtype torch.float16, want torch.float32"):
+    with pytest.raises(TypeError, match="weight has dtype torch.float16, expected torch.float32"):
         linear(x, weight.half())
-    with pytest.raises(ValueError, match=r"row_scale has shape \(4,\), want \(6,\)"):
+    with pytest.raises(ValueError, match=r"row_scale has shape \(4,\), expected \(6,\)"):
         linear(x, weight, row_scale=torch.ones(4))

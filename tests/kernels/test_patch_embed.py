@@ -40,8 +40,8 @@ def test_normalization_is_torchvisions():
     from torchvision.transforms.v2.functional import normalize
 
     image = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
-    want = normalize(image.permute(0, 3, 1, 2).float() / 255, MEAN[:3], STD[:3])
-    assert_close(normalize_reference(image, MEAN[:3], STD[:3]), want)
+    expected = normalize(image.permute(0, 3, 1, 2).float() / 255, MEAN[:3], STD[:3])
+    assert_close(normalize_reference(image, MEAN[:3], STD[:3]), expected)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -54,14 +54,14 @@ def test_flat_bytes_cost_no_accuracy(value, device):
 
 def test_channels_last_and_cropped_images(device):
     inputs = make_inputs(2, (32, 48), (16, 16), 3, 64, 1, True, device=device)
-    want = patch_embed_reference(**inputs)
+    expected = patch_embed_reference(**inputs)
     image = inputs.pop("image")
     for view in (
         image.to(memory_format=torch.channels_last),
         torch.nn.functional.pad(image, (3, 2, 1, 0))[:, :, 1:, 3:-2],
     ):
         assert not view.is_contiguous()
-        assert_close(triton_patch_embed(view, **inputs), want)
+        assert_close(triton_patch_embed(view, **inputs), expected)
 
 
 def test_nan_pixel_stays_in_its_token(device):
@@ -85,9 +85,9 @@ def test_prefix_tokens_carry_their_dtype(device):
     inputs = make_inputs(2, (32, 32), (16, 16), 3, 64, 2, True, device=device)
     del inputs["pos_embed"]
     with torch.autocast(device, FP16):
-        got, want = triton_patch_embed(**inputs), patch_embed_reference(**inputs)
-    assert got.dtype == want.dtype == FP32
-    assert_close(got, want, dtype=FP16)
+        got, expected = triton_patch_embed(**inputs), patch_embed_reference(**inputs)
+    assert got.dtype == expected.dtype == FP32
+    assert_close(got, expected, dtype=FP16)
 
 
 def test_op_contract(device):
@@ -111,21 +111,25 @@ def test_compiles_into_one_graph(device):
 def test_bad_input_is_named():
     inputs = make_inputs(1, (32, 32), (16, 16), 3, 32, 2, True)
     image, weight = inputs["image"], inputs["weight"]
-    with pytest.raises(ValueError, match=r"image has shape \(1, 2, 32, 32\), want float .*C = 3"):
+    with pytest.raises(
+        ValueError, match=r"image has shape \(1, 2, 32, 32\), expected float .*C = 3"
+    ):
         patch_embed(image[:, :2], weight)
-    with pytest.raises(ValueError, match="image is 32 x 31, want positive multiples of 16 x 16"):
+    with pytest.raises(
+        ValueError, match="image is 32 x 31, expected positive multiples of 16 x 16"
+    ):
         patch_embed(image[..., :31], weight)
-    with pytest.raises(ValueError, match=r"image has shape .* want uint8 \(B, H, W, C\)"):
+    with pytest.raises(ValueError, match=r"image has shape .* expected uint8 \(B, H, W, C\)"):
         patch_embed(image.byte(), weight, mean=MEAN[:3], std=STD[:3])
-    with pytest.raises(ValueError, match="mean is None, want 3 values for a uint8 image"):
+    with pytest.raises(ValueError, match="mean is None, expected 3 values for a uint8 image"):
         patch_embed(image.byte().permute(0, 2, 3, 1), weight)
     with pytest.raises(TypeError, match="image has dtype torch.int32"):
         patch_embed(image.int(), weight)
     with pytest.raises(
-        TypeError, match="image has dtype torch.float16, want weight's torch.float32"
+        TypeError, match="image has dtype torch.float16, expected weight's torch.float32"
     ):
         patch_embed(image.half(), weight)
-    with pytest.raises(ValueError, match=r"pos_embed has shape \(3, 32\), want \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"pos_embed has shape \(3, 32\), expected \(4, 32\)"):
         patch_embed(image, weight, pos_embed=torch.zeros(3, 32))
     with pytest.raises(ValueError, match="1 to 4 channels"):
         patch_embed(image, weight.repeat(1, 2, 1, 1))

@@ -9,14 +9,14 @@ from checking import FP32, ROW_DTYPES, assert_at_most, assert_close
 
 from deit_fast.kernels import (
     Quantized,
-    _runtime,
+    _policy,
     attention_quantized,
     cases,
     dequantize,
     quantize,
     quantize_reference,
 )
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import quantize_inputs as make_inputs
 from deit_fast.kernels.quantize import (
     FORMATS,
@@ -44,14 +44,16 @@ def assert_rounds_to_nearest(q, x):
     assert ((dequantize(q).double() - x.double()).abs() <= steps(q) * 0.50003).all()
 
 
-def assert_same_but_for_ties(got, want):
+def assert_same_but_for_ties(got, expected):
     """1 / scale is rounded before it multiplies: a value close to the middle of two may go either
     way, so one step, and seldom."""
-    assert got.values.dtype == want.values.dtype and got.scales.shape == want.scales.shape
-    assert_close(got.scales, want.scales)
+    assert got.values.dtype == expected.values.dtype and got.scales.shape == expected.scales.shape
+    assert_close(got.scales, expected.scales)
     if got.values.numel():
-        apart = (got.values.float() - want.values.float()).abs()
-        assert (apart <= steps(Quantized(want.values, torch.ones(1, 1, device=apart.device)))).all()
+        apart = (got.values.float() - expected.values.float()).abs()
+        assert (
+            apart <= steps(Quantized(expected.values, torch.ones(1, 1, device=apart.device)))
+        ).all()
         assert_at_most((apart > 0).float().mean().item(), 0.01, "share of ties")
 
 
@@ -77,11 +79,13 @@ def test_round_trip(case, dtype, format, device):
 def test_rounds_ties_to_even(format, implementation, device):
     limit = LIMITS[FORMATS[format]]
     ties = [0.5, 1.5, 2.5, -2.5, 126.5] if format == "int8" else [17.0, 19.0, 21.0, -21.0, 432.0]
-    want = [0.0, 2.0, 2.0, -2.0, 126.0] if format == "int8" else [16.0, 20.0, 20.0, -20.0, 448.0]
+    expected = (
+        [0.0, 2.0, 2.0, -2.0, 126.0] if format == "int8" else [16.0, 20.0, 20.0, -20.0, 448.0]
+    )
     x = torch.tensor([[limit, *ties]], device=device)
     q = quantize(x, format, implementation=implementation)
-    assert q.scales.item() == 1.0 and q.values[0, 1:].float().tolist()[:4] == want[:4]
-    assert q.values[0, -1].float().item() in (want[4], 416.0)
+    assert q.scales.item() == 1.0 and q.values[0, 1:].float().tolist()[:4] == expected[:4]
+    assert q.values[0, -1].float().item() in (expected[4], 416.0)
 
 
 @BOTH
@@ -157,9 +161,9 @@ def test_what_one_scale_cannot_hold_saturates(device):
 @FORMAT
 def test_non_contiguous_input(format, device):
     x = torch.randn(40, 6, device=device).t()
-    want = quantize_reference(x.contiguous(), format, 2)
-    assert_same_but_for_ties(triton_quantize(x, format, 2), want)
-    assert_same_but_for_ties(triton_quantize(x.expand(2, 6, 40)[1], format, 2), want)
+    expected = quantize_reference(x.contiguous(), format, 2)
+    assert_same_but_for_ties(triton_quantize(x, format, 2), expected)
+    assert_same_but_for_ties(triton_quantize(x.expand(2, 6, 40)[1], format, 2), expected)
     sliced = torch.randn(6, 80, device=device)[:, ::2]
     assert_same_but_for_ties(triton_quantize(sliced, format), quantize_reference(sliced, format))
 
@@ -236,7 +240,7 @@ def test_backward_raises_instead_of_losing_gradients(name, format, implementatio
 )
 @pytest.mark.parametrize("implementation", ["auto", "triton"])
 def test_a_chip_without_the_type(implementation, chip, format, reason, name, device):
-    with pretend(chip):
+    with simulate_device(chip):
         with pytest.raises(RuntimeError, match=rf"^{name}: .*{reason}, x is on a chip of"):
             eight_bits(name, format, implementation, device)
         eight_bits(name, format, "torch", device)  # who asks for PyTorch gets it
@@ -247,24 +251,26 @@ def test_a_chip_without_the_type(implementation, chip, format, reason, name, dev
 def test_auto(name, format, device):
     """On a CPU PyTorch, on a chip that has the type Triton: nothing else may stand in for it."""
     dtype = FORMATS[format]
-    for capability, want in (
+    for capability, expected in (
         (None, "torch"), ((7, 5), "none"), ((8, 0), "none" if format == "fp8" else "triton"),
         ((8, 9), "triton"), ((9, 0), "triton"), ((10, 0), "triton"),
     ):  # fmt: skip
-        assert _runtime.choose(name, capability, dtype).implementation == want
+        assert _policy.choose(name, capability, dtype).implementation == expected
     assert eight_bits(name, format, "auto", device, grad=False)[0] is not None
 
 
 def test_bad_input_is_named():
     x = torch.zeros(2, 64)
-    with pytest.raises(ValueError, match=r"format 'fp4', want one of \('fp8', 'int8'\)"):
+    with pytest.raises(ValueError, match=r"format 'fp4', expected one of \('fp8', 'int8'\)"):
         quantize(x, "fp4")
     for wrong, parts in ((x, 3), (x, 0), (x[0, 0], 1), (x[:, :0], 1), (torch.zeros(1, 9000), 1)):
-        with pytest.raises(ValueError, match=r"parts is \d, want \(..., K\) with K a multiple"):
+        with pytest.raises(ValueError, match=r"parts is \d, expected \(..., K\) with K a multiple"):
             quantize(wrong, parts=parts)
     for wrong in (x.double(), x.to(torch.int8)):
         for implementation in ("auto", "torch"):
-            with pytest.raises(TypeError, match="quantize: x has dtype .*, want float32, float16"):
+            with pytest.raises(
+                TypeError, match="quantize: x has dtype .*, expected float32, float16"
+            ):
                 quantize(wrong, "int8", implementation=implementation)
     with pytest.raises(ValueError, match="implementation: 'cuda' for quantize"):
         quantize(x, implementation="cuda")

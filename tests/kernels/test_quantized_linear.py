@@ -18,7 +18,7 @@ from deit_fast.kernels import (
     quantized_linear,
     quantized_linear_reference,
 )
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import quantized_linear_inputs
 from deit_fast.kernels.quantize import FORMATS, LIMITS
 from deit_fast.kernels.quantized_linear import (
@@ -74,16 +74,18 @@ def skip_without_tensor_descriptors(config, device):
 def assert_as_accurate(got, inputs, what=""):
     """Twice the reference's error, which computes in fp32 and rounds once; fp8 on sm_90 adds up
     with fewer bits."""
-    want, true = quantized_linear_reference(**inputs), exactly(**inputs)
-    if isinstance(want, Quantized):
-        assert got.values.dtype == want.values.dtype and got.scales.shape == want.scales.shape
-        got, want = dequantize(got), dequantize(want)
-    assert got.dtype == want.dtype and got.shape == want.shape
+    expected, true = quantized_linear_reference(**inputs), exactly(**inputs)
+    if isinstance(expected, Quantized):
+        assert (
+            got.values.dtype == expected.values.dtype and got.scales.shape == expected.scales.shape
+        )
+        got, expected = dequantize(got), dequantize(expected)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
     assert not got.isnan().any()
     if not true.numel():
         return
     fewer_bits = got.is_cuda and inputs["x"].values.dtype == torch.float8_e4m3fn
-    allowed = 2 * relative_error(want, true) + (
+    allowed = 2 * relative_error(expected, true) + (
         SHORT_SUMS if fewer_bits else 4 * torch.finfo(FP32).eps
     )
     assert_at_most(relative_error(got, true), allowed, what)
@@ -158,7 +160,7 @@ def test_what_the_rule_takes(parts, N, chip, of, device):
     if device == "cuda" and torch.cuda.get_device_capability() < chip.capability:
         pytest.skip("GPU: another chip's configurations")
     inputs = make_inputs(M=520, S=1, K=96, N=N, parts=parts, of=of, dtype=FP32, device=device)
-    with pretend(chip):
+    with simulate_device(chip):
         assert_as_accurate(triton_linear(**inputs), inputs)
 
 
@@ -189,7 +191,7 @@ def test_a_table_may_not_name_what_spills_or_cannot_be():
     for choice, epilogue, problem in (
         (wide, parts, "second sum spills"), (narrow, parts, None), (small, parts, None),
         (wide, own, None), (narrow, own, None), (small, own, "narrower than the 64 columns"),
-        ({"implementation": "cublas"}, own, "implementation 'cublas', want one of"),
+        ({"implementation": "cublas"}, own, "implementation 'cublas', expected one of"),
         (narrow | {"num_warps": 2}, own, "does not offer"),
     ):  # fmt: skip
         said = why_not(shape | {"epilogue": epilogue}, choice, (9, 0))
@@ -269,7 +271,7 @@ def test_operands_that_tensor_descriptors_cannot_address(device):
 @FORMAT
 def test_non_contiguous_operands(of, device):
     inputs = make_inputs(M=24, S=2, K=96, N=64, parts=3, of=of, device=device, **EVERYTHING)
-    want = triton_linear(**inputs)
+    expected = triton_linear(**inputs)
     for name in ("x", "weight"):
         values, scales = inputs[name]
         wide = torch.stack([values.view(torch.int8)] * 2, -1).view(values.dtype)[..., 0]
@@ -277,16 +279,16 @@ def test_non_contiguous_operands(of, device):
         assert not wide.is_contiguous()
     for name in ("bias", "layer_scale", "residual"):
         inputs[name] = inputs[name].repeat_interleave(2, -1)[..., ::2]
-    assert torch.equal(triton_linear(**inputs), want)
+    assert torch.equal(triton_linear(**inputs), expected)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_autocast_changes_nothing(implementation, device):
     inputs = make_inputs(M=6, S=2, K=64, N=48, dtype=FP32, device=device)
-    want = quantized_linear(**inputs, implementation=implementation)
+    expected = quantized_linear(**inputs, implementation=implementation)
     with torch.autocast(device, BF16):
         got = quantized_linear(**inputs, implementation=implementation)
-    assert torch.equal(got, want)
+    assert torch.equal(got, expected)
 
 
 def arguments(of, device, **options):
@@ -339,8 +341,8 @@ def test_meta_device(of):
     """Shapes and dtypes as on a device, for either implementation."""
     for options in (EVERYTHING | {"parts": 3}, {"format": of}):
         inputs = make_inputs(M=6, S=2, K=96, N=64, of=of, device="meta", **options)
-        got, want = triton_linear(**inputs), quantized_linear_reference(**inputs)
-        for a, b in zip(got, want, strict=True) if "format" in options else ((got, want),):
+        got, expected = triton_linear(**inputs), quantized_linear_reference(**inputs)
+        for a, b in zip(got, expected, strict=True) if "format" in options else ((got, expected),):
             assert a.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
@@ -355,39 +357,39 @@ def test_bad_input_is_named(device):
             with pytest.raises(error, match=message):
                 quantized_linear(*args, **kwargs, implementation=implementation)
 
-    refuse(TypeError, "x is a Tensor, want a Quantized", x.values, weight)
-    refuse(TypeError, "weight is a Tensor, want a Quantized", x, weight.values)
+    refuse(TypeError, "x is a Tensor, expected a Quantized", x.values, weight)
+    refuse(TypeError, "weight is a Tensor, expected a Quantized", x, weight.values)
     refuse(TypeError, "weight has values of torch.float32 and scales", x, Quantized(one, one))
-    refuse(TypeError, "weight has torch.float8_e4m3fn, want x's torch.int8", x, fp8)
-    refuse(ValueError, r"weight has values of shape \(64, 90\), want \(..., 96\)", x,
+    refuse(TypeError, "weight has torch.float8_e4m3fn, expected x's torch.int8", x, fp8)
+    refuse(ValueError, r"weight has values of shape \(64, 90\), expected \(..., 96\)", x,
            quantize_reference(torch.zeros(64, 90, device=device), "int8"))  # fmt: skip
-    refuse(ValueError, r"weight has shape \(64, 96\) and scales \(3, 64\), want \(N, 96\)", x,
+    refuse(ValueError, r"weight has shape \(64, 96\) and scales \(3, 64\), expected \(N, 96\)", x,
            quantize_reference(torch.zeros(64, 96, device=device), "int8", 3))  # fmt: skip
-    refuse(ValueError, r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), want \(P, 6\)",
+    refuse(ValueError, r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), expected \(P, 6\)",
            Quantized(x.values, x.scales[:1, :5]), weight)  # fmt: skip
     refuse(ValueError, r"scales of shape \(1, 1\).* or \(1, 1\) with fp8",
            Quantized(x.values, one), weight)  # fmt: skip
-    refuse(ValueError, "x has parts of 16 features, want a multiple of 32",
+    refuse(ValueError, "x has parts of 16 features, expected a multiple of 32",
            quantize_reference(torch.zeros(2, 96, device=device), "int8", 6), weight)  # fmt: skip
-    refuse(ValueError, r"bias has shape \(5,\), want \(64,\)", x, weight, bias[:5], dtype=FP16)
-    refuse(ValueError, r"residual has shape \(6, 64\), want \(2, 3, 64\)", x, weight,
+    refuse(ValueError, r"bias has shape \(5,\), expected \(64,\)", x, weight, bias[:5], dtype=FP16)
+    refuse(ValueError, r"residual has shape \(6, 64\), expected \(2, 3, 64\)", x, weight,
            residual=torch.zeros(6, 64, device=device), dtype=FP16)  # fmt: skip
-    refuse(ValueError, r"row_scale has shape \(3,\), want \(2,\)", x, weight,
+    refuse(ValueError, r"row_scale has shape \(3,\), expected \(2,\)", x, weight,
            row_scale=bias[:3], dtype=FP16)  # fmt: skip
-    refuse(ValueError, "activation 'relu', want one of", x, weight, activation="relu")
-    refuse(TypeError, "dtype None, want float32, float16 or bfloat16", x, weight)
-    refuse(TypeError, "dtype torch.float64, want float32", x, weight, dtype=torch.float64)
-    refuse(ValueError, "format 'fp4', want one of", x, weight, format="fp4")
+    refuse(ValueError, "activation 'relu', expected one of", x, weight, activation="relu")
+    refuse(TypeError, "dtype None, expected float32, float16 or bfloat16", x, weight)
+    refuse(TypeError, "dtype torch.float64, expected float32", x, weight, dtype=torch.float64)
+    refuse(ValueError, "format 'fp4', expected one of", x, weight, format="fp4")
     refuse(ValueError, "format 'int8' with a dtype, residual", x, weight, format="int8", dtype=FP16)
-    refuse(ValueError, "out_scale with format 'int8', want 'fp8'", x, weight, format="int8",
+    refuse(ValueError, "out_scale with format 'int8', expected 'fp8'", x, weight, format="int8",
            out_scale=one)  # fmt: skip
     refuse(ValueError, "out_scale with format None", x, weight, dtype=FP16, out_scale=one)
     weight8 = quantize_reference(torch.zeros(64, 96, device=device), "fp8")
-    refuse(ValueError, r"out_scale has shape \(1,\), want \(1, 1\)", fp8, weight8, format="fp8",
+    refuse(ValueError, r"out_scale has shape \(1,\), expected \(1, 1\)", fp8, weight8, format="fp8",
            out_scale=one[0])  # fmt: skip
     refuse(TypeError, "out_scale has dtype torch.float16", fp8, weight8, format="fp8",
            out_scale=one.half())  # fmt: skip
-    refuse(ValueError, "40 features in 'fp8', want a multiple of 64", fp8,
+    refuse(ValueError, "40 features in 'fp8', expected a multiple of 64", fp8,
            Quantized(weight8.values[:40], weight8.scales[:, :40]), format="fp8")  # fmt: skip
     with pytest.raises(ValueError, match="implementation: 'cublas' for quantized_linear"):
         quantized_linear(x, weight, dtype=FP16, implementation="cublas")

@@ -15,11 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import deit_fast
 from deit_fast import kernels
 from deit_fast.bench.launches import Recorder, record
-from deit_fast.kernels import _runtime, cases, linear
+from deit_fast.kernels import _checks, _chips, _policy, cases, linear
 
 FP16, FP32 = torch.float16, torch.float32
 V100, T4, A100, H100, B200 = (7, 0), (7, 5), (8, 0), (9, 0), (10, 0)
-EVERY_OP = (*_runtime.ROW_KERNELS, *_runtime.PRODUCTS)
+EVERY_OP = (*_policy.ROW_OPS, *_policy.MATMUL_OPS)
 
 
 def test_nobody_else_registers_the_operators_again():
@@ -36,30 +36,30 @@ def test_nobody_else_registers_the_operators_again():
 @pytest.mark.parametrize("op", EVERY_OP)
 def test_cpu_and_ancient_chips_get_torch(op):
     for chip in (None, (6, 1)):
-        assert _runtime.choose(op, chip, FP16).implementation == "torch"
+        assert _policy.choose(op, chip, FP16).implementation == "torch"
 
 
 @pytest.mark.parametrize("chip", [V100, T4])
 def test_without_tensor_cores_products_belong_to_cublas(chip):
-    assert _runtime.choose("linear", chip, FP16).implementation == "cublas"
-    assert _runtime.choose("attention", chip, FP16).implementation == "torch"
-    assert _runtime.choose("layer_norm", chip, FP16).implementation == "triton"
+    assert _policy.choose("linear", chip, FP16).implementation == "cublas"
+    assert _policy.choose("attention", chip, FP16).implementation == "torch"
+    assert _policy.choose("layer_norm", chip, FP16).implementation == "triton"
 
 
 @pytest.mark.parametrize("chip", [A100, H100, B200])
 @pytest.mark.parametrize("op", EVERY_OP)
 def test_half_precision_on_tensor_cores_is_tritons(op, chip):
-    assert _runtime.choose(op, chip, FP16).implementation == "triton"
+    assert _policy.choose(op, chip, FP16).implementation == "triton"
 
 
-@pytest.mark.parametrize("op", _runtime.PRODUCTS)
+@pytest.mark.parametrize("op", _policy.MATMUL_OPS)
 def test_fp32_products_are_not(op):
-    assert _runtime.choose(op, H100, FP32).implementation in ("cublas", "torch")
+    assert _policy.choose(op, H100, FP32).implementation in ("cublas", "torch")
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
 def test_float64_is_not_tritons(op):
-    assert _runtime.choose(op, H100, torch.float64).implementation == "torch"
+    assert _policy.choose(op, H100, torch.float64).implementation == "torch"
 
 
 def test_autocast_decides_with_its_own_dtype(monkeypatch):
@@ -67,45 +67,45 @@ def test_autocast_decides_with_its_own_dtype(monkeypatch):
 
     def choice(op, chip, dtype):
         seen.append((op, dtype))
-        return _runtime.Choice("torch", "")
+        return _policy.Choice("torch", "")
 
-    monkeypatch.setattr(_runtime, "choose", choice)
+    monkeypatch.setattr(_policy, "choose", choice)
     with torch.autocast("cpu", FP16):
         for op in ("linear", "layer_norm"):
-            _runtime.resolve(op, torch.zeros(1), "auto")
+            _policy.resolve(op, torch.zeros(1), "auto")
     assert seen == [("linear", FP16), ("layer_norm", FP32)]
 
 
 @pytest.mark.parametrize("op", EVERY_OP)
 def test_every_choice_has_a_reason(op):
     for chip in (None, (6, 1), V100, A100, H100):
-        for dtype in _runtime.DTYPES:
-            assert len(_runtime.choose(op, chip, dtype).reason) > 10
+        for dtype in _checks.DTYPES:
+            assert len(_policy.choose(op, chip, dtype).reason) > 10
 
 
 def test_triton_on_a_cpu_without_the_interpreter_raises(monkeypatch):
-    monkeypatch.setattr(_runtime, "INTERPRET", False)
+    monkeypatch.setattr(_chips, "INTERPRET", False)
     with pytest.raises(RuntimeError, match="of linear needs a CUDA tensor, x is on cpu"):
-        _runtime.resolve("linear", torch.zeros(1), "triton")
-    assert _runtime.resolve("linear", torch.zeros(1), "auto") == "torch"
+        _policy.resolve("linear", torch.zeros(1), "triton")
+    assert _policy.resolve("linear", torch.zeros(1), "auto") == "torch"
 
 
 def test_the_chip_is_a_constant_under_compile(monkeypatch):
-    monkeypatch.setattr(_runtime, "chip", lambda device: _runtime.Chip("H100", H100, 132))
+    monkeypatch.setattr(_chips, "chip", lambda device: _chips.Chip("H100", H100, 132))
 
     def f(x):
-        choice = _runtime.choose("linear", _runtime.capability("cuda", 0), FP16)
+        choice = _policy.choose("linear", _chips.capability("cuda", 0), FP16)
         return x + 1 if choice.implementation == "triton" else x - 1
 
     assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
 
 
 def test_the_device_of_the_tensor_decides(monkeypatch):
-    monkeypatch.setattr(_runtime, "_cuda_chip", lambda index: _runtime.Chip("H100", H100, 132))
+    monkeypatch.setattr(_chips, "_cuda_chip", lambda index: _chips.Chip("H100", H100, 132))
     with FakeTensorMode():
         on_gpu, on_cpu = (torch.zeros(1, device=device) for device in ("cuda:0", "cpu"))
-    assert on_gpu.is_cuda and _runtime.resolve("layer_norm", on_gpu, "auto") == "triton"
-    assert _runtime.resolve("layer_norm", on_cpu, "auto") == "torch"
+    assert on_gpu.is_cuda and _policy.resolve("layer_norm", on_gpu, "auto") == "triton"
+    assert _policy.resolve("layer_norm", on_cpu, "auto") == "torch"
 
 
 class Straight(Exception):
@@ -228,22 +228,22 @@ def test_only_the_sum_of_add_layer_norm_is_used(device):
 
 @pytest.fixture
 def exclude():
-    yield _runtime.exclude
-    _runtime.exclude()
+    yield _policy.exclude
+    _policy.exclude()
 
 
 def test_what_is_excluded_is_pytorchs(exclude):
     """Of every chip, in each operation that asks; the others stay."""
     exclude("attention", "fp8", "layer_norm_linear")
-    assert _runtime.choose("attention", H100, FP16).implementation == "torch"
-    assert "excluded" in _runtime.choose("attention", H100, FP16).reason
-    assert _runtime.choose("linear", H100, FP16).implementation == "triton"
+    assert _policy.choose("attention", H100, FP16).implementation == "torch"
+    assert "excluded" in _policy.choose("attention", H100, FP16).reason
+    assert _policy.choose("linear", H100, FP16).implementation == "triton"
     fp8, int8 = torch.float8_e4m3fn, torch.int8
-    assert _runtime.choose("quantized_linear", H100, fp8) == ("none", "fp8 is excluded")
-    assert _runtime.choose("quantized_linear", H100, int8).implementation == "triton"
+    assert _policy.choose("quantized_linear", H100, fp8) == ("none", "fp8 is excluded")
+    assert _policy.choose("quantized_linear", H100, int8).implementation == "triton"
     exclude("linear")
-    assert _runtime.choose("attention", H100, FP16).implementation == "triton"
-    assert _runtime.choose("linear", H100, FP16).implementation == "torch"
+    assert _policy.choose("attention", H100, FP16).implementation == "triton"
+    assert _policy.choose("linear", H100, FP16).implementation == "torch"
 
 
 @pytest.mark.parametrize(
@@ -259,20 +259,20 @@ def test_a_model_without_what_is_excluded(exclude, name, missing, there):
     exclude(name)
     with torch.device("meta"):
         model = deit_fast.deit_tiny_distilled(depth=2)
-    recorder = record(model, 256, FP16, _runtime.Chip("H100", H100, 132), tables=False)
+    recorder = record(model, 256, FP16, _chips.Chip("H100", H100, 132), tables=False)
     ops = {op for op, _, _ in recorder.calls}
     assert missing not in ops and there in ops
     exclude()
-    recorder = record(model, 256, FP16, _runtime.Chip("H100", H100, 132), tables=False)
+    recorder = record(model, 256, FP16, _chips.Chip("H100", H100, 132), tables=False)
     assert missing in {op for op, _, _ in recorder.calls}
 
 
 @pytest.mark.slow
 def test_unknown_exclusions(exclude):
-    with pytest.raises(ValueError, match="unknown atention, want some of"):
+    with pytest.raises(ValueError, match="unknown atention, expected some of"):
         exclude("atention", "linear")
-    assert not _runtime.excluded()
-    code = "import deit_fast; print(sorted(deit_fast.kernels._runtime.excluded()))"
+    assert not _policy.excluded()
+    code = "import deit_fast; print(sorted(deit_fast.kernels._policy.excluded()))"
     for value, wanted in (("fp8, linear", "['fp8', 'linear']"), ("liner", "unknown liner")):
         env = os.environ | {"DEIT_FAST_EXCLUDE": value}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

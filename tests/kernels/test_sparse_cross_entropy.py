@@ -69,9 +69,9 @@ def test_it_is_the_dense_formula(implementation, K, device):
             target[b, indices[b, k]] = probs[b, k]
     assert_close(dense_target(indices, probs, 9).cpu(), target)
     assert target.sum(1).tolist() == pytest.approx([1.0] * 3)
-    want = F.cross_entropy(z.cpu(), target)
+    expected = F.cross_entropy(z.cpu(), target)
     got = sparse_cross_entropy(**inputs, implementation=implementation)
-    assert_close(got.cpu(), want.float())
+    assert_close(got.cpu(), expected.float())
 
 
 @both
@@ -83,12 +83,12 @@ def test_stored_probabilities_above_one_leave_no_rest(implementation, device):
     target = dense_target(inputs["indices"], inputs["probs"].double(), 50)
     assert (target >= 0).all() and (target[0] > 0).sum() == 3 and (target[1] > 0).all()
     loss = partial(sparse_cross_entropy, implementation=implementation)
-    want = -(target * inputs["logits"].double().log_softmax(1)).sum(1).mean()
+    expected = -(target * inputs["logits"].double().log_softmax(1)).sum(1).mean()
     got, grad = loss_and_gradient(loss, inputs)
-    assert_close(got, want.float())
+    assert_close(got, expected.float())
     p = inputs["logits"].double().softmax(1)
-    want = (p * target.sum(1, keepdim=True) - target) / 2
-    assert_close(grad, want.float())
+    expected = (p * target.sum(1, keepdim=True) - target) / 2
+    assert_close(grad, expected.float())
 
 
 def test_mixed_dtypes(device):
@@ -143,13 +143,13 @@ def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
 def test_rows_of_a_wider_buffer(device):
     """What lies beside the rows is NaN, or no class."""
     inputs = make_inputs(5, 100, 7, device=device)
-    want = loss_and_gradient(triton_loss, inputs)
+    expected = loss_and_gradient(triton_loss, inputs)
 
     def assert_same(change):
         changed = {k: change(t) for k, t in inputs.items()}
         assert all(not t.is_contiguous() for t in changed.values())
         got = loss_and_gradient(triton_loss, changed)
-        assert_equal(got, want)
+        assert_equal(got, expected)
 
     def wider(t):
         fill = torch.nan if t.is_floating_point() else 10**9
@@ -160,9 +160,9 @@ def test_rows_of_a_wider_buffer(device):
     assert_same(wider)
     assert_same(lambda t: t.t().contiguous().t())
     row = inputs["probs"][:1]
-    want = triton_loss(**inputs | {"probs": row.repeat(5, 1)})
+    expected = triton_loss(**inputs | {"probs": row.repeat(5, 1)})
     got = triton_loss(**inputs | {"probs": row.expand(5, 7)})
-    assert_equal(got, want)
+    assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**31 + 3, 2**32 + 1, 2**40])
@@ -240,8 +240,8 @@ def test_a_gradient_nobody_wants_is_not_made(device):
     inputs = make_inputs(3, 10, 2, device=device)
     loss, dz = _fwd(*inputs.values(), False)
     assert dz.numel() == 0
-    want, _ = loss_and_gradient(triton_loss, inputs)
-    assert_equal(loss, want)
+    expected, _ = loss_and_gradient(triton_loss, inputs)
+    assert_equal(loss, expected)
     with torch.no_grad():
         assert not triton_loss(
             **inputs | {"logits": inputs["logits"].clone().requires_grad_()}
@@ -283,29 +283,31 @@ def test_compiles_into_one_graph(device):
 
 def test_bad_input_is_named(device):
     z, i, q = make_inputs(3, 10, 2, device=device).values()
-    with pytest.raises(ValueError, match=r"logits has shape \(3, 0\), want \(B, C\)"):
+    with pytest.raises(ValueError, match=r"logits has shape \(3, 0\), expected \(B, C\)"):
         sparse_cross_entropy(z[:, :0], i, q)
-    with pytest.raises(ValueError, match=r"logits has shape \(10,\), want \(B, C\)"):
+    with pytest.raises(ValueError, match=r"logits has shape \(10,\), expected \(B, C\)"):
         sparse_cross_entropy(z[0], i, q)
-    with pytest.raises(ValueError, match=r"indices has shape \(3, 11\), want .* K from 1 to 10"):
+    with pytest.raises(
+        ValueError, match=r"indices has shape \(3, 11\), expected .* K from 1 to 10"
+    ):
         sparse_cross_entropy(z, i[:, :1].repeat(1, 11), q)
-    with pytest.raises(ValueError, match=r"indices has shape \(3, 0\), want \(3, K\)"):
+    with pytest.raises(ValueError, match=r"indices has shape \(3, 0\), expected \(3, K\)"):
         sparse_cross_entropy(z, i[:, :0], q[:, :0])
-    with pytest.raises(ValueError, match=r"indices has shape \(3,\), want \(3, K\)"):
+    with pytest.raises(ValueError, match=r"indices has shape \(3,\), expected \(3, K\)"):
         sparse_cross_entropy(z, i[:, 0], q)
-    with pytest.raises(ValueError, match=r"indices has shape \(2, 2\), want \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"indices has shape \(2, 2\), expected \(3, 2\)"):
         sparse_cross_entropy(z, i[:2], q)
-    with pytest.raises(ValueError, match=r"probs has shape \(3, 1\), want \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"probs has shape \(3, 1\), expected \(3, 2\)"):
         sparse_cross_entropy(z, i, q[:, :1])
-    with pytest.raises(TypeError, match="indices has dtype torch.int16, want int64 or int32"):
+    with pytest.raises(TypeError, match="indices has dtype torch.int16, expected int64 or int32"):
         sparse_cross_entropy(z, i.short(), q)
-    with pytest.raises(TypeError, match="probs has dtype torch.int64, want floating"):
+    with pytest.raises(TypeError, match="probs has dtype torch.int64, expected floating"):
         sparse_cross_entropy(z, i, q.long())
-    with pytest.raises(TypeError, match="logits has dtype torch.int64, want floating"):
+    with pytest.raises(TypeError, match="logits has dtype torch.int64, expected floating"):
         sparse_cross_entropy(z.long(), i, q)
     with pytest.raises(ValueError, match="implementation: 'cuda'"):
         sparse_cross_entropy(z, i, q, implementation="cuda")
     with pytest.raises(TypeError, match="float64"):
         sparse_cross_entropy(z.double(), i, q, implementation="triton")
-    with pytest.raises(ValueError, match=f"indices is on meta, want {device}"):
+    with pytest.raises(ValueError, match=f"indices is on meta, expected {device}"):
         sparse_cross_entropy(z, i.to("meta"), q)

@@ -22,7 +22,7 @@ from deit_fast.kernels import (
     talking_heads_attention,
     talking_heads_attention_reference,
 )
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import talking_heads_inputs as make_inputs
 from deit_fast.kernels.talking_heads import (
     CONFIGS,
@@ -65,10 +65,10 @@ def test_it_attends_per_head_where_nothing_is_mixed(H, device):
     inputs = make_inputs(2, H, 20, 32, device)
     eye, zero = torch.eye(H, device=device), torch.zeros(H, device=device)
     q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4)
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     got = triton_attention(inputs["qkv"], eye, zero, eye, zero)
     assert got.is_contiguous()
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 def test_without_biases(device):
@@ -88,14 +88,14 @@ def test_the_gradient_of_the_bias_before_the_softmax_is_exactly_zero(H, device):
 def test_sixteen_heads_train_with_pytorch_where_memory_is_short(capability, device):
     inputs = {name: t.half() for name, t in make_inputs(1, 16, 5, 48, device).items()}
     leaves = [t.requires_grad_() for t in inputs.values()]
-    with pretend(Chip("some GPU", capability, 80)):
+    with simulate_device(Chip("some GPU", capability, 80)):
         got = talking_heads_attention(*leaves)
         assert torch.equal(got, talking_heads_attention_reference(*leaves))
-        with pytest.raises(ValueError, match="gradients of 16 heads want 109 KB"):
+        with pytest.raises(ValueError, match="gradients of 16 heads need 109 KB"):
             triton_attention(*leaves)
         with torch.no_grad():
             assert_close(triton_attention(*leaves), got)
-    with pretend(Chip("H200", (9, 0), 132)):
+    with simulate_device(Chip("H200", (9, 0), 132)):
         assert triton_attention(*leaves).grad_fn is not None
 
 
@@ -113,8 +113,8 @@ def test_the_bias_before_the_softmax_changes_nothing(device):
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
 def test_scale_argument(scale, device):
     inputs = make_inputs(1, 4, 9, 48, device)
-    want = talking_heads_attention_reference(**inputs, scale=scale)
-    assert_close(triton_attention(**inputs, scale=scale), want)
+    expected = talking_heads_attention_reference(**inputs, scale=scale)
+    assert_close(triton_attention(**inputs, scale=scale), expected)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
@@ -136,42 +136,42 @@ def test_one_key_far_above_the_others(key, device):
     inputs["proj_l_weight"] = torch.eye(4, device=device)
     inputs = {name: t.half() for name, t in inputs.items()}
     exact = talking_heads_attention_reference(**{name: t.double() for name, t in inputs.items()})
-    want = talking_heads_attention_reference(**inputs)
-    assert_as_accurate(triton_attention(**inputs), want, exact)
+    expected = talking_heads_attention_reference(**inputs)
+    assert_as_accurate(triton_attention(**inputs), expected, exact)
 
 
 def test_any_strides(device):
     inputs = make_inputs(2, 4, 9, 48, device)
-    want = triton_attention(**inputs)
+    expected = triton_attention(**inputs)
     for order in ((1, 0, 2, 3, 4), (0, 1, 3, 4, 2)):
         back = [order.index(i) for i in range(5)]
         view = inputs["qkv"].permute(order).contiguous().permute(back)
         assert not view.is_contiguous()
         weight = inputs["proj_l_weight"].t().contiguous().t()
         got = triton_attention(**inputs | {"qkv": view, "proj_l_weight": weight})
-        assert_equal(got, want)
+        assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
 def test_nan_stays_in_its_sample(part, device):
     inputs = make_inputs(2, 4, 9, 48, device)
     inputs["qkv"][0, 4, part, 1] = torch.nan
-    o, want = triton_attention(**inputs), talking_heads_attention_reference(**inputs)
-    assert o[want.isnan()].isnan().all() and want[0].isnan().any()
-    assert_close(o[1], want[1])
+    o, expected = triton_attention(**inputs), talking_heads_attention_reference(**inputs)
+    assert o[expected.isnan()].isnan().all() and expected[0].isnan().any()
+    assert_close(o[1], expected[1])
 
 
 def test_autocast(device):
     inputs = make_inputs(1, 4, 9, 48, device)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     with torch.autocast(device, FP16):
-        got, want = triton_attention(**leaves), talking_heads_attention_reference(**leaves)
-    assert got.dtype == want.dtype == FP16
+        got, expected = triton_attention(**leaves), talking_heads_attention_reference(**leaves)
+    assert got.dtype == expected.dtype == FP16
     exact = talking_heads_attention_reference(**{name: t.double() for name, t in inputs.items()})
-    assert_as_accurate(got, want, exact)
+    assert_as_accurate(got, expected, exact)
     upstream = torch.randn_like(exact)
     grads = torch.autograd.grad(got, list(leaves.values()), upstream.to(FP16))
-    wants = torch.autograd.grad(want, list(leaves.values()), upstream.to(FP16))
+    wants = torch.autograd.grad(expected, list(leaves.values()), upstream.to(FP16))
     wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     true = talking_heads_attention_reference(**wide)
     trues = torch.autograd.grad(true, list(wide.values()), upstream.to(FP16).double())
@@ -188,10 +188,10 @@ def test_second_derivatives(device):
         grads = torch.autograd.grad(fn(*leaves).square().sum(), leaves, create_graph=True)
         penalty = sum(g.square().sum() for g in grads)
         found.append(torch.autograd.grad(penalty, leaves))
-    got, want = (dict(zip(inputs, grads, strict=True)) for grads in found)
-    terms = want["proj_l_weight"]
-    assert_close(got.pop("proj_l_bias"), want.pop("proj_l_bias"), "proj_l_bias", terms)  # zero
-    assert_close(got, want)
+    got, expected = (dict(zip(inputs, grads, strict=True)) for grads in found)
+    terms = expected["proj_l_weight"]
+    assert_close(got.pop("proj_l_bias"), expected.pop("proj_l_bias"), "proj_l_bias", terms)  # zero
+    assert_close(got, expected)
 
 
 def test_op_contract(device):
@@ -220,14 +220,16 @@ def test_bad_input_is_named(device):
     def call(implementation="auto", **changed):
         return talking_heads_attention(**inputs | changed, implementation=implementation)
 
-    with pytest.raises(ValueError, match=r"qkv has shape \(1, 5, 12, 48\), want \(B, N, 3, H, d"):
+    with pytest.raises(
+        ValueError, match=r"qkv has shape \(1, 5, 12, 48\), expected \(B, N, 3, H, d"
+    ):
         call(qkv=inputs["qkv"].flatten(2, 3))
-    with pytest.raises(ValueError, match=r"proj_w_weight has shape \(4, 3\), want \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"proj_w_weight has shape \(4, 3\), expected \(4, 4\)"):
         call(proj_w_weight=torch.zeros(4, 3, device=device))
-    with pytest.raises(ValueError, match=r"proj_l_bias has shape \(3,\), want \(4,\)"):
+    with pytest.raises(ValueError, match=r"proj_l_bias has shape \(3,\), expected \(4,\)"):
         call(proj_l_bias=torch.zeros(3, device=device))
     with pytest.raises(
-        TypeError, match="proj_l_weight has dtype torch.float16, want torch.float32"
+        TypeError, match="proj_l_weight has dtype torch.float16, expected torch.float32"
     ):
         call(proj_l_weight=inputs["proj_l_weight"].half())
     with pytest.raises(ValueError, match="head dimension 40, the kernel takes"):

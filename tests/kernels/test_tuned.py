@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from deit_fast.kernels import _tuned, linear
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.attention import RESIDENT_CONFIG
-from deit_fast.kernels.layer_norm_linear import uses_moments
+from deit_fast.kernels.layer_norm_linear import uses_row_stats
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
 
@@ -52,7 +52,7 @@ def test_nearest_within_a_factor_of_two(write):
     assert find(499) is find(6001) is find(0) is None
     assert find(1000, N=256) is find(1000, op="attention") is None
     shape = tuple(SHAPE.items())
-    with pretend(CHIP):
+    with simulate_device(CHIP):
         assert _tuned._implementation("linear", shape, "cpu", None) == "triton"
         assert _tuned._implementation("linear", (*shape, ("x", 1)), "cpu", None) is None
 
@@ -77,8 +77,8 @@ def test_the_table_serves_the_operation(write, monkeypatch):
     real = module._choose
     monkeypatch.setattr(module, "_choose", lambda *a: seen.append(real(*a)) or seen[-1])
     x, weight, bias = torch.randn(1000, 64).half(), torch.randn(128, 64).half(), torch.zeros(128)
-    with pretend(CHIP):
-        for choice, asked, want in (
+    with simulate_device(CHIP):
+        for choice, asked, expected in (
             (CUBLAS, "auto", "cublas"),
             (CUBLAS, "triton", "triton"),
             ({"implementation": "triton", **HOPPER_CONFIGS[8]}, "auto", "triton"),
@@ -86,8 +86,8 @@ def test_the_table_serves_the_operation(write, monkeypatch):
         ):
             write(row(choice=choice))
             linear(x, weight, bias.half(), implementation=asked)
-            assert seen[-1][0] == want
-            if want == choice["implementation"] == "triton":
+            assert seen[-1][0] == expected
+            if expected == choice["implementation"] == "triton":
                 assert seen[-1][1] == HOPPER_CONFIGS[8]
         with _tuned.disabled():
             linear(x, weight, bias.half())
@@ -122,14 +122,14 @@ def test_every_kind_of_choice(write):
         ),
         (
             row(
-                shape=SHAPE | {"epilogue": "bias+residual+moments"},
+                shape=SHAPE | {"epilogue": "bias+residual+row_stats"},
                 choice={"implementation": "triton", **HOPPER_CONFIGS[2]},
             ),
-            "narrower than the 64 columns of moments",
+            "narrower than the 64 columns of row statistics",
         ),
         ({"op": "linear"}, r"choices\[1\] is malformed \(KeyError\('shape'\)\)"),
         (row(M="many"), "M is 'many'"),
-        (row(choice={"implementation": "cutlass"}), "implementation 'cutlass', want one of"),
+        (row(choice={"implementation": "cutlass"}), "implementation 'cutlass', expected one of"),
         (row(choice={"implementation": "triton"}), "no configuration"),
         (
             row(choice={"implementation": "triton", **AMPERE_CONFIGS[3]}),
@@ -149,7 +149,7 @@ def test_every_kind_of_choice(write):
                 op="layer_norm_mlp", shape=MLP | {"D": 384},
                 choice={"implementation": "fused", **FUSED_CONFIGS[0]},
             ),
-            "want D in",
+            "expected D in",
         ),
     ],
 )  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_table_with_a_choice_that_cannot_be_is_ignored(write, bad, reason):
     [
         ({"gpu": "NVIDIA A100"}, "another chip's: gpu is 'NVIDIA A100', this one's 'NVIDIA H9000'"),
         ({"capability": [8, 0]}, r"another chip's: capability is \[8, 0\]"),
-        ({"choices": None}, "want an object with"),
+        ({"choices": None}, "expected an object with"),
     ],
 )
 def test_foreign_and_shapeless_tables_are_ignored(write, header, reason):
@@ -183,12 +183,12 @@ def test_a_table_under_compile(write):
     weight, x = torch.nn.Parameter(torch.zeros(48, 64)), torch.zeros(2, 64).half()
 
     def uses(x, w):
-        return x + 1 if uses_moments(x, w) else x - 1
+        return x + 1 if uses_row_stats(x, w) else x - 1
 
     def of_parameter(x):
         return uses(x, weight)
 
-    with pretend(CHIP):
+    with simulate_device(CHIP):
         for dynamic in (False, True):
             torch.compiler.reset()
             options = {"fullgraph": True, "dynamic": dynamic, "backend": "eager"}

@@ -20,7 +20,7 @@ from timm.models.tiny_vit import Attention
 
 from deit_fast.kernels import attention_reference, cases, window_attention
 from deit_fast.kernels import window_attention_reference as reference
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import window_attention_inputs as make_inputs
 from deit_fast.kernels.window_attention import _bwd, _fwd, offsets
 
@@ -55,8 +55,8 @@ def test_reference_by_hand():
     for y in range(0, 4, 2):
         for x in range(0, 6, 2):
             q, k, v = qkv[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 3, 32).unbind(3)
-            want = attention_reference(q, k, v, bias=table)
-            assert_close(got[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 32), want)
+            expected = attention_reference(q, k, v, bias=table)
+            assert_close(got[:, y : y + 2, x : x + 2].reshape(2, 4, 3, 32), expected)
 
 
 def test_windows_of_one_token(device):
@@ -68,7 +68,7 @@ def test_windows_of_one_token(device):
 def test_biases_gradient_in_many_chunks(device):
     """More windows than programs: each sums several."""
     inputs = make_inputs(3, 12, 12, 2, 4, device=device)
-    with pretend(Chip("some GPU", (9, 0), 2)):
+    with simulate_device(Chip("some GPU", (9, 0), 2)):
         check(triton_attention, reference, inputs, FP32)
 
 
@@ -85,8 +85,8 @@ def test_biases_that_do_not_learn(device, monkeypatch):
     monkeypatch.setattr(sys.modules[_bwd.body.__module__], "_bwd", spy)
     (got,) = torch.autograd.grad(triton_attention(**inputs).sum(), qkv)
     assert asked == [False]
-    (want,) = torch.autograd.grad(reference(**inputs).sum(), qkv)
-    assert_close(got, want)
+    (expected,) = torch.autograd.grad(reference(**inputs).sum(), qkv)
+    assert_close(got, expected)
     o, lse = _fwd(qkv.detach(), biases, 7, 0.2, True)
     assert _bwd(o, qkv.detach(), biases, o, lse, 7, 0.2, False)[1].numel() == 0
 
@@ -100,11 +100,11 @@ def test_scale(scale, device):
 
 def test_non_contiguous_input(device):
     inputs = make_inputs(2, 7, 14, 2, 7, device=device)
-    want = reference(**inputs)
+    expected = reference(**inputs)
     inputs["qkv"] = inputs["qkv"].transpose(1, 2).contiguous().transpose(1, 2)
     inputs["biases"] = inputs["biases"].t().contiguous().t()
     got = triton_attention(**inputs)
-    assert_close(got, want)
+    assert_close(got, expected)
     assert got.is_contiguous()
 
 
@@ -121,13 +121,13 @@ def test_biases_far_above_zero(device):
     qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"].requires_grad_()
     upstream = torch.randn(1, 7, 7, 1, 32, device=device)
     exact = (qkv.detach().double().requires_grad_(), biases.detach().double().requires_grad_())
-    got, want, true = (
+    got, expected, true = (
         torch.autograd.grad(fn(*leaves, 7), leaves, upstream.to(leaves[0]))
         for fn, leaves in (
             (triton_attention, (qkv, biases)), (reference, (qkv, biases)), (reference, exact)
         )
     )  # fmt: skip
-    for name, *grads in zip(("qkv", "biases"), got, want, true, strict=True):
+    for name, *grads in zip(("qkv", "biases"), got, expected, true, strict=True):
         # scores in powers of two are beyond 128, where fp32's steps are twice PyTorch's at 100; so
         # is their logarithm, which the backward pass takes away from them again
         assert_as_accurate(*grads, name, factor=5)
@@ -146,8 +146,8 @@ def test_autocast(device):
     with torch.autocast(device, FP16):
         got = triton_attention(**inputs)
     assert got.dtype == FP16
-    want = triton_attention(inputs["qkv"].half(), inputs["biases"], 7)
-    assert_equal(got, want)
+    expected = triton_attention(inputs["qkv"].half(), inputs["biases"], 7)
+    assert_equal(got, expected)
 
 
 def test_second_derivative(device):
@@ -187,10 +187,10 @@ def test_errors(device):
     qkv, biases = inputs["qkv"], inputs["biases"]
     for bad, error, says in (
         ({"qkv": qkv[0]}, ValueError, r"qkv has shape \(7, 14, 2, 3, 32\)"),
-        ({"qkv": qkv[..., :16]}, ValueError, r"want \(B, Y, X, H, 3, 32\)"),
+        ({"qkv": qkv[..., :16]}, ValueError, r"expected \(B, Y, X, H, 3, 32\)"),
         ({"qkv": qkv[:, :6]}, ValueError, "window 7 on a map of 6 x 14"),
         ({"window": 0}, ValueError, "window 0"),
-        ({"biases": biases[:1]}, ValueError, r"biases has shape \(1, 49\), want \(2, 49\)"),
+        ({"biases": biases[:1]}, ValueError, r"biases has shape \(1, 49\), expected \(2, 49\)"),
         ({"biases": biases.double()}, TypeError, "biases have dtype torch.float64"),
         ({"qkv": qkv.double()}, TypeError, "float64"),
     ):

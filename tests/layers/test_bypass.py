@@ -76,10 +76,10 @@ def test_hooks_on_all_modules_see_what_timms_see(family, backend, grad, device):
         with torch.set_grad_enabled(grad):
             model(x)
         found.append(seen)
-    want, got = found
-    assert [name for name, _ in got] == [name for name, _ in want]
-    assert {"deit": 55, "cait": 63, "tiny_vit": 54}[family] <= len(want)
-    for (name, a), (_, b) in zip(want, got, strict=True):
+    expected, got = found
+    assert [name for name, _ in got] == [name for name, _ in expected]
+    assert {"deit": 55, "cait": 63, "tiny_vit": 54}[family] <= len(expected)
+    for (name, a), (_, b) in zip(expected, got, strict=True):
         assert_close(b, a, name)
 
 
@@ -93,11 +93,11 @@ def test_a_hook_and_its_block_alone(name, backend, device):
     left."""
     reference, fast, x = models(device, backend)
     with torch.no_grad():
-        before, want = fast(x), reference(x)
+        before, expected = fast(x), reference(x)
         seen, inner = [], fast.blocks[0].get_submodule(name)
         hook = inner.register_forward_hook(lambda m, a, y: seen.append(y))
         got, words = said(fast, x)
-        assert_close(got, want)
+        assert_close(got, expected)
         assert len(seen) == 1 and len(words) == 1
         assert f"blocks.0: {name} has a forward hook: " in words[0]
         assert list(unfused(fast)) == ["blocks.0"]
@@ -127,8 +127,8 @@ def test_a_hook_on_a_part_of_the_model(name, backend, device):
             model(x)
         found.append(seen)
     assert len(found[0]) == len(found[1]) > 0
-    for want, got in zip(*found, strict=True):
-        assert_close(got, want)
+    for expected, got in zip(*found, strict=True):
+        assert_close(got, expected)
     assert unfused(fast) == {}
 
 
@@ -138,9 +138,9 @@ def test_bytes_beside_a_hook_without_a_class_token(device):
     x = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, device=device)
     fast, seen = fast.to(device), []
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         fast.patch_embed.register_forward_hook(lambda m, a, y: seen.append(a[0]))
-        assert_close(fast(x), want)
+        assert_close(fast(x), expected)
     assert seen[0].shape == (2, 3, 64, 64)
 
 
@@ -162,9 +162,9 @@ def test_hooks_that_change_what_they_see(kind, name, backend, device):
     plain = gradients(copy.deepcopy(reference), x)
     for model in (reference, fast):
         getattr(model.get_submodule(name), method)(hook, **options)
-    want, got = gradients(reference, x), gradients(fast, x)
-    assert_gradients_close(got, want)
-    assert_differ(want["patch_embed.proj.weight"], plain["patch_embed.proj.weight"])
+    expected, got = gradients(reference, x), gradients(fast, x)
+    assert_gradients_close(got, expected)
+    assert_differ(expected["patch_embed.proj.weight"], plain["patch_embed.proj.weight"])
 
 
 def test_hooks_on_all_modules_at_once(device):
@@ -182,8 +182,8 @@ def test_hooks_on_all_modules_at_once(device):
         finally:
             hook.remove()
         found.append(seen)
-    want, got = found
-    assert len(want) > 50 and [n for n, _ in got] == [n for n, _ in want]
+    expected, got = found
+    assert len(expected) > 50 and [n for n, _ in got] == [n for n, _ in expected]
     with torch.no_grad():
         fast(x)
     assert unfused(fast) == {}
@@ -321,10 +321,10 @@ def test_changes(change, backend, device):
         CHANGES[change](model)
         model.to(device)
     with torch.no_grad():
-        want, (got, words) = reference(x), said(fast, x)
-    assert_close(got, want)
+        expected, (got, words) = reference(x), said(fast, x)
+    assert_close(got, expected)
     if change not in ("compiled part", "dropout", "tanh", "scale"):  # timm's fused one has no scale
-        assert_differ(want, before)
+        assert_differ(expected, before)
     if change == "norm of another eps":  # PyTorch's own module came in, and is called
         assert "norm1" in unfused(fast)["blocks.0"]
     elif change == "patch embedding":
@@ -338,7 +338,7 @@ def test_changes(change, backend, device):
         return
     other = copy.deepcopy(fast)
     with torch.no_grad():
-        assert_close(other(x), want)
+        assert_close(other(x), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -446,10 +446,10 @@ def test_around_a_linear_that_is_called_the_rest_is_fused(backend, device, monke
     words.sort()
     assert len(words) == 2 and words[0].startswith("blocks.0: attn.qkv is a test_bypass.")
     assert "mlp.fc1 is a test_bypass." in words[0] and words[0].endswith("the rest is fused")
-    want, trained = reference(x), gradients(reference.train(), x)
+    expected, trained = reference(x), gradients(reference.train(), x)
     for kind in (timm.models.vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp):
         monkeypatch.setattr(kind, "forward", None)
-    assert_close(fast(x), want)
+    assert_close(fast(x), expected)
     assert_gradients_close(gradients(fast.train(), x), trained)
     # taken out again
     for block in fast.eval().blocks:
@@ -461,7 +461,7 @@ def test_around_a_linear_that_is_called_the_rest_is_fused(backend, device, monke
 def test_weights_that_are_not_plain_numbers(device):
     """As torchao keeps them, in place: the Linear is called."""
     _, fast, x = models(device)
-    want = fast(x)
+    expected = fast(x)
 
     class Wrapped(torch.Tensor):
         @staticmethod
@@ -487,7 +487,7 @@ def test_weights_that_are_not_plain_numbers(device):
     fc1._parameters["weight"] = Wrapped(fc1.weight.detach())
     with torch.no_grad():
         got, words = said(fast, x)
-    assert_close(got, want)
+    assert_close(got, expected)
     assert len(words) == 1 and "mlp.fc1 is a Linear whose weight is a test_bypass." in words[0]
 
 
@@ -522,13 +522,13 @@ def test_report_changes_nothing_and_needs_an_accelerated_model():
 def test_the_check_of_the_last_time_is_nobody_elses(device):
     """Copies, pickles and replicas have parts of their own."""
     _, fast, x = models(device)
-    want = fast(x)
+    expected = fast(x)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
-        assert_equal(twin(x), want)
+        assert_equal(twin(x), expected)
     twin = copy.deepcopy(fast)
     twin.blocks[0].mlp.act = nn.ReLU()
-    assert_differ(twin(x), want)
-    assert_equal(fast(x), want)
+    assert_differ(twin(x), expected)
+    assert_equal(fast(x), expected)
     block = fast.blocks[0]
     replica = block._replicate_for_data_parallel()  # shares what was remembered
     replica._modules["mlp"] = Doubled()

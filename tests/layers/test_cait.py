@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import deit_fast
 from deit_fast import layers
 from deit_fast.bench import launches
-from deit_fast.kernels._runtime import Chip
+from deit_fast.kernels._chips import Chip
 
 NAMES = timm.list_models("cait_*")
 H200 = Chip("NVIDIA H200", (9, 0), 132)
@@ -149,8 +149,8 @@ def test_stochastic_depth_drops_the_samples_that_timm_drops(checkpointing):
         model.train().set_grad_checkpointing(checkpointing)
     runs = []
     fast.blocks[0].register_forward_pre_hook(lambda *args: runs.append(1))
-    got, want = (gradients(m, x) for m in (fast, reference))
-    assert_gradients_close(got, want)
+    got, expected = (gradients(m, x) for m in (fast, reference))
+    assert_gradients_close(got, expected)
     assert len(runs) == 1 + checkpointing
     assert_differ(fast.eval()(x), got["output 0"])
 
@@ -191,9 +191,9 @@ def test_compiles_to_code_with_gradients(device):
     torch.compiler.reset()
     compiled = torch.compile(fast, fullgraph=True)
     names = dict(reference.named_parameters()).keys()
-    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    expected = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
     got = torch.autograd.grad(compiled(x).sum(), list(fast.parameters()))
-    assert_gradients_close(*(dict(zip(names, grads, strict=True)) for grads in (got, want)))
+    assert_gradients_close(*(dict(zip(names, grads, strict=True)) for grads in (got, expected)))
 
 
 @pytest.mark.slow
@@ -202,14 +202,14 @@ def test_copies_and_state_dict(backend, device):
     fast = tiny_cait(backend)[1].to(device)
     x = images(fast).to(device)
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert type(copied) is layers.Cait and copied.blocks[0].backend == backend
-            assert_equal(copied(x), want)
+            assert_equal(copied(x), expected)
         other = randomize(tiny_cait(backend)[1], seed=5).to(device)
-        assert_differ(other(x), want)
+        assert_differ(other(x), expected)
         other.load_state_dict(fast.state_dict())
-        assert_equal(other(x), want)
+        assert_equal(other(x), expected)
 
 
 @pytest.mark.slow
@@ -247,9 +247,9 @@ HOOKED = (
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_on_the_models_own_modules_fire(name):
-    want, got = hooked(*tiny_cait(), name)
-    assert want is not None
-    assert_close(got, want)
+    expected, got = hooked(*tiny_cait(), name)
+    assert expected is not None
+    assert_close(got, expected)
 
 
 def test_features_intermediates_and_surgery():
@@ -259,8 +259,8 @@ def test_features_intermediates_and_surgery():
     assert_close(*(m.forward_features(x) for m in models))
     for options in ({}, {"norm": True, "output_fmt": "NLC"}, {"indices": 1}):
         assert_close(*(m.forward_intermediates(x, **options) for m in models))
-    want = reference.forward_head(reference.forward_features(x), pre_logits=True)
-    assert_close(fast.forward_pre_logits(x), want)
+    expected = reference.forward_head(reference.forward_features(x), pre_logits=True)
+    assert_close(fast.forward_pre_logits(x), expected)
     for model in models:
         seed(2)
         model.reset_classifier(5, "avg")
@@ -277,14 +277,14 @@ def test_modules_by_themselves(device):
     x = torch.randn(2, 7, 192, device=device)
     for name in ("blocks.0.attn", "blocks.0", "blocks_token_only.0.attn", "blocks_token_only.0"):
         args = (x, x[:, :1] + 1) if name == "blocks_token_only.0" else (x,)
-        got, want = (m.get_submodule(name)(*args) for m in (fast, reference))
+        got, expected = (m.get_submodule(name)(*args) for m in (fast, reference))
         true = exact.get_submodule(name)(*(t.double() for t in args))
-        assert_as_accurate(got, want, true, name)
+        assert_as_accurate(got, expected, true, name)
 
 
 def test_half_precision_launches():
     """The trunk is five launches a block in inference, all of them ours; but for the first, the
-    moments of a LayerNorm come with the product before it."""
+    row statistics of a LayerNorm come with the product before it."""
     ours, others = [], []
     for depth in (1, 3):
         with torch.device("meta"):
@@ -292,8 +292,8 @@ def test_half_precision_launches():
         recorder = launches.record(model, 64, torch.bfloat16, H200, uint8=True, tables=False)
         ours.append([op for op, _, _ in recorder.calls])
         others.append(recorder.others)
-        moments = [args[5] for op, args, _ in recorder.calls[1:] if op == "layer_norm_linear"]
-        assert moments[0] is None and all(m is not None for m in moments[1 : 2 * depth])
+        row_stats = [args[5] for op, args, _ in recorder.calls[1:] if op == "layer_norm_linear"]
+        assert row_stats[0] is None and all(m is not None for m in row_stats[1 : 2 * depth])
     block = ["layer_norm_linear", "talking_heads", "linear", "layer_norm_linear", "linear"]
     assert ours[1][:16] == ["patch_embed", *block * 3] and ours[1][-1] == "classifier"
     assert len(ours[1]) == len(ours[0]) + 10 and others[0] == others[1]
@@ -315,11 +315,11 @@ def test_awkward_batches(device):
     reference, fast = (m.to(device) for m in tiny_cait("triton", depth=1))
     x = images(reference, batch=3).to(device)
     with torch.no_grad():
-        want = reference(x)
+        expected = reference(x)
         assert fast(x[:0]).shape == (0, 11)
-        assert_close(fast(x[:1]), want[:1])
-        assert_close(fast(x.to(memory_format=torch.channels_last)), want)
+        assert_close(fast(x[:1]), expected[:1])
+        assert_close(fast(x.to(memory_format=torch.channels_last)), expected)
         x[1, 0, 0, 0] = torch.nan
         got = fast(x)
     assert got[1].isnan().all()
-    assert_close(got[[0, 2]], want[[0, 2]])
+    assert_close(got[[0, 2]], expected[[0, 2]])

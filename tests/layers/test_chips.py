@@ -8,7 +8,7 @@ from checking import assert_as_accurate
 from modelling import images, tiny_pair
 
 from deit_fast.kernels import _tuned
-from deit_fast.kernels._runtime import Chip, pretend
+from deit_fast.kernels._chips import Chip, simulate_device
 
 CHIPS = [
     Chip("Tesla V100", (7, 0), 80),
@@ -29,7 +29,7 @@ def test_logits_on_every_chip(chip, dtype):
     x = images(reference, batch=24).to(dtype)
     reference, fast = reference.to(dtype), fast.to(dtype)
     exact = copy.deepcopy(reference).double()
-    with torch.no_grad(), pretend(chip), _tuned.disabled():
+    with torch.no_grad(), simulate_device(chip), _tuned.disabled():
         assert_as_accurate(fast(x), reference(x), exact(x.double()))
 
 
@@ -42,7 +42,7 @@ def test_gradients_on_every_chip(chip):
     exact = copy.deepcopy(reference).double()
     exact(x.double()).backward(upstream.double())
     reference(x).backward(upstream)
-    with pretend(chip):
+    with simulate_device(chip):
         fast(x).backward(upstream)
     for (name, p), q, r in zip(
         fast.named_parameters(), reference.parameters(), exact.parameters(), strict=True

@@ -155,12 +155,12 @@ def test_heads(heads, backend, device):
     with torch.no_grad():
         features = reference.forward_features(x)
         a, b = reference.head(features[:, 0]), reference.head_dist(features[:, 1])
-        want = {
+        expected = {
             "joint": (a + b) / 2, "joint_softmax": a.softmax(1) + b.softmax(1),
             "class": a, "distill": b,
         }[heads]  # fmt: skip
-        assert_close(fast(x), want)
-    assert_close(fast(x), want)  # the path with gradients
+        assert_close(fast(x), expected)
+    assert_close(fast(x), expected)  # the path with gradients
 
 
 def test_the_last_block_runs_for_the_prefix_tokens_alone(monkeypatch):
@@ -226,9 +226,9 @@ MODULES = ("patch_embed", "blocks.0", "blocks.1", "norm", "head_drop", "head", "
 
 @pytest.mark.parametrize("name", MODULES)
 def test_hooks_on_the_models_own_modules_fire(name):
-    want, got = hooked(*tiny_pair(), name)
-    if name != "head_drop" or want is not None:  # some timm's distilled head has no dropout
-        assert_close(got, want)
+    expected, got = hooked(*tiny_pair(), name)
+    if name != "head_drop" or expected is not None:  # some timm's distilled head has no dropout
+        assert_close(got, expected)
 
 
 def test_dropout_left_on_in_eval_stays_on():
@@ -308,9 +308,9 @@ def test_compiles_into_one_graph(backend, compiler, device):
     with torch.no_grad():
         for batch in (x, torch.cat((x, x[:1]))):  # the second with a dynamic batch size
             assert_close(compiled(batch), reference(batch))
-    want = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    expected = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
     got = torch.autograd.grad(compiled(x).sum(), list(fast.parameters()))
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", [slow("torch"), "triton"])
@@ -327,18 +327,18 @@ def test_copies_and_state_dict(backend, device):
     fast = fast.to(device)
     x = images(reference).to(device)
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert type(copied) is type(fast) and copied.blocks[0].backend == backend
-            assert_equal(copied(x), want)
+            assert_equal(copied(x), expected)
         other = tiny_pair(backend)[1].to(device)
         randomize(other, seed=5)
-        assert_differ(other(x), want)
+        assert_differ(other(x), expected)
         other.load_state_dict(fast.state_dict())
-        assert_equal(other(x), want)
+        assert_equal(other(x), expected)
         # weights changed in place, and weights replaced, are seen
         other.load_state_dict(randomize(reference, seed=7).state_dict(), assign=True)
-        assert_differ(other.to(device)(x), want)
+        assert_differ(other.to(device)(x), expected)
 
 
 @pytest.mark.slow
@@ -348,16 +348,16 @@ def test_awkward_batches(backend, device):
     fast = fast.to(device)
     x = images(reference, batch=4).to(device)
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         assert fast(x[:0]).shape == (0, 11)
-        assert_close(fast(x[:1]), want[:1])
-        assert_close(fast(x.to(memory_format=torch.channels_last)), want)
+        assert_close(fast(x[:1]), expected[:1])
+        assert_close(fast(x.to(memory_format=torch.channels_last)), expected)
         wide = torch.nn.functional.pad(x, (5, 5))[..., 5:-5]
-        assert_close(fast(wide), want)
+        assert_close(fast(wide), expected)
         x[2, 0, 0, 0] = torch.nan
         got = fast(x)
         assert got[2].isnan().all()
-        assert_close(got[[0, 1, 3]], want[[0, 1, 3]])
+        assert_close(got[[0, 1, 3]], expected[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -368,11 +368,11 @@ def test_bad_images_are_named(backend, device):
             fast(torch.zeros(2, 4, 64, 64, device=device))
         with pytest.raises(ValueError, match="image is 64 x 80, the model was built for 64 x 64"):
             fast(torch.zeros(2, 3, 64, 80, device=device))
-        with pytest.raises(TypeError, match="image has dtype torch.float16, want"):
+        with pytest.raises(TypeError, match="image has dtype torch.float16, expected"):
             fast(torch.zeros(2, 3, 64, 64, device=device).half())
         with pytest.raises(ValueError, match=r"image has shape \(3, 64, 64\)"):
             fast(torch.zeros(3, 64, 64, device=device))
-        with pytest.raises(ValueError, match=r"image has shape .*want uint8 \(B, H, W, C\)"):
+        with pytest.raises(ValueError, match=r"image has shape .*expected uint8 \(B, H, W, C\)"):
             fast(torch.zeros(2, 3, 64, 64, device=device, dtype=torch.uint8))
 
 
@@ -385,13 +385,13 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
     if uint8:
         x = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, device="cuda")
     with torch.no_grad():
-        want = fast(x)  # compiles outside the capture
+        expected = fast(x)  # compiles outside the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = fast(x)
         x.copy_(x.flip(0))
         graph.replay()
-        assert_close(out, want.flip(0))
+        assert_close(out, expected.flip(0))
         if not uint8:
             exact = copy.deepcopy(reference).double()(x.double())
             assert_as_accurate(out, reference(x), exact)
@@ -400,11 +400,11 @@ def test_cuda_graph_and_auto_backend_on_a_gpu(uint8):
 
 
 @pytest.mark.slow
-def test_folded_layer_norms_and_moments_through_the_whole_model(device, monkeypatch):
-    """Half precision in Triton: every LayerNorm in front of many rows is folded, its moments come
+def test_folded_layer_norms_and_row_stats_through_the_whole_model(device, monkeypatch):
+    """Half precision in Triton: every LayerNorm in front of many rows is folded, its row statistics come
     from the product before, the first apart; the logits err no more than timm's."""
     reference, fast = (m.to(device) for m in tiny_pair("triton", depth=2))
-    x = images(reference, batch=86).to(device).half()  # rows enough to fold without moments
+    x = images(reference, batch=86).to(device).half()  # rows enough to fold without row statistics
     seen = []
     module = sys.modules["deit_fast.kernels.layer_norm_linear"]
     real = module._fwd
@@ -431,7 +431,7 @@ def test_folded_layer_norms_and_moments_through_the_whole_model(device, monkeypa
 
 
 @pytest.mark.slow
-def test_hooks_on_blocks_fire_between_moments(device):
+def test_hooks_on_blocks_fire_between_row_stats(device):
     reference, fast = (m.to(device) for m in tiny_pair("triton", depth=3))
     x = images(reference, batch=32).to(device).half()
     fast.half(), reference.half()

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import deit_fast
 from deit_fast import layers
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _chips
 
 
 def test_report_of_a_deit():
@@ -42,12 +42,12 @@ def test_report_of_a_deit():
 def test_what_is_left_says_why(options, name, reason):
     model = timm.create_model("deit_tiny_patch16_224", **TINY | options).eval()
     x = torch.randn(1, options.get("in_chans", 3), 64, 64)
-    want = model(x)
+    expected = model(x)
     report = deit_fast.accelerate(model)
     reasons = {left.name: left.reason for left in report.left}
     assert reason in reasons[name]
     assert reason in str(report)
-    assert_close(model(x), want)
+    assert_close(model(x), expected)
 
 
 def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_left():
@@ -147,7 +147,7 @@ def test_classes_build_as_timms_do():
 
 def test_backend_names_and_environment(monkeypatch):
     _, fast = tiny_pair()
-    with pytest.raises(ValueError, match=r"backend: 'cuda' \(asked for\), want one of"):
+    with pytest.raises(ValueError, match=r"backend: 'cuda' \(asked for\), expected one of"):
         deit_fast.accelerate(fast, "cuda")
     monkeypatch.setenv("DEIT_FAST_BACKEND", "torch")
     assert deit_fast.accelerate(fast, "auto").why_backend == "DEIT_FAST_BACKEND"
@@ -159,7 +159,7 @@ def test_backend_names_and_environment(monkeypatch):
 
 @pytest.mark.cpu("a machine without a GPU")
 def test_triton_without_a_gpu_raises_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(_runtime, "INTERPRET", False)
+    monkeypatch.setattr(_chips, "INTERPRET", False)
     model = timm.create_model("deit_tiny_patch16_224", depth=1)
     with pytest.raises(RuntimeError, match=r"backend 'triton' \(asked for\) needs a CUDA device"):
         deit_fast.accelerate(model, "triton")
@@ -167,7 +167,7 @@ def test_triton_without_a_gpu_raises_and_changes_nothing(monkeypatch):
 
 
 def test_nothing_to_swap():
-    with pytest.raises(ValueError, match="nothing to swap in Sequential, want a timm model"):
+    with pytest.raises(ValueError, match="nothing to swap in Sequential, expected a timm model"):
         deit_fast.accelerate(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="has no weight"):
         deit_fast.accelerate(nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)))

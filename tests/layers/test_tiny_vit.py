@@ -89,11 +89,11 @@ def test_other_inputs(device):
     reference, fast = small("triton", device)
     x = images(device=device)
     with torch.no_grad():
-        want = reference(x)
+        expected = reference(x)
         got = fast(x.contiguous(memory_format=torch.channels_last))
-        assert_close(got, want)
+        assert_close(got, expected)
         strided = x.transpose(2, 3).contiguous().transpose(2, 3)
-        assert_close(fast(strided), want)
+        assert_close(fast(strided), expected)
         assert fast(x[:0]).shape == (0, 11)
 
 
@@ -128,7 +128,7 @@ def test_gradients(precision, training, backend, device):
     x = images(2, device=device).to(weights)
     truth = step(copy.deepcopy(reference).double(), x.double(), upstreams=8)
     sum_as_ours(reference)
-    want, got = (step(m, x, dtype, upstreams=8) for m in (reference, fast))
+    expected, got = (step(m, x, dtype, upstreams=8) for m in (reference, fast))
     if training:
         seed(3)
         reference(x)
@@ -136,15 +136,15 @@ def test_gradients(precision, training, backend, device):
         seed(3)
         fast(x)
         assert torch.equal(torch.rand(3), drawn)
-    assert_gradients_as_accurate(got, want, truth, dtype=dtype or weights)
+    assert_gradients_as_accurate(got, expected, truth, dtype=dtype or weights)
 
 
 def test_statistics_without_gradients(device):
     """A pass in train() under no_grad, as to calibrate batch norm."""
     reference, fast = small("triton", device)
     with torch.no_grad():
-        want, got = (m.train()(images(device=device)) for m in (reference, fast))
-    assert_close(got, want)
+        expected, got = (m.train()(images(device=device)) for m in (reference, fast))
+    assert_close(got, expected)
     for a, b in zip(reference.buffers(), fast.buffers(), strict=True):
         assert_close(b, a)
 
@@ -153,8 +153,8 @@ def test_drop_path_in_double():
     """The draws themselves: exact arithmetic leaves no room for another sample's being dropped."""
     reference, fast = (m.double().train() for m in small(depths=(3, 1), drop_path_rate=0.6))
     x = images(8).double()
-    want, got = step(reference, x), step(fast, x)
-    for name, true in want.items():
+    expected, got = step(reference, x), step(fast, x)
+    for name, true in expected.items():
         assert_close(got[name], true, name)
 
 
@@ -165,9 +165,9 @@ def test_autocast(device):
     with torch.no_grad():
         exact = copy.deepcopy(reference).double()(x.double())
         with torch.autocast(device, torch.float16):
-            want, got = reference(x), fast(x)
-    assert got.dtype == want.dtype
-    assert_as_accurate(got, want, exact)
+            expected, got = reference(x), fast(x)
+    assert got.dtype == expected.dtype
+    assert_as_accurate(got, expected, exact)
 
 
 @pytest.mark.slow
@@ -202,12 +202,12 @@ def test_copies():
     reference, fast = small()
     x = images()
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-            assert torch.equal(copied(x), want)
+            assert torch.equal(copied(x), expected)
         other = deit_fast.create_model("tiny_vit_5m_224", backend="torch", **SMALL).eval()
         other.load_state_dict(fast.state_dict())
-        assert torch.equal(other(x), want)
+        assert torch.equal(other(x), expected)
 
 
 @pytest.mark.slow
@@ -279,8 +279,8 @@ def test_batch_norm_that_is_frozen():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.eval()
-    want, got = (step(m, images()) for m in models)
-    for name, true in want.items():
+    expected, got = (step(m, images()) for m in models)
+    for name, true in expected.items():
         assert_close(got[name], true, name)
 
 
@@ -318,14 +318,14 @@ def test_engine_folder_and_export(tmp_path):
     mean, std = (torch.tensor(fast.pretrained_cfg[k]) for k in ("mean", "std"))
     x = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        want = fast(x)
-        assert_close(deit_fast.InferenceEngine(fast, 2)(pixels), want)
+        expected = fast(x)
+        assert_close(deit_fast.InferenceEngine(fast, 2)(pixels), expected)
         options = {k: v for k, v in SMALL.items() if "drop" not in k}
         deit_fast.save_pretrained(fast, tmp_path, **options)
         again = deit_fast.from_pretrained(tmp_path, backend="torch").eval()
-        assert_close(again(x), want)
+        assert_close(again(x), expected)
         program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
-        assert_close(program.module()(x[:2]), want[:2])
+        assert_close(program.module()(x[:2]), expected[:2])
 
 
 def test_weights_for_other_windows(tmp_path):
@@ -339,11 +339,11 @@ def test_weights_for_other_windows(tmp_path):
     name = "stages.1.blocks.0.attn.attention_biases"
     for head, got in enumerate(large.get_parameter(name)):
         picture = small_windows.get_parameter(name)[head].view(1, 1, 4, 4)
-        want = nn.functional.interpolate(picture, (6, 6), mode="bicubic", align_corners=False)
-        assert_close(got, want.flatten())
+        expected = nn.functional.interpolate(picture, (6, 6), mode="bicubic", align_corners=False)
+        assert_close(got, expected.flatten())
     rest = large.state_dict()
     assert all(torch.equal(rest[k], v) for k, v in small_windows.state_dict().items() if k != name)
-    with pytest.raises(ValueError, match=rf"misshaped: .*{name} \(2, 16\), want \(4, 36\)"):
+    with pytest.raises(ValueError, match=rf"misshaped: .*{name} \(2, 16\), expected \(4, 36\)"):
         deit_fast.create_model(
             "tiny_vit_5m_224", checkpoint=path, backend="torch", **other | {"num_heads": (1, 4)}
         )

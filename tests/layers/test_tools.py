@@ -73,8 +73,8 @@ def test_captum(backend, device):
             LayerActivation(model, block.attn.qkv).attribute(x),
             LayerIntegratedGradients(model, block.norm2).attribute(x, **steps),
         ])  # fmt: skip
-    for want, got in zip(*found, strict=True):
-        assert_close(got, want)
+    for expected, got in zip(*found, strict=True):
+        assert_close(got, expected)
     assert deit_fast.report(fast).unfused == []
 
 
@@ -86,11 +86,11 @@ def test_torchinfo(backend, device):
 
     reference, fast, x = models(backend, device)
     columns = ("input_size", "output_size", "num_params", "kernel_size", "mult_adds")
-    want, got = (
+    expected, got = (
         str(torchinfo.summary(m, input_data=x, depth=5, col_names=columns, verbose=0))
         for m in (reference, fast)
     )
-    assert got == want and "GELU" in want
+    assert got == expected and "GELU" in expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,8 +100,8 @@ def test_fvcore(backend, device):
 
     reference, fast, x = models(backend, device)
     for analysis in (FlopCountAnalysis, ActivationCountAnalysis):
-        want, got = (analysis(m, x).by_module() for m in (reference, fast))
-        assert got == want and want["blocks.0.mlp"] > 0
+        expected, got = (analysis(m, x).by_module() for m in (reference, fast))
+        assert got == expected and expected["blocks.0.mlp"] > 0
     assert parameter_count(fast) == parameter_count(reference)
 
 
@@ -119,8 +119,8 @@ def test_lightnings_summary():
             return self.model(x)
 
     reference, fast, x = models("torch", "cpu")
-    want, got = (str(ModelSummary(Module(m, x), max_depth=5)) for m in (reference, fast))
-    assert got == want and "blocks.0.mlp.act" in want
+    expected, got = (str(ModelSummary(Module(m, x), max_depth=5)) for m in (reference, fast))
+    assert got == expected and "blocks.0.mlp.act" in expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -135,7 +135,7 @@ def test_lora(backend, device):
     for model in (reference, fast):
         torch.manual_seed(0)
         found.append(get_peft_model(model, LoraConfig(init_lora_weights=False, **config)))
-    want, got = found
+    expected, got = found
     report = deit_fast.report(got)
     assert [left.name[-8:] for left in report.unfused] == ["blocks.0", "blocks.1"]
     for left in report.unfused:
@@ -143,17 +143,17 @@ def test_lora(backend, device):
             "attn.qkv is a peft.tuners.lora.layer.Linear, mlp.fc1 is a "
             "peft.tuners.lora.layer.Linear: called, the rest is fused"
         )
-    trained = [dict(zip(*_trained(m.train(), x), strict=True)) for m in (want, got)]
+    trained = [dict(zip(*_trained(m.train(), x), strict=True)) for m in (expected, got)]
     assert len(trained[0]) == 8
     assert_gradients_close(trained[1], trained[0])
-    want, got = want.eval(), got.eval()
-    assert_close(got(x), want(x))
-    assert_differ(want(x), plain)
-    merged, ours = want.merge_and_unload(), got.merge_and_unload()
+    expected, got = expected.eval(), got.eval()
+    assert_close(got(x), expected(x))
+    assert_differ(expected(x), plain)
+    merged, ours = expected.merge_and_unload(), got.merge_and_unload()
     assert ours is fast and deit_fast.accelerate(ours, backend).unfused == []
     assert_close(ours(x), merged(x))
-    want, got = (gradients(m.requires_grad_(), x) for m in (merged, ours))
-    assert_gradients_close(got, want)
+    expected, got = (gradients(m.requires_grad_(), x) for m in (merged, ours))
+    assert_gradients_close(got, expected)
 
 
 def _trained(model, x):
@@ -225,8 +225,8 @@ def test_timms_utilities(backend, device):
         model(x)
         found.append([y for some in stats.stats.values() for y in some])
     assert len(found[0]) == 2
-    for want, got in zip(*found, strict=True):
-        assert_close(got, want)
+    for expected, got in zip(*found, strict=True):
+        assert_close(got, expected)
     for model in (reference, fast):
         freeze(model, ["blocks.0", "patch_embed"])
         assert not model.blocks[0].attn.qkv.weight.requires_grad

@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import deit_fast
 from deit_fast import kernels
-from deit_fast.kernels import _runtime
+from deit_fast.kernels import _dispatch
 
 FAMILIES = {
     "distilled": lambda backend: tiny_pair(backend),
@@ -48,9 +48,9 @@ def test_symbolic_traces_have_timms_nodes(family, backend, device):
     reference, fast, x = models(family, device, backend)
     with pytest.warns(UserWarning, match="torch.fx: is traced by torch.fx"):
         got = get_graph_node_names(fast)
-    want = get_graph_node_names(reference)
-    assert got == want and len(want[1]) > 50
-    names = [name for name in want[1] if not name.startswith("getattr")]
+    expected = get_graph_node_names(reference)
+    assert got == expected and len(expected[1]) > 50
+    names = [name for name in expected[1] if not name.startswith("getattr")]
     found = []
     for model in (reference, fast):
         traced = create_feature_extractor(model, names[5::9])
@@ -70,9 +70,9 @@ def test_a_trace_by_hand_trains(device):
         loss = model(x).square().mean()
         names, parameters = zip(*model.named_parameters(), strict=True)
         found.append(dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
-    want, got = found
+    expected, got = found
     for name, value in got.items():
-        assert_close(value, want[name], name)
+        assert_close(value, expected[name], name)
 
 
 def test_timms_features_by_fx(device):
@@ -85,8 +85,8 @@ def test_timms_features_by_fx(device):
             named = GraphExtractNet(copy.deepcopy(model), ["blocks.0.mlp.fc1", "head"])(x)
         found.append([*levels, *named])
     assert len(found[0]) == 4
-    for want, got in zip(*found, strict=True):
-        assert_close(got, want)
+    for expected, got in zip(*found, strict=True):
+        assert_close(got, expected)
 
 
 @pytest.mark.parametrize("method", ["fx", "hook"])
@@ -99,10 +99,10 @@ def test_timms_attention_extraction(method, device):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found.append(AttentionExtract(model, method=method)(x))
-    want, got = found
-    assert len(want) == 2 and want.keys() == got.keys()
-    for name in want:
-        assert_close(got[name], want[name], name)
+    expected, got = found
+    assert len(expected) == 2 and expected.keys() == got.keys()
+    for name in expected:
+        assert_close(got[name], expected[name], name)
 
 
 # TorchScript
@@ -127,9 +127,9 @@ def test_a_trace_of_bytes(device):
     reference, fast, _ = models("distilled", device)
     x = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, device=device)
     with torch.no_grad():
-        want = fast(x)
+        expected = fast(x)
         traced = torch.jit.trace(fast, x)
-        assert_close(traced(x), want)
+        assert_close(traced(x), expected)
 
 
 def test_scripting_says_what_to_do_instead():
@@ -155,8 +155,8 @@ def test_gradients_of_each_sample(family, backend, device):
             return functional_call(model, (parameters, rest), (image[None],)).square().sum()
 
         found.append(vmap(grad(loss), (None, 0))(parameters, x))
-    want, got = found
-    assert_gradients_close(got, want)
+    expected, got = found
+    assert_gradients_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -182,20 +182,20 @@ def test_jacobians_and_tangents(backend, device):
 def test_transforms_say_that_no_kernel_runs(monkeypatch, device):
     """Once, and only where one would have run."""
     x, weight = torch.randn(3, 32, device=device), torch.randn(16, 32, device=device)
-    monkeypatch.setattr(_runtime, "_warned", [])
+    monkeypatch.setattr(_dispatch, "_warned", [])
 
     def run(by):
         return vmap(lambda row: kernels.linear(row[None], weight, implementation=by))(x)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        want = run("torch")
+        expected = run("torch")
     with pytest.warns(UserWarning, match="torch.func and forward-mode .* no kernels"):
         got = run("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run("triton")
-    assert_close(got, want)
+    assert_close(got, expected)
 
 
 @pytest.mark.slow
@@ -225,8 +225,8 @@ def test_relatives_of_timm(device):
         for model in (reference, fast):
             model.reset_classifier(0)
         assert_close(fast(x), reference(x))
-        want, got = (m.forward_intermediates(x, norm=True) for m in (reference, fast))
-    assert_close(got[0], want[0])
-    for a, b in zip(want[1], got[1], strict=True):
+        expected, got = (m.forward_intermediates(x, norm=True) for m in (reference, fast))
+    assert_close(got[0], expected[0])
+    for a, b in zip(expected[1], got[1], strict=True):
         assert_close(b, a)
     assert deit_fast.report(fast).unfused == [] and isinstance(fast, timm.models.VisionTransformer)

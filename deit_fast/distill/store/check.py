@@ -45,9 +45,9 @@ def check(
     be read, and where no epoch is whole.
     """
     if samples < 1:
-        raise ValueError(f"samples: {samples}, want 1 or more")
+        raise ValueError(f"samples: {samples}, expected 1 or more")
     if amp is not None and amp not in AMP:
-        raise ValueError(f"amp: {amp!r}, want one of {', '.join(AMP)}")
+        raise ValueError(f"amp: {amp!r}, expected one of {', '.join(AMP)}")
     found = Store(store)
     manifest = found.manifest
     images = open_images(data, "train", image_key=image_key, label_key=label_key)
@@ -56,7 +56,7 @@ def check(
         teacher, len(images.classes), size, teacher_checkpoint, backend, teacher_checkpoint_key
     )
     if (now := teacher_of(model)) != manifest.teacher:
-        raise ValueError(f"teacher: {teacher} is {now}, want that of {found.folder}, "
+        raise ValueError(f"teacher: {teacher} is {now}, expected that of {found.folder}, "
                          f"{manifest.teacher}")  # fmt: skip
     config = config_of(model, size)
     images.mode = {1: "L", 3: "RGB"}[config["input_size"][0]]

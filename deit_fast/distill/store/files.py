@@ -119,10 +119,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(path, 0, f"is no manifest ({error!r})") from error
         if (form, key) != (1, manifest.key):
-            reason = f"format {form}, key {key}; want 1 and {manifest.key} for what it says"
+            reason = f"format {form}, key {key}; expected 1 and {manifest.key} for what it says"
             raise Damaged(path, 0, reason)
         if came != known:
-            raise Damaged(path, 0, f"checksum {came}, want {known} for what it says")
+            raise Damaged(path, 0, f"checksum {came}, expected {known} for what it says")
         if (reason := manifest._wrong()) is not None:
             raise Damaged(path, 0, reason)
         return manifest
@@ -132,14 +132,14 @@ class Manifest:
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is not f.type:
-                return f"{f.name} is {value!r}, want {f.type.__name__}"
+                return f"{f.name} is {value!r}, expected {f.type.__name__}"
             if f.type is int and value < (least := 0 if f.name == "seed" else 1):
-                return f"{f.name} is {value}, want {least} or more"
+                return f"{f.name} is {value}, expected {least} or more"
             for name, kind in PARTS.get(f.name, {}).items():
                 if name not in value:
                     return f"{f.name} has no {name}"
                 if not isinstance(value[name], kind):
-                    return f"{f.name} has {name} {value[name]!r}, want {kind.__name__}"
+                    return f"{f.name} has {name} {value[name]!r}, expected {kind.__name__}"
         return None
 
     # Where what is
@@ -194,13 +194,13 @@ def checksum(header: bytes, block: int, content: bytes) -> int:
     return zlib.crc32(content, zlib.crc32(block.to_bytes(4, "little"), begun))
 
 
-def check_header(path: Path, found: bytes, want: bytes) -> None:
+def check_header(path: Path, found: bytes, expected: bytes) -> None:
     """Raise Damaged, saying which field of a file's first bytes is not the wanted one."""
     if len(found) < HEADER.itemsize:
         raise Damaged(path, len(found), "ends within the header")
-    came, wanted = np.frombuffer(found, HEADER)[0], np.frombuffer(want, HEADER)[0]
+    came, wanted = np.frombuffer(found, HEADER)[0], np.frombuffer(expected, HEADER)[0]
     if came["magic"] != MAGIC:
-        raise Damaged(path, 0, f"begins with {found[: len(MAGIC)]!r}, want {MAGIC!r}")
+        raise Damaged(path, 0, f"begins with {found[: len(MAGIC)]!r}, expected {MAGIC!r}")
     known = zlib.crc32(found[:-CHECKSUM])
     if came["checksum"] != known:
         reason = f"the header's checksum is {came['checksum']:08x}, its content's {known:08x}"
@@ -208,7 +208,7 @@ def check_header(path: Path, found: bytes, want: bytes) -> None:
     for name in HEADER.names:
         if came[name].tobytes() != wanted[name].tobytes():
             values = [v[name].tobytes().hex() if name == "key" else v[name] for v in (came, wanted)]
-            reason = f"{name} is {values[0]}, want {values[1]}"
+            reason = f"{name} is {values[0]}, expected {values[1]}"
             raise Damaged(path, HEADER.fields[name][1], reason)
 
 
@@ -305,16 +305,16 @@ class Writer:
                 if not good:
                     raise ValueError(
                         f"store: {self.part}: {name} of records {at} to {at + len(records) - 1} is "
-                        "not what is drawn now; want the version of numpy that began it"
+                        "not what is drawn now; expected the version of numpy that began it"
                     )
             at += len(records)
 
     def add(self, records: np.ndarray) -> None:
         """The next block: `batch` records, or what is left. Raises OSError (a full disk)."""
-        want = min(self.manifest.batch, self.count - self.done)
-        if len(records) != want or records.dtype != self.manifest.record:
+        expected = min(self.manifest.batch, self.count - self.done)
+        if len(records) != expected or records.dtype != self.manifest.record:
             raise ValueError(
-                f"records: {len(records)} of {records.dtype}, want {want} of {self.manifest.record}"
+                f"records: {len(records)} of {records.dtype}, expected {expected} of {self.manifest.record}"
             )
         content = records.tobytes()
         number = self.done // self.manifest.batch
@@ -324,11 +324,11 @@ class Writer:
     def seal(self) -> None:
         """Give the complete file its name."""
         if self.done != self.count:
-            raise ValueError(f"{self.part}: {self.done} records, want {self.count} to seal it")
-        size, want = os.fstat(self.file.fileno()).st_size, self.manifest.length(self.count)
-        if size != want:
-            reason = f"{size} bytes, want {want} for {self.count} records"
-            raise Damaged(self.part, min(size, want), reason)
+            raise ValueError(f"{self.part}: {self.done} records, expected {self.count} to seal it")
+        size, expected = os.fstat(self.file.fileno()).st_size, self.manifest.length(self.count)
+        if size != expected:
+            reason = f"{size} bytes, expected {expected} for {self.count} records"
+            raise Damaged(self.part, min(size, expected), reason)
         os.fsync(self.file.fileno())
         os.replace(self.part, self.path)
         self.close()  # not before: its lock is on what is renamed
@@ -354,10 +354,10 @@ def check_size(path: Path, manifest: Manifest, header: bytes, count: int) -> Non
     """Raise Damaged where a complete file's header or length is not right; reads no record."""
     with open(path, "rb") as file:
         check_header(path, file.read(HEADER.itemsize), header)
-        size, want = os.fstat(file.fileno()).st_size, manifest.length(count)
-    if size != want:
-        reason = f"{size} bytes, want {want} for {count} records"
-        raise Damaged(path, min(size, want), reason)
+        size, expected = os.fstat(file.fileno()).st_size, manifest.length(count)
+    if size != expected:
+        reason = f"{size} bytes, expected {expected} for {count} records"
+        raise Damaged(path, min(size, expected), reason)
 
 
 class Records:

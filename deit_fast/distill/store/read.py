@@ -47,7 +47,7 @@ def pictures_of(
     comes out with other pixels or not at all."""
     there, pictures = store.manifest, Pictures(images, recipe, config, tries=1)
     if recipe.repeated_aug != 1:
-        raise ValueError(f"repeated_aug: {recipe.repeated_aug}, want 1: an epoch of "
+        raise ValueError(f"repeated_aug: {recipe.repeated_aug}, expected 1: an epoch of "
                          f"{store.folder} has each image once")  # fmt: skip
     for what, was, now in (("transform", there.transform, describe(recipe, config)),
                            ("data", there.images, identify(images))):  # fmt: skip

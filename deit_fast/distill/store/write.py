@@ -67,22 +67,26 @@ def write(
     """
     for name, value, least in (("epochs", epochs, 1), ("workers", workers, 0), ("batch", batch, 2)):
         if value < least:
-            raise ValueError(f"{name}: {value}, want {least} or more")
+            raise ValueError(f"{name}: {value}, expected {least} or more")
     if batch % 2:
-        raise ValueError(f"batch: {batch}, want an even number, for pictures are mixed in pairs")
+        raise ValueError(
+            f"batch: {batch}, expected an even number, for pictures are mixed in pairs"
+        )
     if amp not in AMP:
-        raise ValueError(f"amp: {amp!r}, want one of {', '.join(AMP)}")
+        raise ValueError(f"amp: {amp!r}, expected one of {', '.join(AMP)}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed}, want 0 to 2**32 - 1")
+        raise ValueError(f"seed: {seed}, expected 0 to 2**32 - 1")
     out = Path(out)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(Group.joined())
         images = open_images(data, "train", image_key=image_key, label_key=label_key)
         classes = len(images.classes)
         if classes > MOST_CLASSES:
-            raise ValueError(f"data: {classes} classes, want at most {MOST_CLASSES}")
+            raise ValueError(f"data: {classes} classes, expected at most {MOST_CLASSES}")
         if not 1 <= k <= classes:
-            raise ValueError(f"k: {k}, want 1 to {classes}, which is how many classes there are")
+            raise ValueError(
+                f"k: {k}, expected 1 to {classes}, which is how many classes there are"
+            )
         model = load_teacher(
             teacher, classes, img_size, teacher_checkpoint, backend, teacher_checkpoint_key
         )
@@ -128,12 +132,12 @@ def config_of(model, img_size: int | None) -> dict:
     channels, *size = config["input_size"]
     size = size if img_size is None else [img_size] * 2
     if channels not in (1, 3):
-        raise ValueError(f"teacher: {channels} channels, want 1 or 3")
+        raise ValueError(f"teacher: {channels} channels, expected 1 or 3")
     if size[0] != size[1]:
-        raise ValueError(f"teacher: pictures of {size[0]} x {size[1]}, want an img_size")
+        raise ValueError(f"teacher: pictures of {size[0]} x {size[1]}, expected an img_size")
     for name in ("mean", "std"):
         if len(config[name]) != channels:
-            raise ValueError(f"teacher: {name} {config[name]} in its pretrained_cfg, want one a "
+            raise ValueError(f"teacher: {name} {config[name]} in its pretrained_cfg, expected one a "
                              f"channel: {channels}")  # fmt: skip
     return config | {"input_size": (channels, *size)}
 
@@ -155,7 +159,9 @@ def _begin(out, manifest):
             raise ValueError(f"epochs: {manifest.epochs}, but {out} is to get {there.epochs}")
         manifest = replace(there, epochs=manifest.epochs)
     elif stray := sorted(out.glob("epoch-*")):
-        raise ValueError(f"out: {out} has {stray[0].name} and no {MANIFEST}, want another folder")
+        raise ValueError(
+            f"out: {out} has {stray[0].name} and no {MANIFEST}, expected another folder"
+        )
     taken = sum(path.stat().st_size for path in out.glob("epoch-*"))
     need, free = manifest.epochs * manifest.epoch_bytes - taken, shutil.disk_usage(out).free
     if need > free:
@@ -227,7 +233,7 @@ def answer(model, images: torch.Tensor, amp: str, k: int) -> tuple[np.ndarray, n
         probs, classes = model(images).float().softmax(1).topk(k)
     probs, classes = probs.cpu().numpy(), classes.cpu().numpy()
     if not np.isfinite(probs).all():
-        raise FloatingPointError("teacher: its answer is not finite, want another amp")
+        raise FloatingPointError("teacher: its answer is not finite, expected another amp")
     return classes.astype(np.uint16), probs.astype(np.float16)
 
 
