@@ -18,6 +18,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -25,8 +26,18 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = {  # the modules: the functions of the same names hide them as attributes of the package
-    name: importlib.import_module(f"deit_fast.kernels.{name}")
+
+def _operation(name):
+    """What the modules of an operation define; a package's submodules in one namespace."""
+    module = importlib.import_module(f"deit_fast.kernels.{name}")
+    found = dict(vars(module))
+    for part in ("configs", "forward", "backward") if hasattr(module, "__path__") else ():
+        found |= vars(importlib.import_module(f"{module.__name__}.{part}"))
+    return SimpleNamespace(**found)
+
+
+OPS = {  # imported by name: the functions of the same names hide the modules in the package
+    name: _operation(name)
     for name in (
         "layer_norm",
         "linear",
