@@ -80,9 +80,9 @@ def _attention_backward_kernel(
     q_ptr, k_ptr, v_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d)
     o_ptr, do_ptr, lse_ptr,  # in: (B, N, H, d) contiguous, (B, N, H, d) contiguous, (B, H, N)
     dq_ptr, dk_ptr, dv_ptr,  # out: (B, N, H, d) (B, L, H, d) (B, L, H, d), heads without gaps
-    q_sums_ptr, kv_sums_ptr,  # out: sums over a tile's rows, (B, tiles, H, d) and
-    # (B, tiles, 2, H, d) in fp32, or None
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_row, dk_row,  # strides
+    q_sums_ptr, kv_sums_ptr,  # out: (B, tiles, H, d) and (B, tiles, 2, H, d) in fp32, or None
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
+    dq_row, dk_row,
     H, scale,
     N: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL_M: tl.constexpr, TAIL_N: tl.constexpr, HEAD_DIM: tl.constexpr,

@@ -66,7 +66,10 @@ def configs(dtype: torch.dtype, N: int, L: int, d: int, bias: bool = False) -> l
 
 @cache
 def meta(N: int, L: int, d: int, dtype: torch.dtype, bias: bool = False) -> dict[str, int]:
-    """The configuration for a shape that no table lists. Arguments as those of `configs`."""
+    """The configuration for a shape that no table lists.
+
+    Arguments as those of `configs`.
+    """
     offered = configs(dtype, N, L, d, bias)
     if len(offered) == 1:
         return offered[0]
@@ -120,7 +123,7 @@ def pieces(L: int, least: int = 16) -> tuple[int, int, int]:
 
 @cache
 def tail(L: int, block: int, least: int = 16) -> int:
-    """The power of two, at least `least`, that holds what whole blocks leave of L."""
+    """The power of two, at least `least`, that holds what whole blocks leave of L keys."""
     return max(least, triton.next_power_of_2(L % block))
 
 

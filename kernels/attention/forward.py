@@ -37,10 +37,10 @@ def _row_mask(in_rows, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _accumulate_pv(p, v, acc):
-    """acc + p v, p rounded to v's dtype.
+    """Return acc + p v, p rounded to v's dtype.
 
-    p lies in [0, 1]. For e4m3 it is multiplied by 256, so that less of it underflows; `_dequantized`
-    divides by that.
+    p lies in [0, 1]. For e4m3 it is multiplied by 256, so that less of it underflows;
+    `_dequantized` divides by that.
     """
     if v.dtype == tl.float8e4nv:
         p = p * 256.0
@@ -49,7 +49,7 @@ def _accumulate_pv(p, v, acc):
 
 @triton.jit
 def _dequantized(acc, v_ptr, in_scale_ptr):
-    """The sum of `_accumulate_pv`, times the scale of quantized v."""
+    """The sum of `_accumulate_pv`, times the scale of a quantized v."""
     if in_scale_ptr is not None:
         acc *= tl.load(in_scale_ptr) / (256.0 if v_ptr.dtype.element_ty == tl.float8e4nv else 1.0)
     return acc
@@ -173,7 +173,7 @@ def _attention_kernel(
 
 @triton.jit
 def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Load rows first ... first + BLOCK - 1 of one head of q, k, v, o or do; zeros from `size` on."""
+    """Load rows first ... first + BLOCK - 1 of one head; zeros from `size` on."""
     rows, dims = first + tl.arange(0, BLOCK), _dims(HEAD_DIM)
     ptrs = ptr + rows[:, None] * row + dims[None, :]
     if MASKED or HEAD_DIM < dims.shape[0]:
@@ -183,7 +183,7 @@ def _rows(ptr, first, size, row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MA
 
 @triton.jit
 def _scores(q, k, first, L: tl.constexpr, BLOCK: tl.constexpr):
-    """q k^T for keys first ... first + BLOCK - 1, unscaled; -inf from L on."""
+    """Return q k^T for keys first ... first + BLOCK - 1, unscaled; -inf from L on."""
     s = tl.dot(q, k.T, input_precision="ieee")
     if first + BLOCK > L:
         s = tl.where((first + tl.arange(0, BLOCK) < L)[None, :], s, float("-inf"))

@@ -164,7 +164,22 @@ def attention(
 def checked(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """q, k and v in autocast's dtype, and the scale; raises as `attention` for what does not fit."""
+    """Check the arguments of `attention`, and apply autocast and the default scale.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        scale: Of the scores, or None.
+        bias: Of the scores, or None.
+
+    Returns:
+        q, k and v in autocast's dtype, and the scale.
+
+    Raises:
+        ValueError: For shapes and devices that do not fit.
+        TypeError: For dtypes that do not fit.
+    """
     if q.element_size() > 1:
         q, k, v = _checks.cast(_checks.autocast_dtype(q), q, k, v)
     if q.dim() != 4 or k.dim() != 4:
@@ -184,7 +199,16 @@ def checked(
 def kernel_operands(
     q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The same operands as the kernels take them: d with stride 1, a positive scale.
+    """The operands as the kernels take them: d with stride 1, a positive scale.
+
+    Args:
+        q: Queries (B, N, H, d).
+        k: Keys (B, L, H, d).
+        v: Values (B, L, H, d).
+        scale: Of the scores; 0 and less are moved into q.
+
+    Returns:
+        q, k, v and scale, of which softmax(scale * q k^T) v is the same.
 
     Raises:
         ValueError: For a head dimension that is not in `HEAD_DIMS`.

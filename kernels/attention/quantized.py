@@ -86,8 +86,8 @@ def attention_quantized(
         _checks.expect(op, q, torch.float32, in_scale=(in_scale, (1, 1)))
         if q.dtype != torch.float8_e4m3fn or dtype != q.dtype:
             raise TypeError(
-                f"{op}: in_scale with a q of {q.dtype} and format {format!r}, expected float8_e4m3fn "
-                "and 'fp8'"
+                f"{op}: in_scale with a q of {q.dtype} and format {format!r}, "
+                "expected float8_e4m3fn and 'fp8'"
             )
         if scale is not None and scale <= 0:
             raise ValueError(f"{op}: scale {scale} with in_scale, expected a positive one")
