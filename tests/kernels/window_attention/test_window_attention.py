@@ -22,7 +22,8 @@ from deit_fast.kernels import attention_reference, cases, window_attention
 from deit_fast.kernels import window_attention_reference as reference
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import window_attention_inputs as make_inputs
-from deit_fast.kernels.window_attention import _bwd, _fwd, offsets
+from deit_fast.kernels.window_attention import offsets
+from deit_fast.kernels.window_attention.op import _bwd, _fwd
 
 triton_attention = partial(window_attention, implementation="triton")
 

@@ -24,13 +24,8 @@ from deit_fast.kernels import (
 )
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import talking_heads_inputs as make_inputs
-from deit_fast.kernels.talking_heads import (
-    CONFIGS,
-    FP32_CONFIGS,
-    _fwd,
-    configs,
-    talking_heads_backward,
-)
+from deit_fast.kernels.talking_heads.configs import CONFIGS, FP32_CONFIGS, configs
+from deit_fast.kernels.talking_heads.op import _fwd, talking_heads_backward
 
 triton_attention = partial(talking_heads_attention, implementation="triton")
 
