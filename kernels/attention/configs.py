@@ -135,8 +135,7 @@ def _why_not(shape: dict, choice: dict, capability: tuple[int, int]) -> str | No
     sizes = [shape.get(name) for name in ("N", "L", "d")]
     if not all(isinstance(n, int) and n > 0 for n in sizes):
         return f"N, L and d are {sizes}"
-    N, L, d = sizes
-    offered = configs(dtype, N, L, d, bool(shape.get("bias")))
+    offered = configs(dtype, shape["N"], shape["L"], shape["d"], bool(shape.get("bias")))
     return _tuned.check_choice(choice, ("triton", "torch"), offered)
 
 

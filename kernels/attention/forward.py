@@ -15,6 +15,9 @@ from .configs import LEAST_KEYS, choose, pieces, tail
 
 LOG2_E = 1.4426950408889634
 
+# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
+# mypy: disallow-incomplete-defs=False
+
 
 @triton.jit
 def _dims(HEAD_DIM: tl.constexpr):
@@ -56,15 +59,15 @@ def _dequantized(acc, v_ptr, in_scale_ptr):
 
 
 @triton.jit
-def _store_rows(o_ptrs, scales_ptr, o, mask, in_rows, row, BY_HEAD: tl.constexpr):
+def _store_rows(o_ptrs, scales_ptr, o, mask, in_rows, row, PER_HEAD: tl.constexpr):
     """Store rows of one head's o.
 
-    With scales_ptr they are quantized: BY_HEAD with a scale for each row of the head, stored at
+    With scales_ptr they are quantized: PER_HEAD with a scale for each row of the head, stored at
     `row`, otherwise by the per-tensor scale found there.
     """
     if scales_ptr is not None:
         INT8: tl.constexpr = o_ptrs.dtype.element_ty == tl.int8
-        if BY_HEAD:
+        if PER_HEAD:
             scales, inverse = _scales(o, INT8)
             tl.store(scales_ptr + row, scales, mask=in_rows)
             o = _round(o, inverse[:, None], INT8)
@@ -115,12 +118,12 @@ def _attend(
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # in: (B, N, H, d) (B, L, H, d) (B, L, H, d) (H, N, L) or None
     o_ptr, lse_ptr,  # out: (B, N, H, d), contiguous, (B, H, N) or None, never with a bias
-    scales_ptr,  # quantized o; BY_HEAD: out (H, B, N), otherwise: in (1, 1)
+    scales_ptr,  # quantized o; PER_HEAD: out (H, B, N), otherwise: in (1, 1)
     in_scale_ptr,  # quantized q, k and v; in: (1, 1)
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)  # a grid of one dimension: the others are limited to 65535 programs
@@ -168,7 +171,7 @@ def _attention_kernel(
         tl.store(lse_ptrs, row_max * scale + tl.log2(row_sum), mask=in_rows)
     o = _dequantized(acc, v_ptr, in_scale_ptr) / row_sum[:, None]
     scale_row = (head * B + sample) * N + rows
-    _store_rows(o_ptr + o_offs, scales_ptr, o, mask, in_rows, scale_row, BY_HEAD)
+    _store_rows(o_ptr + o_offs, scales_ptr, o, mask, in_rows, scale_row, PER_HEAD)
 
 
 @triton.jit
@@ -197,7 +200,7 @@ def _attention_resident_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides
     B, N, H, scale,
     L: tl.constexpr, BLOCK_M: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
-    KEYS_2: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr,
+    KEYS_2: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """One program per head, with its keys and values resident.
 
@@ -245,7 +248,7 @@ def _attention_resident_kernel(
         scale_row = (head * B + sample) * N + rows
         _store_rows(
             o_ptrs, scales_ptr, _dequantized(acc, v_ptr, in_scale_ptr) / row_sum[:, None],
-            _row_mask(in_rows, HEAD_DIM), in_rows, scale_row, BY_HEAD,
+            _row_mask(in_rows, HEAD_DIM), in_rows, scale_row, PER_HEAD,
         )  # fmt: skip
         if lse_ptr is not None:
             lse_ptrs = lse_ptr + (sample * H + head) * N + rows
@@ -254,7 +257,7 @@ def _attention_resident_kernel(
 
 def run(
     o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None,
-    lse: Tensor | None = None, scales: Tensor | None = None, by_head: bool = False,
+    lse: Tensor | None = None, scales: Tensor | None = None, per_head: bool = False,
     in_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the forward kernel that a tuned table or the rule chooses.
@@ -267,9 +270,9 @@ def run(
         scale: Of the scores, positive.
         bias: (H, N, L), contiguous.
         lse: Written: (B, H, N) in fp32, units of log2. Not with a bias.
-        scales: For a quantized o, in fp32. By head they are written, (H, B N); otherwise the
-            per-tensor scale (1, 1) is read.
-        by_head: Whether each row of each head gets its own scale.
+        scales: For a quantized o, in fp32: with `per_head` written, (H, B N); otherwise the
+            per-tensor scale (1, 1), which is read.
+        per_head: Whether each row of each head gets its own scale.
         in_scale: For quantized q, k and v: their scale, (1, 1) in fp32.
 
     Raises:
@@ -287,12 +290,12 @@ def run(
             keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L, least), strict=True))
             _attention_resident_kernel[(B * H,)](
                 q, k, v, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
-                HEAD_DIM=d, BY_HEAD=by_head, **keys, **options,
+                HEAD_DIM=d, PER_HEAD=per_head, **keys, **options,
             )  # fmt: skip
         else:
             _attention_kernel[(B * H * _dispatch.cdiv(N, config["BLOCK_M"]),)](
                 q, k, v, bias, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
-                HEAD_DIM=d, BY_HEAD=by_head, BLOCK_N=config["BLOCK_N"],
+                HEAD_DIM=d, PER_HEAD=per_head, BLOCK_N=config["BLOCK_N"],
                 BLOCK_TAIL=tail(L, config["BLOCK_N"], least), **options,
             )  # fmt: skip
 

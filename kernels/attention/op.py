@@ -1,5 +1,7 @@
 """The operators deit_fast::attention*, their gradient, and the public function `attention`."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def attention_backward_packed(
     dq, dk, dv = dqkv.unbind(2)
     q, k, v = qkv.unbind(2)
     sums = run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=True)
-    return dqkv, sums
+    return dqkv, cast(Tensor, sums)
 
 
 @attention_backward_packed.register_fake

@@ -27,9 +27,9 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     o, scales = _alloc(q, dtype, out_scale)
     if o.numel():
-        by_head = out_scale is None
+        per_head = out_scale is None
         run(
-            o, q, k, v, scale, scales=scales if by_head else out_scale, by_head=by_head,
+            o, q, k, v, scale, scales=scales if per_head else out_scale, per_head=per_head,
             in_scale=in_scale,
         )  # fmt: skip
     return o, scales

@@ -12,10 +12,13 @@ from torch import Tensor
 from .. import _dispatch
 from .configs import configs, sizes
 
+# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
+# mypy: disallow-incomplete-defs=False
+
 
 @triton.jit
 def _weights(ptr, dtype: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr):
-    """W (x) I of at least 16 x 16, or its transpose: the left operand of `_mix`."""
+    """W (x) I of at least 16 x 16, or with T its transpose: the left operand of `_mix`."""
     SIZE: tl.constexpr = 16 if HEADS < 16 else HEADS
     REPEAT: tl.constexpr = SIZE // HEADS
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]

@@ -10,6 +10,9 @@ from .configs import BIASES_META, meta_backward
 from .forward import _load, _scores, _start, _store, _tokens, num_windows
 from .reference import merge_windows, offsets, split_windows
 
+# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
+# mypy: disallow-incomplete-defs=False
+
 
 @triton.jit
 def _queries(
@@ -177,7 +180,7 @@ def run_backward(
     _, Y, X, H, _, d = qkv.shape
     L, windows = window**2, num_windows(qkv, window)
     chip = _chips.chip(qkv.device)
-    config, scores = (meta_backward(qkv.dtype, chip.capability, s) for s in (False, True))
+    config, scores_config = (meta_backward(qkv.dtype, chip.capability, s) for s in (False, True))
     tiles = _dispatch.cdiv(L, config["BLOCK"])
     saved = (qkv, biases, o, do, lse)
     with torch.cuda.device_of(qkv):
@@ -190,7 +193,17 @@ def run_backward(
             chunks = min(windows, _dispatch.cdiv(4 * chip.num_sms, blocks))
             ds = qkv.new_empty(chunks, H, L, L, dtype=torch.float32)
             _window_attention_scores_kernel[(chunks * blocks,)](
-                *saved, ds, windows, chunks, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **scores
+                *saved,
+                ds,
+                windows,
+                chunks,
+                Y,
+                X,
+                H,
+                scale,
+                WINDOW=window,
+                HEAD_DIM=d,
+                **scores_config,
             )
             _window_attention_biases_kernel[(H * L,)](
                 ds.sum(0), dbiases, WINDOW=window, **BIASES_META

@@ -52,8 +52,8 @@ def test_every_configuration_a_table_may_name(config, shape, dtype, device):
     assert_close(lse, (scores.logsumexp(3) * LOG2_E).float())
 
 
-def test_a_table_may_give_it_to_torch(device):
-    """With gradients it keeps its kernels, which leave what backward reads."""
+def test_a_table_may_choose_torch(device):
+    """With gradients the kernels serve all the same: backward reads the LSE that they write."""
     inputs = make_inputs(2, 2, 20, 20, 32, packed=True, device=device)
     halves = {name: t.half() for name, t in inputs.items()}
     with (
@@ -67,7 +67,7 @@ def test_a_table_may_give_it_to_torch(device):
 
 
 @pytest.mark.parametrize("L", [65, 100, 128, 130, 144, 196, 197, 240, 255, 256])
-def test_resident_keys_in_pieces(L, device):
+def test_resident_keys_in_blocks(L, device):
     inputs = make_inputs(1, 1, 70, L, 32, device=device)
     first, second, third = pieces(L)
     assert L <= first + second + third < L + 32
@@ -75,8 +75,8 @@ def test_resident_keys_in_pieces(L, device):
     check(triton_attention, attention_reference, inputs, FP16, grads=False)
 
 
-def test_rule():
-    """Resident where all keys fit; never with a bias, in fp32 or for the prefix tokens alone."""
+def test_rule_without_a_table():
+    """Resident where all keys fit; not with a bias, in fp32 or for the prefix tokens alone."""
     assert meta(198, 198, 64, FP16)["RESIDENT"] and not meta(198, 257, 64, FP16)["RESIDENT"]
     assert not meta(198, 198, 64, FP16, bias=True)["RESIDENT"]
     assert not meta(198, 198, 80, FP16)["RESIDENT"]
@@ -92,7 +92,7 @@ def test_scale_that_is_not_positive(scale, device):
 
 
 @pytest.mark.parametrize("N", [1, 63, 64, 65, 100])
-def test_views_of_the_qkv_product(N, device):
+def test_views_of_the_qkv_gemm(N, device):
     seed(0)
     B, H, d = 2, 3, 32
     qkv = torch.randn(B, N, 3 * H * d, device=device)
@@ -100,7 +100,7 @@ def test_views_of_the_qkv_product(N, device):
     o = triton_attention(q, k, v)
     assert o.is_contiguous() and o.shape == (B, N, H, d)
     assert_close(o, attention_reference(q, k, v))
-    # one query block of the prefix tokens equals the same rows of the whole
+    # the prefix tokens alone get the same rows as among all queries
     assert_close(triton_attention(q[:, :2], k, v), o[:, :2])
 
 
@@ -115,7 +115,7 @@ def test_large_scores_do_not_overflow(device):
 
 @pytest.mark.parametrize("key", [0, 130, 197])
 def test_one_key_far_above_the_others(key, device):
-    """The largest score counts in whichever piece it is: e^200 would overflow."""
+    """The row maximum may be in any of the resident blocks: e^200 would overflow."""
     inputs = make_inputs(1, 1, 70, 198, 64, device=device)
     inputs["q"] = torch.full_like(inputs["q"], 5.0)
     inputs["k"][:, key] = 5.0
@@ -130,7 +130,7 @@ def test_scale_argument(device):
 
 
 def test_keys_masked_by_minus_infinity(device):
-    """Even where a whole block of keys, the first one, is masked."""
+    """Even where the whole first block of keys is masked."""
     inputs = make_inputs(1, 1, 5, 100, 32, bias=True, device=device)
     inputs["bias"][:, :, :70] = -torch.inf
     got = triton_attention(**inputs)

@@ -18,7 +18,7 @@ triton_attention = partial(attention, implementation="triton")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(198, 198), (2, 70), (33, 65)], ids=str)
 def test_backward_on_an_a100(shape, dtype, device):
-    """Fewer queries a program than on Hopper."""
+    """Fewer queries per program than on Hopper."""
     N, L = shape
     assert (
         meta_backward(N, L, dtype, (8, 0))["BLOCK_M"]
@@ -33,7 +33,7 @@ def test_backward_on_an_a100(shape, dtype, device):
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("N", [5, 64, 70])
 def test_packed_backward(N, capability, device):
-    """The same gradients as of separate q, k and v, in one piece, and the sums of their rows."""
+    """The gradients of separate q, k and v in one tensor, and their sums over rows."""
     seed(0)
     qkv = torch.randn(2, N, 3, 3, 32, device=device).half()
     do = torch.randn(2, N, 3, 32, device=device).half()
@@ -43,13 +43,16 @@ def test_packed_backward(N, capability, device):
         separate = attention_backward(do, *qkv.unbind(2), o, lse, 0.2)
     assert dqkv.is_contiguous()
     assert_equal(dqkv, torch.stack(separate, 2))
-    assert_close(sums, dqkv.float().sum((0, 1)), dtype=FP16)  # of what was rounded or not
+    assert_close(sums, dqkv.float().sum((0, 1)), dtype=FP16)  # the sums are of unrounded gradients
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_all_scores_far_below_zero(dtype, device):
-    """exp(0 - their sum's logarithm) overflows: keys outside, of zeros, must not come in so. Of
-    a row's gradient most is what the rounding of dS leaves, times the keys' mean: many rows."""
+    """exp(0 - LSE) overflows: padded keys, of zeros, must not contribute.
+
+    Most of a row's gradient is the rounding error of ds times the mean of the keys, so the test
+    takes many rows.
+    """
     inputs = make_inputs(2, 2, 70, 33, 32, device=device)
     inputs["q"] = inputs["q"] / 8 + 4
     inputs["k"] = inputs["k"] / 8 - 8

@@ -28,8 +28,7 @@ QUANTIZED = pytest.mark.parametrize(
 
 
 def assert_quantized(q, k, v, format, out_scale, device, **options):
-    """Against fp64, as near as the reference; and half a step at most, which counts what the score
-    product's rounding adds as a fifth of one."""
+    """As close to fp64 as the reference is, with a tenth more for the rounding of the scores."""
     scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
     options |= {"format": format, "out_scale": scale}
     got = attention_quantized(q, k, v, **options, implementation="triton")
@@ -66,19 +65,21 @@ def test_quantized_in_every_configuration(config, format, out_scale, device):
 
 
 def test_quantized_in_fp32_with_any_strides_and_scales(device):
-    """d = 80 is held in 128 features, of which the last 48 must not count as a row's largest."""
+    """d = 80 is padded to 128 features; the padding must not count in a row's largest value."""
     inputs = make_inputs(2, 2, 20, 20, 80, device=device)
     views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.values()]
     assert_quantized(*views, "int8", None, device, scale=-0.3)
-    table = {"implementation": "torch"}  # of eight bits the kernels alone know
+    table = {"implementation": "torch"}  # only the kernels quantize
     with simulate_device(Chip("H200", (9, 0), 4)), _tuned.forced("attention", table):
         assert_quantized(*views, "fp8", None, device)
 
 
 @QUANTIZED
 def test_quantized_nan_stays_in_its_head_and_row(format, out_scale, device):
-    """Not so of "torch": PyTorch's attention for the CPU makes zeros of such a row. All zeros have
-    a scale."""
+    """Not with "torch": PyTorch's CPU attention turns such a row into zeros.
+
+    Rows of zeros have a positive scale.
+    """
     scale = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
     call = partial(attention_quantized, format=format, out_scale=scale, implementation="triton")
     inputs = make_inputs(2, 2, 9, 9, 32, device=device)
@@ -95,7 +96,7 @@ def test_quantized_nan_stays_in_its_head_and_row(format, out_scale, device):
     assert (dequantize(zeros) == 0.0).all() and (zeros.scales > 0).all()
 
 
-def test_quantized_saturates_at_the_scale_given(device):
+def test_quantized_saturates_beyond_out_scale(device):
     inputs = make_inputs(1, 2, 9, 9, 32, device=device)
     scale = torch.full((1, 1), 1e-4, device=device)
     for implementation in ("triton", "torch"):
@@ -125,7 +126,7 @@ def test_quantized_op_contract(format, out_scale, device):
 
 
 def in_fp8(case, device, scale=0.02):
-    """q, k and v as values in e4m3, and their scale."""
+    """q, k and v quantized to FP8, and their per-tensor scale."""
     inputs = make_inputs(**case, packed=True, device=device)
     values = {name: round_reference(t / scale, FORMATS["fp8"]) for name, t in inputs.items()}
     return values, torch.full((1, 1), scale, device=device)
@@ -133,10 +134,12 @@ def in_fp8(case, device, scale=0.02):
 
 @pytest.mark.parametrize("out_scale", [None, 0.02])
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
-def test_products_in_fp8(case, out_scale, device):
-    """Of the numbers of softmax and of the result each is rounded by 2^-4 of itself at most, 0.026
-    in the mean; a tenth more than both is allowed. PyTorch's way rounds once; of the few
-    numbers of one query that is up to 0.035 in forty draws."""
+def test_fp8_operands(case, out_scale, device):
+    """Softmax weights and result are rounded to e4m3, by 2^-4 of a number at most, 0.026 on average.
+
+    A tenth more than both is allowed. The reference rounds once; with the few numbers of a single
+    query that is up to 0.035 in forty draws.
+    """
     values, scale = in_fp8(case, device)
     given = None if out_scale is None else torch.full((1, 1), out_scale, device=device)
     exact = attention_reference(*(t.double() * 0.02 for t in values.values()), scale=0.3).flatten(2)
@@ -149,15 +152,17 @@ def test_products_in_fp8(case, out_scale, device):
         assert_within(dequantize(o), exact, allowed)
 
 
-def test_products_in_fp8_with_gaps_nan_and_small_weights(device):
-    """A softmax that is far from even keeps what its small numbers add: a thousandth of the largest
-    is still one of e4m3's normal numbers, 256 times."""
+def test_fp8_operands_with_strides_nan_and_small_weights(device):
+    """Small softmax weights still contribute, because the kernel multiplies p by 256.
+
+    A thousandth of the largest weight is then a normal number of e4m3.
+    """
     case = {"B": 1, "H": 2, "N": 9, "L": 90, "d": 32}
     values, scale = in_fp8(case, device)
     call = partial(attention_quantized, in_scale=scale, implementation="triton")
     clean = call(**values)
-    gaps = {k: t.transpose(1, 2).contiguous().transpose(1, 2) for k, t in values.items()}
-    assert torch.equal(call(**gaps).values.float(), clean.values.float())
+    strided = {k: t.transpose(1, 2).contiguous().transpose(1, 2) for k, t in values.items()}
+    assert torch.equal(call(**strided).values.float(), clean.values.float())
     values["q"][0, 4, 1, 3] = torch.nan
     hit = torch.zeros(1, 9, 2, 32, dtype=bool, device=device)
     hit[0, 4, 1] = True
@@ -172,7 +177,7 @@ def test_products_in_fp8_with_gaps_nan_and_small_weights(device):
     assert_within(dequantize(o), exact, 0.07)  # a sum of rounded small weights
 
 
-def test_products_in_fp8_that_do_not_fit(device):
+def test_fp8_operands_that_do_not_fit(device):
     values, scale = in_fp8({"B": 1, "H": 2, "N": 5, "L": 7, "d": 32}, device)
     halves = {name: t.half() for name, t in values.items()}
     for inputs, options, error, message in (
@@ -186,13 +191,13 @@ def test_products_in_fp8_that_do_not_fit(device):
         for implementation in ("triton", "torch"):
             with pytest.raises(error, match=message):
                 attention_quantized(**inputs, **options, implementation=implementation)
-    with torch.autocast(device, FP16):  # what is in eight bits stays
+    with torch.autocast(device, FP16):  # autocast leaves quantized operands alone
         o = attention_quantized(**values, in_scale=scale, implementation="triton")
     plain = attention_quantized(**values, in_scale=scale, implementation="triton")
     assert torch.equal(o.values.float(), plain.values.float())
     torch.library.opcheck(
         _fwd.op, (*values.values(), 0.2, FORMATS["fp8"], None, scale),
-        test_utils=("test_faketensor", "test_autograd_registration"),  # PyTorch multiplies no e4m3
+        test_utils=("test_faketensor", "test_autograd_registration"),  # PyTorch has no e4m3 matmul here
     )  # fmt: skip
 
 
