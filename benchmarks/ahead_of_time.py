@@ -13,11 +13,13 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
@@ -25,8 +27,22 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+
+def _operation(name):
+    """The module of an operation; of a package, one namespace of its submodules."""
+    module = importlib.import_module(f"deit_fast.kernels.{name}")
+    if not hasattr(module, "__path__"):
+        return module
+    parts = [
+        importlib.import_module(f"{module.__name__}.{part.name}")
+        for part in pkgutil.iter_modules(module.__path__)
+    ]
+    found = [pair for part in parts for pair in vars(part).items()]
+    return SimpleNamespace(**{k: v for k, v in found if not isinstance(v, ModuleType)})
+
+
 OPS = {  # the modules: the functions of the same names hide them as attributes of the package
-    name: importlib.import_module(f"deit_fast.kernels.{name}")
+    name: _operation(name)
     for name in (
         "layer_norm",
         "linear",
@@ -499,12 +515,12 @@ def _attention(arch):
                 )  # fmt: skip
 
 
-def _attention_case(arch, config, shape, signature, of, moved, by_head=False):
+def _attention_case(arch, config, shape, signature, of, moved, per_head=False):
     N, L, H, d = shape
     module = OPS["attention"]
     strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
     signature = signature | {"scale": "fp32"} | dict.fromkeys((*strides, "B", "N", "H"), "i32")
-    kind, constexprs = "", {"L": L, "HEAD_DIM": d, "BY_HEAD": by_head}
+    kind, constexprs = "", {"L": L, "HEAD_DIM": d, "PER_HEAD": per_head}
     meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
     least = module.LEAST_KEYS[signature["q_ptr"].itemsize]
     if config["RESIDENT"]:

@@ -48,14 +48,15 @@ from deit_fast.kernels import layer_norm_linear as run_layer_norm_linear
 from deit_fast.kernels import layer_norm_mlp as run_layer_norm_mlp
 from deit_fast.kernels import linear as run_linear
 from deit_fast.kernels import quantized_linear as run_quantized_linear
+from deit_fast.kernels.attention import configs as attention
 from deit_fast.kernels.quantize import FORMATS, quantize_statically_reference
 from deit_fast.kernels.quantized_linear import SHORT_SUMS
 from deit_fast.models import create_model
 from deit_fast.quantization import quantize
 
-attention, linear, layer_norm_linear, layer_norm_mlp, quantized_linear = (
+linear, layer_norm_linear, layer_norm_mlp, quantized_linear = (
     sys.modules[f"deit_fast.kernels.{name}"]  # the modules, whose names their functions hide
-    for name in ("attention", "linear", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
+    for name in ("linear", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
@@ -288,7 +289,7 @@ def served_by(op: str, inputs: dict) -> str:
     """The implementation that "auto" takes for `linear` or `attention`, by table or rule."""
     if op == "attention":
         bias = inputs.get("bias") is not None
-        return attention._choose(inputs["q"], inputs["k"].shape[1], bias, "auto")[0]
+        return attention.choose(inputs["q"], inputs["k"].shape[1], bias, "auto")[0]
     x, weight = inputs["x"], inputs["weight"]
     bias, residual, layer_scale, row_scale = (
         inputs.get(name) is not None for name in ("bias", "residual", "layer_scale", "row_scale")

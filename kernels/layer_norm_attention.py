@@ -24,13 +24,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _policy
-from .attention import (
-    TRAINED_HEAD_DIMS,
-    attention,
-    attention_backward_packed,
-    attention_reference,
-)
-from .attention import run as attend
+from .attention import TRAINED_HEAD_DIMS, attention, attention_reference
+from .attention.forward import run as attend
+from .attention.op import attention_backward_packed
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward

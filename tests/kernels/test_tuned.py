@@ -8,7 +8,7 @@ import torch
 
 from deit_fast.kernels import _tuned, linear
 from deit_fast.kernels._chips import Chip, simulate_device
-from deit_fast.kernels.attention import RESIDENT_CONFIG
+from deit_fast.kernels.attention.configs import RESIDENT_CONFIG
 from deit_fast.kernels.layer_norm_linear import uses_row_stats
 from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
 from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS

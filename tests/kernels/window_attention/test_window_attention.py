@@ -22,7 +22,8 @@ from deit_fast.kernels import attention_reference, cases, window_attention
 from deit_fast.kernels import window_attention_reference as reference
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import window_attention_inputs as make_inputs
-from deit_fast.kernels.window_attention import _bwd, _fwd, offsets
+from deit_fast.kernels.window_attention import offsets
+from deit_fast.kernels.window_attention.op import _bwd, _fwd
 
 triton_attention = partial(window_attention, implementation="triton")
 
@@ -44,7 +45,7 @@ def test_offsets_are_those_of_timm(window):
 
 
 def test_reference_by_hand():
-    """Every window cut out, its table of biases filled pair by pair."""
+    """Each window sliced out, with its bias table filled pair by pair."""
     inputs = make_inputs(2, 4, 6, 3, 2)
     qkv, biases = inputs["qkv"], inputs["biases"]
     got = reference(**inputs)
@@ -66,14 +67,14 @@ def test_windows_of_one_token(device):
 
 @pytest.mark.slow
 def test_biases_gradient_in_many_chunks(device):
-    """More windows than programs: each sums several."""
+    """More windows than programs: each program sums several."""
     inputs = make_inputs(3, 12, 12, 2, 4, device=device)
     with simulate_device(Chip("some GPU", (9, 0), 2)):
         check(triton_attention, reference, inputs, FP32)
 
 
 @pytest.mark.slow
-def test_biases_that_do_not_learn(device, monkeypatch):
+def test_biases_without_gradient(device, monkeypatch):
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"]
     asked = []
@@ -115,7 +116,7 @@ def test_large_scores_do_not_overflow(device):
 
 
 def test_biases_far_above_zero(device):
-    """exp(bias - 0) overflows: queries outside, of zeros, must not come in so."""
+    """exp(bias - 0) overflows: padded queries, of zeros, must not contribute."""
     inputs = make_inputs(1, 7, 7, 1, 7, device=device)
     inputs["biases"] += 100
     qkv, biases = inputs["qkv"].requires_grad_(), inputs["biases"].requires_grad_()
@@ -128,8 +129,8 @@ def test_biases_far_above_zero(device):
         )
     )  # fmt: skip
     for name, *grads in zip(("qkv", "biases"), got, expected, true, strict=True):
-        # scores in powers of two are beyond 128, where fp32's steps are twice PyTorch's at 100; so
-        # is their logarithm, which the backward pass takes away from them again
+        # in units of log2 scores and LSE are above 128, where fp32 is half as precise as for
+        # PyTorch's, near 100; backward subtracts one from the other
         assert_as_accurate(*grads, name, factor=5)
 
 
@@ -141,7 +142,7 @@ def test_nan_stays_in_its_window_and_head(device):
 
 
 def test_autocast(device):
-    """The product comes in autocast's dtype; biases stay fp32, as the model has them."""
+    """qkv is cast to autocast's dtype; biases stay fp32, as in the model."""
     inputs = make_inputs(1, 7, 7, 2, 7, device=device)
     with torch.autocast(device, FP16):
         got = triton_attention(**inputs)

@@ -24,13 +24,8 @@ from deit_fast.kernels import (
 )
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import talking_heads_inputs as make_inputs
-from deit_fast.kernels.talking_heads import (
-    CONFIGS,
-    FP32_CONFIGS,
-    _fwd,
-    configs,
-    talking_heads_backward,
-)
+from deit_fast.kernels.talking_heads.configs import CONFIGS, FP32_CONFIGS, configs
+from deit_fast.kernels.talking_heads.op import _fwd, talking_heads_backward
 
 triton_attention = partial(talking_heads_attention, implementation="triton")
 
@@ -40,14 +35,14 @@ triton_attention = partial(talking_heads_attention, implementation="triton")
 @where(lambda case, dtype: dtype != FP32 or case["H"] <= max(FP32_CONFIGS))
 def test_no_less_accurate_than_torch(case, dtype, device):
     inputs = make_inputs(**case, device=device)
-    # proj_l's bias has a gradient of nothing but rounding: see the test of it
+    # the gradient of proj_l's bias is rounding error alone: it has a test of its own
     check(
         triton_attention, talking_heads_attention_reference, inputs, dtype,
         no_grad=("proj_l_bias",),
     )  # fmt: skip
 
 
-def test_configurations_go_by_heads():
+def test_configurations_depend_on_heads():
     assert [configs(H, FP16) for H in (1, 4, 6, 16)] == [CONFIGS[n] for n in (4, 4, 8, 16)]
     assert [configs(H, FP32) for H in (3, 8)] == [FP32_CONFIGS[n] for n in (4, 8)]
 
@@ -60,8 +55,7 @@ def test_tiles_that_are_just_full_or_not(N, device):
 
 
 @pytest.mark.parametrize("H", [1, 3])
-def test_it_attends_per_head_where_nothing_is_mixed(H, device):
-    """With identities for weights it is attention."""
+def test_identity_mixing_is_plain_attention(H, device):
     inputs = make_inputs(2, H, 20, 32, device)
     eye, zero = torch.eye(H, device=device), torch.zeros(H, device=device)
     q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4)
@@ -119,8 +113,11 @@ def test_scale_argument(scale, device):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_all_scores_far_below_zero(dtype, device):
-    """exp(0 - their sum's logarithm) overflows: keys outside, of zeros, must not come in so. Of
-    a row's gradient most is what the rounding of dS leaves, times the keys' mean: many rows."""
+    """exp(0 - LSE) overflows: padded keys, of zeros, must not contribute.
+
+    Most of a row's gradient is the rounding error of ds times the mean of the keys, so the test
+    takes many rows.
+    """
     inputs = make_inputs(4, 4, 19, 32, device)
     inputs["qkv"] = inputs["qkv"] / 8 + torch.tensor([4.0, -4.0, 0.0], device=device).view(3, 1, 1)
     inputs["proj_l_weight"] = inputs["proj_l_weight"].abs()
@@ -129,7 +126,7 @@ def test_all_scores_far_below_zero(dtype, device):
 
 @pytest.mark.parametrize("key", [0, 40])
 def test_one_key_far_above_the_others(key, device):
-    """The largest logit counts wherever it is: e^300 would overflow."""
+    """The row maximum may be in any block of keys: e^300 would overflow."""
     inputs = make_inputs(1, 4, 41, 48, device)
     inputs["qkv"][:, :, 0] = 6.0
     inputs["qkv"][:, key, 1] = 6.0
