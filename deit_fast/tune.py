@@ -1,6 +1,6 @@
 """Measure on this GPU which implementation and tiles serve each operation of a model best.
 
-examples:
+Examples:
   python -m deit_fast.tune --model deit_base_distilled
   python -m deit_fast.tune --model deit_tiny deit_small --batch 64 256 --dtype fp16 --minutes 10
   python -m deit_fast.tune --model deit_base_distilled --format fp8
@@ -48,15 +48,16 @@ from deit_fast.kernels import layer_norm_linear as run_layer_norm_linear
 from deit_fast.kernels import layer_norm_mlp as run_layer_norm_mlp
 from deit_fast.kernels import linear as run_linear
 from deit_fast.kernels import quantized_linear as run_quantized_linear
+from deit_fast.kernels.layer_norm_mlp import configs as layer_norm_mlp
+from deit_fast.kernels.linear import configs as linear
+from deit_fast.kernels.linear import linear_gelu_backward
 from deit_fast.kernels.quantize import FORMATS, quantize_statically_reference
 from deit_fast.kernels.quantized_linear import SHORT_SUMS
+from deit_fast.kernels.quantized_linear import configs as quantized_linear
 from deit_fast.models import create_model
 from deit_fast.quantization import quantize
 
-attention, linear, layer_norm_linear, layer_norm_mlp, quantized_linear = (
-    sys.modules[f"deit_fast.kernels.{name}"]  # the modules, whose names their functions hide
-    for name in ("attention", "linear", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
-)
+attention = sys.modules["deit_fast.kernels.attention"]  # the module, whose name its function hides
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
 SCALE = 0.02  # of e4m3 where one serves for all: 9 at most
@@ -66,7 +67,8 @@ RUNS, WARMUP = 20, 3
 @dataclass(frozen=True)
 class Task:
     """One operation on one shape, and what may serve it. Equal where the table calls it the
-    same."""
+    same.
+    """
 
     op: str
     shape: tuple  # as `_tuned.lookup` is asked, in items
@@ -97,7 +99,8 @@ def tasks(
 ) -> list[Task]:  # fmt: skip
     """What a forward pass of `model` (moved to the meta device) asks, each once. What is made of
     products comes behind them, and is compared with the best of them. training: also the one
-    product of the backward pass that may be Triton's."""
+    product of the backward pass that may be Triton's.
+    """
     recorder = record(model, batch, dtype, chip, tables=False)
     found: dict[Task, None] = {}
     # the last first: of the calls of one shape only the model's first lacks its row statistics
@@ -296,7 +299,7 @@ def served_by(op: str, inputs: dict) -> str:
     epilogue = linear.epilogue_name(
         inputs["activation"], bias, residual, layer_scale or row_scale, False, False
     )
-    return linear._choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
+    return linear.choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
 
 
 def _gelu_backwards(calls, chip):
@@ -321,7 +324,7 @@ def _gelu_backwards(calls, chip):
             }  # fmt: skip
 
         def call(dy, weight, z):
-            return linear.linear_gelu_backward(dy, weight, z, "auto")[0]
+            return linear_gelu_backward(dy, weight, z, "auto")[0]
 
         def reference(dy, weight, z):
             return torch.ops.aten.gelu_backward(dy @ weight, z)
@@ -389,7 +392,8 @@ def settle(
 ) -> Iterator[Settled]:  # fmt: skip
     """Race the candidates of each task, until `time.monotonic()` passes `deadline`. clock(call,
     inputs) gives the milliseconds of call(x) for x in turn; tick(task, times) hears of each race.
-    What was settled before serves the tasks that follow, as do `known` rows of a table."""
+    What was settled before serves the tasks that follow, as do `known` rows of a table.
+    """
     known = list(known)
     for task in wanted:
         if time.monotonic() >= deadline:
@@ -409,7 +413,8 @@ def settle(
 
 def _race(task, device, clock, known):
     """{choice: milliseconds, or None where it failed or disagreed}; nothing where the device's
-    memory does not hold the task."""
+    memory does not hold the task.
+    """
     times, chip = {}, _chips.chip(device)
     with torch.no_grad(), _tuned.disabled(), _tuned.assumed(known, chip):
         try:
@@ -463,7 +468,8 @@ def _name(choice):
 
 def kept(path: Path, chip) -> list[dict]:
     """The rows of the table at `path`, if there is one. Raises ValueError, naming it, where it is
-    not this chip's or not one."""
+    not this chip's or not one.
+    """
     if not path.exists():
         return []
     try:
@@ -475,7 +481,8 @@ def kept(path: Path, chip) -> list[dict]:
 
 def write(path: Path, rows: list[Settled], chip) -> int:
     """Merge `rows` into the table at `path`; returns how many choices it then has. Raises
-    ValueError where a table is there that can't be merged into: it is left as it is."""
+    ValueError where a table is there that can't be merged into: it is left as it is.
+    """
     before = kept(path, chip)
     new = [asdict(row) for row in rows]
     keys = [(row["op"], row["shape"]) for row in new]

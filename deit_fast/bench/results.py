@@ -222,7 +222,7 @@ def build(hardware: dict) -> str:
 
 def kernel_digest() -> str:
     """A digest of the kernels' sources."""
-    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("*.py",))
+    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py",))
 
 
 def sources() -> str:

@@ -59,7 +59,7 @@ def test_kinds(wanted):
 def test_every_kernel_of_ours_is_known():
     kernels = [
         name
-        for path in Path(deit_fast.kernels.__file__).parent.glob("*.py")
+        for path in Path(deit_fast.kernels.__file__).parent.rglob("*.py")
         for name in re.findall(r"^ +(_\w+_kernel)\[", path.read_text(), re.M)
     ]
     assert len(kernels) > 20
@@ -83,7 +83,7 @@ def test_overlapping_kernels_count_once_and_gaps_are_idle():
 def test_every_kernel_of_ours_is_known_as_ours():
     """FOREIGN is what no name of a kernel in deit_fast.kernels explains."""
     folder = Path(deit_fast.kernels.__file__).parent
-    names = re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.glob("*.py")),
+    names = re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.rglob("*.py")),
                        re.MULTILINE)  # fmt: skip
     assert len(names) == len(set(names)) >= 11
     shares = profiling._shares([(name, i, i + 1) for i, name in enumerate(names)])

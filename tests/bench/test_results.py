@@ -167,7 +167,7 @@ def test_the_build_changes_with_what_decides_a_figure(copied):
     (copied / "bench" / "timing.py").write_text("")
     assert results.build(HARDWARE) == first
     seen = {first}
-    for path in ("layers/block.py", "swap.py", "kernels/linear.py"):
+    for path in ("layers/block.py", "swap.py", "kernels/linear/forward.py"):
         (copied / path).write_text("other")
         assert (found := results.build(HARDWARE)) not in seen
         seen.add(found)
