@@ -1,6 +1,6 @@
 """Measure on this GPU which implementation and tiles serve each operation of a model best.
 
-Examples:
+examples:
   python -m deit_fast.tune --model deit_base_distilled
   python -m deit_fast.tune --model deit_tiny deit_small --batch 64 256 --dtype fp16 --minutes 10
   python -m deit_fast.tune --model deit_base_distilled --format fp8
@@ -67,8 +67,7 @@ RUNS, WARMUP = 20, 3
 @dataclass(frozen=True)
 class Task:
     """One operation on one shape, and what may serve it. Equal where the table calls it the
-    same.
-    """
+    same."""
 
     op: str
     shape: tuple  # as `_tuned.lookup` is asked, in items
@@ -99,8 +98,7 @@ def tasks(
 ) -> list[Task]:  # fmt: skip
     """What a forward pass of `model` (moved to the meta device) asks, each once. What is made of
     products comes behind them, and is compared with the best of them. training: also the one
-    product of the backward pass that may be Triton's.
-    """
+    product of the backward pass that may be Triton's."""
     recorder = record(model, batch, dtype, chip, tables=False)
     found: dict[Task, None] = {}
     # the last first: of the calls of one shape only the model's first lacks its row statistics
@@ -392,8 +390,7 @@ def settle(
 ) -> Iterator[Settled]:  # fmt: skip
     """Race the candidates of each task, until `time.monotonic()` passes `deadline`. clock(call,
     inputs) gives the milliseconds of call(x) for x in turn; tick(task, times) hears of each race.
-    What was settled before serves the tasks that follow, as do `known` rows of a table.
-    """
+    What was settled before serves the tasks that follow, as do `known` rows of a table."""
     known = list(known)
     for task in wanted:
         if time.monotonic() >= deadline:
@@ -413,8 +410,7 @@ def settle(
 
 def _race(task, device, clock, known):
     """{choice: milliseconds, or None where it failed or disagreed}; nothing where the device's
-    memory does not hold the task.
-    """
+    memory does not hold the task."""
     times, chip = {}, _chips.chip(device)
     with torch.no_grad(), _tuned.disabled(), _tuned.assumed(known, chip):
         try:
@@ -468,8 +464,7 @@ def _name(choice):
 
 def kept(path: Path, chip) -> list[dict]:
     """The rows of the table at `path`, if there is one. Raises ValueError, naming it, where it is
-    not this chip's or not one.
-    """
+    not this chip's or not one."""
     if not path.exists():
         return []
     try:
@@ -481,8 +476,7 @@ def kept(path: Path, chip) -> list[dict]:
 
 def write(path: Path, rows: list[Settled], chip) -> int:
     """Merge `rows` into the table at `path`; returns how many choices it then has. Raises
-    ValueError where a table is there that can't be merged into: it is left as it is.
-    """
+    ValueError where a table is there that can't be merged into: it is left as it is."""
     before = kept(path, chip)
     new = [asdict(row) for row in rows]
     keys = [(row["op"], row["shape"]) for row in new]

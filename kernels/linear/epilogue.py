@@ -1,4 +1,4 @@
-"""Device functions of the epilogue: GELU, LayerNorm's row statistics, and all that follows a matmul.
+"""Device functions of the epilogue: GELU, row statistics, and all that follows a matmul.
 
 `quantized_linear`, `layer_norm_mlp` and `conv_norm` use them too.
 """
@@ -72,9 +72,9 @@ def _epilogue(
     then the rows' mean and rstd. `training`: pointers to z, a and the column sums of y. Everything
     but acc and y may be None.
 
-    With ACTIVATION "none" and "gelu" z, the value after the bias, is stored if z_ptr is given. With
-    "gelu_backward" acc is da; z is read, a is recomputed from it, and y is dz. With "gelu_last", for
-    conv_norm, GELU follows the residual.
+    With ACTIVATION "none" and "gelu", z, the value after the bias, is stored if z_ptr is given.
+    With "gelu_backward", acc is da: z is read, a is recomputed from it, and y is dz. With
+    "gelu_last", which conv_norm uses, GELU follows the residual.
 
     Offsets within the tile are 32-bit, which halves their registers; M * N may exceed 2**31.
     """

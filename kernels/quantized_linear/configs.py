@@ -15,8 +15,8 @@ def _tile_config(m, n, k, warps, stages, tma=False, split=False):
 
 
 # As linear's, with twice the features a step: as many bytes. The first three are the rule's, in its
-# order: the first leaves room for two CTAs an SM, the second for three. Per-group scales of x, which
-# are applied inside the loop over K, take registers for a second accumulator: tiles wider than 64
+# order: the first leaves room for two CTAs an SM, the second for three. Per-group scales of x are
+# applied inside the loop over K and take registers for a second accumulator. Tiles wider than 64
 # columns then spill (128 x 256 on sm_90, 64 x 128 on sm_80) or leave room for one CTA only.
 HOPPER_CONFIGS = [
     _tile_config(128, 128, 128, 8, 3, tma=True, split=True),
