@@ -375,7 +375,8 @@ def test_bad_input_is_named(device):
            quantize_reference(torch.zeros(64, 90, device=device), "int8"))  # fmt: skip
     refuse(ValueError, r"weight has shape \(64, 96\) and scales \(3, 64\), expected \(N, 96\)", x,
            quantize_reference(torch.zeros(64, 96, device=device), "int8", 3))  # fmt: skip
-    refuse(ValueError, r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), expected \(P, 6\)",
+    refuse(ValueError,
+           r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), expected \(P, 6\)",
            Quantized(x.values, x.scales[:1, :5]), weight)  # fmt: skip
     refuse(ValueError, r"scales of shape \(1, 1\).* or \(1, 1\) with fp8",
            Quantized(x.values, one), weight)  # fmt: skip
