@@ -19,13 +19,9 @@ def wants_node(x: Tensor, tensors: Iterable[Tensor | None], residual: Tensor | N
 
 
 def operands(
-    op: str,
-    names: Sequence[str],
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    inner: int,
+    op: str, names: Sequence[str], x: Tensor, tensors: Sequence[Tensor | None], inner: int,
     add: bool,
-) -> list[Tensor | None]:
+) -> list[Tensor | None]:  # fmt: skip
     """The tensors behind x as the training operator takes them: checked, cast and contiguous.
 
     Args:
@@ -65,13 +61,9 @@ def save(ctx, tensors, output):
 
 
 def through_scales(
-    dy: Tensor,
-    scaled: Tensor,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    dtype: torch.dtype,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, scaled: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None,
+    dtype: torch.dtype, has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward through layer scale and drop path of the second linear layer.
 
     Args:

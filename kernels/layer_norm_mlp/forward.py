@@ -67,18 +67,10 @@ def _layer_norm_mlp_kernel(
 
 
 def run(
-    y: Tensor,
-    row_stats: Tensor | None,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-) -> None:
+    y: Tensor, row_stats: Tensor | None, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    residual: Tensor | None, eps: float,
+) -> None:  # fmt: skip
     """Launch the fused kernel. Every operand is contiguous and in x's half precision.
 
     Args:

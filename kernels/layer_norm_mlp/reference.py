@@ -7,18 +7,11 @@ from ..linear import linear_reference
 
 
 def layer_norm_mlp_reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor,
+    fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, eps: float = 1e-6,
+    residual: Tensor | None = None, layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """LayerNorm, fc1, GELU, fc2, layer scale, drop path and residual in PyTorch.
 
     The arguments are those of `layer_norm_mlp`.

@@ -73,15 +73,9 @@ def _linear_backward_kernel(
 
 
 def run_backward(
-    dy: Tensor,
-    z: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    activation: str,
-    dz: Tensor | None,
-    a: Tensor | None,
-    has_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    dy: Tensor, z: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    activation: str, dz: Tensor | None, a: Tensor | None, has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Launch the kernel that computes dz from dy. Every operand is contiguous.
 
     Args:

@@ -1,5 +1,7 @@
 """Tiles of the GEMM kernel, the reasons for them, and which one serves a shape."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -136,10 +138,16 @@ def meta(
     if dtype == torch.float32:
         return FP32_CONFIG
     wide, narrow, small = configs(dtype, capability)[:3]
-    for config in (wide, narrow) if N % wide["BLOCK_N"] == 0 else (narrow,):
+    candidates = (wide, narrow) if N % wide["BLOCK_N"] == 0 else (narrow,)
+    return first_that_fills(candidates, M, N, num_sms) or (narrow if row_stats else small)
+
+
+def first_that_fills(candidates: Iterable[Config], M: int, N: int, num_sms: int) -> Config | None:
+    """The first configuration that gives every SM a tile of y (M, N); None if there is none."""
+    for config in candidates:
         if _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]) >= num_sms:
             return config
-    return narrow if row_stats else small
+    return None
 
 
 def epilogue_name(

@@ -1,4 +1,4 @@
-"""The GEMM kernel with its epilogue, the epilogue behind cuBLAS, and their launches."""
+"""The GEMM kernel with its epilogue, the epilogue after cuBLAS, and their launches."""
 
 import torch
 import triton
@@ -67,7 +67,7 @@ def _linear_tile(
     first_row, rows_left, first_col = _tile(tile, M, N, BLOCK_M, BLOCK_N)
     b_ptr, ls_ptr, rs_ptr, sums_ptr = vectors
     mean, rstd = None, None
-    if row_stats_ptr is not None:  # before the matmul: two numbers a row, and no loads behind it
+    if row_stats_ptr is not None:  # before the matmul: two numbers a row, no loads after it
         mean, rstd = _row_mean_and_rstd(
             row_stats_ptr, first_row, rows_left, M, K, eps, PARTS, BLOCK_M
         )
@@ -146,21 +146,13 @@ def _linear_epilogue_kernel(
 
 
 def run(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    column_sums: Tensor | None = None,
-    row_stats_out: Tensor | None = None,
-    z: Tensor | None = None,
-    activation: str = "none",
-    eps: float = 0.0,
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    residual: Tensor | None = None, layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, row_stats: Tensor | None = None,
+    column_sums: Tensor | None = None, row_stats_out: Tensor | None = None,
+    z: Tensor | None = None, activation: str = "none", eps: float = 0.0,
     implementation: str = "triton",
-) -> None:
+) -> None:  # fmt: skip
     """Launch what computes y. Every operand is contiguous.
 
     Args:
@@ -175,7 +167,7 @@ def run(
         column_sums: Of that LayerNorm, (N + 1,) in fp32.
         row_stats_out: Output, the row statistics of y, (N / 64, 2, M) in fp32.
         z: Output, x @ W^T + b, (M, N).
-        activation: "none", "gelu", or "gelu_last" for GELU behind the residual.
+        activation: "none", "gelu", or "gelu_last" for GELU after the residual.
         eps: Of the folded LayerNorm.
         implementation: "triton", "cublas", or "auto" for a tuned table or the rule to choose.
 
@@ -234,24 +226,12 @@ def descriptors(
 
 
 def launch(
-    config: configs.Config,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    row_stats: Tensor | None,
-    column_sums: Tensor | None,
-    y: Tensor,
-    row_stats_out: Tensor | None,
-    z: Tensor | None,
-    a: Tensor | None,
-    col_sums: Tensor | None,
-    rows_per_sample: int,
-    activation: str,
-    eps: float,
-) -> None:
+    config: configs.Config, x: Tensor, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    row_stats: Tensor | None, column_sums: Tensor | None, y: Tensor, row_stats_out: Tensor | None,
+    z: Tensor | None, a: Tensor | None, col_sums: Tensor | None, rows_per_sample: int,
+    activation: str, eps: float,
+) -> None:  # fmt: skip
     """Launch the GEMM kernel in one configuration; the arguments are the kernel's."""
     (M, K), N = x.shape, weight.shape[0]
     tiles = _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"])

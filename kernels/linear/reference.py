@@ -5,14 +5,10 @@ from torch.nn import functional as F
 
 
 def linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none",
+    residual: Tensor | None = None, layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`residual + row_scale * layer_scale * activation(x @ weight.T + bias)` in PyTorch.
 
     Args:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _chips, _dispatch, _tuned
-from ..linear.configs import Config, tile_config
+from .. import _chips, _tuned
+from ..linear.configs import Config, first_that_fills, tile_config
 
 GROUP_SIZE = 64  # columns of a result that share a scale
 
@@ -43,14 +43,9 @@ def configs(capability: tuple[int, int]) -> list[Config]:
 
 
 def epilogue_name(
-    groups: bool,
-    activation: str,
-    bias: bool,
-    residual: bool,
-    scaled: bool,
-    own_scale: bool,
+    groups: bool, activation: str, bias: bool, residual: bool, scaled: bool, own_scale: bool,
     quantized: bool,
-) -> str:
+) -> str:  # fmt: skip
     """The epilogue as tuned tables write it, for example "bias+gelu+quantized"."""
     present = {
         "parts": groups, "bias": bias, activation: activation != "none", "scales": scaled,
@@ -77,9 +72,7 @@ def meta(
     M: int, N: int, capability: tuple[int, int], num_sms: int, groups: bool = False,
     own_scales: bool = False,
 ) -> Config:  # fmt: skip
-    """The configuration by rule, for a shape that no tuned table lists.
-
-    It is the first of the chip's three that leaves no tile half empty and gives every SM a tile.
+    """The configuration by `linear`'s rule, for a shape that no tuned table lists.
 
     Args:
         M: Rows.
@@ -91,10 +84,8 @@ def meta(
     """
     wide, narrow, small = configs(capability)[:3]
     wide_fits = N % wide["BLOCK_N"] == 0 and not groups
-    for config in (wide, narrow) if wide_fits else (narrow,):
-        if _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]) >= num_sms:
-            return config
-    return narrow if own_scales else small
+    candidates = (wide, narrow) if wide_fits else (narrow,)
+    return first_that_fills(candidates, M, N, num_sms) or (narrow if own_scales else small)
 
 
 def block_k(config: Config, width: int) -> int:
@@ -103,18 +94,10 @@ def block_k(config: Config, width: int) -> int:
 
 
 def lookup_shape(
-    x: Tensor,
-    x_scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    out_scale: Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
-) -> dict[str, int | str]:
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+    residual: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    out_scale: Tensor | None, activation: str, dtype: torch.dtype,
+) -> dict[str, int | str]:  # fmt: skip
     """The shape by which a tuned table is searched, from the operator's arguments."""
     quantized = dtype.itemsize == 1
     epilogue = epilogue_name(

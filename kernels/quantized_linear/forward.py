@@ -145,19 +145,11 @@ def _quantized_linear_kernel(
 
 
 def run(
-    y: Tensor,
-    scales: Tensor | None,
-    x: Tensor,
-    x_scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    out_scale: Tensor | None,
+    y: Tensor, scales: Tensor | None, x: Tensor, x_scales: Tensor, weight: Tensor,
+    weight_scales: Tensor, bias: Tensor | None, residual: Tensor | None,
+    layer_scale: Tensor | None, row_scale: Tensor | None, out_scale: Tensor | None,
     activation: str,
-) -> None:
+) -> None:  # fmt: skip
     """Launch what computes y. Every operand is contiguous.
 
     Args:

@@ -15,17 +15,11 @@ from .configs import GROUP_SIZE
 
 
 def quantized_linear_reference(
-    x: Quantized,
-    weight: Quantized,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    format: str | None = None,
-    out_scale: Tensor | None = None,
-) -> Tensor | Quantized:
+    x: Quantized, weight: Quantized, bias: Tensor | None = None, activation: str = "none",
+    residual: Tensor | None = None, layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    format: str | None = None, out_scale: Tensor | None = None,
+) -> Tensor | Quantized:  # fmt: skip
     """What `quantized_linear` computes, in fp32 on the dequantized operands.
 
     The arguments are those of `quantized_linear`.
