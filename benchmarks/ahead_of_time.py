@@ -233,8 +233,8 @@ def _quantized_linear(arch, dtype):
             pointers |= dict.fromkeys(scales, FP32) | dict.fromkeys(present, around)
             sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
             constexprs = {
-                "ACTIVATION": activation, "EXACT": around == FP32, "PARTS": parts,
-                "BY_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
+                "ACTIVATION": activation, "EXACT": around == FP32, "GROUPS": parts,
+                "PER_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
                 "INT8": dtype == INT8,
             }  # fmt: skip
             width = 1 if quantized else around.itemsize * (1 + ("res_ptr" in present))
@@ -246,7 +246,7 @@ def _quantized_linear(arch, dtype):
             )  # fmt: skip
             if config == rule[1] and name == HEAVIEST_QUANTIZED[0]:
                 pointers = pointers | {"x_ptr": dtype, "w_ptr": dtype, "N": "i32", "K": "i32"}
-                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "PARTS": 3}
+                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "GROUPS": 3}
                 yield Case(
                     "quantized_linear", f"one row, parts, {name}, {FORMAT[dtype]}",
                     "_quantized_linear_kernel", arch, pointers, constexprs | one_row,
@@ -378,7 +378,7 @@ def _epilogue(arch):
         activation, present = EPILOGUES[name]
         for dtype in (BF16, FP32):
             pointers = _optional(present, dtype)
-            signature = {"product_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
+            signature = {"xw_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
             signature |= pointers | {"rows_per_sample": "i32"}
             N = 1536 if activation == "gelu" else 384
             passes = 2 + (pointers["res_ptr"] is not None)

@@ -49,15 +49,15 @@ from deit_fast.kernels import layer_norm_mlp as run_layer_norm_mlp
 from deit_fast.kernels import linear as run_linear
 from deit_fast.kernels import quantized_linear as run_quantized_linear
 from deit_fast.kernels.attention import configs as attention
+from deit_fast.kernels.layer_norm_mlp import configs as layer_norm_mlp
+from deit_fast.kernels.linear import configs as linear
+from deit_fast.kernels.linear import linear_gelu_backward
 from deit_fast.kernels.quantize import FORMATS, quantize_statically_reference
 from deit_fast.kernels.quantized_linear import SHORT_SUMS
+from deit_fast.kernels.quantized_linear import configs as quantized_linear
 from deit_fast.models import create_model
 from deit_fast.quantization import quantize
 
-linear, layer_norm_linear, layer_norm_mlp, quantized_linear = (
-    sys.modules[f"deit_fast.kernels.{name}"]  # the modules, whose names their functions hide
-    for name in ("linear", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
-)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
 SCALE = 0.02  # of e4m3 where one serves for all: 9 at most
@@ -297,7 +297,7 @@ def served_by(op: str, inputs: dict) -> str:
     epilogue = linear.epilogue_name(
         inputs["activation"], bias, residual, layer_scale or row_scale, False, False
     )
-    return linear._choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
+    return linear.choose(x.flatten(0, -2), weight.shape[0], epilogue, False, "auto")[0]
 
 
 def _gelu_backwards(calls, chip):
@@ -322,7 +322,7 @@ def _gelu_backwards(calls, chip):
             }  # fmt: skip
 
         def call(dy, weight, z):
-            return linear.linear_gelu_backward(dy, weight, z, "auto")[0]
+            return linear_gelu_backward(dy, weight, z, "auto")[0]
 
         def reference(dy, weight, z):
             return torch.ops.aten.gelu_backward(dy @ weight, z)

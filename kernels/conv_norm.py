@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _checks, _dispatch, _policy
-from .linear import ACTIVATIONS, _gelu, run
+from .linear import ACTIVATIONS, run
+from .linear.epilogue import _gelu
 
 LAST = torch.channels_last
 

@@ -23,14 +23,14 @@ parts: under autocast x stays fp32; LN(x), qkv and o have the products' dtype.
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _policy, _training
 from .attention import TRAINED_HEAD_DIMS, attention, attention_reference
 from .attention.forward import run as attend
 from .attention.op import attention_backward_packed
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
-from .linear import linear, linear_backward, linear_reference, run
+from .linear import linear, linear_reference, run
 
 
 def layer_norm_attention_reference(
@@ -108,9 +108,7 @@ def _(x, g, h, qkv_weight, b1, proj_weight, *args, **kwargs):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.num_heads, ctx.eps, ctx.scale, ctx.add, _, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is only saved
+    _training.save(ctx, tensors, output)
 
 
 def _backward(ctx, dy, *_):
@@ -134,9 +132,7 @@ def _backward(ctx, dy, *_):
 
         return *_dispatch.differentiable(forward, tensors[:8], dy), *nothing
     dy = dy.contiguous().flatten(0, 1)
-    scaled = scaled if scaled.numel() else None
-    dz, dbproj, dls = linear_backward(dy, scaled, ls, rs, "none", o.dtype, proj_bias is not None)
-    dz = dz if dz.numel() else dy
+    dz, dbproj, dls = _training.through_scales(dy, scaled, ls, rs, o.dtype, proj_bias is not None)
     dproj = dz.t() @ o.flatten(2).flatten(0, 1) if ctx.needs_input_grad[5] else None
     do = (dz @ proj_weight).view(o.shape)
     dqkv, dbqkv = attention_backward_packed(do, qkv, o, lse, ctx.scale)
@@ -145,10 +141,10 @@ def _backward(ctx, dy, *_):
         dqkv.flatten(2).flatten(0, 1), x.flatten(0, 1), norm_weight, norm_bias, qkv_weight, normed,
         ctx.eps, dy if ctx.add else None, ctx.needs_input_grad[3],
     )  # fmt: skip
-    sums = (dg, dh, dbqkv.flatten(), dbproj, dls)
-    sums = zip(sums, (norm_weight, norm_bias, qkv_bias, proj_bias, ls), strict=True)
-    dg, dh, dbqkv, dbproj, dls = (None if t is None else s.to(t.dtype) for s, t in sums)
-    return dx.view(x.shape), dg, dh, dweight, dbqkv, dproj, dbproj, dls, *nothing
+    vectors = (norm_weight, norm_bias, qkv_bias, proj_bias, ls)
+    grads = (dg, dh, dbqkv.flatten(), dbproj, dls)
+    g, h, b1, b2, layer_scale = _training.in_dtypes_of(vectors, grads)
+    return dx.view(x.shape), g, h, dweight, b1, dproj, b2, layer_scale, *nothing
 
 
 _train.register_autograd(_backward, setup_context=_save)
@@ -196,7 +192,7 @@ def layer_norm_attention(
     by = {"cublas": "auto"}.get(implementation, implementation)
     weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     if scale > 0 and d in TRAINED_HEAD_DIMS and _trains(x, (*weights, layer_scale), residual, by):
-        y = _training(
+        y = _training_node(
             x, (*weights, layer_scale, row_scale), num_heads, eps, scale, residual is not None,
             recompute, implementation,
         )  # fmt: skip
@@ -213,26 +209,15 @@ def layer_norm_attention(
 
 def _trains(x, tensors, residual, implementation) -> bool:
     """Whether one node of the graph serves; otherwise the parts, each with its own."""
-    if not _dispatch.wants_grad(x, *tensors) or residual is not None and residual is not x:
+    if not _training.wants_node(x, tensors, residual):
         return False
     return _policy.resolve("attention", x, implementation) != "torch"
 
 
-def _training(x, operands, num_heads, eps, scale, add, recompute, implementation):
-    *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
-    dtype = _checks.autocast_dtype(x)
-    w1, w2 = _checks.cast(dtype, w1, w2)  # biases are added in fp32 as they are
-    weights = (*norm, w1, b1, w2, b2)
-    (rows, _), D, D_out = weights[2].shape, x.shape[2], weights[4].shape[0]
+def _training_node(x, tensors, num_heads, eps, scale, add, recompute, implementation):
     names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
-    shapes = ((D,), (D,), (rows, D), (rows,), (D_out, rows // 3), (D_out,))
-    named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
-    scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
-    residual = (x if add else None, (*x.shape[:2], D_out))
-    _checks.expect("layer_norm_attention", x, **named, **scales, residual=residual)
-    if dtype is None:
-        _checks.expect("layer_norm_attention", x, x.dtype, **{k: named[k] for k in names[2:]})
-    rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
+    width = tensors[2].shape[0] // 3
+    rest = _training.operands("layer_norm_attention", names, x, tensors, width, add)
     return _train(
         x.contiguous(), *rest, num_heads, eps, scale, add, recompute, implementation
     )[0]  # fmt: skip

@@ -17,8 +17,9 @@ import deit_fast
 from benchmarks.accuracy import short_sums
 from deit_fast import tune
 from deit_fast.kernels import _chips, _tuned
-from deit_fast.kernels.linear import HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG
-from deit_fast.kernels.quantized_linear import HOPPER_CONFIGS as EIGHT_BITS_CONFIGS
+from deit_fast.kernels.linear import linear_gelu_backward
+from deit_fast.kernels.linear.configs import HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG
+from deit_fast.kernels.quantized_linear.configs import HOPPER_CONFIGS as EIGHT_BITS_CONFIGS
 
 CHIP = _chips.Chip("NVIDIA H9000", (9, 0), 4)
 NAME = "deit_tiny_distilled"
@@ -225,13 +226,13 @@ def test_the_backward_product_is_settled_for_training(small, cache, monkeypatch)
     assert row["choice"] == favourite
     assert len(tried) == 2 * len(set(tried)) == 2 * (1 + len(row["others"]))
     assert any(dict(choice)["implementation"] == "cublas" for choice in tried)
-    taken, real = [], tune.linear._choose
-    monkeypatch.setattr(tune.linear, "_choose", lambda *args: taken.append(real(*args)) or taken[0])
+    taken, real = [], tune.linear.choose
+    monkeypatch.setattr(tune.linear, "choose", lambda *args: taken.append(real(*args)) or taken[0])
     dy, weight = torch.randn(216, 64).half(), torch.randn(64, 256).half()
-    tune.linear.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+    linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
     assert taken == [("triton", WIDE_BACKWARD_CONFIG)]
     with _tuned.disabled():
-        tune.linear.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+        linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
     assert taken[1][1] in tune.linear.configs(FP16, CHIP.capability, backward=True)
 
 

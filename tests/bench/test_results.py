@@ -146,7 +146,7 @@ def test_fresh_rows_are_those_of_this_build_with_enough_runs():
 def copied(tmp_path, monkeypatch):
     """The package as a tree of a few files, and a folder of tuned tables."""
     package = tmp_path / "deit_fast"
-    for folder in ("kernels/tuned", "layers", "bench"):
+    for folder in ("kernels/tuned", "kernels/linear", "layers", "bench"):
         (package / folder).mkdir(parents=True)
     for path in ("__init__.py", "kernels/__init__.py", "layers/block.py", "bench/timing.py"):
         (package / path).write_text(f"# {path}")
@@ -167,7 +167,7 @@ def test_the_build_changes_with_what_decides_a_figure(copied):
     (copied / "bench" / "timing.py").write_text("")
     assert results.build(HARDWARE) == first
     seen = {first}
-    for path in ("layers/block.py", "swap.py", "kernels/linear.py"):
+    for path in ("layers/block.py", "swap.py", "kernels/linear/forward.py"):
         (copied / path).write_text("other")
         assert (found := results.build(HARDWARE)) not in seen
         seen.add(found)

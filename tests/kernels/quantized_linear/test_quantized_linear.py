@@ -1,10 +1,19 @@
-"""quantized_linear against fp64 products of the dequantised operands."""
+"""quantized_linear against fp64 matmuls of the dequantized operands."""
 
 from functools import partial
 
 import pytest
 import torch
-from checking import BF16, FP16, FP32, assert_at_most, assert_close, relative_error, seed
+from checking import (
+    BF16,
+    FP16,
+    FP32,
+    assert_at_most,
+    assert_close,
+    relative_error,
+    seed,
+    skip_without_tensor_descriptors,
+)
 from selection import where
 
 from deit_fast.kernels import (
@@ -20,20 +29,19 @@ from deit_fast.kernels import (
 )
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import quantized_linear_inputs
+from deit_fast.kernels.linear.configs import without_tma
 from deit_fast.kernels.quantize import FORMATS, LIMITS
-from deit_fast.kernels.quantized_linear import (
+from deit_fast.kernels.quantized_linear import GROUP_SIZE, SHORT_SUMS
+from deit_fast.kernels.quantized_linear.configs import (
     AMPERE_CONFIGS,
     HOPPER_CONFIGS,
-    PART,
-    SHORT_SUMS,
-    _fwd,
-    _without_tma,
     block_k,
     configs,
     epilogue_name,
     meta,
     why_not,
 )
+from deit_fast.kernels.quantized_linear.op import _fwd
 
 triton_linear = partial(quantized_linear, implementation="triton")
 FORMAT = pytest.mark.parametrize("of", FORMATS)
@@ -52,7 +60,7 @@ H9000, A9000 = Chip("NVIDIA H9000", (9, 0), 4), Chip("NVIDIA A9000", (8, 9), 4)
 
 
 def make_inputs(**options):
-    """No row_scale of zeros alone, which would hide the product."""
+    """No row_scale of zeros alone, which would hide the matmul."""
     made = quantized_linear_inputs(**options)
     if "row_scale" in made:
         S = made["row_scale"].shape[0]
@@ -66,14 +74,11 @@ def exactly(x, weight, dtype=None, format=None, out_scale=None, **rest):
     return linear_reference(dequantize(x).double(), dequantize(weight).double(), **rest)
 
 
-def skip_without_tensor_descriptors(config, device):
-    if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("GPU: this chip has no tensor descriptors")
-
-
 def assert_as_accurate(got, inputs, what=""):
-    """Twice the reference's error, which computes in fp32 and rounds once; fp8 on sm_90 adds up
-    with fewer bits."""
+    """At most twice the error of the reference, which computes in fp32 and rounds once.
+
+    FP8 on sm_90 accumulates with fewer bits.
+    """
     expected, true = quantized_linear_reference(**inputs), exactly(**inputs)
     if isinstance(expected, Quantized):
         assert (
@@ -102,25 +107,29 @@ def test_as_accurate_as_the_reference(case, epilogue, of, device):
 
 
 @FORMAT
-@pytest.mark.parametrize("case", [c for c in cases.QUANTIZED_LINEAR if c["N"] % PART == 0], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in cases.QUANTIZED_LINEAR if c["N"] % GROUP_SIZE == 0], ids=str
+)
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_result_in_eight_bits(case, activation, of, device):
+def test_quantized_result(case, activation, of, device):
     inputs = make_inputs(**case, activation=activation, of=of, format=of, device=device)
     got = triton_linear(**inputs)
-    assert got.scales.shape == (case["N"] // PART, case["M"])
+    assert got.scales.shape == (case["N"] // GROUP_SIZE, case["M"])
     assert_as_accurate(got, inputs)
     if case["M"]:  # a scale of its own for each row and 64 columns: the largest is the format's
-        parts = got.values.float().abs().unflatten(-1, (-1, PART)).amax(-1)
-        assert (parts == LIMITS[got.values.dtype]).all()
+        groups = got.values.float().abs().unflatten(-1, (-1, GROUP_SIZE)).amax(-1)
+        assert (groups == LIMITS[got.values.dtype]).all()
         close = (dequantize(got) - exactly(**inputs)).abs() <= got.scales.t().reshape(
             *got.values.shape[:-1], -1, 1
-        ).expand(*got.values.shape[:-1], -1, PART).flatten(-2) * (16.01 if of == "fp8" else 0.51)
+        ).expand(*got.values.shape[:-1], -1, GROUP_SIZE).flatten(-2) * (
+            16.01 if of == "fp8" else 0.51
+        )
         assert close.all()
 
 
 @pytest.mark.parametrize("case", cases.QUANTIZED_LINEAR, ids=str)
-def test_one_scale_for_all_of_x_and_of_the_result(case, device):
-    """fp8: also of widths that are no multiple of 64."""
+def test_per_tensor_scales_of_x_and_of_the_result(case, device):
+    """FP8: also with widths that are no multiple of 64."""
     case = {k: v for k, v in case.items() if k != "parts"} | {"scale": 0.01, "device": device}
     inputs = make_inputs(**case, activation="gelu", format="fp8", out_scale=0.02)
     got = triton_linear(**inputs)
@@ -137,14 +146,14 @@ def a_table_may_name(config, kind):
 
 @CONFIG
 @FORMAT
-@pytest.mark.parametrize("kind", ["rows", "parts", "own scales", "one scale"])
-@where(lambda kind, of: (kind, of) != ("one scale", "int8"))  # which could not say NaN
+@pytest.mark.parametrize("kind", ["per row", "parts", "own scales", "per tensor"])
+@where(lambda kind, of: (kind, of) != ("per tensor", "int8"))  # int8 could not say NaN
 @where(lambda kind, config: a_table_may_name(config, kind))
 def test_every_configuration_a_table_may_name(kind, of, config, device):
     skip_without_tensor_descriptors(config, device)
     options = {
-        "rows": EVERYTHING, "parts": EVERYTHING | {"parts": 3}, "own scales": {"format": of},
-        "one scale": {"scale": 0.01, "format": "fp8", "out_scale": 0.02},
+        "per row": EVERYTHING, "parts": EVERYTHING | {"parts": 3}, "own scales": {"format": of},
+        "per tensor": {"scale": 0.01, "format": "fp8", "out_scale": 0.02},
     }[kind]  # fmt: skip
     choice = {"implementation": "triton", **config}
     M = config["BLOCK_M"] + 6
@@ -165,19 +174,19 @@ def test_what_the_rule_takes(parts, N, chip, of, device):
 
 
 def test_rule():
-    """The wide tile where it leaves no column idle, unless parts need a second sum; the small one
-    where the others leave multiprocessors idle, unless it is narrower than a scale's columns."""
+    """The wide tile where it leaves no column idle, unless groups need a second accumulator; the
+    small one where the others leave SMs idle, unless it is narrower than a group."""
     for chip in ((8, 0), (8, 9), (9, 0), (10, 0)):
         wide, narrow, small = configs(chip)[:3]
         assert meta(50_688, 1152, chip, 132) == meta(50_688, 768, chip, 132) == wide
-        assert meta(50_688, 192, chip, 132) == meta(50_688, 384, chip, 132, parts=True) == narrow
-        assert meta(10, 384, chip, 132) == meta(10, 384, chip, 132, parts=True) == small
+        assert meta(50_688, 192, chip, 132) == meta(50_688, 384, chip, 132, groups=True) == narrow
+        assert meta(10, 384, chip, 132) == meta(10, 384, chip, 132, groups=True) == small
         assert meta(10, 384, chip, 132, own_scales=True) == narrow
     assert configs((8, 9)) == configs((8, 0)) == AMPERE_CONFIGS
     wide, narrow, small, *_ = HOPPER_CONFIGS
     assert [block_k(narrow, width) for width in (64, 32, 96, 256)] == [64, 32, 32, 128]
     for config in HOPPER_CONFIGS:
-        without = _without_tma(config, HOPPER_CONFIGS)
+        without = without_tma(config, HOPPER_CONFIGS)
         assert without in HOPPER_CONFIGS and not without["TMA"]
         assert without["BLOCK_N"] == min(config["BLOCK_N"], 128)
 
@@ -189,7 +198,7 @@ def test_a_table_may_not_name_what_spills_or_cannot_be():
     own = epilogue_name(False, "gelu", True, False, False, True, True)
     assert (parts, own) == ("parts+bias+residual", "bias+gelu+quantized+own_scales")
     for choice, epilogue, problem in (
-        (wide, parts, "second sum spills"), (narrow, parts, None), (small, parts, None),
+        (wide, parts, "second accumulator spills"), (narrow, parts, None), (small, parts, None),
         (wide, own, None), (narrow, own, None), (small, own, "narrower than the 64 columns"),
         ({"implementation": "cublas"}, own, "implementation 'cublas', expected one of"),
         (narrow | {"num_warps": 2}, own, "does not offer"),
@@ -214,7 +223,7 @@ def test_int8_is_exact_and_fp8_nearly(of, device):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_stays_alone(bad, parts, implementation, of, device):
-    """Through one product whose result is in eight bits and the next, whose is not."""
+    """Through a layer with a quantized result and one with a float result."""
     seed(0)
     x = torch.randn(20, 128, device=device)
     weight, back = (
@@ -237,7 +246,7 @@ def test_a_row_that_is_not_finite_stays_alone(bad, parts, implementation, of, de
     assert torch.equal(y[rest], clean[rest])
 
 
-def test_nan_in_values_with_one_scale(device):
+def test_nan_in_values_with_a_per_tensor_scale(device):
     """e4m3 says NaN itself; what is too large saturates."""
     seed(0)
     weight = quantize_reference(torch.randn(64, 64, device=device), "fp8")
@@ -292,7 +301,7 @@ def test_autocast_changes_nothing(implementation, device):
 
 
 def arguments(of, device, **options):
-    """Of the operator."""
+    """The operator's arguments."""
     inputs = make_inputs(M=6, S=2, K=96, N=64, parts=3, of=of, device=device, **options)
     x, weight = inputs["x"], inputs["weight"]
     optional = (inputs.get(k) for k in ("bias", "residual", "layer_scale", "row_scale"))
@@ -306,7 +315,8 @@ def arguments(of, device, **options):
 
 
 def opcheck(arguments):
-    """Its check that arguments stay as they are multiplies them, which PyTorch can't in e4m3."""
+    """torch's, less the check that arguments stay unchanged: it multiplies them, which PyTorch
+    cannot do in e4m3."""
     left_out = arguments[0].dtype == torch.float8_e4m3fn
     checks = ("test_schema", "test_autograd_registration", "test_faketensor",
               "test_aot_dispatch_dynamic")  # fmt: skip
@@ -319,7 +329,7 @@ def test_op_contract(of, device):
     opcheck(arguments(of, device, format=of))
 
 
-def test_op_contract_with_one_scale(device):
+def test_op_contract_with_a_per_tensor_scale(device):
     opcheck(arguments("fp8", device, format="fp8", out_scale=0.02))
 
 
@@ -365,11 +375,12 @@ def test_bad_input_is_named(device):
            quantize_reference(torch.zeros(64, 90, device=device), "int8"))  # fmt: skip
     refuse(ValueError, r"weight has shape \(64, 96\) and scales \(3, 64\), expected \(N, 96\)", x,
            quantize_reference(torch.zeros(64, 96, device=device), "int8", 3))  # fmt: skip
-    refuse(ValueError, r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), expected \(P, 6\)",
+    refuse(ValueError,
+           r"x has scales of shape \(1, 5\) for values of \(2, 3, 96\), expected \(P, 6\)",
            Quantized(x.values, x.scales[:1, :5]), weight)  # fmt: skip
     refuse(ValueError, r"scales of shape \(1, 1\).* or \(1, 1\) with fp8",
            Quantized(x.values, one), weight)  # fmt: skip
-    refuse(ValueError, "x has parts of 16 features, expected a multiple of 32",
+    refuse(ValueError, "x has groups of 16 features, expected a multiple of 32",
            quantize_reference(torch.zeros(2, 96, device=device), "int8", 6), weight)  # fmt: skip
     refuse(ValueError, r"bias has shape \(5,\), expected \(64,\)", x, weight, bias[:5], dtype=FP16)
     refuse(ValueError, r"residual has shape \(6, 64\), expected \(2, 3, 64\)", x, weight,

@@ -20,7 +20,9 @@ from checking import (
 
 from deit_fast.kernels import _tuned, cases, layer_norm_mlp, layer_norm_mlp_reference
 from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
-from deit_fast.kernels.layer_norm_mlp import AMPERE_CONFIGS, HOPPER_CONFIGS, _fwd, _train
+from deit_fast.kernels.layer_norm_mlp import op
+from deit_fast.kernels.layer_norm_mlp.configs import AMPERE_CONFIGS, HOPPER_CONFIGS
+from deit_fast.kernels.layer_norm_mlp.op import _fwd, _train
 
 fused = partial(layer_norm_mlp, implementation="fused")
 triton_layer_norm_mlp = partial(layer_norm_mlp, implementation="triton")
@@ -35,7 +37,7 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
 
 
 def pre_norm(fn):
-    """fn with its input as the residual too: in training one node of the graph."""
+    """fn with its input as the residual too: in training one node of the autograd graph."""
     return lambda x, **rest: fn(x, residual=x, **rest)
 
 
@@ -49,7 +51,7 @@ def test_pre_norm_no_less_accurate_than_torch(case, scales, dtype, device):
 
 
 def test_eps(device):
-    """As large as the variance: a millionth is not seen."""
+    """An eps as large as the variance: one of 1e-6 would make no visible difference."""
     inputs = make_inputs(12, 2, 64, 128, device=device) | {"eps": 0.5}
     check(triton_layer_norm_mlp, layer_norm_mlp_reference, inputs, FP16)
     inputs = half_inputs(12, 2, 64, device) | {"eps": 0.5}
@@ -58,7 +60,7 @@ def test_eps(device):
 
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_saved_or_made_again(recompute, implementation, device):
+def test_saved_or_recomputed(recompute, implementation, device):
     """Also without a residual and without biases."""
     inputs = make_inputs(12, 2, 64, 128, device=device)
     del inputs["residual"]
@@ -104,7 +106,7 @@ def test_second_derivative(device):
     assert_close(got, expected)
 
 
-def test_autocast_keeps_the_stream_in_fp32(device):
+def test_autocast_keeps_the_residual_stream_in_fp32(device):
     inputs = make_inputs(12, 2, 64, 128, device=device)
     exact = layer_norm_mlp_reference(**{k: t.double() for k, t in inputs.items()})
     with torch.autocast(device, FP16):
@@ -145,8 +147,7 @@ def test_fused_and_parts_leave_the_same_row_stats(device):
 
 def test_a_table_decides_whether_it_is_fused(device, monkeypatch):
     calls = []
-    module = __import__("sys").modules["deit_fast.kernels.layer_norm_mlp"]
-    monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or _fwd(*args))
+    monkeypatch.setattr(op, "_fwd", lambda *args: calls.append(1) or _fwd(*args))
     inputs = half_inputs(20, 2, 64, device)
     triton_layer_norm_mlp(**inputs)
     assert not calls
