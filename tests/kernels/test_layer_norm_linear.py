@@ -41,11 +41,11 @@ def in_dtype(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("stream", ["normal", "outliers", "offset"])
+@pytest.mark.parametrize("distribution", ["normal", "outliers", "offset"])
 @pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
-def test_folding_is_no_less_accurate_than_torch(case, stream, dtype, device):
+def test_folding_is_no_less_accurate_than_torch(case, distribution, dtype, device):
     """Also where some channels are 50 times the others, and where the mean is ten deviations."""
-    inputs = make_inputs(**case, stream=stream, device=device)
+    inputs = make_inputs(**case, distribution=distribution, device=device)
     check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
 
 
@@ -63,7 +63,9 @@ def test_values_and_gradients_of_the_two_operations(case, implementation, dtype,
 def test_every_configuration_a_table_may_name(config, dtype, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("GPU: this chip has no tensor descriptors")
-    inputs = make_inputs(M=300, K=192, N=320, activation="gelu", stream="offset", device=device)
+    inputs = make_inputs(
+        M=300, K=192, N=320, activation="gelu", distribution="offset", device=device
+    )
     with _tuned.forced("linear", {"implementation": "triton", **config}):
         check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
 
@@ -158,7 +160,7 @@ def test_when_it_folds(device, monkeypatch):
 
 
 def test_autocast(device):
-    """An fp32 stream is not folded: rounding it would cost accuracy. A half one is."""
+    """An fp32 residual stream is not folded: rounding it would cost accuracy. A half one is."""
     inputs = make_inputs(M=96, K=64, N=48, device=device)
     exact = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
     with torch.autocast(device, FP16):
@@ -219,9 +221,7 @@ def test_bad_input_is_named():
         layer_norm_linear(x, g, g, w, implementation="flod")
     with pytest.raises(TypeError, match="bias has dtype torch.bfloat16, expected torch.float16"):
         folded(x.half(), g.half(), g.half(), w.half(), w[:, 0].to(BF16))
-    with pytest.raises(
-        ValueError, match=r"row_stats has shape \(1, 2, 5\), expected \(1, 2, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"row_stats has shape \(1, 2, 5\), expected \(1, 2, 6\)"):
         layer_norm_linear(x, g, g, w, row_stats=torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="row statistics of 3 parts, expected a divisor of 32"):
         layer_norm_linear(x, g, g, w, row_stats=torch.zeros(3, 2, 6))

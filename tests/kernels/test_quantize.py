@@ -220,7 +220,9 @@ def test_backward_raises_instead_of_losing_gradients(name, format, implementatio
     result, leaf = eight_bits(name, format, implementation, device)
     y = result if torch.is_tensor(result) else dequantize(result)
     assert y.requires_grad
-    with pytest.raises(RuntimeError, match=f"^{name}: eight bits are for inference, no gradient"):
+    with pytest.raises(
+        RuntimeError, match=f"^{name}: quantized operations are for inference, no gradient"
+    ):
         y.sum().backward()
     assert leaf.grad is None
     without = eight_bits(name, format, implementation, device, grad=False)[0]
