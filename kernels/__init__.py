@@ -23,13 +23,12 @@ if __name__ == "deit_fast.kernels":
         add_layer_norm,
         add_layer_norm_reference,
         layer_norm,
-        layer_norm_quantized,
-        layer_norm_quantized_reference,
         layer_norm_reference,
     )
     from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
     from .layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
     from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
+    from .layer_norm_quantized import layer_norm_quantized, layer_norm_quantized_reference
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
     from .quantize import Quantized, dequantize, quantize, quantize_reference

@@ -167,7 +167,7 @@ def test_autocast(device):
         got = layer_norm_linear(**inputs, implementation="triton")
         with pytest.raises(ValueError, match="'fold', but x is torch.float32"):
             folded(**inputs)
-        with pytest.raises(ValueError, match="x is torch.bfloat16 and the product torch.float16"):
+        with pytest.raises(ValueError, match="x is torch.bfloat16 and the GEMM torch.float16"):
             folded(**inputs | {"x": inputs["x"].bfloat16()})
         half = folded(**inputs | {"x": inputs["x"].half()})
     assert got.dtype == half.dtype == FP16
