@@ -60,7 +60,7 @@ def _classifier_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(C, BLOCK_N)
-    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: B * N * D may pass 2**31
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: B * N * D may exceed 2**31
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)

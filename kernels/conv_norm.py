@@ -89,7 +89,7 @@ def _depthwise_conv_kernel(
     pixel = tl.arange(0, TILE * TILE)
     x_out = tile % across * TILE + pixel % TILE
     y_out = tile // across % down * TILE + pixel // TILE
-    sample = (tile // (across * down)).to(tl.int64)  # a batch may pass 2**31 elements
+    sample = (tile // (across * down)).to(tl.int64)  # a batch may exceed 2**31 elements
     x_ptr += sample * Y * X * C
     in_channels = channels < C
     acc = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)

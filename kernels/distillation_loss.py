@@ -93,7 +93,7 @@ def _distillation_loss_kernel(
     T_ROW: tl.constexpr, SOFT_TARGET: tl.constexpr, DISTILLATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # int64: B * C may pass 2**31
+    row = tl.program_id(0).to(tl.int64)  # int64: B * C may exceed 2**31
     cols = tl.arange(0, BLOCK)
     lowest = tl.full((), float("-inf"), tl.float32)
     zero = tl.full((), 0.0, tl.float32)

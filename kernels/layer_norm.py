@@ -52,7 +52,7 @@ def _layer_norm_kernel(
     scales_ptr,  # out: (M,) where y is quantized, else None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # int64: M * N may pass 2**31
+    # int64: M * N may exceed 2**31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
@@ -91,7 +91,7 @@ def _layer_norm_backward_kernel(
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        # int64: M * N may pass 2**31
+        # int64: M * N may exceed 2**31
         rows = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & in_cols[None, :]
         offs = rows[:, None] * N + cols[None, :]

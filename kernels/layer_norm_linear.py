@@ -76,7 +76,7 @@ def _row_stats_kernel(
     row_stats_ptr,  # out: (1, 2, M)
     M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # int64: M * K may pass 2**31
+    # int64: M * K may exceed 2**31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < K)[None, :]

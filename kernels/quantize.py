@@ -115,7 +115,7 @@ def _quantize_kernel(
     q_ptr, scales_ptr,  # out: (M, K) (P, M)
     M, P, WIDTH, INT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # int64: M * K may pass 2**31. A row here is a group of a row of x, K = P * WIDTH
+    # int64: M * K may exceed 2**31. A row here is a group of a row of x, K = P * WIDTH
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     in_rows = rows < M * tl.cast(P, tl.int64)

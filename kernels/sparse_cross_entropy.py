@@ -61,7 +61,7 @@ def _sparse_cross_entropy_kernel(
     C: tl.constexpr, K: tl.constexpr, Z_ROW: tl.constexpr, I_ROW: tl.constexpr,
     Q_ROW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # int64: B * C may pass 2**31
+    row = tl.program_id(0).to(tl.int64)  # int64: B * C may exceed 2**31
     cols = tl.arange(0, BLOCK)
     pairs = tl.arange(0, BLOCK_K)
     zero = tl.full((), 0.0, tl.float32)

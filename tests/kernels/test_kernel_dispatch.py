@@ -17,7 +17,7 @@ from deit_fast.kernels import cases, linear
 FP16, FP32 = torch.float16, torch.float32
 
 
-def test_nobody_else_registers_the_operators_again():
+def test_no_other_import_registers_the_operators_again():
     """`import kernels` with the checkout's root on sys.path, as transformers does: operators that
     are registered twice leave those in use with freed schemas, and their calls fail at random."""
     assert "linear" not in vars(importlib.import_module("kernels"))

@@ -52,7 +52,7 @@ def test_eps(device):
         inputs["residual"] = torch.randn_like(inputs["x"])
 
 
-def test_fp32_stream_in_half_precision_out(device):
+def test_fp32_residual_stream_in_half_precision_out(device):
     inputs = make_inputs((9, 192), device)
     y = layer_norm(**inputs, out_dtype=FP16, implementation="triton")
     exact = layer_norm_reference(**{k: t.double() for k, t in inputs.items()})
@@ -62,7 +62,7 @@ def test_fp32_stream_in_half_precision_out(device):
     x = torch.randn(9, 192, device=device, dtype=BF16)
     weight, bias = inputs["weight"], inputs["bias"]
     y, h = add_layer_norm(x, inputs["x"], weight, bias, implementation="triton")
-    assert y.dtype == h.dtype == FP32  # the promoted dtype carries the stream
+    assert y.dtype == h.dtype == FP32  # the promoted dtype is the residual stream's
     assert_close(h, x + inputs["x"])
     assert_close(y, layer_norm_reference(h, weight, bias))
 

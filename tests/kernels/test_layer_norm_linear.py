@@ -1,5 +1,6 @@
-"""layer_norm_linear against fp64: folded into the product, and as two operations."""
+"""layer_norm_linear against fp64: folded into the GEMM, and as two operations."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from checking import (
     check_compiles,
     seed,
 )
+from losses import in_dtype
 from tiers import slow
 
 from deit_fast.kernels import (
@@ -34,10 +36,6 @@ from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
 
 folded = partial(layer_norm_linear, implementation="fold")
 separate = partial(layer_norm_linear, implementation="cublas")
-
-
-def in_dtype(inputs, dtype):
-    return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -71,8 +69,8 @@ def test_every_configuration_a_table_may_name(config, dtype, device):
 
 
 @pytest.mark.parametrize("implementation", ["triton", slow("cublas")])
-def test_row_stats_of_the_product_before(implementation, device):
-    """The row statistics that a linear leaves give what a pass over its result gives."""
+def test_row_stats_of_the_previous_linear(implementation, device):
+    """The row statistics of a linear give what a kernel over its result gives."""
     seed(0)
     hidden, weight = torch.randn(1600, 96, device=device), torch.randn(192, 96, device=device)
     x, row_stats = linear(
@@ -81,7 +79,7 @@ def test_row_stats_of_the_product_before(implementation, device):
     inputs = in_dtype(make_inputs(M=1600, K=192, N=64, device=device), FP16) | {"x": x}
     got = folded(**inputs, row_stats=row_stats)
     assert_close(got, folded(**inputs))
-    row_stats[:, 0] += 1.0  # they are believed
+    row_stats[:, 0] += 1.0  # they are trusted
     assert_differ(folded(**inputs, row_stats=row_stats), got)
 
 
@@ -129,10 +127,10 @@ def test_changed_weights_are_seen(device):
 
 
 def test_when_it_folds(device, monkeypatch):
-    """Half precision, no gradients, rows twice the features (eight times where their row statistics are
-    not known), and what a table says."""
+    """Half precision, no gradients, rows twice the features (eight times where their row statistics
+    are not known), and what a table says."""
     calls = []
-    module = __import__("sys").modules["deit_fast.kernels.layer_norm_linear"]
+    module = sys.modules["deit_fast.kernels.layer_norm_linear"]
     real = module._fwd
     monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or real(*args))
 

@@ -1,4 +1,4 @@
-"""Tuned tables: what is found in them, and that what is no use is named and ignored."""
+"""Tuned tables: what is found in them; unusable ones are named and ignored."""
 
 import json
 import sys
