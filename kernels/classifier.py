@@ -230,7 +230,8 @@ def classifier(
             linear(y[:, i], heads[2 * t], heads[2 * t + 1], implementation=implementation)
             for i, t in enumerate(tokens)
         ]
-        return fuse(fusion, logits).to(heads[0].dtype)  # softmax under autocast is fp32
+        # linear gives tensors without return_row_stats; softmax under autocast gives fp32
+        return fuse(fusion, logits).to(heads[0].dtype)  # type: ignore[arg-type]
     rest = [t if t is None else t.contiguous() for t in (norm_weight, norm_bias, *heads)]
     if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
         x = x[:, : 1 + distilled].contiguous()

@@ -175,7 +175,10 @@ def uses_row_stats(x: Tensor, weight: Tensor) -> bool:
     return _tuned.implementation("layer_norm_linear", weight, x, dtype, K=K, N=N) != "separate"
 
 
-def _why_not_fold(x, tensors, rows, row_stats, implementation) -> str | None:
+def _why_not_fold(
+    x: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: int,
+    row_stats: Tensor | None, implementation: str,
+) -> str | None:  # fmt: skip
     """Why the normalisation cannot or should not be folded here; None: it is."""
     if _dispatch.wants_grad(x, *tensors):
         return "gradients are wanted: it has none"
@@ -290,4 +293,5 @@ def layer_norm_linear(
     # under autocast the GEMM rounds its input anyway: the LayerNorm writes it rounded
     norm_by = "triton" if implementation == "cublas" else implementation
     y = layer_norm(x, norm_weight, norm_bias, eps, _checks.autocast_dtype(x), norm_by)
-    return linear(y, weight, bias, activation, implementation=implementation)
+    # without return_row_stats a tensor
+    return linear(y, weight, bias, activation, implementation=implementation)  # type: ignore[return-value]
