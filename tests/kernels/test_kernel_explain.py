@@ -150,7 +150,7 @@ def test_a_tuned_table(tmp_path, monkeypatch):
 
 @pytest.mark.cpu("the table's chip is simulated")
 def test_the_configuration_of_a_table():
-    from deit_fast.kernels.linear import AMPERE_CONFIGS
+    from deit_fast.kernels.linear.configs import AMPERE_CONFIGS
 
     config = {"implementation": "triton", **AMPERE_CONFIGS[0]}
     inputs = arguments("linear", *LINEAR, device="cpu")
