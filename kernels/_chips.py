@@ -79,3 +79,8 @@ QUANTIZED_FORMATS = {
     torch.float8_e4m3fn: ((8, 9), "fp8 (e4m3) needs compute capability 8.9; int8 needs 8.0"),
     torch.int8: ((8, 0), "Triton multiplies int8 on tensor cores from compute capability 8.0"),
 }
+
+# By compute capability, 90 for 9.0: bytes of shared memory that a block may have, and threads that
+# an SM holds.
+SHARED_MEMORY_LIMIT = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+THREADS_LIMIT = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048}
