@@ -9,44 +9,21 @@ from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
 from deit_fast.bench.results import KernelRow, ModelRow, Results
 
-# Training: images/s of `OURS` over those of `RIVAL` that are wanted of an H100 or H200, at most its
-# memory. Both are compiled into CUDA graphs
-MARKS = {"DeiT-Ti distilled": 1.5, "DeiT-S distilled": 1.3, "DeiT-B distilled": 1.15}
-OURS = "deit_fast_reduce_overhead_amp_bf16_train"
-RIVAL = "compile_max_autotune_amp_bf16_train"
-WORK = {"batch": "forward + backward", "step": "full step"}
-# Inference in eight bits: images/s over those of our own bf16 that are wanted of fp8 on an H100 or
-# H200 at this batch; and more than torchao's, whose mode and our engine's are CUDA graphs both
-FP8_MARKS = {"DeiT-S": 1.3, "DeiT-B": 1.5, "DeiT-B-384": 1.5}
-FP8_BATCH = 256
-EIGHT_BITS = {
-    "deit_fast bf16": "deit_fast_bf16", "fp8": "deit_fast_fp8", "int8": "deit_fast_int8",
-    "fp8, attention too": "deit_fast_fp8_attention",
-    "deit_fast bf16, engine": "deit_fast_engine_bf16", "fp8, engine": "deit_fast_engine_fp8",
-    "torchao fp8, max-autotune": "torchao_fp8_compile",
-}  # fmt: skip
-# What a reader of that comparison has to know
-NOT_ALIKE = (
-    "fp8 here: two of the four products' operands have a scale a row, found at run time, those of "
-    "proj and fc2 one for all, from a bound; torchao: a scale a row of all four. Ours runs the "
-    "last block for the prefix tokens only. Python launches every kernel but in the engine and "
-    "under max-autotune, which are CUDA graphs"
-)
-
-# Ratios that the marks are held against, and whose batch counts
-MARKED = {"fp8 / bf16": "fp8", "engine fp8 / engine bf16": "fp8, engine"}
-
 
 @dataclass(frozen=True)
 class Chip:
-    """Every results file of one folder."""
+    """Every results file of one chip's folder."""
 
     folder: Path
     files: dict[str, Results]
 
     @classmethod
     def read(cls, folder: Path) -> "Chip":
-        """Raises CorruptResults, naming the file."""
+        """Read all results files of a folder.
+
+        Raises:
+            CorruptResults: A file is damaged; the message names it.
+        """
         paths = sorted(folder.glob("*.json"))
         return cls(folder, {path.stem: results.load(path) for path in paths})
 
@@ -57,15 +34,18 @@ class Chip:
 
     @property
     def name(self) -> str:
+        """The GPU, or the CPU with its threads."""
         hardware = self.newest.hardware
         return hardware["gpu"] or f"{hardware['cpu']} (CPU, {hardware['threads']} threads)"
 
     @property
     def is_cpu(self) -> bool:
+        """Whether no GPU was there: such figures claim nothing."""
         return self.newest.hardware["gpu"] is None
 
     @property
     def peak_rates(self) -> dict:
+        """Measured with the last run."""
         return self.newest.peak_rates
 
     def is_old(self, row: ModelRow | KernelRow) -> bool:
@@ -74,10 +54,12 @@ class Chip:
 
     @property
     def models(self) -> list[ModelRow]:
+        """The rows of networks, of all files."""
         return [r for file in self.files.values() for r in file.rows if isinstance(r, ModelRow)]
 
     @property
     def kernels(self) -> list[KernelRow]:
+        """The rows of operations, of all files."""
         return [r for file in self.files.values() for r in file.rows if isinstance(r, KernelRow)]
 
     def row(self, entry: Entry, mode: str, protocol: str, batch: int | None = None):
@@ -125,81 +107,6 @@ class Chip:
             r.mode for r in self.models if r.protocol == protocol and r.status != "unavailable"
         }  # fmt: skip
         return [name for name, mode in MODES.items() if name in seen and mode.train == train]
-
-
-def mark(entry: Entry, ours: ModelRow | None, rival: ModelRow | None) -> str:
-    """What is wanted of two measured rows, and whether it is met: "" where nothing is, or where one
-    is missing."""
-    wanted, found = MARKS.get(entry.network), ratio(ours, rival)
-    if wanted is None or found is None:
-        return ""
-    memory = ours.peak_memory_gb, rival.peak_memory_gb
-    missed = ["speed"] * (found < wanted)
-    missed += ["memory"] * (None not in memory and memory[0] > memory[1])
-    return f"{wanted:.2f} {'met' if not missed else 'missed: ' + ', '.join(missed)}"
-
-
-@dataclass(frozen=True)
-class EightBits:
-    """One network in eight bits: its rows by `EIGHT_BITS`, and what they say of each other."""
-
-    entry: Entry
-    rows: dict[str, ModelRow | None]
-    ours: ModelRow  # what the line is about: fp8; int8 where only that is new, or was measured
-
-    @classmethod
-    def of(cls, chip: Chip, entry: Entry) -> "EightBits | None":
-        """At the protocol "batch"; None where neither fp8 nor int8 was measured or failed."""
-        rows = {name: chip.row(entry, mode, "batch") for name, mode in EIGHT_BITS.items()}
-        ours = [r for r in (rows["fp8"], rows["int8"]) if r and r.status != "unavailable"]
-
-        def rank(r):
-            return not chip.is_old(r), r.status == "measured"
-
-        return cls(entry, rows, max(ours, key=rank)) if ours else None
-
-    @property
-    def base(self) -> ModelRow:
-        """What speeds are shown beside: `ours`, or where that failed another of that build."""
-        rows = [self.ours, *filter(None, self.rows.values())]
-        rows = [r for r in rows if r.build == self.ours.build and r.status == "measured"]
-        return rows[0] if rows else self.ours
-
-    @property
-    def ratios(self) -> dict[str, float | None]:
-        """How many times faster, None where nothing is to be said."""
-        bf16, fp8, int8, _, engine_bf16, engine_fp8, torchao = self.rows.values()
-        return {
-            "fp8 / bf16": ratio(fp8, bf16),
-            "engine fp8 / engine bf16": ratio(engine_fp8, engine_bf16),
-            "int8 / bf16": ratio(int8, bf16), "fp8 / torchao": ratio(fp8, torchao),
-            "engine fp8 / torchao": ratio(engine_fp8, torchao),
-        }  # fmt: skip
-
-    @property
-    def verdicts(self) -> list[tuple[str, float | str | None]]:
-        """(heading, ratio), and after a ratio of which something is wanted whether that is met; ""
-        where nothing is wanted or known."""
-        found = []
-        for name, times in self.ratios.items():
-            found.append((name, times))
-            if name in MARKED:
-                found.append(("wanted of an H100 or H200", self._mark(MARKED[name], times)))
-        return [*found, ("wanted: over 1", self.race)]
-
-    def _mark(self, fp8, times):
-        wanted = FP8_MARKS.get(self.entry.network.removesuffix(" distilled"))
-        if wanted is None or times is None or self.rows[fp8].batch != FP8_BATCH:
-            return ""
-        return f"{wanted:.2f} {'met' if times >= wanted else 'missed'}"
-
-    @property
-    def race(self) -> str:
-        """Whether our engine is faster than torchao's mode, or why that is not known."""
-        torchao, found = self.rows["torchao fp8, max-autotune"], self.ratios["engine fp8 / torchao"]
-        if found is not None:
-            return "met" if found > 1 else "missed"
-        return f"{torchao.status}: {torchao.note}" if torchao and torchao.note else ""
 
 
 def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
