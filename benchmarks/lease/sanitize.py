@@ -60,13 +60,13 @@ def step(ctx: Context) -> str:
     for tool in TOOLS:
         if said and (ctx.left() < 20 or ctx.small):
             break
-        row = _watched(tool, ctx)
+        row = _run_tool(tool, ctx)
         ctx.write("sanitizer", **row)
         said.append(f"{tool}: {row['note'] or row['status']}")
     return "; ".join(said)
 
 
-def _watched(tool, ctx):
+def _run_tool(tool, ctx):
     row = {"tool": tool, "errors": None, "note": ""}
     if not shutil.which("compute-sanitizer"):
         return row | {"status": "unavailable", "note": "compute-sanitizer is not installed"}

@@ -77,7 +77,7 @@ def test_the_launches_are_the_models(quick):
     recorder = launches.record(model, 1, torch.bfloat16, h100)
     triton = len(recorder.calls)
     assert rows["inference"]["ours_launches"]["triton"] == triton > 80
-    # a block: two norms, four products, attention, GELU, two sums. The patches, two tokens with
+    # a block: two norms, four GEMMs, attention, GELU, two sums. The patches, two tokens with
     # them, positions, the last norm, two heads, their mean
     assert rows["inference"]["timm_launches"] == 12 * 10 + 1 + 1 + 1 + 1 + 2 + 2 + 1
     training = rows["forward + backward"]["ours_launches"]["triton"]
@@ -204,7 +204,7 @@ assert "aten::mm" in working(step)
 with operators.idle():
     calls = operators.calls
     step()
-    # a product, a norm and GELU, their gradients, and two products
+    # a GEMM, a norm and GELU, their gradients, and two GEMMs
     assert operators.calls - calls >= 7 and x.grad.shape == x.shape and w.grad.shape == w.shape
     assert working(step) == [], working(step)
     assert working(other) == ["aten::_softmax"]

@@ -131,8 +131,8 @@ def test_kernels_are_compared_with_the_playbook(out):
     assert fc1.bytes == 2 * (198 * 192 + 192 * 768 + 768 + 198 * 768)
     (chip,) = out.glob("*/peak_rates.json")
     limits = json.loads(chip.read_text())["peak_rates"]
-    moved, products = fc1.bytes / limits["copy_tb_per_s"], fc1.flops / limits["bf16_tflops"]
-    assert fc1.predicted_ms == pytest.approx(max(moved, products) / 1e9)
+    moved, matmuls = fc1.bytes / limits["copy_tb_per_s"], fc1.flops / limits["bf16_tflops"]
+    assert fc1.predicted_ms == pytest.approx(max(moved, matmuls) / 1e9)
     assert fc1.fraction_of_peak_rate == pytest.approx(fc1.predicted_ms / fc1.ms_median)
     assert "predicted us" in done.stdout
 

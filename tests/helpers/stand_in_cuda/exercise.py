@@ -20,7 +20,7 @@ from checking import seed
 
 import deit_fast
 import stand_in_cuda
-from benchmarks.operations import QUANTIZED, NO_BACKWARD, OPS, both_ways, cast, operations
+from benchmarks.operations import NO_BACKWARD, OPS, QUANTIZED, both_ways, cast, operations
 from deit_fast import tune
 from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.cases import deit_cases
