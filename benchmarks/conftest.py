@@ -30,6 +30,7 @@ NAMES = {
 
 
 def pytest_addoption(parser):
+    """The options of the suite."""
     group = parser.getgroup("deit_fast")
     for name, text in FLAGS.items():
         group.addoption(f"--{name}", action="store_true", help=text)
@@ -41,6 +42,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    """Reads the options; a bad one ends pytest."""
     try:
         config.bench_options = Options.parse(lambda name: config.getoption(f"--{name}"))
     except ValueError as error:
@@ -52,6 +54,7 @@ def _label(value):
 
 
 def pytest_generate_tests(metafunc):
+    """Networks, modes, batches and implementations that the options choose."""
     options, requested = metafunc.config.bench_options, metafunc.fixturenames
     if "protocol" in requested:
         metafunc.parametrize("protocol", options.protocols)
@@ -87,12 +90,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
+    """Gives pytest-benchmark the timer that replays the device's clock."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=suite.REPLAY))
 
 
 @pytest.fixture(scope="session")
 def session(pytestconfig):
+    """The run that all tests share."""
     try:
         pytestconfig.bench_suite = suite.Suite.start(pytestconfig.bench_options)
         for path in pytestconfig.bench_suite.folder.glob("*.json"):
@@ -104,8 +109,11 @@ def session(pytestconfig):
 
 @pytest.fixture
 def compare(request, session, benchmark):
-    """compare(fn, reference, make_inputs): time one implementation on one of DeiT's shapes, forward
-    or forward and backward. The arguments are `operations.Operation`'s."""
+    """A function that times one implementation of an operation on one of DeiT's shapes.
+
+    Its arguments are those of `operations.Operation`, without the name; `name` is another than the
+    file's. Forward, or forward and backward.
+    """
     network, label, implementation, backward = request.param
     op = request.module.__name__.rpartition("bench_")[2]
     batch = min(session.options.batch, session.options.max_batch)
@@ -124,7 +132,7 @@ def compare(request, session, benchmark):
 
 
 def pytest_unconfigure(config):
-    """The table comes last, after pytest's own summaries."""
+    """Prints the tables last, after pytest's own summaries."""
     session = getattr(config, "bench_suite", None)
     if session is None:
         return

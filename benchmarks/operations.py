@@ -1,5 +1,8 @@
-"""An operation as its benchmark file describes it: what is called, its reference, its inputs, and
-how a result is compared. `benchmarks/bench_<op>.py` is the only place that says so."""
+"""An operation as its benchmark file describes it, and how a result is compared.
+
+What is called, its reference, its inputs: `benchmarks/bench_<op>.py` is the only place that says
+so.
+"""
 
 import importlib
 from collections.abc import Callable

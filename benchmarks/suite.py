@@ -29,6 +29,7 @@ class Replay:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """The time so far, in seconds."""
         return self.now
 
     def play(self, benchmark, times_ms: list[float]) -> None:

@@ -1,5 +1,7 @@
-"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs. And
-relatives, other transformers that deit_fast serves, with TinyViT's throughputs (Wu et al., 2022).
+"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs.
+
+And relatives, other transformers that deit_fast serves, with TinyViT's throughputs (Wu et al.,
+2022).
 """
 
 import csv

@@ -1,15 +1,15 @@
-"""Takes what `python -m benchmarks.lease` brought back into benchmarks/results, kernels/tuned, the
-README and LOG.md.
+"""Takes what `python -m benchmarks.lease` brought back into the results, README and LOG.md.
 
 examples:
   python -m benchmarks.take FOLDER
   python -m benchmarks.take FOLDER --dry-run       only say what would be taken
 
-The whole folder is checked before anything is written: it has to be a GPU's, and of the kernels of
-this checkout. A figure that cannot be right (above the measured peak rates, an error out of bounds,
-a kernel that failed its smoke test) is left out and named; the others are taken, for GPU time is
-too scarce to drop them. Taking a folder twice changes nothing. Exit status: 0, or 1 where figures
-were left out, or 2 where nothing was taken.
+Figures go into benchmarks/results, choices into kernels/tuned. The whole folder is checked before
+anything is written: it has to be a GPU's, and of the kernels of this checkout. A figure that
+cannot be right (above the measured peak rates, an error out of bounds, a kernel that failed its
+smoke test) is left out and named; the others are taken, for GPU time is too scarce to drop them.
+Taking a folder twice changes nothing. Exit status: 0, or 1 where figures were left out, or 2 where
+nothing was taken.
 """
 
 import argparse
@@ -72,8 +72,9 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
 
 
 def table(lease: check.Lease, path: Path) -> str | None:
-    """The tuned table at `path` with the choices of the folder's tables, as JSON; the later one's
-    count. None where the folder has none.
+    """The tuned table at `path` with the choices of the folder's tables, as JSON.
+
+    The later table's choices count. None where the folder has no table.
 
     Raises:
         ValueError: A table is damaged.

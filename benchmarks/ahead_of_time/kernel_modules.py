@@ -1,5 +1,7 @@
-"""Where the kernels and the rules of an operation are: in a module of deit_fast.kernels, or in the
-submodules of a package."""
+"""Finds the kernels and the rules of an operation by name.
+
+They are in a module of `deit_fast.kernels`, or in the submodules of a package.
+"""
 
 import importlib
 import pkgutil

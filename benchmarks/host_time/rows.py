@@ -26,8 +26,10 @@ MANY = (*range(33, 40), *range(41, 48), *range(49, 56))
 
 
 def network_rows(label: str, settings: dict, stand_ins: StandIns) -> list[dict]:
-    """The rows of one DeiT: inference, forward and backward, an engine's call, the first call of
-    another batch size."""
+    """The rows of one DeiT.
+
+    Inference, forward and backward, an engine's call, the first call of another batch size.
+    """
     network = Network(NETWORKS[label], None, torch.device("cpu"))
     dtype, gpu = DTYPES[settings["dtype"]], stand_ins.gpu
     weights = torch.float32 if settings["autocast"] else dtype
@@ -72,8 +74,10 @@ def _prepared(name, contender, stand_ins):
 
 
 def operation_rows(op: str, settings: dict, stand_ins: StandIns) -> list[dict]:
-    """The rows of one operation on DeiT-Ti's shapes: forward and, where it trains, forward and
-    backward."""
+    """The rows of one operation on DeiT-Ti's shapes.
+
+    Forward and, where it trains, forward and backward.
+    """
     cases = deit_cases(op, "Ti", 1)
     cases = dict(list(cases.items())[: 1 if settings["quick"] else None])
     return [

@@ -1,5 +1,4 @@
-"""`python -m benchmarks.lease`: the most valuable measurements of a GPU that is lent for fifteen
-minutes, in order.
+"""`python -m benchmarks.lease`: the most valuable measurements of a GPU lent for fifteen minutes.
 
 The run
     __main__.py     the command

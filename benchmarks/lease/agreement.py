@@ -1,5 +1,4 @@
-"""Whole models on the device: logits, gradients, the engine, and batches that are under way
-together."""
+"""Whole models on the device: logits, gradients, the engine, several batches in flight."""
 
 import torch
 

@@ -11,8 +11,14 @@ from .runner import become_child
 
 
 class Background:
-    """Processes that run functions until they end; each in a session of its own, whose whole group
-    is paused, resumed and stopped."""
+    """Processes that run functions until they end.
+
+    Each is in a session of its own, whose whole group is paused, resumed and stopped.
+
+    Args:
+        log: File for what they print.
+        cores: What they are pinned to; None: any.
+    """
 
     def __init__(self, log: Path, cores: set[int] | None = None):
         self.log, self.cores = log, cores

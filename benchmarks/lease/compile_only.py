@@ -1,5 +1,4 @@
-"""Launches that compile and do nothing else, without a GPU: such a driver takes the place of CUDA's
-in Triton."""
+"""Launches that compile and do nothing else, without a GPU: a driver takes the place of CUDA's."""
 
 import torch
 import triton

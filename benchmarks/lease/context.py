@@ -48,14 +48,18 @@ class Context:
         return self.deadline - time.monotonic()
 
     def write(self, kind: str, **row) -> None:
-        """Append one row to rows.jsonl: kind, step, run, kernels, and what is given. It is on disk
-        when this returns."""
+        """Append one row to rows.jsonl: kind, step, run, kernels, and what is given.
+
+        It is on disk when this returns.
+        """
         head = {"kind": kind, "step": self.step, "run": self.run, "kernels": self.kernels}
         append(self.folder / ROWS, head | row)
 
     def rows(self, kind: str) -> list[dict]:
-        """The rows of one kind that the folder holds so far and these kernels measured, in this run
-        or in an earlier one."""
+        """The rows of one kind that the folder holds so far and these kernels measured.
+
+        In this run or in an earlier one.
+        """
         found = read(self.folder / ROWS)
         return [row for row in found if row["kind"] == kind and row["kernels"] == self.kernels]
 

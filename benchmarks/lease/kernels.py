@@ -1,5 +1,4 @@
-"""DeiT's kernels one by one, PyTorch's operators in turn with ours: what predictions are compared
-with."""
+"""DeiT's kernels one by one, in turn with PyTorch's operators: for comparison with predictions."""
 
 from dataclasses import asdict, replace
 

@@ -209,8 +209,10 @@ class _Row:
 
 
 def _prepared(ctx, network, mode, batch, protocol, base):
-    """The mode warm, checked and with its inputs; None where it is unavailable or fails, as a row
-    then says."""
+    """The mode warm, checked and with its inputs.
+
+    None where it is unavailable or fails, as a row then says.
+    """
     missing = network.why_not(mode)
     if missing:
         base.write(mode, status="unavailable", note=missing)

@@ -109,6 +109,7 @@ def judge(output: str, status: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script that compute-sanitizer runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lease.sanitize")
     parser.add_argument("--script", action="store_true", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU if any)")

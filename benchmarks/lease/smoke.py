@@ -75,8 +75,13 @@ def _key(row):
 
 
 def cases(operation, op, network, backward, small, device):
-    """(row so far, maker of inputs, dtype) of each check of an operation on a network's shapes that
-    the device has the instructions for."""
+    """The checks of an operation on a network's shapes.
+
+    Those for which the device has the instructions.
+
+    Yields:
+        (row so far, `make(device)` of the inputs, dtype).
+    """
     quantized = op in QUANTIZED
     capability = _chips.capability(device.type, device.index)
     without_fp8 = capability is not None and capability < (8, 9)

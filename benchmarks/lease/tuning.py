@@ -1,6 +1,8 @@
-"""Autotuning: which tiles and libraries serve DeiT's GEMMs and attention fastest. Every listed
-configuration, cuBLAS with its epilogue, SDPA, each first checked against PyTorch. The steps that
-follow use the winners."""
+"""Autotuning: which tiles and libraries serve DeiT's GEMMs and attention fastest.
+
+Every listed configuration, cuBLAS with its epilogue and SDPA, each first checked against PyTorch.
+The steps that follow use the winners.
+"""
 
 import json
 import os
@@ -30,8 +32,11 @@ LATER = "layer_norm_mlp"  # made of the others: tuned once they are settled
 
 
 def quick(ctx: Context) -> str:
-    """Tune B first, then S, then Ti; within a network the GEMMs, that of the backward pass too,
-    attention, folding. Every shape is written, and in the table, at once."""
+    """Tune B first, then S, then Ti.
+
+    Within a network the GEMMs, that of the backward pass too, attention, folding. Every shape is
+    written, and in the table, at once.
+    """
     chip = _chips.chip(ctx.device)
     if ctx.small and not _chips.is_simulated():
         return "nothing to tune on a CPU: PyTorch serves it"
@@ -42,11 +47,10 @@ def quick(ctx: Context) -> str:
 
 
 def rest(ctx: Context) -> str:
-    """Tune what quick() had no time for, DeiT-B at 384 pixels and in fp8, and again the shapes whose
-    first two were close.
+    """Tune what `quick` had no time for, larger models, and again what was close.
 
-    Most valuable first. Into a table of its own: rows that were measured with the first table stay
-    comparable with each other.
+    DeiT-B at 384 pixels and in fp8; shapes whose two best were close. Most valuable first. Into a
+    table of its own: rows that were measured with the first table stay comparable with each other.
     """
     chip = _chips.chip(ctx.device)
     if ctx.small and not _chips.is_simulated():
@@ -119,8 +123,10 @@ def _settle(
 
 
 def load_table(folder: Path) -> None:
-    """Make the winners of `folder` what every process uses from here on, those that are forked and
-    those that are started."""
+    """Make the winners of `folder` what every process uses from here on.
+
+    Those that are forked and those that are started.
+    """
     path = folder / TABLE
     if not path.exists():
         return

@@ -1,5 +1,4 @@
-"""What one forward pass should take on an H100 or H200, kernel by kernel, and what it took where
-measured.
+"""What one forward pass should take on an H100 or H200, kernel by kernel, and what it took.
 
     python -m benchmarks.predict                        DeiT-Ti, S, B and B-384 at batch 256
     python -m benchmarks.predict --chip h200 --network S --batch 64
@@ -10,9 +9,8 @@ listed is not launched, and what is no kernel of deit_fast is named. A launch is
 the longer of its arithmetic (at a share of the measured matrix peak rate that grows with K; for
 quantized operands the peak rate is twice as high, and K counts half) and its traffic (at 90% of
 the measured copy), and half of its epilogue's instructions, the other half being hidden by the
-second CTA of an SM. Peak rates are those of benchmarks/results/<chip>
-where that is there, else another such chip's (chips.py). Nothing here is a measurement but what
-stands under "measured".
+second CTA of an SM. Peak rates are those of benchmarks/results/<chip> where that is there, else
+another such chip's (chips.py). Nothing here is a measurement but what stands under "measured".
 """
 
 import argparse
@@ -44,8 +42,11 @@ def peak_rates(gpu: Gpu = H100) -> tuple[dict, str]:
 
 
 def measured_rows(batch: int, mode: str, gpu: Gpu = H100) -> tuple[dict, dict]:
-    """Microseconds of the kernels by (op, network, case), and images/s of the models by network in
-    that mode of the benchmarks."""
+    """What was measured in that mode of the benchmarks.
+
+    Returns:
+        Microseconds of the kernels by (op, network, case), and images/s of the models by network.
+    """
     path = RESULTS / gpu.slug
     if not path.exists():
         return {}, {}

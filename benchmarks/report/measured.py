@@ -63,8 +63,11 @@ class Chip:
         return [r for file in self.files.values() for r in file.rows if isinstance(r, KernelRow)]
 
     def row(self, entry: Entry, mode: str, protocol: str, batch: int | None = None):
-        """The row of a network in a mode: the newest build's before others, measured before failed
-        ones, the largest batch; None where there is none."""
+        """The row of a network in a mode; None where there is none.
+
+        The newest build's goes before others, a measured one before failed ones, the largest
+        batch first.
+        """
         found = [
             r
             for r in self.models
@@ -90,8 +93,10 @@ class Chip:
 
     @property
     def protocol(self) -> str:
-        """One for every network of a comparison: the paper's, unless more were measured at a given
-        batch."""
+        """The protocol of every network in a comparison.
+
+        The paper's, unless more networks were measured at a given batch.
+        """
         rows = [r for r in self.models if r.mode == "eager_fp32" and r.status == "measured"]
         given = sum(r.protocol == "batch" for r in rows)
         return "batch" if given > sum(r.protocol == "paper" for r in rows) else "paper"
@@ -110,9 +115,15 @@ class Chip:
 
 
 def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
-    """How many times faster; None unless both were measured by one build at one batch. Of two runs,
-    whose clocks may differ, each row counts in multiples of the baseline that was timed in turn
-    with it; None where that is not the same mode."""
+    """How many times faster a row is than another.
+
+    Of two runs, whose clocks may differ, each row counts in multiples of the baseline that was
+    timed in turn with it.
+
+    Returns:
+        None unless both were measured by one build at one batch, and of two runs beside the same
+        baseline.
+    """
     if not (row and base and row.status == base.status == "measured"):
         return None
     if (row.build, row.batch, row.protocol) != (base.build, base.batch, base.protocol):
@@ -125,8 +136,13 @@ def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
 
 
 def rank_correlation(chip: Chip, entries: list[Entry]) -> tuple[float, int] | None:
-    """Spearman's, between the paper's V100 throughputs and eager fp32 here; and of how many
-    networks. A network in several rows counts once, with its first."""
+    """Spearman's rank correlation of the paper's V100 throughputs and eager fp32 here.
+
+    A network in several rows counts once, with its first.
+
+    Returns:
+        The correlation and of how many networks; None of fewer than three.
+    """
     pairs = [
         (entry.v100_images_per_s, row.images_per_s)
         for entry in distinct(entries)

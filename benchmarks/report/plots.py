@@ -41,8 +41,10 @@ def _fastest(chip, entry):
 
 
 def figure1(chip: Chip) -> Figure:
-    """Throughput against ImageNet top-1: the paper's V100 hollow, eager fp32 here filled, the
-    fastest mode of deit_fast a star."""
+    """Throughput against ImageNet top-1, Figure 1 of the paper.
+
+    The paper's V100 hollow, eager fp32 here filled, the fastest mode of deit_fast a star.
+    """
     figure = Figure(figsize=(9, 5.5))
     axes = figure.subplots()
     groups = {}
@@ -156,7 +158,7 @@ PLOTS = {"figure1": figure1, "ratios": ratios, "rooflines": rooflines}
 
 
 def draw(chip: Chip) -> dict[str, tuple[bytes, bytes]]:
-    """name -> (SVG, PNG) of every plot that has something to show."""
+    """The plots that have something to show: name -> (SVG, PNG)."""
     drawn = {}
     with rc_context(STYLE):
         for name, plot in PLOTS.items():

@@ -101,8 +101,10 @@ class QuantizedComparison:
 
     @property
     def columns(self) -> list[tuple[str, float | str | None]]:
-        """(heading, ratio), and after a ratio with a target whether that is met; "" where there is
-        no target or it is not known."""
+        """(heading, ratio), and after a ratio with a target whether that is met.
+
+        "" where there is no target or it is not known.
+        """
         found: list[tuple[str, float | str | None]] = []
         for name, times in self.ratios.items():
             found.append((name, times))

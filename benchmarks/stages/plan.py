@@ -167,8 +167,10 @@ def correctness(scope: Scope) -> list[Command]:
 
 
 def sanitize(scope: Scope) -> list[Command]:
-    """The kernels' tests under memcheck, then initcheck. Real allocations, so that the tool sees
-    the true bounds."""
+    """The kernels' tests under memcheck, then initcheck.
+
+    Real allocations, so that the tool sees the true bounds.
+    """
     chosen = f"({' or '.join(SANITIZED)}) and float16 or {' or '.join(SANITIZED_QUANTIZED)}"
     return [
         Command(
@@ -236,8 +238,10 @@ def latency(scope: Scope) -> list[Command]:
 
 
 def quantized(scope: Scope) -> list[Command]:
-    """Tuning of what no table has yet; the modes with targets, then the others; the kernels. A call
-    for each network, because --rows are in the table's order."""
+    """Tuning; the modes with targets, then the others; the quantized operations.
+
+    A call for each network, because --rows are in the table's order.
+    """
     tuning = [
         _tune(model, "--format", format, "--minutes", "0.5")
         for format in ("fp8", "int8")

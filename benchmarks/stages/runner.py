@@ -23,8 +23,10 @@ print("commit", commit())"""
 
 @contextmanager
 def importable_kernels() -> Iterator[None]:
-    """Within it the kernels lie in the package, as an installation has them: an older setuptools
-    does not know this project's metadata, so nothing is installed."""
+    """Within it the kernels lie in the package, as an installation has them.
+
+    Nothing is installed: an older setuptools does not know this project's metadata.
+    """
     link = ROOT / "deit_fast" / "kernels"
     if link.exists():
         yield

@@ -32,8 +32,10 @@ SHAPES = (
 
 
 def forward(arch: int) -> Iterator[Case]:
-    """Every configuration that a tuned table may name; in training the rule's, which writes the
-    log-sum-exp of each row."""
+    """Every configuration that a tuned table may name, and the rule's in training.
+
+    In training the log-sum-exp of each row is written too.
+    """
     module, H = kernel_module("attention"), HEADS
     for dtype in (FP16, BF16, FP32):
         for N, L, d, bias in SHAPES:
@@ -57,9 +59,11 @@ def forward(arch: int) -> Iterator[Case]:
 
 
 def quantized(arch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """With a quantized result: a per-tensor scale in fp8; in int8 a scale for each row and head,
-    which takes more registers and so goes through all that a table may name for 198 tokens. In fp8
-    with quantized operands too."""
+    """With a quantized result, and in fp8 with quantized operands too.
+
+    In fp8 the result has a per-tensor scale. In int8 it has a scale for each row and head, which
+    takes more registers: all that a table may name for 198 tokens are compiled.
+    """
     module, H, d = kernel_module("attention"), HEADS, 64
     for N, L in ((198, 198), (578, 578), (2, 198)):
         for config in module.configs(BF16, N, L, d):

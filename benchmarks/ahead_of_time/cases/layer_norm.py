@@ -24,8 +24,10 @@ def forward(arch: int) -> Iterator[Case]:
 
 
 def backward(arch: int) -> Iterator[Case]:
-    """With the gradient that is added to dx; fp32 beside half precision is a residual stream under
-    autocast."""
+    """With the gradient that is added to dx.
+
+    fp32 beside half precision is a residual stream under autocast.
+    """
     module = kernel_module("layer_norm")
     for D in (192, 384, 768, module.MAX_N):
         for stream, dtype in ((BF16, BF16), (FP32, BF16)):

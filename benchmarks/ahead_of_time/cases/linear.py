@@ -166,8 +166,10 @@ def one_row(arch: int) -> Iterator[Case]:
 
 
 def layer_norm_linear(arch: int) -> Iterator[Case]:
-    """What the folding costs beside the GEMM: the weights, and row statistics that no epilogue
-    left."""
+    """What folding costs beside the GEMM.
+
+    The weights, and row statistics that no epilogue left.
+    """
     dtype = BF16
     for D in (192, 384, 768):
         meta = kernel_module("layer_norm_linear").meta(D)

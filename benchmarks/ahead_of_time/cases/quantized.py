@@ -64,9 +64,11 @@ def layer_norm(arch: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def quantized_linear(arch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Every configuration that a tuned table may name, with every epilogue that it may get; on
-    sm_89, whose list is sm_80's, the heaviest. And one row of odd length: Triton makes a size of 1
-    a constant."""
+    """Every configuration that a tuned table may name, with every epilogue that it may get.
+
+    On sm_89, whose list is sm_80's, the heaviest. And one row of odd length: Triton makes a size of
+    1 a constant.
+    """
     module, chip = kernel_module("quantized_linear"), capability(arch)
     rule = module.configs(chip)[:3]
     for config in module.configs(chip) if arch != 89 else rule:

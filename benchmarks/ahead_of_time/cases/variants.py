@@ -1,5 +1,4 @@
-"""Attention of DeiT's relatives: CaiT's talking heads and TinyViT's windows, forward and
-backward."""
+"""Attention of DeiT's relatives, forward and backward: CaiT's talking heads, TinyViT's windows."""
 
 from collections.abc import Iterator
 
