@@ -7,18 +7,10 @@ from string import Template
 
 from benchmarks.table5 import ENTRIES
 
+from . import targets
 from .cells import number, section, speed, table, text
 from .measured import Chip, rank_correlation, ratio
-from .targets import (
-    BASELINE,
-    DIFFERENCES,
-    HEADING,
-    OURS,
-    QUANTIZED_MODES,
-    WORK,
-    QuantizedComparison,
-    training_target,
-)
+from .targets import QuantizedComparison, training_target
 
 ALT = {
     "figure1": "Throughput on a logarithmic axis against ImageNet top-1, one line a family",
@@ -56,7 +48,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
         section("From pinned host memory", _host_table(chip)),
         *[
             section(f"Training: {work}", _train_table(chip, protocol))
-            for protocol, work in WORK.items()
+            for protocol, work in targets.WORK.items()
         ],
         section("Kernels", _plot("rooflines", svgs), _kernel_table(chip)),
         section("Not timed", _failed(chip)),
@@ -146,12 +138,12 @@ def _quantized_table(chip):
         headings = [
             "network",
             "batch",
-            *QUANTIZED_MODES.values(),
+            *targets.QUANTIZED_MODES.values(),
             *[name for name, _ in found.columns],
         ]
     caption = (
         "images/s: median; the GEMMs of every Block quantized, the rest in bf16. Differences: "
-        f"{DIFFERENCES}"
+        f"{targets.DIFFERENCES}"
     )
     return table(caption, headings, rows) if rows else ""
 
@@ -161,14 +153,14 @@ def _train_table(chip, protocol):
     for e in ENTRIES:
         for batch in chip.batches(e, protocol, train=True):
             found = {mode: chip.row(e, mode, protocol, batch) for mode in modes}
-            ours, baseline = found.get(OURS), found.get(BASELINE)
+            ours, baseline = found.get(targets.OURS), found.get(targets.BASELINE)
             rows.append([
                 text(e.network), number(batch, "{}"), *map(speed, found.values()),
                 number(ratio(ours, baseline), "{:.2f}"), text(training_target(e, ours, baseline)),
                 *[number(r and r.peak_memory_gb, "{:.2f}") for r in (baseline, ours)],
             ])  # fmt: skip
     headings = [
-        "network", "batch", *modes, f"{OURS} / max-autotune", HEADING,
+        "network", "batch", *modes, f"{targets.OURS} / max-autotune", targets.HEADING,
         "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     caption = "images/s: median. GB: the most allocated at once, both in autocast bf16"

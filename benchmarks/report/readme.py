@@ -2,17 +2,9 @@
 
 from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 
+from . import targets
 from .measured import Chip, ratio
-from .targets import (
-    BASELINE,
-    DIFFERENCES,
-    HEADING,
-    OURS,
-    QUANTIZED_MODES,
-    WORK,
-    QuantizedComparison,
-    training_target,
-)
+from .targets import QuantizedComparison, training_target
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No GPU has been measured yet."
@@ -26,7 +18,7 @@ COLUMNS = {
 TRAINING = {
     "eager AMP": "eager_amp_bf16_train", "compile AMP": "compile_amp_bf16_train",
     "deit_fast AMP": "deit_fast_amp_bf16_train",
-    "compile max-autotune AMP": BASELINE, "deit_fast reduce-overhead AMP": OURS,
+    "compile max-autotune AMP": targets.BASELINE, "deit_fast reduce-overhead AMP": targets.OURS,
 }  # fmt: skip
 
 
@@ -79,10 +71,15 @@ def _quantized_table(chip):
         speeds = [_speed(chip, r, base) for r in found.rows.values()]
         columns = [f"{x:.2f}" if isinstance(x, float) else x or "–" for _, x in found.columns]
         lines.append("| " + " | ".join([entry.network, str(base.batch), *speeds, *columns]) + " |")
-        headings = ["network", "batch", *QUANTIZED_MODES, *[name for name, _ in found.columns]]
+        headings = [
+            "network",
+            "batch",
+            *targets.QUANTIZED_MODES,
+            *[name for name, _ in found.columns],
+        ]
     what = (
         "images/s with the GEMMs of every Block quantized, the rest in bf16; torchao's float8 "
-        f"dynamic per-row quantization under torch.compile. Differences: {DIFFERENCES}"
+        f"dynamic per-row quantization under torch.compile. Differences: {targets.DIFFERENCES}"
     )
     return _markdown(chip, what, runs, headings, lines)
 
@@ -90,7 +87,7 @@ def _quantized_table(chip):
 def _train_table(chip):
     lines, runs = [], set()
     for entry in distinct([*ENTRIES, *RELATIVES]):
-        for protocol, work in WORK.items():
+        for protocol, work in targets.WORK.items():
             for batch in chip.batches(entry, protocol, train=True):
                 rows = [chip.row(entry, mode, protocol, batch) for mode in TRAINING.values()]
                 baseline, ours = rows[-2:]
@@ -110,7 +107,7 @@ def _train_table(chip):
                 ]) + " |")  # fmt: skip
     headings = [
         "network", "work", "batch", *TRAINING, "reduce-overhead / max-autotune",
-        HEADING, "GB max-autotune", "GB reduce-overhead",
+        targets.HEADING, "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     what = "images/s in training, fp32 weights, bf16 autocast; a full step has fused AdamW"
     return _markdown(chip, what, runs, headings, lines)

@@ -19,6 +19,20 @@ DOT_ARCHS = (80, 90)  # with bf16 tensor cores; sm_89's tiles are sm_80's
 QUANTIZED_FORMATS = {80: (INT8,), 89: (FP8, INT8), 90: (FP8, INT8)}
 
 
+OF_QUANTIZED = (
+    quantized.quantize, quantized.layer_norm, quantized.quantized_linear, attention.quantized,
+)  # fmt: skip
+OF_ANY = (
+    layer_norm.forward, losses.distillation_loss, losses.sparse_cross_entropy, layer_norm.backward,
+    linear.epilogue, linear.backward, images.conv_norm,
+)  # fmt: skip
+OF_DOTS = (
+    linear.forward, linear.one_row, linear.layer_norm_linear, linear.layer_norm_mlp,
+    attention.forward, attention.backward, variants.talking_heads, images.patch_embed,
+    images.patch_embed_fold, classifier.forward, variants.window_attention,
+)  # fmt: skip
+
+
 def cases(archs: Iterable[int]) -> Iterator[Case]:
     """The cases for some chips.
 
@@ -31,28 +45,9 @@ def cases(archs: Iterable[int]) -> Iterator[Case]:
     """
     for arch in archs:
         for dtype in QUANTIZED_FORMATS.get(arch, ()):
-            yield from quantized.quantize(arch, dtype)
-            yield from quantized.layer_norm(arch, dtype)
-            yield from quantized.quantized_linear(arch, dtype)
-            yield from attention.quantized(arch, dtype)
+            for family in OF_QUANTIZED:
+                yield from family(arch, dtype)
         if arch == 89:
             continue
-        yield from layer_norm.forward(arch)
-        yield from losses.distillation_loss(arch)
-        yield from losses.sparse_cross_entropy(arch)
-        yield from layer_norm.backward(arch)
-        yield from linear.epilogue(arch)
-        yield from linear.backward(arch)
-        yield from images.conv_norm(arch)
-        if arch in DOT_ARCHS:
-            yield from linear.forward(arch)
-            yield from linear.one_row(arch)
-            yield from linear.layer_norm_linear(arch)
-            yield from linear.layer_norm_mlp(arch)
-            yield from attention.forward(arch)
-            yield from attention.backward(arch)
-            yield from variants.talking_heads(arch)
-            yield from images.patch_embed(arch)
-            yield from images.patch_embed_fold(arch)
-            yield from classifier.forward(arch)
-            yield from variants.window_attention(arch)
+        for family in (*OF_ANY, *(OF_DOTS if arch in DOT_ARCHS else ())):
+            yield from family(arch)
