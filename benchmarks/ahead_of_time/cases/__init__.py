@@ -18,7 +18,6 @@ from . import attention, classifier, images, layer_norm, linear, losses, quantiz
 DOT_ARCHS = (80, 90)  # with bf16 tensor cores; sm_89's tiles are sm_80's
 QUANTIZED_FORMATS = {80: (INT8,), 89: (FP8, INT8), 90: (FP8, INT8)}
 
-
 OF_QUANTIZED = (
     quantized.quantize, quantized.layer_norm, quantized.quantized_linear, attention.quantized,
 )  # fmt: skip
