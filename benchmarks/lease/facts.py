@@ -63,7 +63,7 @@ def limits() -> str | None:
     fields = "clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current,mig.mode.current"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{fields}: {answer.stdout.strip().splitlines()[0]}"
+    return f"{fields}: {done.stdout.strip().splitlines()[0]}"

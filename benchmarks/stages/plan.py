@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MOST_COSTLY = ("deit_base_distilled", "deit_base_distilled_384", "deit_small_distilled")
+TUNED_MODELS = ("deit_base_distilled", "deit_base_distilled_384", "deit_small_distilled")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def peak_rates(scope: Scope) -> list[Command]:
 
 def tune(scope: Scope) -> list[Command]:
     """What the minutes leave goes on in the next run of the stage."""
-    return [_tune(model, "--minutes", "2") for model in (*MOST_COSTLY, "deit_tiny_distilled")]
+    return [_tune(model, "--minutes", "2") for model in (*TUNED_MODELS, "deit_tiny_distilled")]
 
 
 def kernels(scope: Scope) -> list[Command]:
@@ -245,7 +245,7 @@ def quantized(scope: Scope) -> list[Command]:
     tuning = [
         _tune(model, "--format", format, "--minutes", "0.5")
         for format in ("fp8", "int8")
-        for model in MOST_COSTLY
+        for model in TUNED_MODELS
     ]
     models = [
         _table5(network, "batch", modes)
