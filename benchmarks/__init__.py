@@ -1,0 +1,1 @@
+"""The benchmarks: programs that need a checkout. README.md says which."""

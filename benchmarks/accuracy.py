@@ -2,9 +2,9 @@
 
     python -m benchmarks.accuracy
 
-Relative errors against fp64, of LayerNorm followed by a product: separate (the normalised x rounded
-before the product), folded as the kernel does it, and folded wrongly, to see what the details are
-for; then of GELU's forms; then of fp8 products whose sums keep 14 bits, as those of sm_90's
+Relative errors against fp64, of LayerNorm followed by a GEMM: separate (the normalised x rounded
+before the GEMM), folded as the kernel does it, and folded wrongly, to see what the details are
+for; then of GELU's forms; then of fp8 GEMMs whose sums keep 14 bits, as those of sm_90's
 instruction are said to (DeepSeek-V3, section 3.3.2). Operands are rounded as the kernels round
 them, other sums are fp32, and the result is not rounded, so that nothing hides behind its rounding.
 """
@@ -20,12 +20,19 @@ STREAMS = ("normal", "outliers", "offset")
 ROWS = 2048
 
 
-def relative(got, exact):
+def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in norm."""
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def layer_norm_product(stream: str, D: int, dtype: torch.dtype) -> dict[str, float]:
-    """Errors of LN(x) @ W^T, W (3 D, D), x a rounded residual stream of that kind."""
+def layer_norm_gemm(stream: str, D: int, dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors of LN(x) @ W^T, W (3 D, D), by way of computing it.
+
+    Args:
+        stream: Kind of the residual stream x, one of `STREAMS`.
+        D: Features.
+        dtype: Of x and the parameters.
+    """
     inputs = layer_norm_linear_inputs(M=ROWS, K=D, N=3 * D, stream=stream)
     x, g, h, w = (inputs[k].to(dtype) for k in ("x", "norm_weight", "norm_bias", "weight"))
     wide = [t.double() for t in (x, g, h, w)]
@@ -46,12 +53,12 @@ def layer_norm_product(stream: str, D: int, dtype: torch.dtype) -> dict[str, flo
         "separate": relative(separate.float() @ w.float().t(), exact),
         "folded": fold(folded.sum(1)),
         "sums not rounded": fold(scaled.sum(1)),
-        "fp32 stream, cast": _of_a_cast_stream(inputs, dtype),
+        "fp32 residual, cast": _of_a_cast_stream(inputs, dtype),
     }
 
 
 def _of_a_cast_stream(inputs, dtype):
-    """The error of folding an fp32 stream that is rounded first."""
+    """The error of folding an fp32 residual stream that is rounded first."""
     x, g, h, w = (inputs[k].to(dtype) for k in ("x", "norm_weight", "norm_bias", "weight"))
     rest = [t.double() for t in (g, h, w)]
 
@@ -63,7 +70,7 @@ def _of_a_cast_stream(inputs, dtype):
 
 
 def gelu(z):
-    """The kernels' form for half precision, in z's precision."""
+    """GELU as the kernels compute it in half precision, here in z's precision."""
     s = (z * z).clamp(max=30.25)
     p = torch.full_like(s, 4.96967374e-8)
     for c in (-3.23612039e-6, 6.32384836e-5, 6.43739593e-4, -0.106197506, -2.30119538):
@@ -72,8 +79,12 @@ def gelu(z):
 
 
 def gelu_forms() -> dict[str, tuple[float, float, float]]:
-    """{form: (largest error for |x| < 4, relative error in norm for normal x, largest error in half
-    units of bf16)}."""
+    """Errors of ways to compute GELU.
+
+    Returns:
+        Form -> (largest error for |x| < 4, relative error in norm for normal x, largest error in
+        half units of bf16).
+    """
     x = torch.linspace(-9, 9, 90_001, dtype=torch.float64)
     exact = torch.nn.functional.gelu(x)
     half_unit = 2.0 ** (exact.abs().clamp_min(2.0**-16).log2().floor() - 8)
@@ -97,9 +108,15 @@ def gelu_forms() -> dict[str, tuple[float, float, float]]:
 
 
 def short_sums(K: int, rows: int = 128) -> dict[str, float]:
-    """Relative errors of x @ W^T in fp8, (rows, K) and (rows, K), by cause: rounding the operands;
-    sums of 14 bits. Emulated: 32 features at a time, each product cut off 13 bits below the largest
-    of them and of the sum."""
+    """Relative errors of x @ W^T in fp8 by cause: rounding the operands, sums of 14 bits.
+
+    Emulated: 32 features at a time, each product cut off 13 bits below the largest of them and of
+    the sum.
+
+    Args:
+        K: Features of x (rows, K) and W (rows, K).
+        rows: Rows of both.
+    """
     torch.manual_seed(0)
     x, w = torch.randn(rows, K), torch.randn(rows, K) / K**0.5
     exact = x.double() @ w.double().t()
@@ -119,14 +136,15 @@ def short_sums(K: int, rows: int = 128) -> dict[str, float]:
     }
 
 
-def main():
+def main() -> None:
+    """Print the tables."""
     console = Console(width=120)
-    names = ("separate", "folded", "sums not rounded", "fp32 stream, cast")
-    table = Table("dtype", "D", "stream", *names, title="LayerNorm, then a product")
+    names = ("separate", "folded", "sums not rounded", "fp32 residual, cast")
+    table = Table("dtype", "D", "stream", *names, title="LayerNorm, then a GEMM")
     for dtype in (torch.bfloat16, torch.float16):
         for D in (192, 384, 768):
             for stream in STREAMS:
-                found = layer_norm_product(stream, D, dtype)
+                found = layer_norm_gemm(stream, D, dtype)
                 figures = [f"{found[name]:.2e}" for name in names]
                 table.add_row(str(dtype)[6:], str(D), stream, *figures)
     console.print(table)
@@ -135,7 +153,7 @@ def main():
     for name, (largest, norm, units) in gelu_forms().items():
         table.add_row(name, f"{largest:.1e}", f"{norm:.1e}", f"{units:.2f}")
     console.print(table)
-    table = Table("K", "operands", "sums", "both", title="fp8 products, sums of 14 bits")
+    table = Table("K", "operands", "sums", "both", title="fp8 GEMMs, sums of 14 bits")
     for K in (192, 384, 768, 3072):
         table.add_row(str(K), *(f"{error:.1e}" for error in short_sums(K).values()))
     console.print(table)

@@ -33,5 +33,5 @@ def unbound(qkv):
     return {"q": q, "k": k, "v": v, "in_scale": qkv.scales}
 
 
-def test_attention_quantized(race):
-    race(ours, reference, attention_quantized_inputs, exact=exact)
+def test_attention_quantized(compare):
+    compare(ours, reference, attention_quantized_inputs, exact=exact)

@@ -4,8 +4,8 @@ from deit_fast.kernels import classifier, classifier_reference
 from deit_fast.kernels.cases import classifier_inputs
 
 
-def test_classifier(race):
+def test_classifier(compare):
     def reads(arguments):  # of each image's tokens, the two prefix tokens
         return {"x": arguments["x"][:, :2]}
 
-    race(classifier, classifier_reference, classifier_inputs, reads=reads)
+    compare(classifier, classifier_reference, classifier_inputs, reads=reads)

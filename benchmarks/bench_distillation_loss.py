@@ -22,8 +22,8 @@ def with_gradients(loss_function):
     return step
 
 
-def test_distillation_loss(race):
-    race(
+def test_distillation_loss(compare):
+    compare(
         with_gradients(distillation_loss),
         with_gradients(distillation_loss_reference),
         distillation_loss_inputs,

@@ -8,8 +8,8 @@ def pre_norm(fn):
     return lambda x, **rest: fn(x, residual=x, **rest)
 
 
-def test_layer_norm_attention(race):
-    race(
+def test_layer_norm_attention(compare):
+    compare(
         pre_norm(layer_norm_attention),
         pre_norm(layer_norm_attention_reference),
         layer_norm_attention_inputs,

@@ -6,5 +6,5 @@ from deit_fast.kernels.cases import layer_norm_linear_inputs
 OTHERS = ("cublas",)
 
 
-def test_layer_norm_linear(race):
-    race(layer_norm_linear, layer_norm_linear_reference, layer_norm_linear_inputs)
+def test_layer_norm_linear(compare):
+    compare(layer_norm_linear, layer_norm_linear_reference, layer_norm_linear_inputs)

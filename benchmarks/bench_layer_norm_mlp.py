@@ -12,5 +12,5 @@ def pre_norm(fn):
     return lambda x, **rest: fn(x, residual=x, **rest)
 
 
-def test_layer_norm_mlp(race):
-    race(pre_norm(layer_norm_mlp), pre_norm(layer_norm_mlp_reference), inputs)
+def test_layer_norm_mlp(compare):
+    compare(pre_norm(layer_norm_mlp), pre_norm(layer_norm_mlp_reference), inputs)

@@ -16,5 +16,5 @@ def exact(format, **rest):
     return layer_norm_reference(**rest)
 
 
-def test_layer_norm_quantized(race):
-    race(layer_norm_quantized, layer_norm_quantized_reference, inputs, exact=exact)
+def test_layer_norm_quantized(compare):
+    compare(layer_norm_quantized, layer_norm_quantized_reference, inputs, exact=exact)

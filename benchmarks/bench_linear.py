@@ -6,5 +6,5 @@ from deit_fast.kernels.cases import linear_inputs
 OTHERS = ("cublas",)
 
 
-def test_linear(race):
-    race(linear, linear_reference, linear_inputs)
+def test_linear(compare):
+    compare(linear, linear_reference, linear_inputs)

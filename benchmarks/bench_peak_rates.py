@@ -1,4 +1,4 @@
-"""What the chip itself can do: its copy bandwidth and its best large matrix products."""
+"""The chip's peak rates: its copy bandwidth and its best large GEMMs."""
 
 from benchmarks.suite import REPLAY
 

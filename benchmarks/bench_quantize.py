@@ -4,5 +4,5 @@ from deit_fast.kernels import quantize, quantize_reference
 from deit_fast.kernels.cases import quantize_inputs
 
 
-def test_quantize(race):
-    race(quantize, quantize_reference, quantize_inputs, exact=lambda x, **_: x)
+def test_quantize(compare):
+    compare(quantize, quantize_reference, quantize_inputs, exact=lambda x, **_: x)

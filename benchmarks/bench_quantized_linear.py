@@ -71,8 +71,8 @@ def exact(wide_x, wide_weight, dtype=None, format=None, out_scale=None, **rest):
     return quantized_linear_reference(**rest, dtype=torch.float32)
 
 
-def test_quantized_linear(race):
+def test_quantized_linear(compare):
     def reads(made):
         return {"wide_x": None, "wide_weight": None}
 
-    race(matmul, reference, inputs, reads=reads, exact=exact)
+    compare(matmul, reference, inputs, reads=reads, exact=exact)

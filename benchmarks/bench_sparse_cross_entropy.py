@@ -22,8 +22,8 @@ def with_gradient(loss_function):
     return step
 
 
-def test_sparse_cross_entropy(race):
-    race(
+def test_sparse_cross_entropy(compare):
+    compare(
         with_gradient(sparse_cross_entropy),
         with_gradient(sparse_cross_entropy_reference),
         sparse_cross_entropy_inputs,

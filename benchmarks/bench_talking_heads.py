@@ -9,5 +9,5 @@ def make_inputs(**case):
     return talking_heads_inputs(**case) | {"proj_l_bias": None}
 
 
-def test_talking_heads(race):
-    race(talking_heads_attention, talking_heads_attention_reference, make_inputs)
+def test_talking_heads(compare):
+    compare(talking_heads_attention, talking_heads_attention_reference, make_inputs)

@@ -4,5 +4,5 @@ from deit_fast.kernels import window_attention, window_attention_reference
 from deit_fast.kernels.cases import window_attention_inputs
 
 
-def test_window_attention(race):
-    race(window_attention, window_attention_reference, window_attention_inputs)
+def test_window_attention(compare):
+    compare(window_attention, window_attention_reference, window_attention_inputs)

@@ -4,13 +4,14 @@ import pytest
 
 from benchmarks import kernel_rows, suite
 from benchmarks.operations import Operation
+from benchmarks.options import Options
 from deit_fast.bench import results, tables
 from deit_fast.kernels.cases import deit_cases
 
 FLAGS = {
     "quick": "a small set that shows that the suite works: two networks, five modes",
     "again": "measure rows anew that this build has measured on this chip",
-    "profile": "after each row: a trace, and the time of one pass by kind of kernel",
+    "profile": "after each row: a trace, and the time of one step by kind of kernel",
     "against-playbook": "at the end: each kernel's predicted time beside the measured one",
 }
 NUMBERS = {
@@ -29,6 +30,7 @@ NAMES = {
 
 
 def pytest_addoption(parser):
+    """The options of the suite."""
     group = parser.getgroup("deit_fast")
     for name, text in FLAGS.items():
         group.addoption(f"--{name}", action="store_true", help=text)
@@ -40,8 +42,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    """Reads the options; a bad one ends pytest."""
     try:
-        config.bench_options = suite.Options.parse(lambda name: config.getoption(f"--{name}"))
+        config.bench_options = Options.parse(lambda name: config.getoption(f"--{name}"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -51,11 +54,12 @@ def _label(value):
 
 
 def pytest_generate_tests(metafunc):
-    options, wanted = metafunc.config.bench_options, metafunc.fixturenames
-    if "protocol" in wanted:
+    """Networks, modes, batches and implementations that the options choose."""
+    options, requested = metafunc.config.bench_options, metafunc.fixturenames
+    if "protocol" in requested:
         metafunc.parametrize("protocol", options.protocols)
-    if "entry" in wanted:  # a network's modes one after the other: it is built once
-        train = "train_batch" in wanted
+    if "entry" in requested:  # a network's modes one after the other: it is built once
+        train = "train_batch" in requested
         relatives = metafunc.module.__name__.endswith("bench_relatives")
         modes = [m for m in options.modes if m.train == train]
         pairs = [
@@ -65,13 +69,13 @@ def pytest_generate_tests(metafunc):
             if not ((mode.fast or mode.eight_bits) and entry.family == "convnet")
         ]
         metafunc.parametrize(("entry", "mode"), pairs, ids=_label)
-    if "latency_batch" in wanted:
+    if "latency_batch" in requested:
         batches = [b for b in options.latency_batches if b <= options.max_batch]
         metafunc.parametrize("latency_batch", batches)
-    if "train_batch" in wanted:
+    if "train_batch" in requested:
         metafunc.parametrize("train_protocol", ("batch", "step"))
         metafunc.parametrize("train_batch", options.train_batches)
-    if "race" in wanted:
+    if "compare" in requested:
         op = metafunc.module.__name__.rpartition("bench_")[2]
         others = getattr(metafunc.module, "OTHERS", ())
         cases = [
@@ -82,16 +86,18 @@ def pytest_generate_tests(metafunc):
             for implementation in options.implementations(op, others, bool(backward))
         ]
         ids = ["-".join(filter(None, case)) for case in cases]
-        metafunc.parametrize("race", cases, ids=ids, indirect=True)
+        metafunc.parametrize("compare", cases, ids=ids, indirect=True)
 
 
 def pytest_collection_modifyitems(items):
+    """Gives pytest-benchmark the timer that replays the device's clock."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=suite.REPLAY))
 
 
 @pytest.fixture(scope="session")
 def session(pytestconfig):
+    """The run that all tests share."""
     try:
         pytestconfig.bench_suite = suite.Suite.start(pytestconfig.bench_options)
         for path in pytestconfig.bench_suite.folder.glob("*.json"):
@@ -102,9 +108,12 @@ def session(pytestconfig):
 
 
 @pytest.fixture
-def race(request, session, benchmark):
-    """race(fn, reference, make_inputs): time one implementation on one of DeiT's shapes, forward or
-    both ways."""
+def compare(request, session, benchmark):
+    """A function that times one implementation of an operation on one of DeiT's shapes.
+
+    Its arguments are those of `operations.Operation`, without the name; `name` is another than the
+    file's. Forward, or forward and backward.
+    """
     network, label, implementation, backward = request.param
     op = request.module.__name__.rpartition("bench_")[2]
     batch = min(session.options.batch, session.options.max_batch)
@@ -115,13 +124,15 @@ def race(request, session, benchmark):
             return make_inputs(**case, device=device)
 
         operation = Operation(name, fn, reference, make_inputs, reads, exact)
-        session.race(benchmark, operation, inputs, network, label, implementation, bool(backward))
+        session.measure_operation(
+            benchmark, operation, inputs, network, label, implementation, bool(backward)
+        )
 
     return run
 
 
 def pytest_unconfigure(config):
-    """The table comes last, after pytest's own summaries."""
+    """Prints the tables last, after pytest's own summaries."""
     session = getattr(config, "bench_suite", None)
     if session is None:
         return

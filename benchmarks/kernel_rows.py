@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.operations import (
-    EIGHT_BITS,
+    QUANTIZED,
     Operation,
     agree,
     both_ways,
@@ -32,20 +32,34 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def case_name(case: str, backward: bool) -> str:
+    """The case of a row: the shape's name and whether it is forward and backward."""
     return " ".join(filter(None, (case, FORWARD_BACKWARD * backward)))
 
 
 def measure(
     operation: Operation, inputs: Callable, network: str, case: str, batch: int,
-    implementation: str, device: torch.device, peak_rates: dict, stamp: dict, runs: int, warmup: int,
-    backward: bool = False,
+    implementation: str, device: torch.device, peak_rates: dict, stamp: dict, runs: int,
+    warmup: int, backward: bool = False,
 ) -> tuple[results.KernelRow, list[float]]:  # fmt: skip
-    """The row, and its times in ms; of a failure the row says why and there are none.
+    """Check and time one implementation.
 
-    inputs(device=...) makes the arguments. "eager" is the reference, "compiled" the reference
-    under torch.compile, "fused" the public function, anything else one of its implementations.
-    backward: the gradients of all that learns and of the activations too, from random upstream
-    gradients. stamp: commit, build and what else every row carries.
+    Args:
+        operation: What is called, and its reference.
+        inputs: `inputs(device=...)` makes the arguments.
+        network: Name of the network whose shape it is.
+        case: Name of the shape.
+        batch: Images.
+        implementation: As `operations.implementation_of` takes it.
+        device: Where it runs.
+        peak_rates: Of the chip, as measured.
+        stamp: Commit, build and what else every row carries.
+        runs: Timed calls.
+        warmup: Calls before them.
+        backward: Whether to compute the gradients too, of trained arguments and activations, from
+            random upstream gradients.
+
+    Returns:
+        The row, and its times in ms. Of a failure the row says why, and there are no times.
     """
     dtype = dtype_of(device)
     reference, exact = operation.reference, operation.exact
@@ -92,16 +106,16 @@ def measure(
     return row, times
 
 
-def predicted_ms(moved, flops, precision, peak_rates):
-    """At the measured peak rates; by bytes alone where that of the precision is not known."""
+def predicted_ms(moved: int, flops: int, precision: str, peak_rates: dict) -> float:
+    """Milliseconds at the peak rates; by bytes alone where that of the precision is not known."""
     copied = moved / peak_rates["copy_tb_per_s"]
     return max(copied, flops / peak_rates.get(f"{precision}_tflops", math.inf)) / 1e9
 
 
 def _served_by(op, inputs, device):
-    if op in EIGHT_BITS:
-        products = op == "quantized_linear"
-        dtype = inputs["x"].values.dtype if products else FORMATS[inputs["format"]]
+    if op in QUANTIZED:
+        matmul = op == "quantized_linear"
+        dtype = inputs["x"].values.dtype if matmul else FORMATS[inputs["format"]]
         capability = _chips.capability(device.type, device.index)
         return _policy.choose(op, capability, dtype).implementation
     x = next(t for t in tensors(inputs.values()) if t.is_floating_point())

@@ -1,4 +1,4 @@
-"""What the benchmark files share: the options, the open results files, one race of a kernel."""
+"""One run of the benchmark files: the open results files, the rows that are measured."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -8,27 +8,18 @@ import pytest
 import torch
 
 from benchmarks import kernel_rows, table5
-from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, Operation
+from benchmarks.operations import Operation
+from benchmarks.options import IMPLEMENTATIONS, Options
 from deit_fast.bench import profiling, results, timing
-from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
+from deit_fast.bench.modes import PRECISIONS, Mode
 from deit_fast.bench.networks import (
     LOST,
-    PROTOCOLS,
     Network,
     Plan,
     TooSlow,
 )
-from deit_fast.kernels.cases import DEIT
 
-LATENCY_BATCHES = (1, 8, 32)
-TRAIN_BATCHES = (64, 256)
-TRAIN_ROWS = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
 GRACE = 60.0  # seconds that a row begun in time may take over it
-IMPLEMENTATIONS = ("eager", "compiled", "fused")
-QUICK_ROWS = ["DeiT-Ti distilled", "ResNet-18"]
-QUICK_MODES = [
-    "eager_fp32", "deit_fast_fp32", "compile_bf16", "eager_fp32_train", "deit_fast_fp32_train",
-]  # fmt: skip
 
 
 class Replay:
@@ -38,9 +29,11 @@ class Replay:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """The time so far, in seconds."""
         return self.now
 
     def play(self, benchmark, times_ms: list[float]) -> None:
+        """Hand these times to the fixture of pytest-benchmark."""
         left = iter(times_ms)
 
         def advance():
@@ -50,99 +43,6 @@ class Replay:
 
 
 REPLAY = Replay()
-
-
-@dataclass
-class Options:
-    """The command line. Raises ValueError for names that nothing has."""
-
-    rows: list[table5.Entry]
-    relatives: list[table5.Entry]
-    modes: list[Mode]
-    protocols: list[str]
-    batch: int
-    latency_batches: tuple[int, ...]
-    train_rows: list[table5.Entry]
-    train_batches: tuple[int, ...]
-    max_batch: int
-    runs: int
-    warmup: int
-    deadline: float
-    out: Path
-    again: bool
-    profile: bool
-    quick: bool = False
-
-    @classmethod
-    def parse(cls, get) -> "Options":
-        """get(name): the value given for --name, or None."""
-        cuda, quick = torch.cuda.is_available(), bool(get("quick"))
-        rows = _names(get("rows")) or (QUICK_ROWS if quick else None)
-        modes = _names(get("modes")) or (QUICK_MODES if quick else list(MODES))
-        protocols = _names(get("protocols")) or ["batch", "paper"]
-        known = [p for p in PROTOCOLS if p not in ("latency", "step")]  # they have their files
-        cap = 64 if quick else 1 << 20
-        numbers = {
-            "batch": 256, "max-batch": cap if cuda else min(cap, 2 if quick else 8),
-            "runs": 3 if quick else 30, "warmup": 1 if quick else 10, "minutes": 1e6,
-        }  # fmt: skip
-        for name, default in numbers.items():
-            given = get(name)
-            numbers[name] = default if given is None else given
-            least = int(name not in ("warmup", "minutes"))
-            if numbers[name] < least:
-                raise ValueError(f"--{name}: {given}, expected {least} or more")
-        selected = table5.select(rows)
-        relatives = [e for e in selected if e in table5.RELATIVES]
-        if rows is None:
-            relatives = list(table5.RELATIVES)
-        train_rows = table5.select(rows or TRAIN_ROWS)
-        if quick and not get("rows"):
-            train_rows = table5.select(QUICK_ROWS[:1])
-        asked = TRAIN_BATCHES if get("batch") is None else (numbers["batch"],)
-        return cls(
-            rows=[e for e in selected if e in table5.ENTRIES],
-            relatives=relatives,
-            modes=[MODES[name] for name in pick("modes", modes, MODES)],
-            protocols=pick("protocols", protocols, known),
-            batch=numbers["batch"],
-            latency_batches=LATENCY_BATCHES[:1] if quick else LATENCY_BATCHES,
-            train_rows=train_rows,
-            train_batches=tuple(sorted({min(b, numbers["max-batch"]) for b in asked})),
-            max_batch=numbers["max-batch"],
-            runs=numbers["runs"],
-            warmup=numbers["warmup"],
-            deadline=time.monotonic() + 60 * numbers["minutes"],
-            out=Path(get("out") or Path(__file__).with_name("results")),
-            again=bool(get("again")),
-            profile=bool(get("profile")),
-            quick=quick,
-        )
-
-    def networks(self, train: bool = False) -> list[table5.Entry]:
-        return table5.distinct(self.train_rows if train else self.rows)
-
-    def implementations(self, op: str, others: tuple[str, ...], backward: bool) -> tuple[str, ...]:
-        """What races: ours, PyTorch and compiled PyTorch; forward, the operation's others too."""
-        quick = ("eager", "fused")  # compiling takes seconds: that of one operation
-        if not backward:
-            if not self.quick or op == "layer_norm":
-                return (*IMPLEMENTATIONS, *others)
-            return quick if op in EIGHT_BITS else (*quick, *others)  # ten cases
-        if op in NO_BACKWARD:
-            return ()
-        if self.quick:
-            return quick if op == "layer_norm" else ()
-        return IMPLEMENTATIONS
-
-    def kernel_networks(self) -> list[str]:
-        """Of cases.DEIT, those whose Table 5 row was chosen."""
-        chosen = {e.network for e in self.rows}
-        return [n for n in DEIT if f"DeiT-{n} distilled" in chosen]
-
-
-def _names(text):
-    return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
 @dataclass
@@ -162,18 +62,20 @@ class Suite:
 
     @classmethod
     def start(cls, options: Options) -> "Suite":
+        """On the GPU, where there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hardware = timing.hardware(device)
         stamp = {"commit": results.commit(), "build": results.build(hardware)}
         return cls(options, device, hardware, stamp, options.out / timing.slug(device))
 
     @property
-    def protocol(self):
+    def protocol(self) -> dict:
+        """How a row is timed, as the results file says it."""
         timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
         return {"runs": self.options.runs, "warmup": self.options.warmup, "timer": timer}
 
     def peak_rates(self, again: bool = False) -> dict:
-        """What the chip can do; measured once and kept for these versions on this chip."""
+        """The chip's peak rates, measured once and kept for these versions on this chip."""
         path = self.folder / "peak_rates.json"
         if self.limits is None and path.exists() and not again:
             kept = results.load(path)
@@ -195,6 +97,7 @@ class Suite:
         return self._network[1]
 
     def open(self, name: str) -> results.Results:
+        """The results file of that name; its rows so far are kept."""
         if name not in self.files:
             path = self.folder / f"{name}.json"
             self.files[name] = results.open_results(
@@ -217,7 +120,7 @@ class Suite:
             pytest.skip("--minutes are over: run again to go on from here")
 
     def left(self) -> float:
-        """Seconds until no row is begun."""
+        """Seconds until no further row is begun."""
         return self.options.deadline - time.monotonic()
 
     def record(self, benchmark, name: str, row, times: list[float]) -> None:
@@ -237,6 +140,7 @@ class Suite:
         REPLAY.play(benchmark, times)
 
     def measure(self, benchmark, name: str, entry: table5.Entry, mode: Mode, plan: Plan) -> None:
+        """Measure one network in one mode, for the results file of that name."""
         key = (*entry.measured_as, mode.name, plan.protocol, plan.batch)
         self.keep_or_stop(name, key)
         network = self.network(entry)
@@ -251,12 +155,14 @@ class Suite:
         if self.options.profile:
             self.profiles.append(profiling.profile_row(network, row, self.folder / "traces"))
 
-    def race(
+    def measure_operation(
         self, benchmark, operation: Operation, inputs, network, case, implementation,
         backward=False,
     ) -> None:  # fmt: skip
-        """One implementation of one operation on one of DeiT's shapes; inputs(device=...) makes the
-        arguments."""
+        """Measure one implementation of one operation on one of DeiT's shapes.
+
+        The arguments are those of `kernel_rows.measure`.
+        """
         batch = min(self.options.batch, self.options.max_batch)
         if self.device.type == "cpu" and implementation not in IMPLEMENTATIONS:
             pytest.skip(f"{implementation} needs a CUDA device")

@@ -1,5 +1,7 @@
-"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs. And
-relatives, other transformers that deit_fast serves, with TinyViT's throughputs (Wu et al., 2022).
+"""Table 5 of the DeiT paper (Touvron et al., 2021) as data: accuracies and V100 throughputs.
+
+And relatives, other transformers that deit_fast serves, with TinyViT's throughputs (Wu et al.,
+2022).
 """
 
 import csv
@@ -11,8 +13,17 @@ from deit_fast.bench.modes import pick
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. image_size in pixels; v100_images_per_s: of Table 5 fp32, largest batch, mean of 30
-    runs; None: the paper gives none."""
+    """One row of Table 5, or of its relatives.
+
+    Attributes:
+        network: The paper's name.
+        family: "convnet" or "transformer".
+        params_m: Millions of parameters.
+        image_size: Pixels.
+        v100_images_per_s: Of the paper: fp32, largest batch, mean of 30 runs; None: not given.
+        imagenet_top1: Percent; None: not given.
+        timm_name: timm's name of the model.
+    """
 
     network: str
     family: str
@@ -48,15 +59,22 @@ DISTILLED = {
 
 
 def select(names: list[str] | None) -> list[Entry]:
-    """The rows with those names: of a network, of a timm model or of a family, which is Table 5's
-    alone; None: all of Table 5. Raises ValueError for an unknown name."""
+    """The rows with those names.
+
+    Args:
+        names: Of networks, of timm models or of families, which are Table 5's alone; None: all of
+            Table 5.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
     if names is None:
         return list(ENTRIES)
     known = {e: {e.network.lower(), e.timm_name, e.family} for e in ENTRIES}
     known |= {e: {e.network.lower(), e.timm_name} for e in RELATIVES}
     every = dict.fromkeys(name for names in known.values() for name in sorted(names))
-    wanted = set(pick("rows", [name.lower() for name in names], every))
-    return [e for e, names in known.items() if names & wanted]
+    chosen = set(pick("rows", [name.lower() for name in names], every))
+    return [e for e, names in known.items() if names & chosen]
 
 
 def distinct(entries: list[Entry]) -> list[Entry]:

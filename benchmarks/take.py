@@ -1,114 +1,41 @@
-"""Take what `python -m benchmarks.lease` brought back into benchmarks/results, kernels/tuned, the
-README and LOG.md.
+"""Takes what `python -m benchmarks.lease` brought back into the results, README and LOG.md.
 
 examples:
   python -m benchmarks.take FOLDER
   python -m benchmarks.take FOLDER --dry-run       only say what would be taken
 
-The whole folder is checked before anything is written: it has to be a GPU's, and of the kernels of
-this checkout. A figure that can't be right (above the measured peak rates, an error out of bounds, a
-kernel that failed its smoke test) is left out and named; the others are taken, for GPU time is too
-scarce to drop them. Taking a folder twice changes nothing. Exit status: 0, or 1 where figures were
-left out, or 2 where nothing was taken.
+Figures go into benchmarks/results, choices into kernels/tuned. The whole folder is checked before
+anything is written: it has to be a GPU's, and of the kernels of this checkout. A figure that
+cannot be right (above the measured peak rates, an error out of bounds, a kernel that failed its
+smoke test) is left out and named; the others are taken, for GPU time is too scarce to drop them.
+Taking a folder twice changes nothing. Exit status: 0, or 1 where figures were left out, or 2 where
+nothing was taken.
 """
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import chips, predict, report, table5
-from benchmarks.chips import Gpu
-from benchmarks.lease import check, kernels, models, race
+from benchmarks import table5
+from benchmarks.lease import check, kernels, models, tuning
+from benchmarks.lease.figures import Figure, figures, furthest
+from benchmarks.report import __main__ as report
+from benchmarks.report.readme import with_tables
 from deit_fast import tune
 from deit_fast.bench import results, timing
 from deit_fast.bench.modes import MODES
 from deit_fast.kernels import _chips
 
 ROOT = Path(__file__).parents[1]
-SHOWN = 10  # figures furthest from their prediction
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of LOG.md. predicted, measured: in `unit`; predicted None: there is none. run,
-    commit: when it was measured, and of what."""
-
-    run: str
-    commit: str
-    what: str
-    unit: str
-    predicted: float | None
-    measured: float
-
-    @property
-    def ratio(self) -> float | None:
-        return self.measured / self.predicted if self.predicted else None
-
-    def __str__(self):
-        predicted = f"{self.predicted:,.4g}" if self.predicted else "-"
-        ratio = f"{self.ratio:.2f}" if self.ratio else "-"
-        return (
-            f"{self.what}: predicted {predicted} {self.unit}, measured {self.measured:,.4g}, "
-            f"ratio {ratio}"
-        )
-
-
-def figures(lease: check.Lease) -> list[Figure]:
-    """What was measured, beside what was predicted at the peak rates that were measured with it."""
-    gpu = chips.of_slug(lease.header["slug"])
-    limits = lease.peak_rates
-    found = []
-    for name, row in {row["name"]: row for row in lease.rows["peak_rate"]}.items():
-        unit = "TFLOP/s" if name.endswith("_tflops") else "TB/s"
-        predicted = gpu.peak_rates.get(name) if gpu else None
-        head = (row["run"], lease.header["commit"], f"peak rate {name}", unit)
-        found.append(Figure(*head, predicted, row["value"]))
-    for row in lease.models.values():
-        if row.status == "measured":
-            what = f"{row.network}, {row.mode}, {row.protocol} {row.asked_batch}"
-            head = (row.run, row.commit, what, "images/s")
-            found.append(Figure(*head, _predicted(row, limits, gpu), row.images_per_s))
-    for row in lease.kernels.values():
-        if row.status == "measured" and row.mode == "fused":
-            what = " ".join(filter(None, (row.op, row.network, row.case, f"batch {row.batch}")))
-            head = (row.run, row.commit, what, "ms")
-            found.append(Figure(*head, _predicted_ms(row, limits, gpu), row.ms_median))
-    return found
-
-
-def _predicted(row, limits, gpu: Gpu | None):
-    if gpu is None or row.protocol != "batch":
-        return None
-    name, _, distilled = row.network.removeprefix("DeiT-").partition(" ")
-    if distilled != "distilled":
-        return None
-    return predict.images_per_s(name, row.mode, row.batch, limits, gpu)
-
-
-def _predicted_ms(row, limits, gpu: Gpu | None):
-    if gpu is None or row.network not in predict.NETWORKS or row.dtype != "bf16":
-        return None
-    format = next((f for f in ("fp8", "int8") if row.case.split()[:1] == [f]), None)
-    key = (row.network, row.batch, format, gpu.slug, tuple(sorted(limits.items())))
-    if key not in _cache:
-        _cache[key] = predict.kernel_ms(row.network, row.batch, limits, format, gpu)
-    return _cache[key].get((row.op, row.case))
-
-
-_cache: dict[tuple, dict] = {}
-
-
-def furthest(found: list[Figure]) -> list[Figure]:
-    known = [figure for figure in found if figure.ratio]
-    return sorted(known, key=lambda figure: -abs(math.log(figure.ratio)))[:SHOWN]
 
 
 def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
-    """What the files under benchmarks/results/<chip> become. Raises ValueError where one is another
-    chip's, or damaged."""
+    """What the files under benchmarks/results/<chip> become.
+
+    Raises:
+        ValueError: One of them is another chip's, or damaged.
+    """
     in_table5 = {entry.measured_as for entry in table5.ENTRIES}
     rows: dict[str, list] = {"peak_rates": []}
     for row in lease.models.values():
@@ -145,12 +72,17 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
 
 
 def table(lease: check.Lease, path: Path) -> str | None:
-    """The tuned table at `path` with the choices of the folder's tables, the later one's before the
-    earlier one's, as text; None: there are none. Raises ValueError for one that is damaged."""
+    """The tuned table at `path` with the choices of the folder's tables, as JSON.
+
+    The later table's choices count. None where the folder has no table.
+
+    Raises:
+        ValueError: A table is damaged.
+    """
     chip = lease.header["chip"]
     of = _chips.Chip(chip["name"], tuple(chip["capability"]), chip["num_sms"])
     merged, head = {_key(row): row for row in tune.kept(path, of)}, None
-    for name in (race.TABLE, race.MORE):
+    for name in (tuning.TABLE, tuning.MORE):
         for row in tune.kept(lease.folder / name, of):
             merged[_key(row)] = row
         if (lease.folder / name).exists():
@@ -165,13 +97,14 @@ def _key(row):
 
 
 def log_lines(lease: check.Lease, found: list[Figure], before: str) -> list[str]:
-    """Those that LOG.md does not have yet."""
+    """The lines that LOG.md does not have yet."""
     there, chip = set(before.splitlines()), lease.header["chip"]["name"]
     lines = [f"- {of.run[:10]}, {chip}, {of.commit[:12]}: {of}" for of in found]
     return [line for line in lines if line not in there]
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Take the folder; 1 where figures were left out."""
     lease = check.read(args.folder)
     slug = lease.header["slug"]
     made = files(lease, args.results / slug)
@@ -180,7 +113,7 @@ def run(args) -> int:
     log = args.log.read_text()
     lines = log_lines(lease, found, log)
     readme = args.readme.read_text()
-    report.with_tables(readme, "")  # raises where there is no place for tables
+    with_tables(readme, "")  # raises where there is no place for tables
     if not args.dry_run:
         for path, file in made.items():
             file.save(path)
@@ -192,8 +125,8 @@ def run(args) -> int:
         status = report.main(["--results", str(args.results), "--readme", str(args.readme)])
         if status:
             return status
-    for doubt in lease.doubts:
-        print(f"left out: {doubt}")
+    for why in lease.rejected:
+        print(f"left out: {why}")
     print(f"furthest from prediction, of {sum(f.ratio is not None for f in found)}:")
     for figure in furthest(found):
         print(f"  {figure}")
@@ -202,10 +135,11 @@ def run(args) -> int:
         f"{slug}: {len(lease.models)} model rows and {len(lease.kernels)} kernel rows "
         f"{'to take' if args.dry_run else 'taken'}, {rows} in all, {len(lines)} lines for LOG.md"
     )
-    return int(bool(lease.doubts))
+    return int(bool(lease.rejected))
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     summary, _, rest = __doc__.partition("\n\n")
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.take", description=summary, epilog=rest,
@@ -221,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     args = parser().parse_args(argv)
     try:
         return run(args)

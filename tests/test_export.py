@@ -30,7 +30,7 @@ from tiers import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import deit_fast
-from benchmarks.chips import H200
+from benchmarks.predict.chips import H200
 from deit_fast.cli import main
 from deit_fast.export import export
 from deit_fast.kernels import _chips, _tuned

@@ -1,9 +1,9 @@
-"""Everything a borrowed GPU should tell, in ten minutes, most valuable first.
+"""The most valuable measurements of a GPU that is lent for fifteen minutes, in nine, in order.
 
 examples:
   python -m benchmarks.lease --out FOLDER
   python -m benchmarks.lease --out FOLDER --resume EARLIER       what is missing there
-  python -m benchmarks.lease --out FOLDER --steps smoke race     these alone
+  python -m benchmarks.lease --out FOLDER --steps smoke tune     these alone
   python -m benchmarks.lease --list
 
 Needs torch, Triton and timm, nothing else, and no installation. Every step is a process of its own
@@ -20,6 +20,7 @@ from .plan import NAMES, SECONDS, STEPS
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     summary, _, rest = __doc__.partition("\n\n")
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.lease", description=summary, epilog=rest,
@@ -39,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that make no run, before anything is imported or written."""
+    """Check the options, before anything is imported or written.
+
+    Raises:
+        ValueError: They make no run; the message names the option.
+    """
     unknown = [name for name in args.steps or [] if name not in NAMES]
     if unknown:
         raise ValueError(
@@ -62,6 +67,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     args = parser().parse_args(argv)
     if args.list:
         for step in STEPS:

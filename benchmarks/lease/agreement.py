@@ -1,5 +1,4 @@
-"""Whole models on the device: logits, gradients, the engine, and batches that are under way
-together."""
+"""Whole models on the device: logits, gradients, the engine, several batches in flight."""
 
 import torch
 
@@ -19,11 +18,12 @@ TRAINING = {"deit_fast_amp_bf16_train": "eager_amp_bf16_train"}
 
 
 def parts(small: bool) -> list[str]:
+    """The networks."""
     return models.deits(small)
 
 
 def step(ctx: Context, name: str) -> str:
-    """Compare one network in all that a user does with it; returns what disagreed."""
+    """Compare one network in all that a user does with it; returns what did not match."""
     network = models.network_of(name, ctx.device, ctx.small)
     batch = SMALL if ctx.small else BATCH
     failed = []
@@ -70,9 +70,9 @@ def _engine(ctx, network, batch, write):
     got = engine(batches[0].to(ctx.device))
     write("engine is the eager call", "bf16", _distance(got, expected[0]), 0.0, ROUNDING)
     worst = 0.0
-    for _ in range(TURNS):  # nothing waits between the calls: a race would mix batches
-        answers = [engine(images) for images in batches]
-        worst = max(worst, *(_distance(a, w) for a, w in zip(answers, expected, strict=True)))
+    for _ in range(TURNS):  # nothing waits between the calls: a data race would mix batches
+        outputs = [engine(images) for images in batches]
+        worst = max(worst, *(_distance(a, w) for a, w in zip(outputs, expected, strict=True)))
     write(f"{IN_FLIGHT} batches in flight", "bf16", worst, 0.0, ROUNDING)
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)

@@ -11,8 +11,14 @@ from .runner import become_child
 
 
 class Background:
-    """Processes that run functions until they end; each in a session of its own, whose whole group
-    is paused, resumed and stopped."""
+    """Processes that run functions until they end.
+
+    Each is in a session of its own, whose whole group is paused, resumed and stopped.
+
+    Args:
+        log: File for what they print.
+        cores: What they are pinned to; None: any.
+    """
 
     def __init__(self, log: Path, cores: set[int] | None = None):
         self.log, self.cores = log, cores
@@ -36,6 +42,7 @@ class Background:
         self._running[name] = pid
 
     def running(self) -> list[str]:
+        """The names of those that have not ended."""
         for name, pid in list(self._running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -44,9 +51,11 @@ class Background:
         return list(self._running)
 
     def pause(self) -> None:
+        """Stop all of them until `resume`."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
+        """Let them go on."""
         self._signal(signal.SIGCONT)
 
     def wait(self, name: str, seconds: float) -> bool:
@@ -57,6 +66,7 @@ class Background:
         return name not in self._running
 
     def stop(self) -> None:
+        """Kill all of them."""
         self._signal(signal.SIGKILL)
         for pid in self._running.values():
             os.waitpid(pid, 0)

@@ -10,8 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepare(work: Path) -> None:
-    """Before torch or Triton are imported: caches in `work`, whatever the home folder allows, and
-    `deit_fast` with its kernels importable, in this process and in those that it starts."""
+    """Make the checkout runnable, before torch or Triton are imported.
+
+    Caches lie in `work`, whatever the home folder allows, and `deit_fast` with its kernels can be
+    imported, in this process and in those that it starts.
+    """
     work.mkdir(parents=True, exist_ok=True)
     for variable, folder in {
         "TRITON_CACHE_DIR": "triton",
@@ -31,8 +34,11 @@ def prepare(work: Path) -> None:
 
 
 def importable(folder: Path) -> None:
-    """`import deit_fast` means this checkout's, in which no kernels lie beside the other packages:
-    a copy in `folder` has them where an installation would put them."""
+    """Make `import deit_fast` mean this checkout's.
+
+    A checkout has no kernels in the package: a copy in `folder` has them where an installation
+    would put them.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     copy(folder)
     paths = [str(folder), str(ROOT)]
@@ -49,8 +55,10 @@ def copy(folder: Path) -> None:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where tracked files differ; DEIT_FAST_COMMIT or "unknown"
-    where there is no git or no repository."""
+    """The checkout's commit, "-dirty" where tracked files differ.
+
+    DEIT_FAST_COMMIT or "unknown" where there is no git or no repository.
+    """
 
     def git(*args):
         try:

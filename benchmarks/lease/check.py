@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.lease` left in a folder, read back and doubted."""
+"""What `python -m benchmarks.lease` left in a folder, without what is implausible."""
 
 import json
 import math
@@ -13,8 +13,9 @@ from . import smoke
 from .context import ROWS
 from .orchestrate import HEADER, broken
 
-KINDS = {
-    "facts", "smoke", "agreement", "peak_rate", "race", "model", "kernel", "sanitizer", "step",
+KINDS = {  # "race" is what "tune" was called
+    "facts", "smoke", "agreement", "peak_rate", "tune", "race", "model", "kernel", "sanitizer",
+    "step",
 }  # fmt: skip
 HEAD = ("kind", "step", "kernels")  # of every row, beside "run"
 # A model's FLOPs are counted whole; ours leaves 7% of them out, the last block's. Clocks differ.
@@ -24,18 +25,27 @@ MOST_ERROR = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1, "fp8": 3e-
 
 @dataclass(frozen=True)
 class Lease:
-    """header: lease.json. rows: those of these kernels, by kind. models, kernels: the last of each
-    key that is plausible. doubts: of the others, what is wrong."""
+    """A folder of results.
+
+    Attributes:
+        folder: Where they are.
+        header: What lease.json says.
+        rows: Those of these kernels, by kind.
+        models: The last plausible row of each network, mode, protocol and batch.
+        kernels: The last plausible row of each operation, shape and implementation.
+        rejected: Of the others, what is wrong.
+    """
 
     folder: Path
     header: dict
     rows: dict[str, list[dict]]
     models: dict[tuple, ModelRow]
     kernels: dict[tuple, KernelRow]
-    doubts: list[str]
+    rejected: list[str]
 
     @property
     def peak_rates(self) -> dict[str, float]:
+        """The last measured ones."""
         return {row["name"]: row["value"] for row in self.rows.get("peak_rate", ())}
 
     @property
@@ -45,8 +55,12 @@ class Lease:
 
 
 def read(folder: Path) -> Lease:
-    """Raises ValueError, naming the file and what is wrong, where the folder holds no lease, a
-    damaged one, a rehearsal, or one of other kernels than this checkout's."""
+    """Read a folder back.
+
+    Raises:
+        ValueError: It holds no lease, a damaged one, a rehearsal, or one of other kernels than this
+            checkout's; the message names the file and what is wrong.
+    """
     header = _header(folder)
     if not header["hardware"]["gpu"]:
         raise ValueError(f"{folder}: a rehearsal without a GPU, expected results of one")
@@ -60,7 +74,7 @@ def read(folder: Path) -> Lease:
     lease = Lease(folder, header, rows, {}, {}, [])
     for number, row in _lines(folder / ROWS):
         if row is None:
-            lease.doubts.append(f"line {number}: cut off")
+            lease.rejected.append(f"line {number}: cut off")
         elif row["kernels"] == ours:
             rows.setdefault(row["kind"], []).append(row | {"line": number})
     for name in ("bf16_tflops", "copy_tb_per_s"):
@@ -73,10 +87,10 @@ def read(folder: Path) -> Lease:
     ):  # fmt: skip
         for values in rows.get(kind, ()):
             row = _typed(folder, values, type_of)
-            doubt = _doubt(row, kind, lease)
-            if doubt:
-                lease.doubts.append(
-                    f"line {values['line']}, {' '.join(map(str, row.key))}: {doubt}"
+            why = _why_implausible(row, kind, lease)
+            if why:
+                lease.rejected.append(
+                    f"line {values['line']}, {' '.join(map(str, row.key))}: {why}"
                 )
                 into.pop(row.key, None)  # an earlier row of the key is not what counts
             elif row.status != "failed" or row.key not in into:
@@ -129,7 +143,7 @@ def _typed(folder, values, kind):
     return results.row_of(folder / ROWS, number, values)
 
 
-def _doubt(row, kind, lease):
+def _why_implausible(row, kind, lease):
     """Why a figure can't be right, or None."""
     if row.status != "measured":
         return None

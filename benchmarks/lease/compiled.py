@@ -22,6 +22,7 @@ JOBS = tuple(
 
 
 def parts(small: bool) -> list[str]:
+    """The networks in each mode."""
     jobs = [JOBS[len(models.DEITS) - 1]] if small else JOBS
     return [f"{name}, {mode}" for name, mode, _ in jobs]
 
@@ -41,12 +42,12 @@ def prepare(work: Path, device: torch.device, small: bool) -> None:
         by_network.setdefault(_job(part)[0], []).append(part)
     (work / "ready").mkdir(exist_ok=True)
     children = []
-    for name, wanted in by_network.items():
+    for name, chosen in by_network.items():
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                _compile(work, device, small, name, wanted)
+                _compile(work, device, small, name, chosen)
                 code = 0
             finally:
                 os._exit(code)
@@ -55,9 +56,9 @@ def prepare(work: Path, device: torch.device, small: bool) -> None:
         os.waitpid(pid, 0)
 
 
-def _compile(work, device, small, name, wanted):
+def _compile(work, device, small, name, chosen):
     network = models.network_of(name, device, small)
-    for part in wanted:
+    for part in chosen:
         _, mode_name, batch = _job(part)
         mode = MODES[mode_name]
         with mode.settings():
@@ -71,8 +72,11 @@ def _compile(work, device, small, name, wanted):
 
 
 def step(ctx: Context, part: str) -> str:
-    """Time one network in one mode of torch.compile beside the baseline. Raises NotReady where its
-    caches are not filled yet."""
+    """Time one network in one mode of torch.compile beside the baseline.
+
+    Raises:
+        NotReady: Its caches are not filled yet.
+    """
     name, mode, batch = _job(part)
     if not _marker(ctx.work, part).exists():
         raise NotReady("not compiled yet")

@@ -12,19 +12,24 @@ ROWS = "rows.jsonl"
 
 
 class NotReady(Exception):
-    """A part of a step that can't be measured yet: no failure, a later step or run has it."""
+    """A part of a step that cannot be measured yet: no failure, a later step or run has it."""
 
 
 @dataclass
 class Context:
     """One step's view of the run.
 
-    device: where it measures; a CPU in a rehearsal. folder: the output folder, flat. small: reduced
-    shapes and a few runs, for rehearsals without a GPU. deadline: of `time.monotonic()`, after
-    which the step begins nothing new. run: identifies this run among those of a resumed folder.
-    kernels: digest of the kernels' sources: rows of other kernels don't count as measured. header:
-    what lease.json says (hardware, chip, commit). excluded: kernel families whose smoke test
-    failed; PyTorch serves them. work: a folder for caches, gone with the run.
+    Attributes:
+        device: Where it measures; a CPU in a rehearsal.
+        folder: The output folder, flat.
+        small: Whether shapes are reduced and runs few, for rehearsals without a GPU.
+        deadline: Of `time.monotonic()`, after which the step begins nothing new.
+        step: Its name.
+        run: Identifies this run among those of a resumed folder.
+        kernels: Digest of the kernels' sources: rows of other kernels do not count as measured.
+        header: What lease.json says (hardware, chip, commit).
+        work: A folder for caches, gone with the run.
+        excluded: Kernel families whose smoke test failed; PyTorch serves them.
     """
 
     device: torch.device
@@ -43,14 +48,18 @@ class Context:
         return self.deadline - time.monotonic()
 
     def write(self, kind: str, **row) -> None:
-        """Append one row to rows.jsonl: kind, step, run, kernels, and what is given. It is on disk
-        when this returns."""
+        """Append one row to rows.jsonl: kind, step, run, kernels, and what is given.
+
+        It is on disk when this returns.
+        """
         head = {"kind": kind, "step": self.step, "run": self.run, "kernels": self.kernels}
         append(self.folder / ROWS, head | row)
 
     def rows(self, kind: str) -> list[dict]:
-        """The rows of one kind that the folder holds so far and these kernels measured, in this run
-        or in an earlier one."""
+        """The rows of one kind that the folder holds so far and these kernels measured.
+
+        In this run or in an earlier one.
+        """
         found = read(self.folder / ROWS)
         return [row for row in found if row["kind"] == kind and row["kernels"] == self.kernels]
 
@@ -60,6 +69,7 @@ class Context:
 
 
 def append(path: Path, row: dict) -> None:
+    """Append one row; it is on disk when this returns."""
     line = json.dumps(row, allow_nan=False) + "\n"
     with path.open("ab+") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":

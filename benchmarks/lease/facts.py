@@ -14,7 +14,11 @@ LEAST_FREE = 20e9  # bytes: DeiT-B's training step at batch 256 takes about that
 
 
 def step(ctx: Context) -> str:
-    """Write the row "facts". Raises RuntimeError for a GPU on which nothing would be measured."""
+    """Write the row "facts"; returns them in short.
+
+    Raises:
+        RuntimeError: Nothing would be measured on this GPU.
+    """
     chip = _chips.chip(ctx.device)
     found = {
         "hardware": timing.hardware(ctx.device), "slug": timing.slug(ctx.device),
@@ -37,7 +41,11 @@ def step(ctx: Context) -> str:
 
 
 def expect(name: str, capability: tuple[int, int], free: float) -> None:
-    """Raise RuntimeError where the chip has no bf16 tensor cores or too little memory is free."""
+    """Check that the chip can be measured.
+
+    Raises:
+        RuntimeError: It has no bf16 tensor cores, or too little memory is free.
+    """
     if tuple(capability) < (8, 0):
         have = ".".join(map(str, capability))
         raise RuntimeError(
@@ -51,11 +59,11 @@ def expect(name: str, capability: tuple[int, int], free: float) -> None:
 
 
 def limits() -> str | None:
-    """Clock and power limits in nvidia-smi's words, None without it."""
+    """Clock and power limits as nvidia-smi prints them; None without it."""
     fields = "clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current,mig.mode.current"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{fields}: {answer.stdout.strip().splitlines()[0]}"
+    return f"{fields}: {done.stdout.strip().splitlines()[0]}"

@@ -1,5 +1,4 @@
-"""DeiT's kernels one by one, PyTorch's operators in turn with ours: what predictions are held
-against."""
+"""DeiT's kernels one by one, in turn with PyTorch's operators: for comparison with predictions."""
 
 from dataclasses import asdict, replace
 
@@ -19,14 +18,17 @@ BASELINE, OURS = "eager", "fused"
 
 
 def parts(small: bool) -> list[str]:
-    """Networks, each forward, then each both ways."""
+    """Networks, each forward, then each forward and backward."""
     names = ["Ti"] if small else ["B", "S", "Ti"]
     return [*names, *(name + BACKWARD for name in names)]
 
 
 def step(ctx: Context, part: str) -> str:
-    """Time every operation of a network in one direction. Raises NotReady without the peak rates,
-    which say what share of the chip a kernel reaches."""
+    """Time every operation of a network in one direction.
+
+    Raises:
+        NotReady: The peak rates, of which a kernel's rate is a fraction, were not measured.
+    """
     network, backward = part.removesuffix(BACKWARD), part.endswith(BACKWARD)
     peak_rates = {row["name"]: row["value"] for row in ctx.rows("peak_rate")}
     if "copy_tb_per_s" not in peak_rates:

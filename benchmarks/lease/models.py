@@ -15,9 +15,9 @@ from deit_fast.bench import results, timing
 from deit_fast.bench.modes import MODES, Mode
 from deit_fast.bench.networks import Disagreement, Network, Step, device_is_lost, reason
 
+from .clocks import CLOCKS
 from .context import Context
 
-CLOCKS = "clocks.csv"
 ROUNDS = 2
 ROUND_SECONDS = 0.6  # of one mode's timed calls in one round
 FEWEST, MOST, WARMUP = 5, 30, (5, 3)  # calls a round; before them, in the first and the second
@@ -29,23 +29,28 @@ OURS, PLAIN = "deit_fast_engine_bf16", "deit_fast_bf16"
 
 
 def deits(small: bool) -> list[str]:
+    """The parts of the steps that are about DeiT: B, S, Ti."""
     return list(DEITS[-1:] if small else DEITS)
 
 
 def larger(small: bool) -> list[str]:
+    """The parts of the step "quantized": B and S."""
     return list(DEITS[-1:] if small else DEITS[:2])
 
 
 def others(small: bool) -> list[str]:
+    """The parts of the step "relatives"."""
     names = ["DeiT-B-384 distilled", "ViT-B/16 224", "CaiT-S24", "TinyViT-21M"]
     return ["TinyViT-5M"] if small else names
 
 
 def throughput(ctx: Context, name: str) -> str:
+    """The step "throughput": inference in bf16, and eager fp32."""
     return measure(ctx, name, (BASELINE, OURS, PLAIN, "eager_fp32"), BATCH)
 
 
 def quantized(ctx: Context, name: str) -> str:
+    """The step "quantized": fp8 and int8 beside bf16."""
     modes = (
         BASELINE, OURS, "deit_fast_engine_fp8", PLAIN, "deit_fast_fp8", "deit_fast_int8",
         "deit_fast_fp8_attention",
@@ -54,11 +59,13 @@ def quantized(ctx: Context, name: str) -> str:
 
 
 def training(ctx: Context, name: str) -> str:
+    """The step "training": forward and backward under autocast."""
     modes = (TRAIN_BASELINE, "deit_fast_graph_amp_bf16_train", "deit_fast_amp_bf16_train")
     return measure(ctx, name, modes, TRAIN_BATCH)
 
 
 def latency(ctx: Context, name: str) -> str:
+    """The step "latency": small batches, each call waited for."""
     said = [
         measure(ctx, name, (BASELINE, OURS, PLAIN), batch, "latency") for batch in LATENCY_BATCHES
     ]
@@ -66,16 +73,17 @@ def latency(ctx: Context, name: str) -> str:
 
 
 def relatives(ctx: Context, name: str) -> str:
+    """The step "relatives": inference in bf16."""
     return measure(ctx, name, (BASELINE, OURS, PLAIN), BATCH)
 
 
 def entry_of(name: str) -> Entry:
-    """The row of Table 5, or of its relatives, that is called so."""
+    """The row of Table 5, or of its relatives, that has that name."""
     return next(e for e in select([name]) if e.network == name)
 
 
 def network_of(name: str, device: torch.device, small: bool) -> Network:
-    """The network, shallow in a rehearsal."""
+    """The network, with few layers in a rehearsal."""
     entry = entry_of(name)
     options = {}
     if small:
@@ -104,8 +112,21 @@ _networks: dict[str, Network] = {}  # the last one: a step's parts share the pro
 def measure(
     ctx: Context, name: str, modes: tuple[str, ...], batch: int, protocol: str = "batch"
 ) -> str:  # fmt: skip
-    """Time the modes of a network in turn; the first is the baseline. Rows that the folder has from
-    this build are kept, the baseline's excepted where another is missing. Returns a summary."""
+    """Time the modes of a network in turn.
+
+    Rows that the folder has from this build are kept, except the baseline's where another is
+    missing.
+
+    Args:
+        ctx: Of the step.
+        name: The network, as Table 5 calls it.
+        modes: Their names; the first is the baseline.
+        batch: Images.
+        protocol: "batch", or "latency", where each call is waited for.
+
+    Returns:
+        A summary, "" where nothing was timed.
+    """
     entry = entry_of(name)
     batch = min(batch, SMALL_BATCH) if ctx.small else batch
     of = stamp(ctx)
@@ -118,7 +139,7 @@ def measure(
     if not missing or ctx.left() <= 0:
         return ""
     baseline = modes[0]
-    wanted = [baseline, *(m for m in missing if m != baseline)]
+    chosen = [baseline, *(m for m in missing if m != baseline)]
     if entry.network not in _networks:
         _networks.clear()
         timing.release(ctx.device)
@@ -126,7 +147,7 @@ def measure(
     network = _networks[entry.network]
     running: dict[str, _Running] = {}
     base = _Row(ctx, network, protocol, batch, baseline, of)
-    for mode in wanted:
+    for mode in chosen:
         if ctx.left() <= 0:
             break
         found = _prepared(ctx, network, MODES[mode], batch, protocol, base)
@@ -188,8 +209,10 @@ class _Row:
 
 
 def _prepared(ctx, network, mode, batch, protocol, base):
-    """The mode warm, checked and with its inputs; None where it is not to be had, which a row
-    says."""
+    """The mode warm, checked and with its inputs.
+
+    None where it is unavailable or fails, as a row then says.
+    """
     missing = network.why_not(mode)
     if missing:
         base.write(mode, status="unavailable", note=missing)
@@ -246,7 +269,7 @@ def _alternate(ctx, network, running, protocol, base):
     for turn in range(ROUNDS):
         for name, mode in running.items():
             if ctx.left() <= 0 and mode.times:
-                continue  # the baseline's first round is wanted even then
+                continue  # but the baseline always has its first round
             with mode.step.mode.settings():
                 mode.times += clock(
                     mode.step, mode.inputs, mode.runs, WARMUP[turn], ctx.device

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from contextlib import contextmanager
@@ -14,25 +13,29 @@ from pathlib import Path
 
 from . import bare, context, runner
 from .background import Background
+from .clocks import CLOCKS, sampled
 from .plan import SECONDS, STEPS, Step
 
-HEADER, LOG, CLOCKS, TABLE = "lease.json", "log.txt", "clocks.csv", "tuned.json"
+HEADER, LOG = "lease.json", "log.txt"
 FACTS = Step("facts", 30, "the device", "benchmarks.lease.facts:step")
 END = 3.0  # seconds before the end of the run at which the last step is killed
 TRAINS = ("agreement", "training", "compiled", "compiled-more")
 LEAST = 4.0  # seconds that a step must have to be begun
-# What a step waits for, at most so many seconds: one by one the race's kernels would take longer,
-# and torch.compile stands still while something is timed
+# What a step waits for, at most so many seconds: compiled one by one the kernels to tune would take
+# longer, and torch.compile is paused while something is timed
 WAITS = {
-    "race": ("kernels", 30.0), "compiled": ("torch.compile", 15.0),
+    "tune": ("kernels", 30.0), "compiled": ("torch.compile", 15.0),
     "compiled-more": ("torch.compile", 45.0),
 }  # fmt: skip
-CLOCK_QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 class Run:
-    """One run of the command. Raises ValueError or RuntimeError, before anything is written, where
-    nothing could be measured."""
+    """One run of the command.
+
+    Raises:
+        ValueError: The folder to resume is not this chip's or these kernels'.
+        RuntimeError: Nothing can be measured here. Nothing is written in either case.
+    """
 
     def __init__(self, args, work: Path):
         self.began = time.monotonic()
@@ -107,8 +110,7 @@ class Run:
         self._context("facts", 0.0).write("facts", **row)
 
     def _earlier(self, folder):
-        """The header of an earlier run. Raises ValueError where its rows are none of this chip's or
-        of these kernels'."""
+        """The header of an earlier run, which has to be this chip's and these kernels'."""
         try:
             header = json.loads((folder / HEADER).read_text())
             chip, kernels = header["chip"]["name"], header["kernels"]
@@ -132,20 +134,21 @@ class Run:
         part.replace(self.folder / HEADER)
 
     def left(self) -> float:
+        """Seconds until the last step is killed."""
         return self.args.seconds - (time.monotonic() - self.began) - END
 
     def steps(self) -> int:
-        """All steps; 1 where one failed."""
+        """Run all steps; 1 where one failed."""
         failed = 0
-        wanted = [s for s in STEPS if not self.args.steps or s.name in self.args.steps]
+        chosen = [s for s in STEPS if not self.args.steps or s.name in self.args.steps]
         done = {
             row["name"] for row in self._context("", 0.0).rows("step") if row["status"] == "done"
         }
         self._learn_excluded()
         background = Background(self.folder / LOG, self.back)
         try:
-            self._start(background, [s.name for s in wanted])
-            for step in wanted:
+            self._start(background, [s.name for s in chosen])
+            for step in chosen:
                 if step.name in done and not self.args.steps:
                     print(f"{step.name:14} kept: {step.title}", flush=True)
                     self._after(step)
@@ -159,7 +162,7 @@ class Run:
             self._save()
         return int(failed)
 
-    def _start(self, background, wanted):
+    def _start(self, background, chosen):
         """Compilation beside the first steps."""
         from deit_fast.kernels import _chips
 
@@ -167,9 +170,9 @@ class Run:
         if here.device.type == "cuda" or _chips.is_simulated():
             warmup = importlib.import_module("benchmarks.lease.warmup")
             background.start(
-                "kernels", lambda: warmup.run(wanted, self.chip, here.small, self.processes)
+                "kernels", lambda: warmup.run(chosen, self.chip, here.small, self.processes)
             )
-        if any(name.startswith("compiled") for name in wanted):
+        if any(name.startswith("compiled") for name in chosen):
             compiled = importlib.import_module("benchmarks.lease.compiled")
             background.start(
                 "torch.compile", lambda: compiled.prepare(self.work, here.device, here.small)
@@ -211,10 +214,10 @@ class Run:
             self._learn_excluded()
             for family in sorted(self.excluded):
                 print(f"{'':14} {family} failed: PyTorch serves it from here on", flush=True)
-        if step.name == "race":
-            from . import race
+        if step.name == "tune":
+            from . import tuning
 
-            race.load_table(self.folder)
+            tuning.load_table(self.folder)
 
     def _learn_excluded(self):
         """Families that failed the smoke test, of this run or of the one that it goes on from."""
@@ -241,11 +244,11 @@ def broken(steps: list[dict]) -> list[str]:
 
 
 def run(args) -> int:
-    """The command, its options checked."""
+    """Run the command, whose options are checked; returns its exit status."""
     work = Path(tempfile.mkdtemp(prefix="lease-"))
     try:
         made = Run(args, work)
-        with _clocks(made.folder / CLOCKS), _terminated():
+        with sampled(made.folder / CLOCKS), _terminated():
             status = made.steps()
         seconds = time.monotonic() - made.began
         print(f"{made.folder}: {seconds:.0f} s")
@@ -257,26 +260,8 @@ def run(args) -> int:
 
 
 @contextmanager
-def _clocks(path):
-    """nvidia-smi's samples, four a second, while it lasts."""
-    command = [
-        "nvidia-smi", f"--query-gpu={CLOCK_QUERY}", "--format=csv,noheader,nounits", "-lms", "250",
-    ]  # fmt: skip
-    process = None
-    if shutil.which(command[0]):
-        with path.open("a") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        if process is not None:
-            process.kill()
-            process.wait()
-
-
-@contextmanager
 def _terminated():
-    """SIGTERM ends the run as Ctrl-C does: children killed, the header written."""
+    """SIGTERM ends the run as Ctrl-C does: children are killed, the header is written."""
 
     def stop(number, frame):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The chip's peak rates, measured: what every fraction is of."""
+"""The chip's peak rates, measured: every fraction of the peak rate is relative to these."""
 
 from deit_fast.bench import timing
 
@@ -6,6 +6,7 @@ from .context import Context
 
 
 def step(ctx: Context) -> str:
+    """Write a row for each rate; returns them."""
     timing.spin_up(ctx.device)
     found = timing.peak_rates(ctx.device, 2 if ctx.small else timing.PEAK_RATE_RUNS)
     for name, value in found.items():

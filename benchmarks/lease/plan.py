@@ -7,10 +7,17 @@ SECONDS = 540.0  # of a whole run; budgets below are for this many
 
 @dataclass(frozen=True)
 class Step:
-    """One step. seconds: after which it begins nothing new. target, parts: "module:name" of a
-    function `(ctx)`, or with parts `(ctx, part)` and of a function `(small)` that lists them; each
-    part that crashes or hangs costs itself alone. exclusive: background work is paused meanwhile,
-    because something is timed."""
+    """One step.
+
+    Attributes:
+        name: On the command line and in the rows.
+        seconds: After which it begins nothing new.
+        title: For a reader.
+        target: "module:name" of a function `(ctx)`, or with parts `(ctx, part)`.
+        parts: "module:name" of a function `(small)` that lists the parts. A part that crashes or
+            hangs costs itself alone.
+        exclusive: Whether background work is paused meanwhile, because something is timed.
+    """
 
     name: str
     seconds: float
@@ -27,7 +34,7 @@ STEPS = (
     Step("agreement", 30, "whole models, gradients, engine, batches in flight",
          f"{HERE}.agreement:step", f"{HERE}.agreement:parts", exclusive=False),
     Step("peak_rates", 12, "peak rates: matmul by dtype, copy", f"{HERE}.peak_rates:step"),
-    Step("race", 40, "tiles and libraries for DeiT's GEMMs and attention", f"{HERE}.race:quick"),
+    Step("tune", 40, "tiles and libraries for DeiT's GEMMs and attention", f"{HERE}.tuning:quick"),
     Step("throughput", 75, "images/s at batch 256", f"{HERE}.models:throughput",
          f"{HERE}.models:deits"),
     Step("compiled", 30, "torch.compile, as far as it is ready", f"{HERE}.compiled:step",
@@ -40,7 +47,8 @@ STEPS = (
     Step("sanitizer", 60, "compute-sanitizer memcheck", f"{HERE}.sanitize:step", exclusive=False),
     Step("compiled-more", 30, "torch.compile, what became ready since", f"{HERE}.compiled:step",
          f"{HERE}.compiled:parts"),
-    Step("tuner", 60, "the shapes that are left, and close races again", f"{HERE}.race:rest"),
+    Step("tune-more", 60, "the shapes that are left, and close comparisons again",
+         f"{HERE}.tuning:rest"),
     Step("kernels", 600, "each kernel beside PyTorch's", f"{HERE}.kernels:step",
          f"{HERE}.kernels:parts"),
 )  # fmt: skip

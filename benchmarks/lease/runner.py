@@ -28,8 +28,15 @@ GRACE = 10.0  # seconds over its budget that a step may take to end what it has 
 
 @dataclass
 class Outcome:
-    """How a step ended. status: "done", "partial" (its time was over before its work), "failed" or
-    "not begun". notes: one line for each part that failed."""
+    """How a step ended.
+
+    Attributes:
+        status: "done", "partial" (its time was over before its work), "failed" or "not begun".
+        seconds: How long it took.
+        summary: What its parts returned.
+        notes: One line for each part that failed.
+        broken: The parts that failed.
+    """
 
     status: str
     seconds: float
@@ -48,9 +55,17 @@ def run(
     step: Step, make: Callable[[float], Context], budget: float, limit: float, log: Path,
     lost: Callable[[BaseException], bool], cores: set[int] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Run one step. make(deadline): its context. budget: seconds until it begins nothing new;
-    limit: seconds until it is killed. lost(error): whether the device is of no more use to the
-    process. cores: what it is pinned to."""
+    """Run one step.
+
+    Args:
+        step: The step.
+        make: `make(deadline)` is its context.
+        budget: Seconds until it begins nothing new.
+        limit: Seconds until it is killed.
+        log: File for what it prints.
+        lost: `lost(error)`: whether the device is of no more use to the process.
+        cores: What it is pinned to; None: any.
+    """
     began = time.monotonic()
     soft, hard = began + budget, began + limit
     context = make(soft)

@@ -60,13 +60,13 @@ def step(ctx: Context) -> str:
     for tool in TOOLS:
         if said and (ctx.left() < 20 or ctx.small):
             break
-        row = _watched(tool, ctx)
+        row = _run_tool(tool, ctx)
         ctx.write("sanitizer", **row)
         said.append(f"{tool}: {row['note'] or row['status']}")
     return "; ".join(said)
 
 
-def _watched(tool, ctx):
+def _run_tool(tool, ctx):
     row = {"tool": tool, "errors": None, "note": ""}
     if not shutil.which("compute-sanitizer"):
         return row | {"status": "unavailable", "note": "compute-sanitizer is not installed"}
@@ -109,6 +109,7 @@ def judge(output: str, status: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script that compute-sanitizer runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lease.sanitize")
     parser.add_argument("--script", action="store_true", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU if any)")

@@ -1,4 +1,4 @@
-"""Every kernel family once on the device: its error over PyTorch's own, forward and backward.
+"""Every kernel family once on the device: its error beside PyTorch's own, forward and backward.
 
 A family that is wrong, or that breaks its process, is named, and PyTorch serves it in the steps
 that follow: fast and wrong is not measured.
@@ -9,9 +9,9 @@ import warnings
 import torch
 
 from benchmarks.operations import (
-    EIGHT_BITS,
     NO_BACKWARD,
     OPS,
+    QUANTIZED,
     Operation,
     allowance,
     both_ways,
@@ -75,9 +75,14 @@ def _key(row):
 
 
 def cases(operation, op, network, backward, small, device):
-    """(row so far, maker of inputs, dtype) of each check of an operation on a network's shapes that
-    the device has the instructions for."""
-    quantized = op in EIGHT_BITS
+    """The checks of an operation on a network's shapes.
+
+    Those for which the device has the instructions.
+
+    Yields:
+        (row so far, `make(device)` of the inputs, dtype).
+    """
+    quantized = op in QUANTIZED
     capability = _chips.capability(device.type, device.index)
     without_fp8 = capability is not None and capability < (8, 9)
     for batch in (SMALL,) if small else (BATCH, ODD) if network == "B" else (BATCH,):
@@ -139,8 +144,12 @@ def relative_error(got, truth) -> float:
 
 
 def failed_families(rows: list[dict], crashed: list[str] = ()) -> frozenset[str]:
-    """Families whose last check failed, " backward" behind those of the backward pass; `crashed`:
-    parts that broke their process before they had a row."""
+    """Families whose last check failed, with " backward" where it was the backward pass.
+
+    Args:
+        rows: Of the kind "smoke".
+        crashed: Parts that broke their process before they had a row.
+    """
     last = {_key(row): row for row in rows}
     failed = [row for row in last.values() if row["status"] == "failed"]
     names = {
@@ -148,13 +157,13 @@ def failed_families(rows: list[dict], crashed: list[str] = ()) -> frozenset[str]
     }  # fmt: skip
     for part in crashed:
         op, backward = part.removesuffix(BACKWARD), part.endswith(BACKWARD)
-        formats = ("fp8", "int8") if op in EIGHT_BITS else ("",)
+        formats = ("fp8", "int8") if op in QUANTIZED else ("",)
         names |= {_family(op, of) + BACKWARD * backward for of in formats}
     return frozenset(names)
 
 
 def _family(op, case):
-    return case.split()[0] if op in EIGHT_BITS else op
+    return case.split()[0] if op in QUANTIZED else op
 
 
 def excluded(families: frozenset[str], training: bool) -> list[str]:

@@ -1,9 +1,8 @@
 """Compilation ahead of the steps: every kernel that they will launch, in parallel, without a GPU.
 
-A driver that only compiles takes the place of CUDA's in these processes, and every launch becomes a
-compilation for the chip. The calls are the steps' own, at their batches, on the CPU, but PyTorch's
-matrix products are left out. So each kernel is specialised as it will be, and the steps find it in
-Triton's cache. Whatever is missed, a step compiles itself.
+Every launch becomes a compilation for the chip (compile_only.py). The calls are the steps' own, at
+their batches, on the CPU, but PyTorch's matmuls are left out. So each kernel is specialised as
+it will be, and the steps find it in Triton's cache. Whatever is missed, a step compiles itself.
 """
 
 import copy
@@ -13,11 +12,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
-import triton
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime.jit import JITFunction
 
 import deit_fast
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations
@@ -27,9 +22,10 @@ from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.cases import deit_cases
 
 from . import agreement, kernels, models, sanitize, smoke
+from .compile_only import NoMatmuls, compile_only
 
-# a race's configurations are given, so a few rows do: 16 divides them as it does the race's own
-RACE_BATCH, RACE_SMS = 16, 8
+# configurations to tune are given, so a few rows do: 16 divides them as it does the real ones
+TUNE_BATCH, TUNE_SMS = 16, 8
 BF16, FP16 = torch.bfloat16, torch.float16
 NETWORKS = {name: DISTILLED[name] for name in ("B", "S", "Ti")}
 RELATIVES = {
@@ -37,49 +33,6 @@ RELATIVES = {
     "cait_s24_224": {"depth": 1}, "tiny_vit_21m_224": {},
 }  # fmt: skip
 CPU = torch.device("cpu")
-
-
-class NoProducts(TorchDispatchMode):
-    """Within it PyTorch's matrix products are empty tensors of the right shape."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
-        if func is torch.ops.aten.addmm.default:
-            return args[1].new_empty(len(args[1]), args[2].shape[-1])
-        return func(*args, **(kwargs or {}))
-
-
-class _Driver:
-    """What Triton asks while it compiles."""
-
-    def __init__(self, capability):
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-def compile_only(capability: tuple[int, int]) -> None:
-    """From now on every launch of this process is a compilation for that compute capability: of the
-    kernel, and of the C code that launches it where this Triton writes some for every kernel."""
-    triton.runtime.driver.set_active(_Driver(capability))
-    run, made = JITFunction.run, set()
-
-    def compiled(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if hasattr(nvidia, "make_launcher") and kernel.hash not in made:
-            made.add(kernel.hash)
-            nvidia.CudaLauncher(kernel.src, kernel.metadata)
-        return kernel
-
-    JITFunction.run = compiled
 
 
 def jobs(steps: list[str], chip: _chips.Chip, small: bool) -> list[tuple[str, Callable]]:
@@ -92,8 +45,8 @@ def jobs(steps: list[str], chip: _chips.Chip, small: bool) -> list[tuple[str, Ca
         found += [(f"model {n}", lambda n=n: _inference(NETWORKS[n], small)) for n in networks]
     if {"agreement", "training"} & steps:
         found += [(f"training {n}", lambda n=n: _training(NETWORKS[n], small)) for n in networks]
-    if "race" in steps:
-        found += [job for n in networks for job in _races(NETWORKS[n], chip)]
+    if "tune" in steps:
+        found += [job for n in networks for job in _tuning(NETWORKS[n], chip)]
     if "quantized" in steps:
         found += [
             (f"{format} {n}", lambda n=n, f=format: _quantized(NETWORKS[n], f, small))
@@ -105,8 +58,8 @@ def jobs(steps: list[str], chip: _chips.Chip, small: bool) -> list[tuple[str, Ca
         found += [
             (f"model {n}", lambda n=n, o=o: _relative(n, o, small)) for n, o in relatives.items()
         ]
-    if "tuner" in steps and chip.capability >= (8, 9):
-        found += _races(NETWORKS[networks[0]], chip, "fp8")
+    if "tune-more" in steps and chip.capability >= (8, 9):
+        found += _tuning(NETWORKS[networks[0]], chip, "fp8")
     if "kernels" in steps:
         found += [
             (f"kernels {op} {n}", lambda op=op, n=n: _timed(op, n, small))
@@ -196,17 +149,17 @@ def _training(name, small):
         logits.float().sum().backward()
 
 
-def _races(name, chip, format=None):
+def _tuning(name, chip, format=None):
     with torch.device("meta"):
         model = deit_fast.create_model(name, depth=2)
         if format is not None:
             deit_fast.quantize(model, format)
     made: dict = {}  # of the last task, in each process
-    few = chip._replace(num_sms=RACE_SMS)
-    for task in tune.tasks(model, RACE_BATCH, BF16, few, training=format is None):
+    few = chip._replace(num_sms=TUNE_SMS)
+    for task in tune.tasks(model, TUNE_BATCH, BF16, few, training=format is None):
         for candidate in task.candidates:
             if dict(candidate)["implementation"] != "torch":
-                yield f"race {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
+                yield f"tune {task}", lambda t=task, c=candidate, m=made: _candidate(t, c, m)
 
 
 def _candidate(task, candidate, made):
@@ -218,8 +171,17 @@ def _candidate(task, candidate, made):
 
 
 def run(steps: list[str], chip: _chips.Chip, small: bool, processes: int) -> int:
-    """Compile it all by so many processes, forked from this one; returns how many jobs failed. One
-    that fails is named in the log, and its kernels are the steps' to compile."""
+    """Compile it all.
+
+    Args:
+        steps: Names of the steps that will run.
+        chip: To compile for.
+        small: Whether shapes are reduced.
+        processes: How many are forked from this one.
+
+    Returns:
+        How many jobs failed. Each is named in the log, and its kernels are the steps' to compile.
+    """
     compile_only(chip.capability)
     with _chips.simulate_device(chip):
         todo = jobs(steps, chip, small)
@@ -244,7 +206,7 @@ def _fork(todo, taken, failed):
                 break
             name, job = todo[i]
             try:
-                with NoProducts():
+                with NoMatmuls():
                     job()
             except Exception:
                 print(f"[warm-up] {name} failed", flush=True)

@@ -14,7 +14,10 @@ from modelling import images, tiny_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit_fast
-from benchmarks import chips, costs, predict
+from benchmarks.predict import __main__ as command
+from benchmarks.predict import chips, costs
+from benchmarks.predict import model as predicted
+from benchmarks.predict.table import markdown
 from benchmarks.table5 import select
 from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
@@ -154,10 +157,10 @@ def test_a_table_that_says_separate_or_fused():
         ops = Counter(op for op, _, _ in recorder.calls)
         assert ops["layer_norm"] == 25 and "layer_norm_linear" not in ops
         assert not [1 for op, args, _ in recorder.calls if op == "linear" and args[-2]]
-        rows, _, _ = predict.predict("Ti", 256, chips.H200.peak_rates)
+        rows, _, _ = predicted.predict("Ti", 256, chips.H200.peak_rates)
         assert "layer_norm" in {launch.op for launch, _, _ in rows}
     with _tuned.forced("layer_norm_mlp", {"implementation": "fused", **FUSED_CONFIGS[0]}):
-        rows, total, _ = predict.predict("Ti", 256, chips.H200.peak_rates)
+        rows, total, _ = predicted.predict("Ti", 256, chips.H200.peak_rates)
         (mlp,) = [r for r in rows if r[0].op == "layer_norm_mlp" and r[0].bytes > 1e7]
         assert mlp[1] == 11 and total > 0
 
@@ -216,11 +219,11 @@ def test_peak_memory_is_no_more_than_eagers():
     assert 5 * tokens < peaks[1] < 0.8 * peaks[0]
 
 
-@pytest.mark.parametrize("network", predict.NETWORKS)
+@pytest.mark.parametrize("network", predicted.NETWORKS)
 def test_prediction_counts_the_whole_model(network):
     """Its FLOPs are those of the paper's model less the last block's pruning, and its time lies
     between the tensor floor and the plan of separate kernels."""
-    rows, total, others = predict.predict(network, 256, chips.H200.peak_rates, tables=False)
+    rows, total, others = predicted.predict(network, 256, chips.H200.peak_rates, tables=False)
     D, H, N, size = DEIT[network]
     patches = (size // 16) ** 2
     block = 2 * N * D * 12 * D + 4 * N * N * D
@@ -238,7 +241,7 @@ def test_prediction_counts_the_whole_model(network):
 
 def test_prediction_of_one_product():
     """By hand: 50,688 x 768 -> 3072 with GELU."""
-    rows, _, _ = predict.predict("B", 256, chips.H200.peak_rates, tables=False)
+    rows, _, _ = predicted.predict("B", 256, chips.H200.peak_rates, tables=False)
     (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
     launch, count, times = row
     assert count == 11 and launch.flops == 2 * 50688 * 768 * 3072
@@ -260,13 +263,13 @@ def test_prediction_in_eight_bits(format):
     ops = Counter(launch.op for launch in found)
     assert ops["layer_norm_quantized"] >= 4 and ops["attention_quantized"] == 2
     products = [launch for launch in found if launch.op == "quantized_linear"]
-    assert {predict.case_of(launch, "Ti") for launch in products} >= {
+    assert {predicted.case_of(launch, "Ti") for launch in products} >= {
         f"{format} {name}" for name in ("qkv", "proj", "fc1", "fc2")
     }
     for op in ("layer_norm_quantized", "attention_quantized"):  # a row of theirs is a launch's
-        cases = {predict.case_of(launch, "Ti") for launch in found if launch.op == op}
+        cases = {predicted.case_of(launch, "Ti") for launch in found if launch.op == op}
         assert cases - {None} == {format} and format in deit_cases(op, "Ti", 256)
-    fc2 = next(launch for launch in products if predict.case_of(launch, "Ti") == f"{format} fc2")
+    fc2 = next(launch for launch in products if predicted.case_of(launch, "Ti") == f"{format} fc2")
     M, K, N = 256 * 198, 768, 192
     times = fc2.times({"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
     assert fc2.flops == 2 * M * N * K
@@ -280,22 +283,22 @@ def test_prediction_in_eight_bits(format):
 def test_prediction_of_a_quantised_model(capsys):
     """The command's ratio to bf16; attention in fp8 is named and takes less."""
     (bf16, fp8, attention) = (
-        predict.predict("S", 256, chips.H200.peak_rates, False, False, *kind)[1]
+        predicted.predict("S", 256, chips.H200.peak_rates, False, False, *kind)[1]
         for kind in ((), ("fp8",), ("fp8", True))
     )
     assert bf16 / 1.5 < fp8 < bf16 / 1.2 and attention < fp8
-    predict.main(["--chip", "h200", "--network", "S", "--format", "fp8", "--attention"])
+    command.main(["--chip", "h200", "--network", "S", "--format", "fp8", "--attention"])
     out = capsys.readouterr().out
     assert "fp8 operands" in out and "fp8, attention too: 1.4" in out
     with pytest.raises(SystemExit):
-        predict.main(["--format", "int8", "--attention"])
+        command.main(["--format", "int8", "--attention"])
 
 
 def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     """What was measured stands in its column; what was not, does not."""
-    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
     h200 = ["--network", "Ti", "--chip", "h200"]
-    predict.main(h200)
+    command.main(h200)
     before = capsys.readouterr().out
     assert "measured: not yet" in before and "788 TFLOP/s" in before
     limits = {"bf16_tflops": 700.0, "copy_tb_per_s": 4.0}
@@ -306,10 +309,10 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
     for name, rows in (("peak_rates", []), ("kernels", [kernel]), ("table5", [model])):
         results = replace(results_of(*rows), peak_rates=limits)
         results.save(folder / f"{name}.json")
-    predict.main(["--network", "Ti"])
+    command.main(["--network", "Ti"])
     other = capsys.readouterr().out
     assert "measured: not yet" in other and "798 TFLOP/s, 3.0 TB/s" in other, "an H100"
-    predict.main(h200)
+    command.main(h200)
     out = capsys.readouterr().out
     assert "700 TFLOP/s" in out and "123,456 images/s" in out and "34.5" in out
     assert "34.5" not in before and out.count("measured here") == 1
@@ -317,6 +320,6 @@ def test_prediction_beside_measurement(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_documented_predictions_are_the_commands():
-    page = (Path(predict.__file__).parents[1] / "docs" / "performance.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     documented = page.split("<!-- predictions: begin -->\n")[1].split("\n<!-- predictions: end")[0]
-    assert documented == predict.markdown(), "python -m benchmarks.predict --markdown"
+    assert documented == markdown(), "python -m benchmarks.predict --markdown"

@@ -11,7 +11,7 @@ import pytest
 from making import HARDWARE, kernel_row, model_row, results_of
 
 from benchmarks import table5
-from benchmarks.measured import ratio
+from benchmarks.report.measured import ratio
 from deit_fast.bench import results
 from deit_fast.bench.results import CorruptResults, KernelRow, ModelRow
 

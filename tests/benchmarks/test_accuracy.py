@@ -11,11 +11,11 @@ from deit_fast.kernels import linear
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stream", accuracy.STREAMS)
 def test_folding_errs_less_than_two_operations(stream, dtype):
-    found = accuracy.layer_norm_product(stream, 192, dtype)
+    found = accuracy.layer_norm_gemm(stream, 192, dtype)
     assert 0 < found["folded"] < found["separate"]
-    if stream == "offset":  # what the sums of the rounded weight, and a rounded stream, are for
+    if stream == "offset":  # why sums are of the rounded weight, and fp32 is not folded
         assert found["sums not rounded"] > 5 * found["folded"]
-        assert found["fp32 stream, cast"] > 5 * found["folded"]
+        assert found["fp32 residual, cast"] > 5 * found["folded"]
 
 
 def test_gelu_is_the_kernels(device):

@@ -12,8 +12,10 @@ import selection
 import torch
 
 import deit_fast
-from benchmarks import host_time
-from benchmarks.host_time import Contender, race
+from benchmarks.host_time import __main__ as command
+from benchmarks.host_time import rows as rows_module
+from benchmarks.host_time import stand_ins, table, turns
+from benchmarks.host_time.turns import Contender, compare
 from deit_fast.bench import launches
 from deit_fast.kernels._chips import Chip
 
@@ -49,14 +51,14 @@ def test_every_row_has_its_figures(quick):
     _, data = quick
     rows = {row["call"]: row for row in data["rows"]}
     ways = ("forward", "forward + backward")
-    wanted = {"inference", "forward + backward", "an engine's call"}
-    wanted |= {
+    expected = {"inference", "forward + backward", "an engine's call"}
+    expected |= {
         f"{op}, {way}"
         for op in ("linear qkv", "layer_norm_linear qkv", "attention")
         for way in ways
     }
-    assert set(rows) == wanted | {"first call of another batch size, beyond the next"}
-    for call in wanted:
+    assert set(rows) == expected | {"first call of another batch size, beyond the next"}
+    for call in expected:
         row = rows[call]
         for who in ("timm_us", "ours_us"):
             assert 0 < row[who]["least"] <= row[who]["median"] < 1e7
@@ -75,7 +77,7 @@ def test_the_launches_are_the_models(quick):
     recorder = launches.record(model, 1, torch.bfloat16, h100)
     triton = len(recorder.calls)
     assert rows["inference"]["ours_launches"]["triton"] == triton > 80
-    # a block: two norms, four products, attention, GELU, two sums. The patches, two tokens with
+    # a block: two norms, four GEMMs, attention, GELU, two sums. The patches, two tokens with
     # them, positions, the last norm, two heads, their mean
     assert rows["inference"]["timm_launches"] == 12 * 10 + 1 + 1 + 1 + 1 + 2 + 2 + 1
     training = rows["forward + backward"]["ours_launches"]["triton"]
@@ -87,10 +89,10 @@ def test_the_launches_are_the_models(quick):
 @pytest.mark.slow
 def test_the_table_is_the_data(quick):
     out, data = quick
-    assert out == host_time.markdown(data) + "\n"
-    table = [line for line in out.splitlines() if line.startswith("| DeiT-")]
-    assert len(table) == len(data["rows"])
-    cells = [cell.strip() for cell in table[0].split("|")[1:-1]]
+    assert out == table.markdown(data) + "\n"
+    lines = [line for line in out.splitlines() if line.startswith("| DeiT-")]
+    assert len(lines) == len(data["rows"])
+    cells = [cell.strip() for cell in lines[0].split("|")[1:-1]]
     row = data["rows"][0]
     assert cells[0] == f"DeiT-Ti: {row['call']}"
     assert cells[1] == f"{row['timm_us']['median']:,.0f}" and cells[7] == f"{row['ratio']:.2f}"
@@ -130,7 +132,7 @@ def test_calls_take_turns():
     clock, order = Clock(), []
     costs = {"a": 1000, "b": 2000, "c": 4000}
     contenders = {name: costing(clock, order, name, cost) for name, cost in costs.items()}
-    times = race(contenders, 3, block_us=8.0, gpu=Gpu(), clock=clock)
+    times = compare(contenders, 3, block_us=8.0, gpu=Gpu(), clock=clock)
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
     a, b, c = "a" * 9, "b" * 5, "c" * 3  # each with one that is not timed
     assert "".join(order) == "abc" + a + b + c + b + c + a + c + a + b
@@ -147,7 +149,7 @@ def test_a_context_is_not_timed():
         def __exit__(self, *error):
             clock.now += 10**9
 
-    assert host_time.timed(Contender(one.call, Slow), 4, clock) == 1.0
+    assert turns.timed(Contender(one.call, Slow), 4, clock) == 1.0
 
 
 def test_nothing_is_compiled_while_it_is_timed():
@@ -159,7 +161,7 @@ def test_nothing_is_compiled_while_it_is_timed():
 
     calls = []
     with pytest.raises(RuntimeError, match="1 kernels were compiled while calls were timed"):
-        race({"a": Contender(compiles)}, 4, 1e-3, gpu)
+        compare({"a": Contender(compiles)}, 4, 1e-3, gpu)
 
 
 def test_first_calls_that_compile_do_not_count():
@@ -170,14 +172,14 @@ def test_first_calls_that_compile_do_not_count():
         seen.append(len(images))
 
     batches = [torch.zeros(size, 1) for size in (1, 2, 3)]
-    assert len(host_time.first_calls(step, batches, gpu)) == 2 and len(seen) == 18
+    assert len(turns.first_calls(step, batches, gpu)) == 2 and len(seen) == 18
     gpu.compiled, seen[:] = 0, []
     with pytest.raises(RuntimeError, match="every batch size had kernels of its own"):
-        host_time.first_calls(step, batches[:1], gpu)
+        turns.first_calls(step, batches[:1], gpu)
 
 
 def test_summary_and_ratio():
-    row = host_time.row("Ti", "call", [10.0, 20.0, 40.0], [5.0, 40.0, 20.0], (0, 3), (2, 1))
+    row = rows_module.row("Ti", "call", [10.0, 20.0, 40.0], [5.0, 40.0, 20.0], (0, 3), (2, 1))
     assert row["timm_us"]["median"] == 20.0 and row["timm_us"]["least"] == 10.0
     assert row["timm_us"]["spread"] == pytest.approx((32 - 14) / 20)
     assert row["ratio"] == 0.5, "of the rounds' ratios, not of the medians"
@@ -202,7 +204,7 @@ assert "aten::mm" in working(step)
 with operators.idle():
     calls = operators.calls
     step()
-    # a product, a norm and GELU, their gradients, and two products
+    # a GEMM, a norm and GELU, their gradients, and two GEMMs
     assert operators.calls - calls >= 7 and x.grad.shape == x.shape and w.grad.shape == w.shape
     assert working(step) == [], working(step)
     assert working(other) == ["aten::_softmax"]
@@ -243,16 +245,16 @@ def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys, arguments, said):
         monkeypatch.setenv(*arguments)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         arguments = []
-    monkeypatch.setattr(host_time._chips, "INTERPRET", "TRITON" in said)
+    monkeypatch.setattr(stand_ins._chips, "INTERPRET", "TRITON" in said)
     with pytest.raises(SystemExit, match="2"):
-        host_time.main(arguments)
+        command.main(arguments)
     out, error = capsys.readouterr()
     assert said in error and error.count("\n") == 1 and not out
 
 
 def test_a_checkout_is_needed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(host_time, "TESTS", tmp_path)
-    monkeypatch.setattr(host_time._chips, "INTERPRET", False)
+    monkeypatch.setattr(stand_ins, "HELPERS", tmp_path)
+    monkeypatch.setattr(stand_ins._chips, "INTERPRET", False)
     with pytest.raises(SystemExit, match="2"):
-        host_time.main([])
+        command.main([])
     assert f"no stand_in_cuda in {tmp_path}, expected a checkout" in capsys.readouterr().err

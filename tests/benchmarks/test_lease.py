@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deit_fast
-from benchmarks.lease import context, facts, orchestrate, race, sanitize, smoke
+from benchmarks.lease import context, facts, orchestrate, sanitize, smoke, tuning
 from deit_fast import tune
 from deit_fast.kernels import _chips
 
@@ -27,7 +27,7 @@ def lease(copy, *arguments):
 def measured(copy):
     """A run of the steps that are quick on a CPU."""
     out = copy.parent / "out"
-    steps = ("peak_rates", "race", "sanitizer")
+    steps = ("peak_rates", "tune", "sanitizer")
     done = lease(copy, "--out", out, "--seconds", 540, "--steps", *steps)
     return out, done
 
@@ -37,7 +37,7 @@ def test_a_run_on_a_bare_copy(measured):
     out, done = measured
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert said[:3] == [["peak_rates", "done"], ["race", "done"], ["sanitizer", "done"]]
+    assert said[:3] == [["peak_rates", "done"], ["tune", "done"], ["sanitizer", "done"]]
     assert {path.name for path in out.iterdir()} <= {
         "rows.jsonl", "lease.json", "log.txt", "clocks.csv", "tuned.json",
     }  # fmt: skip
@@ -166,19 +166,19 @@ def test_a_resumed_run_leaves_out_what_failed_before(ctx):
     row |= {"dtype": "bf16", "backward": False, "status": "failed"}
     ctx.write("smoke", **row)
     ctx.write("step", name="smoke", status="failed", broken=["linear backward"])
-    ctx.write("step", name="race", status="failed", broken=["x"])
+    ctx.write("step", name="tune", status="failed", broken=["x"])
     run = SimpleNamespace(_context=lambda name, deadline: ctx)
     orchestrate.Run._learn_excluded(run)
     assert run.excluded == {"attention", "linear backward"}
 
 
-def test_the_tuner_goes_by_value():
-    """FLOPs, whatever the operation calls its sizes; a race is close by its next one's time."""
+def test_tuning_goes_by_value():
+    """FLOPs, whatever the operation calls its sizes; and how close the next one's time is."""
     with torch.device("meta"), _chips.simulate_device(_chips.Chip("H", (9, 0), 132)):
         model = deit_fast.create_model("deit_tiny_distilled", depth=2)
     tasks = tune.tasks(model, 256, torch.bfloat16, _chips.Chip("H", (9, 0), 132), True)
     worths = {
-        (t.op, shape.get("epilogue"), shape["M"], shape.get("N")): race.worth(t)
+        (t.op, shape.get("epilogue"), shape["M"], shape.get("N")): tuning.worth(t)
         for t in tasks
         for shape in [dict(t.shape)]
     }
@@ -186,8 +186,8 @@ def test_the_tuner_goes_by_value():
     assert worths["linear", "gelu_backward", M, 768] == 2 * M * 192 * 768
     assert worths["layer_norm_mlp", None, M, None] == 4 * M * 192 * 768
     assert worths["attention", None, 256 * 3, 198] == 4 * 256 * 3 * 198 * 198 * 64
-    assert race.closeness({"ms": 0.9, "others": {"a": 1.0, "b": 2.0, "c": None}}) == 0.9
-    assert race.closeness({"ms": 0.9, "others": {"c": None}}) == 0.0
+    assert tuning.closeness({"ms": 0.9, "others": {"a": 1.0, "b": 2.0, "c": None}}) == 0.9
+    assert tuning.closeness({"ms": 0.9, "others": {"c": None}}) == 0.0
 
 
 def test_every_operation_is_a_part():
@@ -197,7 +197,7 @@ def test_every_operation_is_a_part():
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "wanted"),
+    ("output", "status", "expected"),
     [
         ("40 calls on cuda\n========= ERROR SUMMARY: 0 errors", 0, ("passed", 0, "")),
         (
@@ -210,9 +210,9 @@ def test_every_operation_is_a_part():
         ("Device not supported", 255, ("failed", None, "no summary, exit status 255")),
     ],
 )  # fmt: skip
-def test_what_the_sanitizer_says(output, status, wanted):
+def test_what_the_sanitizer_says(output, status, expected):
     found = sanitize.judge(output, status)
-    assert (found["status"], found.get("errors")) == wanted[:2] and wanted[2] in found["note"]
+    assert (found["status"], found.get("errors")) == expected[:2] and expected[2] in found["note"]
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("of", ["fp8", "int8"])
-@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "eight bits"])
-def test_bytes_in_eight_bits(of, narrow):
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "quantized"])
+def test_bytes_of_quantized_operands(of, narrow):
     """Each operand once, with its scales; `linear` in bf16 has its own."""
     out_scale = 0.1 if of == "fp8" else None
     made = {"M": 6, "S": 1, "K": 32, "N": 64, "of": of}

@@ -11,9 +11,12 @@ import pytest
 import selection
 from making import kernel_row, model_row, results_of
 
-from benchmarks import measured, report, table5
-from benchmarks import page as page_module
-from benchmarks.measured import Chip, ratio
+from benchmarks import table5
+from benchmarks.report import __main__ as report
+from benchmarks.report import measured
+from benchmarks.report import page as page_module
+from benchmarks.report.measured import Chip, ratio
+from benchmarks.report.readme import BEGIN, END, NOTHING, readme_tables
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
 from deit_fast.bench.results import ModelRow
@@ -59,7 +62,7 @@ def folder(tmp_path):
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return path
 
 
@@ -93,7 +96,7 @@ def test_a_cpu_claims_nothing_in_the_readme(folder, readme, drawing):
     (path,) = folder.glob("*/table5.json")
     results_of(*everything(), gpu=None).save(path)
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
-    assert f"{report.BEGIN}\n{report.NOTHING}\n{report.END}" in readme.read_text()
+    assert f"{BEGIN}\n{NOTHING}\n{END}" in readme.read_text()
     page = (path.parent / "report.html").read_text()
     assert "Measured on a CPU" in page and "(CPU, 2 threads)" in page
 
@@ -104,10 +107,10 @@ def test_bad_files_are_named_and_nothing_is_written(folder, readme, capsys):
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 2
     assert f"{path}: not JSON" in capsys.readouterr().err
     assert "old" in readme.read_text() and not list(folder.glob("*/*.html"))
-    readme.write_text("no marks")
+    readme.write_text("no comments")
     path.unlink()
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 2
-    assert "lacks the marks" in capsys.readouterr().err
+    assert "lacks the comments" in capsys.readouterr().err
 
 
 def test_ratios_are_within_one_run():
@@ -145,10 +148,10 @@ def test_the_last_build_speaks():
     failed = model_row(SMALL, "deit_fast_bf16", **FAILED)
     chip = Chip(Path(), {"table5": results_of(old, failed)})
     assert chip.row(SMALL, "deit_fast_bf16", "batch") is failed
-    assert report.readme_tables([chip]) == report.NOTHING
+    assert readme_tables([chip]) == NOTHING
     chip = Chip(Path(), {"table5": results_of(old, model_row(SMALL, "eager_bf16", 100.0))})
     assert chip.row(SMALL, "deit_fast_bf16", "batch") is old
-    assert report.readme_tables([chip]) == report.NOTHING
+    assert readme_tables([chip]) == NOTHING
 
 
 def test_the_readme_compares_only_what_ran_together():
@@ -158,11 +161,11 @@ def test_the_readme_compares_only_what_ran_together():
         model_row(SMALL, "eager_fp32", 7.0, build="c" * 12),
         model_row(SMALL, "compile_max_autotune_bf16", 9.0, batch=128),
     ]  # fmt: skip
-    table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    table = readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 1,200 | 3.00 | – |" in table
-    table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows[1:])})])
+    table = readme_tables([Chip(Path(), {"table5": results_of(*rows[1:])})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | – | 1,200 | 3.00 | – |" in table
-    table = report.readme_tables([Chip(Path(), {"table5": results_of(*rows[:2])})])
+    table = readme_tables([Chip(Path(), {"table5": results_of(*rows[:2])})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | – | 2.00 | – |" in table
 
 
@@ -170,7 +173,7 @@ BASE = BY_NAME["DeiT-B distilled"]
 UNAVAILABLE = {"status": "unavailable", "note": "torchao is not <installed>"}
 
 
-def eight_bits(entry, fp8, torchao, **changes):
+def quantized(entry, fp8, torchao, **changes):
     return [
         model_row(entry, "deit_fast_bf16", 1000.0), model_row(entry, "deit_fast_int8", 1250.0),
         model_row(entry, "deit_fast_fp8", fp8, **changes),
@@ -182,10 +185,10 @@ def eight_bits(entry, fp8, torchao, **changes):
     ]  # fmt: skip
 
 
-def test_eight_bits_have_a_table_with_their_marks():
+def test_quantized_inference_has_a_table_with_its_targets():
     none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
-    rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
-    text = report.readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    rows = [*quantized(SMALL, 1300.0, 1350.0), *quantized(BASE, 1400.0, none)]
+    text = readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert (
         "| DeiT-S distilled | 256 | 1,000 | 1,300 | 1,250 | 1,301 | 1,100 | 1,400 | 1,350 | 1.30 "
         "| 1.30 met | 1.27 | 1.30 missed | 1.25 | 0.96 | 1.04 | met |" in text
@@ -195,50 +198,48 @@ def test_eight_bits_have_a_table_with_their_marks():
         "| 1.40 | 1.50 missed | 1.36 | 1.50 missed | 1.25 | – | – "
         "| unavailable: torchao is not <installed> |" in text
     )
-    wanted = "wanted of an H100 or H200"
-    assert f"| fp8 / bf16 | {wanted} | engine fp8 / engine bf16 | {wanted} |" in text
-    assert "eight bits" in text and "a scale a row of all four" in text
-    slower = eight_bits(SMALL, 1300.0, 1500.0)
-    assert "| 0.87 | 0.93 | missed |" in report.readme_tables([made(*slower)])
+    target = "target on an H100 or H200"
+    assert f"| fp8 / bf16 | {target} | engine fp8 / engine bf16 | {target} |" in text
+    assert "every Block quantized" in text and "dynamic per-row scales for all four" in text
+    slower = quantized(SMALL, 1300.0, 1500.0)
+    assert "| 0.87 | 0.93 | missed |" in readme_tables([made(*slower)])
 
 
-def test_nothing_is_said_of_eight_bits_that_did_not_run():
+def test_nothing_is_said_of_quantized_modes_that_did_not_run():
     other = {"batch": 128, "asked_batch": 128}
-    halved = [replace(r, **other) for r in eight_bits(SMALL, 1300.0, 1000.0)]
-    text = report.readme_tables([made(*halved)])
+    halved = [replace(r, **other) for r in quantized(SMALL, 1300.0, 1000.0)]
+    text = readme_tables([made(*halved)])
     assert (
         "| DeiT-S distilled | 128 |" in text and "| 1.30 | – | 1.27 | – | 1.25 |" in text
-    )  # no mark there
-    apart = eight_bits(SMALL, 1300.0, 1000.0, build="c" * 12)
-    text = report.readme_tables([made(*apart[:3])])
+    )  # no target there
+    apart = quantized(SMALL, 1300.0, 1000.0, build="c" * 12)
+    text = readme_tables([made(*apart[:3])])
     assert "| 1,000 | – | 1,250 |" + " – |" * 8 + " 1.25 | – | – | – |" in text
 
 
-def test_eight_bits_that_failed_have_a_line():
+def test_quantized_modes_that_failed_have_a_line():
     """Which one never run has not; nor one that the chip does not have."""
     failed = [model_row(SMALL, f"deit_fast_{f}", **FAILED) for f in ("fp8", "int8")]
     bf16 = model_row(SMALL, "deit_fast_bf16", 1000.0)
-    text = report.readme_tables([made(bf16, *failed)])
+    text = readme_tables([made(bf16, *failed)])
     assert "| DeiT-S distilled | 256 | 1,000 | failed | failed | – |" in text
-    text = report.readme_tables([made(*failed)])
+    text = readme_tables([made(*failed)])
     assert "| DeiT-S distilled | 256 | – | failed | failed | – |" in text
     int8 = model_row(SMALL, "deit_fast_int8", 1250.0)
-    assert "| 1,000 | failed | 1,250 | – |" in report.readme_tables([made(bf16, failed[0], int8)])
+    assert "| 1,000 | failed | 1,250 | – |" in readme_tables([made(bf16, failed[0], int8)])
     old = replace(bf16, build="c" * 12)
-    assert "| 256 | – | failed | failed |" in report.readme_tables([made(old, *failed)])
+    assert "| 256 | – | failed | failed |" in readme_tables([made(old, *failed)])
     gone = [replace(r, **UNAVAILABLE) for r in failed]
-    assert "eight bits" not in report.readme_tables([made(bf16, *gone)])
-    assert report.readme_tables([made(*(replace(r, build="c" * 12) for r in failed))]) == (
-        report.NOTHING
-    )
+    assert "quantized" not in readme_tables([made(bf16, *gone)])
+    assert readme_tables([made(*(replace(r, build="c" * 12) for r in failed))]) == (NOTHING)
 
 
 def test_other_tables_say_what_failed_too():
     ours, base = model_row(SMALL, "deit_fast_bf16", 8.0), model_row(SMALL, "eager_bf16", **FAILED)
-    assert "| 256 | – | failed | – | 8 | – | – |" in report.readme_tables([made(ours, base)])
+    assert "| 256 | – | failed | – | 8 | – | – |" in readme_tables([made(ours, base)])
     rows = training(200.0, 280.0)
     rows[1] = replace(rows[1], **FAILED, images_per_s=None)
-    assert "| 256 | 100 | – | – | failed | 280 | – |" in report.readme_tables([made(*rows)])
+    assert "| 256 | 100 | – | – | failed | 280 | – |" in readme_tables([made(*rows)])
 
 
 @pytest.mark.slow
@@ -266,25 +267,25 @@ def test_a_mode_that_is_not_to_be_had_has_no_column(tmp_path, readme, drawing):
 
 
 @pytest.mark.slow
-def test_the_page_shows_eight_bits(tmp_path, readme, drawing):
+def test_the_page_shows_quantized_inference(tmp_path, readme, drawing):
     none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
-    rows = [*eight_bits(SMALL, 1300.0, 1350.0), *eight_bits(BASE, 1400.0, none)]
+    rows = [*quantized(SMALL, 1300.0, 1350.0), *quantized(BASE, 1400.0, none)]
     results_of(*rows).save(tmp_path / "imaginary" / "table5.json")
     assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
     text = (tmp_path / "imaginary" / "report.html").read_text()
-    section = text.split("<h2>Eight bits</h2>")[1].split("</section>")[0]
+    section = text.split("<h2>Quantized inference</h2>")[1].split("</section>")[0]
     cells = [unescape(c) for c in re.findall(r"<td[^>]*>([^<]*)</td>", section)]
     for wanted in ("1.30 met", "1.50 missed", "1.25", "1.04", "met", "unavailable", "1,350",
                    "1.30 missed", f"unavailable: {UNAVAILABLE['note']}"):  # fmt: skip
         assert wanted in cells, wanted
     assert "torchao_fp8_compile, batch 256: unavailable: torchao is not &lt;installed&gt;" in text
-    assert "a scale a row of all four" in section
+    assert "dynamic per-row scales for all four" in section
 
 
-def test_the_page_shows_the_batch_of_eight_bits():
+def test_the_page_shows_the_batch_of_quantized_inference():
     wide, narrow = {"batch": 512, "asked_batch": 512}, {"batch": 128, "asked_batch": 128}
     rows = [model_row(SMALL, "deit_fast_bf16", **wide), model_row(SMALL, "deit_fast_fp8", **narrow)]
-    assert '<td class="" data-value="128">128</td>' in page_module._eight_bits_table(made(*rows))
+    assert '<td class="" data-value="128">128</td>' in page_module._quantized_table(made(*rows))
 
 
 def training(compiled, ours, gb=(9.0, 8.0), entry=SMALL, **changes):
@@ -301,9 +302,9 @@ def made(*rows):
     return Chip(Path(), {"train": results_of(*rows)})
 
 
-def test_training_has_a_table_with_its_marks():
+def test_training_has_a_table_with_its_targets():
     step = {"protocol": "step", "batch": 64, "asked_batch": 64}
-    text = report.readme_tables([made(*training(200.0, 280.0), *training(200.0, 250.0, **step))])
+    text = readme_tables([made(*training(200.0, 280.0), *training(200.0, 250.0, **step))])
     assert (
         "| DeiT-S distilled | forward + backward | 256 | 100 | – | – | 200 | 280 | 1.40 | 1.30 met "
         "| 9.00 | 8.00 |" in text
@@ -312,21 +313,21 @@ def test_training_has_a_table_with_its_marks():
         "| DeiT-S distilled | full step | 64 | 100 | – | – | 200 | 250 | 1.25 | 1.30 missed: speed "
         "| 9.00 | 8.00 |" in text
     )
-    assert "wanted of an H100 or H200" in text and "images/s in training" in text
-    fatter = report.readme_tables([made(*training(200.0, 280.0, (8.0, 8.5)))])
+    assert "target on an H100 or H200" in text and "images/s in training" in text
+    fatter = readme_tables([made(*training(200.0, 280.0, (8.0, 8.5)))])
     assert "| 1.30 missed: memory | 8.00 | 8.50 |" in fatter
 
 
 def test_nothing_is_said_of_training_that_did_not_run():
     apart = training(200.0, 280.0)
     apart[1] = model_row(SMALL, "compile_max_autotune_amp_bf16_train", 200.0, build="c" * 12)
-    text = report.readme_tables([made(*apart)])
+    text = readme_tables([made(*apart)])
     assert "| 256 | 100 | – | – | – | 280 | – | – | – | 8.00 |" in text and "met" not in text
-    assert report.readme_tables([made(*training(200.0, 280.0)[:2])]) == report.NOTHING
+    assert readme_tables([made(*training(200.0, 280.0)[:2])]) == NOTHING
     on_a_cpu = results_of(*training(200.0, 280.0), gpu=None)
-    assert report.readme_tables([Chip(Path(), {"train": on_a_cpu})]) == report.NOTHING
-    no_mark = made(*training(200.0, 280.0, entry=BY_NAME["ViT-B/16"]))
-    assert "| 1.40 | – | 9.00 | 8.00 |" in report.readme_tables([no_mark])
+    assert readme_tables([Chip(Path(), {"train": on_a_cpu})]) == NOTHING
+    no_target = made(*training(200.0, 280.0, entry=BY_NAME["ViT-B/16"]))
+    assert "| 1.40 | – | 9.00 | 8.00 |" in readme_tables([no_target])
 
 
 @pytest.mark.slow
@@ -403,7 +404,7 @@ def test_a_chip_with_little_still_has_a_page(tmp_path, readme, drawing):
     assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
     text = (tmp_path / "imaginary" / "report.html").read_text()
     assert "no rank correlation" in text and "Kernels" not in text
-    assert report.NOTHING in readme.read_text()
+    assert NOTHING in readme.read_text()
 
 
 @pytest.mark.slow

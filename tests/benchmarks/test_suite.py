@@ -1,9 +1,8 @@
-"""pytest benchmarks/, as a user runs it, and the script for a GPU."""
+"""pytest benchmarks/, as a user runs it."""
 
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import forked
@@ -14,6 +13,7 @@ import torch
 from making import model_row, results_of
 
 from benchmarks import bench_attention_quantized, bench_quantized_linear, operations, suite, table5
+from benchmarks.options import Options
 from deit_fast import tune
 from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
@@ -28,7 +28,7 @@ SCHEMA = jsonschema.Draft202012Validator(
 FORWARD = "fused and not backward"
 PYTHONPATH = os.environ.get("PYTHONPATH", "")
 BF16 = torch.bfloat16
-LITTLE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
+SMOKE = ["--rows", "DeiT-Ti distilled", "--max-batch", "1", "--runs", "2", "--warmup", "1"]
 
 
 def bench(out, *args):
@@ -64,7 +64,7 @@ def rows(out, name):
 
 @pytest.mark.slow
 def test_rows_are_measured_kept_and_measured_again(out):
-    args = ["benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32,deit_fast_fp32"]
+    args = ["benchmarks/bench_table5.py", *SMOKE, "--modes", "eager_fp32,deit_fast_fp32"]
     saved = out / "saved.json"
     done = bench(out, *args, "--protocols", "batch", f"--benchmark-json={saved}")
     assert "2 passed" in done.stdout, done.stdout
@@ -95,7 +95,7 @@ def test_rows_are_measured_kept_and_measured_again(out):
 
 @pytest.mark.slow
 def test_training_is_measured_with_and_without_the_optimiser(out):
-    done = bench(out, "benchmarks/bench_train.py", *LITTLE, "--modes",
+    done = bench(out, "benchmarks/bench_train.py", *SMOKE, "--modes",
                  "eager_fp32,eager_fp32_train,deit_fast_fp32_train", "--profile")  # fmt: skip
     assert "4 passed" in done.stdout, done.stdout
     assert [(r.mode, r.protocol, r.batch, r.status) for r in rows(out, "train")] == [
@@ -109,15 +109,15 @@ def test_training_is_measured_with_and_without_the_optimiser(out):
 
 @pytest.mark.slow
 def test_when_the_minutes_are_over_nothing_is_begun(out):
-    done = bench(out, "benchmarks/bench_table5.py", *LITTLE, "--modes", "eager_fp32",
+    done = bench(out, "benchmarks/bench_table5.py", *SMOKE, "--modes", "eager_fp32",
                  "--minutes", "0")  # fmt: skip
     assert "2 skipped" in done.stdout and "--minutes are over" in done.stdout, done.stdout
     assert not list(out.glob("*/table5.json"))
 
 
 @pytest.mark.slow
-def test_kernels_are_raced_against_the_playbook(out):
-    done = bench(out, "benchmarks/bench_layer_norm.py", "benchmarks/bench_linear.py", *LITTLE,
+def test_kernels_are_compared_with_the_playbook(out):
+    done = bench(out, "benchmarks/bench_layer_norm.py", "benchmarks/bench_linear.py", *SMOKE,
                  "--against-playbook", "-k", "not compiled and not backward")  # fmt: skip
     assert "failed" not in done.stdout, done.stdout
     measured = {(r.op, r.case, r.mode): r for r in rows(out, "kernels")}
@@ -131,8 +131,8 @@ def test_kernels_are_raced_against_the_playbook(out):
     assert fc1.bytes == 2 * (198 * 192 + 192 * 768 + 768 + 198 * 768)
     (chip,) = out.glob("*/peak_rates.json")
     limits = json.loads(chip.read_text())["peak_rates"]
-    moved, products = fc1.bytes / limits["copy_tb_per_s"], fc1.flops / limits["bf16_tflops"]
-    assert fc1.predicted_ms == pytest.approx(max(moved, products) / 1e9)
+    moved, matmuls = fc1.bytes / limits["copy_tb_per_s"], fc1.flops / limits["bf16_tflops"]
+    assert fc1.predicted_ms == pytest.approx(max(moved, matmuls) / 1e9)
     assert fc1.fraction_of_peak_rate == pytest.approx(fc1.predicted_ms / fc1.ms_median)
     assert "predicted us" in done.stdout
 
@@ -142,9 +142,9 @@ ALL_WITH_GRADIENTS = ("layer_norm", "linear", "attention", "layer_norm_linear", 
 
 
 @pytest.mark.slow
-def test_kernels_are_raced_both_ways(out):
+def test_kernels_are_compared_forward_and_backward(out):
     files = [f"benchmarks/bench_{op}.py" for op in (*ALL_WITH_GRADIENTS, "classifier")]
-    done = bench(out, *files, *LITTLE, "-k", "backward and fused and not proj and not qkv")
+    done = bench(out, *files, *SMOKE, "-k", "backward and fused and not proj and not qkv")
     assert "failed" not in done.stdout, done.stdout
     measured = {(r.op, r.case, r.mode): r for r in rows(out, "kernels")}
     assert {op for op, _, _ in measured} == {*ALL_WITH_GRADIENTS, "add_layer_norm"}
@@ -168,7 +168,7 @@ def test_a_wrong_gradient_is_not_timed(out, tmp_path):
     )
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), PYTHONPATH])
     try:
-        done = bench(out, "-p", "broken_gradient", "benchmarks/bench_layer_norm.py", *LITTLE,
+        done = bench(out, "-p", "broken_gradient", "benchmarks/bench_layer_norm.py", *SMOKE,
                      "-k", "fused and not add")  # fmt: skip
     finally:
         os.environ["PYTHONPATH"] = PYTHONPATH
@@ -188,7 +188,7 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     )
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), PYTHONPATH])
     try:
-        done = bench(out, "-p", "broken_attention", "benchmarks/bench_attention.py", *LITTLE,
+        done = bench(out, "-p", "broken_attention", "benchmarks/bench_attention.py", *SMOKE,
                      "-k", FORWARD)  # fmt: skip
     finally:
         os.environ["PYTHONPATH"] = PYTHONPATH
@@ -197,7 +197,7 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
     if "nan" in factor:
         return
     # it is not stumbled over again
-    done = bench(out, "benchmarks/bench_attention.py", *LITTLE, "-k", FORWARD)
+    done = bench(out, "benchmarks/bench_attention.py", *SMOKE, "-k", FORWARD)
     assert "2 failed" in done.stdout and "(kept; --again tries anew)" in done.stdout
 
 
@@ -207,7 +207,7 @@ def test_a_corrupt_file_stops_the_suite_and_stays(out, name):
     (peak_rates,) = out.glob("*/peak_rates.json")
     broken = peak_rates.with_name(name)
     broken.write_text('{"rows": [')
-    done = bench(out, "benchmarks/bench_latency.py", *LITTLE, "--modes", "eager_fp32")
+    done = bench(out, "benchmarks/bench_latency.py", *SMOKE, "--modes", "eager_fp32")
     assert done.returncode == 4
     assert f"{broken}: not JSON" in done.stdout and "left untouched" in done.stdout
     assert broken.read_text() == '{"rows": [' and "Traceback" not in done.stdout + done.stderr
@@ -215,7 +215,7 @@ def test_a_corrupt_file_stops_the_suite_and_stays(out, name):
 
 
 def parse(**given):
-    return suite.Options.parse(lambda name: given.get(name.replace("-", "_")))
+    return Options.parse(lambda name: given.get(name.replace("-", "_")))
 
 
 def test_bad_options_are_named():
@@ -290,7 +290,7 @@ def test_relatives_are_timms():
 @pytest.mark.slow
 def test_relatives_are_measured(out):
     done = bench(
-        out, "benchmarks/bench_relatives.py", "--rows", "TinyViT-5M", *LITTLE[2:],
+        out, "benchmarks/bench_relatives.py", "--rows", "TinyViT-5M", *SMOKE[2:],
         "--modes", "eager_fp32,deit_fast_fp32,deit_fast_fp8",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -305,7 +305,7 @@ def test_relatives_are_measured(out):
     assert re.search(r"deit_fast_fp8 .* unavailable: it has no Block", done.stdout)
 
 
-def test_what_is_not_to_be_had_stays_so_for_its_build(tmp_path):
+def test_what_is_unavailable_stays_so_for_its_build(tmp_path):
     entry = table5.select(["DeiT-S distilled"])[0]
     row = model_row(entry, "torchao_fp8_compile", status="unavailable", note="no torchao")
     stamp = {"commit": row.commit, "build": row.build}
@@ -331,7 +331,7 @@ def test_served_by_is_what_a_table_says():
 
 
 def scales_rows():
-    """On a CPU PyTorch 2.11's product in fp8 takes one scale for a tensor, not one for each row."""
+    """On a CPU PyTorch 2.11's fp8 GEMM takes a per-tensor scale, not per-row scales."""
     x, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
         torch._scaled_mm(x, x.T, scales, scales.T, out_dtype=BF16)
@@ -343,8 +343,8 @@ def scales_rows():
 
 @pytest.mark.parametrize("case", [f"{of} {name}" for of in ("fp8", "int8")
                                   for name in ("qkv", "proj", "fc1", "fc2")])  # fmt: skip
-def test_rivals_in_eight_bits_compute_the_same(case):
-    """What only a GPU times: ours in bf16, PyTorch's products in eight bits, and the reference
+def test_quantized_baselines_compute_the_same(case):
+    """What only a GPU times: ours in bf16, PyTorch's quantized GEMMs, and the reference
     as it is traced."""
 
     def make(device="cpu"):
@@ -366,7 +366,7 @@ def test_rivals_in_eight_bits_compute_the_same(case):
 
 
 @pytest.mark.parametrize("case", ["fp8", "int8", "fp8 operands"])
-def test_attention_in_eight_bits_is_what_its_case_says(case):
+def test_quantized_attention_is_what_its_case_says(case):
     arguments = deit_cases("attention_quantized", "Ti", 1)[case]
     made = operations.cast(bench_attention_quantized.attention_quantized_inputs(**arguments), BF16)
     plain = bench_attention_quantized.reference(**made)
@@ -375,13 +375,3 @@ def test_attention_in_eight_bits_is_what_its_case_says(case):
     got = bench_attention_quantized.ours(**made)
     assert operations.agree(got, plain, bench_attention_quantized.exact, made) > 0
     assert ("qkv" in made) == ("operands" in case)
-
-
-def test_on_gpu_names_its_stages():
-    script = ROOT / "benchmarks" / "on_gpu.sh"
-    for args, message in (
-        ([], "expected stages, of: correctness"),
-        (["dance"], "no stage dance, expected"),
-    ):
-        done = subprocess.run(["bash", script, *args], capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr

@@ -8,8 +8,9 @@ import selection
 import torch
 from making import HARDWARE, PEAK_RATES, kernel_row, model_row
 
-from benchmarks import chips, take
-from benchmarks.lease import context
+from benchmarks import take
+from benchmarks.lease import context, figures
+from benchmarks.predict import chips
 from benchmarks.table5 import select
 from deit_fast.bench import results
 from deit_fast.kernels import _tuned
@@ -154,7 +155,7 @@ def test_taking_twice_changes_nothing(lease, places, monkeypatch):
     folder = lease(figure(B), kernel())
     take.main([str(folder), *options])
     _tuned.forget()
-    take._cache.clear()
+    figures._cache.clear()
     before = everything(home)
     assert take.main([str(folder), *options]) == 0 and everything(home) == before
     _tuned.forget()
@@ -273,10 +274,10 @@ def test_half_a_line_is_named(lease, places, capsys):
 
 
 def test_only_ten_are_shown():
-    found = [take.Figure(RUN, COMMIT, str(i), "ms", 1.0, float(i)) for i in range(1, 15)]
+    found = [figures.Figure(RUN, COMMIT, str(i), "ms", 1.0, float(i)) for i in range(1, 15)]
     found += [
-        take.Figure(RUN, COMMIT, "less", "ms", 1.0, 0.01),
-        take.Figure("", "", "-", "", None, 1.0),
+        figures.Figure(RUN, COMMIT, "less", "ms", 1.0, 0.01),
+        figures.Figure("", "", "-", "", None, 1.0),
     ]
-    shown = [figure.what for figure in take.furthest(found)]
+    shown = [figure.what for figure in figures.furthest(found)]
     assert shown == ["less", *map(str, range(14, 5, -1))]

@@ -20,7 +20,7 @@ from checking import seed
 
 import deit_fast
 import stand_in_cuda
-from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, OPS, both_ways, cast, operations
+from benchmarks.operations import NO_BACKWARD, OPS, QUANTIZED, both_ways, cast, operations
 from deit_fast import tune
 from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.cases import deit_cases
@@ -64,7 +64,7 @@ class Exercise:
         """Every public operation on DeiT's shapes, forward and backward."""
         fp8 = self.gpu.chip.capability >= (8, 9)
         for op in OPS:
-            dtypes = (BF16,) if op in EIGHT_BITS else (BF16, FP16, FP32)
+            dtypes = (BF16,) if op in QUANTIZED else (BF16, FP16, FP32)
             for network in ("Ti",) if quick else ("Ti", "S"):
                 for label, case in deit_cases(op, network, BATCH).items():
                     if label.startswith("fp8") and not fp8:

@@ -5,9 +5,10 @@ import io
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import ENTRIES, distinct
 from deit_fast.bench.modes import MODES
+
+from .measured import Chip, ratio
 
 LINES = {  # one line of Figure 1 each: name -> beginning and end of the networks' names
     "ResNet": ("ResNet", ""),
@@ -40,8 +41,10 @@ def _fastest(chip, entry):
 
 
 def figure1(chip: Chip) -> Figure:
-    """Throughput against ImageNet top-1: the paper's V100 hollow, eager fp32 here filled, the
-    fastest mode of deit_fast a star."""
+    """Throughput against ImageNet top-1, Figure 1 of the paper.
+
+    The paper's V100 hollow, eager fp32 here filled, the fastest mode of deit_fast a star.
+    """
     figure = Figure(figsize=(9, 5.5))
     axes = figure.subplots()
     groups = {}
@@ -112,7 +115,7 @@ def ratios(chip: Chip) -> Figure | None:
 
 
 def rooflines(chip: Chip) -> Figure | None:
-    """Kernels with matrix products under the roof, those without against the copy bandwidth."""
+    """Kernels with matmuls under the roof, those without against the copy bandwidth."""
     rows = [r for r in chip.kernels if r.status == "measured"]
     if not rows:
         return None
@@ -120,9 +123,9 @@ def rooflines(chip: Chip) -> Figure | None:
     bandwidth, peak = chip.peak_rates["copy_tb_per_s"], chip.peak_rates[f"{dtype}_tflops"]
     figure = Figure(figsize=(11, 5))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    products = [r for r in rows if r.flops]
-    ops = list(dict.fromkeys(r.op for r in products))
-    for r in products:
+    matmuls = [r for r in rows if r.flops]
+    ops = list(dict.fromkeys(r.op for r in matmuls))
+    for r in matmuls:
         fused = r.mode == "fused"
         colour = f"C{ops.index(r.op)}"
         left.plot(r.flops / r.bytes, r.tflops, "o", color=colour, alpha=0.8,
@@ -131,8 +134,8 @@ def rooflines(chip: Chip) -> Figure | None:
         if fused:
             label = f" {r.network} {r.case}".rstrip()
             left.annotate(label, (r.flops / r.bytes, r.tflops), fontsize=6)
-    if products:
-        intensity = [r.flops / r.bytes for r in products]
+    if matmuls:
+        intensity = [r.flops / r.bytes for r in matmuls]
         xs = [min(intensity) / 2, peak / bandwidth, max(*intensity, peak / bandwidth) * 2]
         left.plot(xs, [min(peak, bandwidth * x) for x in xs], color="black", linewidth=1)
         for i, op in enumerate(ops):
@@ -155,7 +158,7 @@ PLOTS = {"figure1": figure1, "ratios": ratios, "rooflines": rooflines}
 
 
 def draw(chip: Chip) -> dict[str, tuple[bytes, bytes]]:
-    """name -> (SVG, PNG) of every plot that has something to show."""
+    """The plots that have something to show: name -> (SVG, PNG)."""
     drawn = {}
     with rc_context(STYLE):
         for name, plot in PLOTS.items():

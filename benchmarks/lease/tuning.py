@@ -1,5 +1,8 @@
-"""Which tiles and libraries serve DeiT's GEMMs and attention: every listed configuration, cuBLAS
-with its epilogue, SDPA, each first checked against PyTorch. What follows takes the winners."""
+"""Autotuning: which tiles and libraries serve DeiT's GEMMs and attention fastest.
+
+Every listed configuration, cuBLAS with its epilogue and SDPA, each first checked against PyTorch.
+The steps that follow use the winners.
+"""
 
 import json
 import os
@@ -20,45 +23,51 @@ from deit_fast.kernels import _chips, _tuned
 from .context import Context
 from .warmup import NETWORKS
 
+KIND = "tune"  # of the rows
 TABLE, MORE = "tuned.json", "tuned_more.json"
 BATCH, SMALL_BATCH = 256, 8
 RUNS, MORE_RUNS, WARMUP = 8, 30, 2
-CLOSE = 0.95  # of the next one's time: such races are run again, over more calls
-LATER = "layer_norm_mlp"  # made of the others: raced once they are settled
+CLOSE = 0.95  # of the next one's time: such shapes are timed again, over more calls
+LATER = "layer_norm_mlp"  # made of the others: tuned once they are settled
 
 
 def quick(ctx: Context) -> str:
-    """B first, then S, then Ti; within a network the GEMMs, the one of the backward pass too,
-    attention, folding. Every shape is written, and in the table, at once."""
+    """Tune B first, then S, then Ti.
+
+    Within a network the GEMMs, that of the backward pass too, attention, folding. Every shape is
+    written, and in the table, at once.
+    """
     chip = _chips.chip(ctx.device)
     if ctx.small and not _chips.is_simulated():
-        return "nothing to race on a CPU: PyTorch serves it"
+        return "nothing to tune on a CPU: PyTorch serves it"
     networks = ["Ti"] if ctx.small else list(NETWORKS)
-    wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
-    wanted = [t for t in wanted if t.op != LATER] + [t for t in wanted if t.op == LATER]
-    return _settle(ctx, wanted, ctx.folder / TABLE, chip)
+    chosen = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
+    chosen = [t for t in chosen if t.op != LATER] + [t for t in chosen if t.op == LATER]
+    return _settle(ctx, chosen, ctx.folder / TABLE, chip)
 
 
 def rest(ctx: Context) -> str:
-    """What quick() had no time for, DeiT-B at 384 pixels and in fp8, and races that were close over
-    again: most valuable first. Into a table of its own: rows that were measured with the first one
-    stay comparable with each other."""
+    """Tune what `quick` had no time for, larger models, and again what was close.
+
+    DeiT-B at 384 pixels and in fp8; shapes whose two best were close. Most valuable first. Into a
+    table of its own: rows that were measured with the first table stay comparable with each other.
+    """
     chip = _chips.chip(ctx.device)
     if ctx.small and not _chips.is_simulated():
         return ""
     networks = ["Ti"] if ctx.small else list(NETWORKS)
-    wanted = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
+    chosen = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
     if not ctx.small:
-        wanted += _tasks(ctx, DISTILLED["B-384"], chip)
+        chosen += _tasks(ctx, DISTILLED["B-384"], chip)
     if chip.capability >= (8, 9):
-        wanted += _tasks(ctx, NETWORKS[networks[0]], chip, "fp8")
+        chosen += _tasks(ctx, NETWORKS[networks[0]], chip, "fp8")
     close = {
         (row["op"], tuple(row["shape"].items()))
         for row in tune.kept(ctx.folder / TABLE, chip)
         if closeness(row) > CLOSE
     }
-    wanted = sorted(dict.fromkeys(wanted), key=worth, reverse=True)
-    return _settle(ctx, wanted, ctx.folder / MORE, chip, close, MORE_RUNS)
+    chosen = sorted(dict.fromkeys(chosen), key=worth, reverse=True)
+    return _settle(ctx, chosen, ctx.folder / MORE, chip, close, MORE_RUNS)
 
 
 def closeness(row: dict) -> float:
@@ -86,13 +95,13 @@ def _tasks(ctx, name, chip, format=None):
 
 
 def _settle(
-    ctx, wanted: Iterable[tune.Task], path: Path, chip, again=frozenset(), runs: int = RUNS
+    ctx, chosen: Iterable[tune.Task], path: Path, chip, again=frozenset(), runs: int = RUNS
 ) -> str:  # fmt: skip
-    """again: (operation, shape) of those that are raced although the first table has them."""
+    """again: (operation, shape) of those that are tuned although the first table has them."""
     known = [row for name in (TABLE, MORE) for row in tune.kept(ctx.folder / name, chip)]
     there = {(row["op"], tuple(row["shape"].items())) for row in known} - again
     there |= {(row["op"], tuple(row["shape"].items())) for row in tune.kept(path, chip)}
-    todo = [t for t in dict.fromkeys(wanted) if (t.op, t.shape) not in there]
+    todo = [t for t in dict.fromkeys(chosen) if (t.op, t.shape) not in there]
     if not todo:
         return "the table has every shape"
 
@@ -101,12 +110,12 @@ def _settle(
 
     def tick(task, times):
         if not any(times.values()):
-            ctx.write("race", op=task.op, shape=dict(task.shape), choice=None, ms=None, others={})
+            ctx.write(KIND, op=task.op, shape=dict(task.shape), choice=None, ms=None, others={})
 
     timing.spin_up(ctx.device)
     settled, surprises = 0, 0
     for row in tune.settle(todo, ctx.device, clock, ctx.deadline, tick, known):
-        ctx.write("race", **asdict(row), closeness=closeness(asdict(row)))
+        ctx.write(KIND, **asdict(row), closeness=closeness(asdict(row)))
         tune.write(path, [row], chip)
         settled += 1
         surprises += row.choice.get("implementation") not in ("triton", "fold", "parts")
@@ -114,8 +123,10 @@ def _settle(
 
 
 def load_table(folder: Path) -> None:
-    """Make the winners of `folder` what every process takes from here on, those that are forked and
-    those that are started."""
+    """Make the winners of `folder` what every process uses from here on.
+
+    Those that are forked and those that are started.
+    """
     path = folder / TABLE
     if not path.exists():
         return

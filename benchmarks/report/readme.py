@@ -1,29 +1,11 @@
-"""The README's tables, a page and plots for every chip, from the results files.
+"""The README's tables, in Markdown."""
 
-python -m benchmarks.report            report.html and PNGs beside each chip's files, and README
-python -m benchmarks.report --check    is the README what the files say?
-"""
-
-import argparse
-import os
-import sys
-from pathlib import Path
-
-from benchmarks.measured import (
-    EIGHT_BITS,
-    NOT_ALIKE,
-    OURS,
-    RIVAL,
-    WORK,
-    Chip,
-    EightBits,
-    mark,
-    ratio,
-)
 from benchmarks.table5 import ENTRIES, RELATIVES, distinct
-from deit_fast.bench.results import CorruptResults
 
-ROOT = Path(__file__).parents[1]
+from . import targets
+from .measured import Chip, ratio
+from .targets import QuantizedComparison, training_target
+
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No GPU has been measured yet."
 COLUMNS = {
@@ -36,20 +18,16 @@ COLUMNS = {
 TRAINING = {
     "eager AMP": "eager_amp_bf16_train", "compile AMP": "compile_amp_bf16_train",
     "deit_fast AMP": "deit_fast_amp_bf16_train",
-    "compile max-autotune AMP": RIVAL, "deit_fast reduce-overhead AMP": OURS,
+    "compile max-autotune AMP": targets.BASELINE, "deit_fast reduce-overhead AMP": targets.OURS,
 }  # fmt: skip
 
 
-def read_chips(folder: Path) -> list[Chip]:
-    """One for each folder with results. Raises CorruptResults."""
-    folders = [path for path in sorted(folder.glob("*/")) if any(path.glob("*.json"))]
-    return [Chip.read(path) for path in folders]
-
-
 def readme_tables(chips: list[Chip]) -> str:
-    """Markdown: a table of inference, one of eight bits and one of training for each GPU; a CPU's
-    figures claim nothing and are left out."""
-    kinds = (_readme_table, _eight_bits_table, _train_table)
+    """Tables of inference, quantized inference and training for each GPU.
+
+    A CPU's figures claim nothing and are left out.
+    """
+    kinds = (_readme_table, _quantized_table, _train_table)
     tables = [table(chip) for chip in chips if not chip.is_cpu for table in kinds]
     return "\n\n".join(filter(None, tables)) or NOTHING
 
@@ -82,21 +60,26 @@ def _speed(chip, row, base):
     return f"{row.images_per_s:,.0f}" if ratio(row, base) else "–"
 
 
-def _eight_bits_table(chip):
+def _quantized_table(chip):
     lines, runs, headings = [], set(), []
     for entry in distinct([*ENTRIES, *RELATIVES]):
-        found = EightBits.of(chip, entry)
+        found = QuantizedComparison.of(chip, entry)
         if found is None or chip.is_old(found.ours):
             continue
         base = found.base
         runs.add(base.runs)
         speeds = [_speed(chip, r, base) for r in found.rows.values()]
-        verdicts = [f"{x:.2f}" if isinstance(x, float) else x or "–" for _, x in found.verdicts]
-        lines.append("| " + " | ".join([entry.network, str(base.batch), *speeds, *verdicts]) + " |")
-        headings = ["network", "batch", *EIGHT_BITS, *[name for name, _ in found.verdicts]]
+        columns = [f"{x:.2f}" if isinstance(x, float) else x or "–" for _, x in found.columns]
+        lines.append("| " + " | ".join([entry.network, str(base.batch), *speeds, *columns]) + " |")
+        headings = [
+            "network",
+            "batch",
+            *targets.QUANTIZED_MODES,
+            *[name for name, _ in found.columns],
+        ]
     what = (
-        "images/s with the products of every Block in eight bits, the rest in bf16; torchao's "
-        f"float8 dynamic quantisation by row under torch.compile. Not alike: {NOT_ALIKE}"
+        "images/s with the GEMMs of every Block quantized, the rest in bf16; torchao's float8 "
+        f"dynamic per-row quantization under torch.compile. Differences: {targets.DIFFERENCES}"
     )
     return _markdown(chip, what, runs, headings, lines)
 
@@ -104,27 +87,27 @@ def _eight_bits_table(chip):
 def _train_table(chip):
     lines, runs = [], set()
     for entry in distinct([*ENTRIES, *RELATIVES]):
-        for protocol, work in WORK.items():
+        for protocol, work in targets.WORK.items():
             for batch in chip.batches(entry, protocol, train=True):
                 rows = [chip.row(entry, mode, protocol, batch) for mode in TRAINING.values()]
-                rival, ours = rows[-2:]
+                baseline, ours = rows[-2:]
                 if ours is None or ours.status != "measured" or chip.is_old(ours):
                     continue
                 runs.add(ours.runs)
                 speeds = [_speed(chip, r, ours) for r in rows]
-                times = ratio(ours, rival)
+                times = ratio(ours, baseline)
                 memory = [
                     f"{r.peak_memory_gb:.2f}" if ratio(r, ours) and r.peak_memory_gb else "–"
-                    for r in (rival, ours)
+                    for r in (baseline, ours)
                 ]
                 lines.append("| " + " | ".join([
                     entry.network, work, str(batch), *speeds,
-                    "–" if times is None else f"{times:.2f}", mark(entry, ours, rival) or "–",
-                    *memory,
+                    "–" if times is None else f"{times:.2f}",
+                    training_target(entry, ours, baseline) or "–", *memory,
                 ]) + " |")  # fmt: skip
     headings = [
         "network", "work", "batch", *TRAINING, "reduce-overhead / max-autotune",
-        "wanted of an H100 or H200", "GB max-autotune", "GB reduce-overhead",
+        targets.HEADING, "GB max-autotune", "GB reduce-overhead",
     ]  # fmt: skip
     what = "images/s in training, fp32 weights, bf16 autocast; a full step has fused AdamW"
     return _markdown(chip, what, runs, headings, lines)
@@ -146,57 +129,13 @@ def _markdown(chip, what, runs, headings, lines):
 
 
 def with_tables(readme: str, tables: str) -> str:
-    """The README's text with what lies between the marks replaced. Raises ValueError without."""
+    """The README's text with what lies between the two comments replaced.
+
+    Raises:
+        ValueError: A comment is missing.
+    """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md: lacks the marks {BEGIN} and {END}")
+        raise ValueError(f"README.md: lacks the comments {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
-
-
-def write(path: Path, content: bytes) -> None:
-    """To a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
-    args = parser.parse_args(argv)
-    try:
-        chips = read_chips(args.results)
-        readme = args.readme.read_text()
-        wanted = with_tables(readme, readme_tables(chips))
-    except (CorruptResults, ValueError, FileNotFoundError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    if args.check:
-        if wanted != readme:
-            print(f"report: {args.readme} is not what the results say; run without --check")
-        return int(wanted != readme)
-
-    from benchmarks import page, plots  # matplotlib takes a second
-
-    for chip in chips:
-        drawn = plots.draw(chip)
-        for name, (_, png) in drawn.items():
-            write(chip.folder / f"{name}.png", png)
-        html = page.render(chip, {name: svg for name, (svg, _) in drawn.items()})
-        write(chip.folder / "report.html", html.encode())
-        print(f"{chip.name}: {chip.folder / 'report.html'}")
-    if wanted != readme:
-        write(args.readme, wanted.encode())
-        print(f"{args.readme}: tables renewed")
-    if not chips:
-        print(f"no results in {args.results}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,14 +20,27 @@ HIDDEN = 0.5
 
 @dataclass(frozen=True)
 class Launch:
+    """One launch of an operation.
+
+    Attributes:
+        op: Name of the operation.
+        shape: Its sizes, for a reader.
+        flops: Floating-point operations of the matmuls.
+        bytes: Bytes that must move.
+        gelu: Elements that go through GELU.
+        k: Inner dimension of the GEMM; None where there is none.
+        parts: Kernels that it consists of.
+        rate: Multiple of the matrix peak rate: 2 with quantized operands.
+    """
+
     op: str
     shape: str
     flops: int
     bytes: int
-    gelu: int = 0  # elements
-    k: int | None = None  # of a matrix product
-    parts: int = 1  # kernels it consists of
-    rate: int = 1  # of the matrix peak rate, 2 with operands in eight bits
+    gelu: int = 0
+    k: int | None = None
+    parts: int = 1
+    rate: int = 1
 
     def times(self, peak_rates: dict) -> dict[str, float]:
         """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
@@ -44,17 +57,17 @@ class Launch:
 
 
 def _efficiency(k):
-    """Linear in log K between the marks."""
-    marks = sorted(EFFICIENCY.items())
-    if k <= marks[0][0]:
-        return marks[0][1]
-    for (low, a), (high, b) in zip(marks, marks[1:], strict=False):
+    """Linear in log K between the points of EFFICIENCY."""
+    points = sorted(EFFICIENCY.items())
+    if k <= points[0][0]:
+        return points[0][1]
+    for (low, a), (high, b) in zip(points, points[1:], strict=False):
         if k <= high:
             return a + (b - a) * math.log(k / low) / math.log(high / low)
-    return marks[-1][1]
+    return points[-1][1]
 
 
-def _product(op, x, weight, others, out, activation, parts=1, extra=0):
+def _gemm(op, x, weight, others, out, activation, parts=1, extra=0):
     (M, K), N = x.shape, weight.shape[0]
     shape = f"{M} x {K} -> {N}" + (", gelu" if activation == "gelu" else "")
     moved = _nbytes(x, weight, *others, out) + extra
@@ -69,7 +82,7 @@ def _nbytes(*tensors):
 
 def _linear(out, x, weight, bias, residual, layer_scale, row_scale, activation, emit, *_):
     y, row_stats, _ = out
-    return _product(
+    return _gemm(
         "linear", x, weight, (bias, residual, layer_scale, row_scale, row_stats), y, activation
     )
 
@@ -78,7 +91,7 @@ def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, row_stats, 
     extra = 2 * _nbytes(weight)  # read, folded, written
     extra += _nbytes(x) + 8 * x.shape[0] if row_stats is None else 0
     parts = 2 + (row_stats is None)
-    return _product(
+    return _gemm(
         "layer_norm_linear", x, weight, (bias, row_stats), out, activation, parts, extra
     )  # fmt: skip
 
@@ -120,10 +133,10 @@ def _layer_norm_quantized(out, x, *_):
 
 
 def _attention_quantized(out, q, k, v, *_):
-    eight = q.element_size() == 1
+    quantized = q.element_size() == 1
     wide = _attention(out, q, k, v)
-    shape = f"{wide.shape}, {_format(out[0])}" + " operands" * eight
-    return replace(wide, op="attention_quantized", shape=shape, rate=1 + eight)
+    shape = f"{wide.shape}, {_format(out[0])}" + " operands" * quantized
+    return replace(wide, op="attention_quantized", shape=shape, rate=1 + quantized)
 
 
 def _attention(out, q, k, v, *_):
@@ -172,4 +185,5 @@ _READ = {
 
 
 def launches(recorder: Recorder) -> list[Launch]:
+    """The recorded calls of deit_fast's operators, in order."""
     return [_READ[name](result, *args) for name, args, result in recorder.calls]

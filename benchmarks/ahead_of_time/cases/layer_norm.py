@@ -1,0 +1,41 @@
+"""LayerNorm, with and without the sum before it, and its backward pass."""
+
+from collections.abc import Iterator
+
+from ..case import BF16, FP32, ROWS, TRITON_TYPE, Case, floats, integers, pointers, type_names
+from ..kernel_modules import kernel_module
+
+
+def forward(arch: int) -> Iterator[Case]:
+    """DeiT's widths and the widest, fp16 as bf16."""
+    module = kernel_module("layer_norm")
+    for D in (192, 384, 768, module.MAX_N):
+        for dtype in (BF16, FP32):
+            for residual in (False, True) if D == 768 else (True,):
+                yield Case(
+                    op="layer_norm", kernel="_layer_norm_kernel", arch=arch,
+                    label=f"{'add, ' * residual}D = {D}, {TRITON_TYPE[dtype]}",
+                    signature=pointers("x_ptr w_ptr b_ptr y_ptr", dtype)
+                    | pointers("res_ptr h_ptr", dtype if residual else None)
+                    | integers("M N") | floats("eps"),
+                    meta=module.meta(D),
+                    bytes=ROWS * D * dtype.itemsize * (4 if residual else 2),
+                )  # fmt: skip
+
+
+def backward(arch: int) -> Iterator[Case]:
+    """With the gradient that is added to dx.
+
+    fp32 beside half precision is a residual stream under autocast.
+    """
+    module = kernel_module("layer_norm")
+    for D in (192, 384, 768, module.MAX_N):
+        for stream, dtype in ((BF16, BF16), (FP32, BF16)):
+            yield Case(
+                op="layer_norm", kernel="_layer_norm_backward_kernel", arch=arch,
+                label=f"backward, D = {D}, {type_names(stream, dtype)}",
+                signature=pointers("h_ptr dx_ptr w_ptr dh_ptr", stream)
+                | {"dy_ptr": dtype, "sums_ptr": FP32} | integers("M N") | floats("eps"),
+                meta=module.meta(D),
+                bytes=ROWS * D * (3 * stream.itemsize + dtype.itemsize),
+            )  # fmt: skip
