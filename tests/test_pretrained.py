@@ -18,7 +18,8 @@ from torch import nn
 import deit_fast
 from deit_fast.checkpoint import resize_pos_embed
 from deit_fast.layers import VisionTransformer
-from deit_fast.pretrained import from_pretrained, mlp_ratio, save_pretrained
+from deit_fast.pretrained import from_pretrained, save_pretrained
+from deit_fast.stored_model import mlp_ratio
 
 DISTILLED, PLAIN = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
 
@@ -276,7 +277,7 @@ def test_models_that_would_come_back_as_others_are_refused(tmp_path):
         save_pretrained(mine, tmp_path)
     with pytest.raises(ValueError, match="Sequential has no pretrained_cfg"):
         save_pretrained(nn.Sequential(tiny()), tmp_path)
-    with pytest.raises(ValueError, match="norm_layer=.*cannot be said in JSON"):
+    with pytest.raises(ValueError, match="norm_layer=.*cannot be written as JSON"):
         save_pretrained(tiny(), tmp_path, norm_layer=nn.LayerNorm)
     assert not os.listdir(tmp_path)
 

@@ -37,7 +37,7 @@ from deit_fast.kernels.quantize import (
 from deit_fast.layers import Attention
 from deit_fast.layers.quantized import undo
 from deit_fast.layers.quantized_linear import QuantizedLinear
-from deit_fast.quantization import prepare, quantized_layers
+from deit_fast.quantization import convert_for_loading, quantized_layers
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LAYERS = [
@@ -156,8 +156,8 @@ def test_what_was_done_is_reported():
     _, fast = tiny_pair()
     report = deit_fast.quantize(fast, "int8", exclude=["blocks.0.*", "*.fc2"])
     assert report.quantized == [n for n in LAYERS[4:] if "fc2" not in n]
-    assert {left.name for left in report.left} == {n for n in LAYERS if n not in report.quantized}
-    assert "int8: 3 layers, scales by row" in str(report) and "excluded" in str(report)
+    assert {left.name for left in report.skipped} == {n for n in LAYERS if n not in report.quantized}
+    assert "int8: 3 layers, activation scales dynamic" in str(report) and "excluded" in str(report)
     assert quantized_layers(fast) == dict.fromkeys(report.quantized, "int8")
     assert "format=int8" in repr(fast)
 
@@ -167,14 +167,14 @@ def test_widths_without_whole_parts_are_left(format, left):
     """Heads of 48 features, and 160 = 2.5 x 64 hidden ones: int8 has nothing to scale them by."""
     reference, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
     report = deit_fast.quantize(fast, format)
-    assert [m.name for m in report.left] == [f"blocks.{i}.{n}" for i in (0, 1) for n in left]
-    assert all("multiple of" in m.reason for m in report.left)
+    assert [m.name for m in report.skipped] == [f"blocks.{i}.{n}" for i in (0, 1) for n in left]
+    assert all("multiple of" in m.reason for m in report.skipped)
     x = images(reference)
     assert_within(logits(fast, x), logits(reference, x), LOGITS_IN_EIGHT_BITS)
     if left:  # and no folder may say otherwise
         _, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
         with pytest.raises(ValueError, match="blocks.1.attn.proj heads of 48 features"):
-            prepare(fast, format, ["blocks.1.attn.proj"])
+            convert_for_loading(fast, format, ["blocks.1.attn.proj"])
         assert not quantized_layers(fast)
 
 
@@ -416,13 +416,13 @@ def test_calibration_reads_images_in_every_way():
     ):
         model = copy.deepcopy(fast)
         report = deit_fast.quantize(model, "fp8", calibration)
-        assert report.scales == "from 5 images"
+        assert report.scales == "static, calibrated on 5 images"
         assert [m.training for m in model.modules()] == before
         assert not any(m._forward_hooks for m in model.modules())
         scales.append(model.blocks[1].mlp.fc2.input_scale.item())
     assert_close(torch.tensor(scales), torch.tensor([2 * max(seen) / 448] * 4))
     as_bytes = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    assert "from 2 images" in str(deit_fast.quantize(copy.deepcopy(fast), "fp8", as_bytes))
+    assert "calibrated on 2 images" in str(deit_fast.quantize(copy.deepcopy(fast), "fp8", as_bytes))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_calibration_reads_images_in_every_way():
         (iter(()), ValueError, "no images came"),
         (["a.jpg"], TypeError, "a batch is a str"),
         (3, TypeError, "calibration: int, expected"),
-        (torch.full((1, 3, 64, 64), torch.nan), ValueError, "operand of blocks.0.attn.proj became"),
+        (torch.full((1, 3, 64, 64), torch.nan), ValueError, "input of blocks.0.attn.proj became"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), TypeError, "images in torch.int64"),
     ],
     ids=range(10),
@@ -463,9 +463,9 @@ def test_models_and_names_that_do_not_fit():
             ValueError,
             r"'blocks.2.\*' is none of the 8 layers, expected",
         ),
-        (fast, {"exclude": "blocks.*"}, ValueError, "no layer is left"),
-        (fast, {"format": "int8", "calibration": [1]}, ValueError, "int8 has a scale for each row"),
-        (fast, {"format": "int8", "attention": True}, ValueError, "int8 has no such products"),
+        (fast, {"exclude": "blocks.*"}, ValueError, "no layer can be quantized"),
+        (fast, {"format": "int8", "calibration": [1]}, ValueError, "int8 has dynamic activation scales"),
+        (fast, {"format": "int8", "attention": True}, ValueError, "there is no int8 attention"),
         (copy.deepcopy(fast).double(), {}, TypeError, "torch.float64, expected float32"),
     ):
         with pytest.raises(error, match=message):
@@ -482,11 +482,11 @@ def test_models_and_names_that_do_not_fit():
     pruned = copy.deepcopy(fast)
     prune.l1_unstructured(pruned.blocks[0].mlp.fc1, "weight", 0.5)
     assert "or a changed one" in str(deit_fast.quantize(pruned))
-    with pytest.raises(ValueError, match="attention: in no block"):
+    with pytest.raises(ValueError, match="attention: in no block are qkv"):
         deit_fast.quantize(copy.deepcopy(fast), exclude="*.proj", attention=True)
     assert [type(m) for m in fast.modules()] == types
     deit_fast.quantize(fast)
-    with pytest.raises(ValueError, match="in eight bits already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         deit_fast.quantize(fast)
 
 
@@ -498,7 +498,7 @@ def test_a_chip_without_the_type(capability, format, reason):
     """Said by quantize, and at the call where the model got there later."""
     _, fast = tiny_pair("auto")
     with _chips.simulate_device(_chips.Chip("a chip", capability, 108)):
-        with pytest.raises(RuntimeError, match=f"on a chip of .*{reason}"):
+        with pytest.raises(RuntimeError, match=f"on a GPU of .*{reason}"):
             deit_fast.quantize(fast, format)
     assert not quantized_layers(fast)
     deit_fast.quantize(fast, format)
