@@ -29,7 +29,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 import deit_fast
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 TOPK = 20  # classes that can be asked for
 
@@ -78,8 +78,8 @@ def create_app(
     model, max_batch=32, max_bytes=10_000_000, max_pixels=50_000_000, max_queue=1024
 ) -> FastAPI:
     """model: in eval mode, where it is to run."""
-    predictor = bulk.Predictor(model, max_batch, topk=TOPK)
-    labels = bulk.label_names(model)
+    predictor = batch_inference.Predictor(model, max_batch, topk=TOPK)
+    labels = batch_inference.label_names(model)
     Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
     decoders = ThreadPoolExecutor(os.cpu_count())
     batcher = Batcher(lambda pixels: classify(predictor, labels, pixels), max_batch)
@@ -145,8 +145,8 @@ async def read(request: Request, limit: int) -> bytes:
 def classify(predictor, labels, pixels: list[np.ndarray]) -> list[list[dict]]:
     """The best classes of each image."""
     columns = predictor(np.stack(pixels))
-    batch = bulk.Batch([""] * len(pixels), [None] * len(pixels), columns)
-    return [entry["predictions"] for entry in outputs.entries(batch, labels)]
+    batch = batch_inference.Batch([""] * len(pixels), [None] * len(pixels), columns)
+    return [entry["predictions"] for entry in predictions.entries(batch, labels)]
 
 
 def main():

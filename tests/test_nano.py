@@ -8,7 +8,7 @@ import torch
 from checking import assert_close, seeded
 
 import deit_fast
-from deit_fast.bulk import label_names
+from deit_fast.batch_inference import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 

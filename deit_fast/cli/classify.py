@@ -1,6 +1,6 @@
 """Class names, or features, of pictures, from a DeiT or any timm model that can be accelerated.
 
-examples:
+Examples:
   deit-fast classify cat.jpg dog.png
   deit-fast classify --model deit_base_distilled_384 --topk 3 --json *.jpg
   deit-fast classify --checkpoint deit_base_distilled.safetensors --heads distill cat.jpg
@@ -25,7 +25,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 from . import _data, _models
 
@@ -63,21 +63,21 @@ def run(args) -> int:
     if args.json and args.out:
         raise ValueError("--json: goes to standard output, expected --out FILE.jsonl instead")
     if args.out:
-        outputs.check(args.out, args.embed, args.overwrite)
+        predictions.check_output(args.out, args.embed, args.overwrite)
     if next(images.find(args.images), None) is None:
         raise ValueError(f"no images found in {', '.join(args.images)}")
     model = _models.load(args).to(device, _models.DTYPES[dtype])
-    predictor = bulk.Predictor(model, batch, args.topk, args.embed)
+    predictor = batch_inference.Predictor(model, batch, args.topk, args.embed)
     if not args.out:
         return _print(predictor, args, workers)
     return _write(predictor, args, workers, dtype)
 
 
 def _print(predictor, args, workers):
-    labels = bulk.label_names(predictor.engine.model)
+    labels = batch_inference.label_names(predictor.engine.model)
     count = failed = 0
-    for batch in bulk.predict(predictor, images.find(args.images), workers):
-        for entry in outputs.entries(batch, labels):
+    for batch in batch_inference.predict(predictor, images.find(args.images), workers):
+        for entry in predictions.entries(batch, labels):
             if args.json:
                 text = json.dumps(entry, indent=1)
                 print(f"{',' if count else '['}\n{text}", end="")
@@ -106,27 +106,27 @@ def _write(predictor, args, workers, dtype):
         "directory": os.getcwd(),
         "out": os.path.basename(args.out),
         "model": args.model,
-        "weights": bulk.digest(model),
+        "weights": batch_inference.digest(model),
         "dtype": dtype,
         "heads": getattr(model, "heads", None),
         "embed": args.embed,
         "topk": predictor.topk,
         "image_size": list(predictor.engine.image_shape),
     }
-    labels = None if args.embed else bulk.label_names(model)
-    job = outputs.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
+    labels = None if args.embed else batch_inference.label_names(model)
+    job = predictions.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
     job.begin(images.find(args.images))
     total, before = job.state["total"], job.state["done"]
     if job.resumed:
         console.print(f"resumed: {before:,} of {total:,} images are done", soft_wrap=True)
-    clock = bulk.Clock()
+    clock = batch_inference.Clock()
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("", total=total, completed=before, rate="")
-            for batch in bulk.predict(predictor, job.todo(), workers, clock):
+            for batch in batch_inference.predict(predictor, job.todo(), workers, clock):
                 job.write(batch)
                 rate = (job.state["done"] - before) / max(clock.total, 1e-9)
                 progress.update(bar, completed=job.state["done"], rate=f"{rate:,.1f} images/s")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import deit_fast
-from deit_fast.bulk import label_names
+from deit_fast.batch_inference import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 from deit_fast.kernels import _policy

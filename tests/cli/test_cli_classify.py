@@ -20,7 +20,7 @@ from modelling import TINY
 from PIL import Image
 
 import deit_fast
-from deit_fast import bulk
+from deit_fast import batch_inference
 from deit_fast.cli import main
 
 DATA = Path(deit_fast.__file__).parent / "data"
@@ -143,7 +143,10 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch
     command = ["classify", *BULK, "photos"]
     assert main([*command, "--out", "whole.csv"]) == 0
     command += ["--batch", "8", "--workers", "1"]
-    deit = "import sys; from deit_fast import cli, outputs; outputs.EVERY = 0; sys.exit(cli.main())"
+    deit = (
+        "import sys; from deit_fast import cli; from deit_fast.predictions import job; "
+        "job.SAVE_INTERVAL = 0; sys.exit(cli.main())"
+    )
     state = tmp_path / "a.csv.partial/state.json"
     done = []
     for _ in range(2):
@@ -173,7 +176,7 @@ def done_in(state):
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     many(tmp_path / "photos", 30)
-    real, calls = bulk.Predictor.__call__, []
+    real, calls = batch_inference.Predictor.__call__, []
 
     def interrupted(self, pixels):
         calls.append(len(pixels))
@@ -181,7 +184,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(self, pixels)
 
-    monkeypatch.setattr(bulk.Predictor, "__call__", interrupted)
+    monkeypatch.setattr(batch_inference.Predictor, "__call__", interrupted)
     command = ["classify", *BULK, "photos", "--out", "a.jsonl", "--batch", "8"]
     assert main(command) == 130
     assert "interrupted after 16 of 34 images" in capsys.readouterr().err
@@ -211,7 +214,7 @@ def test_a_folder_is_a_model(tmp_path, capsys):
     deit_fast.save_pretrained(model, tmp_path / "model")
     assert main(["classify", "--model", str(tmp_path / "model"), "--json", CAT]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
-    predictor = bulk.Predictor(model, 1)
+    predictor = batch_inference.Predictor(model, 1)
     expected = predictor(predictor.decoder(CAT)[None])
     assert [p["class"] for p in entry["predictions"]] == expected["classes"][0].tolist()
     assert [p["label"] for p in entry["predictions"]][0] == f"class {expected['classes'][0][0]}"
@@ -222,7 +225,9 @@ def test_a_folder_is_a_model(tmp_path, capsys):
 def test_another_model_does_not_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     many(tmp_path / "photos", 6)
-    monkeypatch.setattr(bulk.Predictor, "__call__", lambda *_: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(
+        batch_inference.Predictor, "__call__", lambda *_: exec("raise KeyboardInterrupt")
+    )
     command = ["classify", *BULK, "photos", "--out", "a.csv"]
     assert main(command) == 130
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from modelling import tiny_pair
 from PIL import Image
 
 import deit_fast
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 SCRIPT = Path(ray_classify.__file__)
 PHOTOS = sorted((Path(deit_fast.__file__).parent / "data").glob("*.jpg"))
@@ -51,11 +51,11 @@ def on_the_cluster(folder, tmp_path):
 
 def on_one_machine(folder):
     model = tiny_pair()[1]
-    predictor = bulk.Predictor(model, 32, topk=2, embed=True)
+    predictor = batch_inference.Predictor(model, 32, topk=2, embed=True)
     found = {}
-    for batch in bulk.predict(predictor, images.find([folder]), 0):
-        rows = list(outputs.entries(batch, bulk.label_names(model)))
-        table = outputs.table(rows, batch.columns.get("embedding")).to_pylist()
+    for batch in batch_inference.predict(predictor, images.find([folder]), 0):
+        rows = list(predictions.entries(batch, batch_inference.label_names(model)))
+        table = predictions.arrow_table(rows, batch.columns.get("embedding")).to_pylist()
         found |= {row["image"]: row for row in table}
     return found
 
