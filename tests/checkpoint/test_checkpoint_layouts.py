@@ -187,7 +187,7 @@ def test_a_classifier_for_a_backbone_is_asked_for_and_begins_anew(backbone, dino
         load(path)
     assert str(error.value).splitlines()[1:] == [
         "  missing: head.weight, head.bias",
-        "  no classifier in it: expected num_classes=0, or as many classes as a new one is for",
+        "  no classifier in it: expected num_classes=0, or the number of classes for a new one",
     ]
     seed(3)
     fresh = timm.create_model("deit_tiny_patch16_224", **TINY | {"num_classes": 5}).state_dict()
@@ -293,7 +293,7 @@ def test_maes_finetuned_classifier(tmp_path, silent):
     assert str(error.value).splitlines()[1:] == [
         "  missing: norm.weight, norm.bias",
         "  unexpected: fc_norm.weight, fc_norm.bias",
-        "  its norm is behind the pooling: expected global_pool='avg'",
+        "  its norm comes after the pooling: expected global_pool='avg'",
     ]
 
 
