@@ -1,4 +1,4 @@
-"""Class names, or features, of pictures, from a DeiT or any timm model that can be accelerated.
+"""Classify images, or compute features, with a DeiT or any timm model that can be accelerated.
 
 Examples:
   deit-fast classify cat.jpg dog.png
@@ -6,18 +6,18 @@ Examples:
   deit-fast classify --checkpoint deit_base_distilled.safetensors --heads distill cat.jpg
   deit-fast classify photos/ --out classes.csv
   deit-fast classify 'photos/**/*.jpg' more.txt --out classes.parquet --topk 1 --workers 16
-  deit-fast classify photos/ --embed --out features.npy     (features.csv says whose each row is)
+  deit-fast classify photos/ --embed --out features.npy     (features.csv: the image of each row)
 
-An IMAGE is a picture, a folder with its subfolders, a pattern in quotes, or a .txt list of paths.
-With --out, a run that was interrupted goes on where it stopped when the same command is given
-again; until it is complete, what it has lies in OUT.partial. Unreadable files get a row with the
-reason.
+An IMAGE is an image file, a folder (with its subfolders), a pattern in quotes, or a .txt list of
+paths. With --out, the same command resumes an interrupted run; until it is complete, its
+predictions are in FILE.partial. Unreadable files get a row with the reason.
 
 Weights are timm's from the Hugging Face hub unless --checkpoint names a file or --model a folder.
-Exit code: 0; 1 where some file could not be read (with --out that is no failure: 0); 2 for an
-error; 130 for Ctrl-C.
+Exit code: 0; 1 if some file could not be read (with --out that is no failure: 0); 2 for an error;
+130 for Ctrl-C.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -30,7 +30,8 @@ from deit_fast import batch_inference, images, predictions
 from . import _data, _models
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument(
         "--model", default="deit_small_distilled", metavar="NAME",
@@ -43,16 +44,17 @@ def add_arguments(parser):
         "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
     )
     parser.add_argument(
-        "--embed", action="store_true", help="what the heads work on, instead of classes"
+        "--embed", action="store_true", help="features (the heads' input) instead of classes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE when complete")
     parser.add_argument(
-        "--restart", action="store_true", help="throw away what an interrupted run left"
+        "--restart", action="store_true", help="delete what an interrupted run left"
     )
     _data.add_running(parser, "; without --out none")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     if args.topk < 1:
         raise ValueError(f"--topk: {args.topk}, expected 1 or more")
     if args.workers is None and not args.out:
@@ -73,7 +75,7 @@ def run(args) -> int:
     return _write(predictor, args, workers, dtype)
 
 
-def _print(predictor, args, workers):
+def _print(predictor: batch_inference.Predictor, args: argparse.Namespace, workers: int) -> int:
     labels = batch_inference.label_names(predictor.engine.model)
     count = failed = 0
     for batch in batch_inference.predict(predictor, images.find(args.images), workers):
@@ -90,16 +92,18 @@ def _print(predictor, args, workers):
     return 1 if failed else 0
 
 
-def _show(entry):
+def _show(entry: dict) -> None:
     if "error" in entry:
-        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # escapes by itself
+        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # which escapes odd bytes
         return
     print(entry["image"].encode(errors="backslashreplace").decode())
     for p in entry["predictions"]:
         print(f"  {p['score']:7.2%}  {p['label']}")
 
 
-def _write(predictor, args, workers, dtype):
+def _write(
+    predictor: batch_inference.Predictor, args: argparse.Namespace, workers: int, dtype: str
+) -> int:
     model, console = predictor.engine.model, Console(stderr=True)
     description = {
         "images": args.images,
@@ -133,9 +137,7 @@ def _write(predictor, args, workers, dtype):
     except KeyboardInterrupt:
         job.save()
         done = job.state["done"]
-        note = (
-            f"interrupted after {done:,} of {total:,} images: the same command goes on from there"
-        )
+        note = f"interrupted after {done:,} of {total:,} images: the same command resumes there"
         console.print(note, soft_wrap=True)
         return 130
     made = job.finish()

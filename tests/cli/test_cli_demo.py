@@ -17,7 +17,7 @@ def test_demo_agrees_and_says_what_ran(capsys):
         assert re.search(rf"{name} +fp32 +100% +\d\.\de-\d\d +[\d,]+ +[\d,]+ +\d+\.\d\d", out), out
     assert "astronaut, cat, coffee, rocket" in out
     if not torch.cuda.is_available():
-        assert "These figures are a CPU's" in out and "attention: torch" in out
+        assert "These numbers are a CPU's" in out and "attention: torch" in out
 
 
 @pytest.mark.slow
