@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import prediction_jobs
 import pytest
 from prediction_jobs import LABELS, PATHS, batches, job, run, whole
 
+from deit_fast.batch_inference import Batch
 from deit_fast.predictions import Job
 from deit_fast.predictions import job as job_module
 
@@ -276,3 +278,20 @@ def test_a_disk_that_fills_at_the_very_end(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert run(out, overwrite=True).resumed
     assert len(list(csv.reader(out.open(newline="", errors="surrogateescape")))) == 24
+
+
+def test_a_job_interrupted_before_0_1_is_resumed(tmp_path):
+    before = Path(__file__).parents[1] / "data/before_0.1/interrupted.csv.partial"
+    shutil.copytree(before, tmp_path / "interrupted.csv.partial")
+    description = {"topk": 1, "model": "tiny"}
+    one = Job(tmp_path / "interrupted.csv", description, ["cat", "dog"])
+    assert one.resumed and one.state["done"] == 2
+    one.begin(())
+    assert list(one.todo()) == ["c.jpg", "d.jpg"]
+    columns = {"classes": np.array([[0], [1]]), "scores": np.array([[0.5], [0.25]], np.float32)}
+    one.write(Batch(["c.jpg", "d.jpg"], [None, None], columns))
+    one.finish()
+    assert (tmp_path / "interrupted.csv").read_text().splitlines() == [
+        "image,error,class_1,label_1,score_1",
+        "a.jpg,,1,dog,0.75", "b.jpg,is broken,,,", "c.jpg,,0,cat,0.5", "d.jpg,,1,dog,0.25",
+    ]  # fmt: skip
