@@ -33,7 +33,7 @@ def main():
         for entry in predictions.entries(batch, labels):
             print(json.dumps(entry))
             count += 1
-    print(f"{count} images, {clock.share:.0%} of the time without one decoded", file=sys.stderr)
+    print(f"{count} images, {clock.share:.0%} of the time waiting for decoders", file=sys.stderr)
 
 
 if __name__ == "__main__":

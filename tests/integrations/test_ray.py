@@ -1,4 +1,4 @@
-"""The job on a local Ray cluster answers what one machine answers."""
+"""The job on a local Ray cluster gives the predictions of one machine."""
 
 import os
 import pickle
@@ -63,10 +63,10 @@ def on_one_machine(folder):
 @pytest.mark.slow
 def test_equals_one_machine(folder, tmp_path):
     selection.extra("ray", "ray", "pyarrow")
-    answers = on_the_cluster(folder, tmp_path)
-    assert answers["model"] == ("torch", False)
-    assert "inputs: no images found" in answers["empty"]
-    found, expected = answers["rows"], on_one_machine(folder)
+    job = on_the_cluster(folder, tmp_path)
+    assert job["model"] == ("torch", False)
+    assert "inputs: no images found" in job["empty"]
+    found, expected = job["rows"], on_one_machine(folder)
     assert len(found) == len(expected) == 120
     assert sum(row["error"] is not None for row in found) == 5
     for row in found:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import prediction_jobs
 import pytest
 from prediction_jobs import LABELS, PATHS, batches, job, run, whole
