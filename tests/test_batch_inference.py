@@ -1,4 +1,4 @@
-"""Images on disk -> classes: what timm's own transform and model answer."""
+"""Images on disk -> classes: what timm's own transform and model predict."""
 
 from pathlib import Path
 

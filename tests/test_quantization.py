@@ -214,8 +214,8 @@ def test_dtypes_survive_a_change_of_the_models(format, qkv_bias, device):
     assert meta.blocks[0].attn.qkv.weight.is_meta and meta.blocks[0].attn.qkv.weight_scale.is_meta
     deit_fast.restore(fast)
     assert fast.blocks[0].attn.qkv.weight.dtype == torch.float16
-    wanted = reference.blocks[0].attn.qkv.weight.half()
-    assert torch.equal(fast.blocks[0].attn.qkv.weight.cpu(), wanted)
+    half = reference.blocks[0].attn.qkv.weight.half()
+    assert torch.equal(fast.blocks[0].attn.qkv.weight.cpu(), half)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
@@ -392,8 +392,8 @@ def test_models_and_names_that_do_not_fit():
     "capability, format, reason",
     [((8, 0), "fp8", "needs compute capability 8.9; int8"), ((7, 5), "int8", "from compute")],
 )
-def test_a_chip_without_the_type(capability, format, reason):
-    """Said by quantize, and at the call where the model got there later."""
+def test_a_gpu_that_does_not_support_the_format(capability, format, reason):
+    """Raised by quantize, and by the call if the model was moved there later."""
     _, fast = tiny_pair("auto")
     with _chips.simulate_device(_chips.Chip("a chip", capability, 108)):
         with pytest.raises(RuntimeError, match=f"on a GPU of .*{reason}"):

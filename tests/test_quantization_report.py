@@ -125,13 +125,13 @@ def test_operands_have_the_models_scales(model, format, monkeypatch):
     seen.clear()
     errors = layer_errors(model, quantized, x)
     assert [e.name for e in errors] == LAYERS and len(seen) == 3 * len(LAYERS)
-    for place, wanted in enumerate(in_model):
+    for place, expected in enumerate(in_model):
         for i in range(3):
             operand = seen[3 * place + i][0]
-            assert operand.values.shape == wanted.values.shape
-            assert operand.scales.shape == wanted.scales.shape
-            if wanted.scales.numel() == 1:
-                assert torch.equal(operand.scales, wanted.scales)
+            assert operand.values.shape == expected.values.shape
+            assert operand.scales.shape == expected.scales.shape
+            if expected.scales.numel() == 1:
+                assert torch.equal(operand.scales, expected.scales)
     for place in (1, 3):  # no LayerNorm between the input and the operand
         of_images, random, outliers = (dequantize(seen[3 * place + i][0]) for i in range(3))
         assert_differ(random, of_images)
@@ -194,14 +194,14 @@ def test_the_worst_layer_is_found(format):
     kinds = [type(m) for m in model.modules()]
     before = {k: (v, v.clone()) for k, v in model.state_dict(keep_vars=True).items()}
     calibration = [x] if format == "fp8" else None
-    told = []
+    reported = []
     found = worst_layers(
-        model, format, x, calibration, ["blocks.0.mlp.fc2"], 2, lambda *done: told.append(done)
+        model, format, x, calibration, ["blocks.0.mlp.fc2"], 2, lambda *done: reported.append(done)
     )
     assert [type(m) for m in model.modules()] == kinds
     for key, value in model.state_dict(keep_vars=True).items():
         assert value is before[key][0] and torch.equal(value, before[key][1])
-    assert told == [(i, 15) for i in range(1, 16)]
+    assert reported == [(i, 15) for i in range(1, 16)]
     names = [share.name for share in found.layers]
     assert names[0] == "blocks.1.mlp.fc1" and sorted(names) == sorted(set(LAYERS) - {LAYERS[3]})
     assert [s.alone for s in found.layers] == sorted([s.alone for s in found.layers], reverse=True)
@@ -238,12 +238,12 @@ class Once(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.said = model, {}
+        self.model, self.logits = model, {}
 
     def forward(self, x):
-        if x.data_ptr() not in self.said:
-            self.said[x.data_ptr()] = self.model(x)
-        return self.said[x.data_ptr()]
+        if x.data_ptr() not in self.logits:
+            self.logits[x.data_ptr()] = self.model(x)
+        return self.logits[x.data_ptr()]
 
 
 @pytest.mark.slow

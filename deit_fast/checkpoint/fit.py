@@ -162,7 +162,7 @@ def _renew_heads(own: Mapping[str, Tensor], state: dict[str, Tensor]) -> list[st
     if other:
         notes += [f"{', '.join(other)} left out: they are for another number of classes"]
     if new:
-        notes += [f"has no {', '.join(new)}: they begin anew"]
+        notes += [f"has no {', '.join(new)}: they are newly initialized"]
     return notes
 
 

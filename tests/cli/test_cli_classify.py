@@ -60,7 +60,7 @@ def test_classify_reports_bad_files_and_goes_on(checkpoint, tmp_path, capsys):
     truncated = tmp_path / "truncated.jpg"
     truncated.write_bytes(Path(CAT).read_bytes()[:9000])
     text = tmp_path / "notes.md"
-    text.write_text("no picture")
+    text.write_text("no image")
     Image.new("RGBA", (30, 20)).save(tmp_path / "alpha.png")
     files = [
         CAT,
@@ -105,20 +105,20 @@ def many(folder, count):
     return count + 4
 
 
-BULK = ["--model", "deit_tiny_distilled", "--no-pretrained", "--img-size", "32", "--topk", "1"]
+RUN = ["--model", "deit_tiny_distilled", "--no-pretrained", "--img-size", "32", "--topk", "1"]
 
 
 def test_classify_folder_and_its_own_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     total = many(tmp_path / "photos", 40)
-    assert main(["classify", *BULK, "photos", "--out", "a.csv", "--workers", "2"]) == 0
+    assert main(["classify", *RUN, "photos", "--out", "a.csv", "--workers", "2"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"a.csv: {total} images, 1 of them unreadable" in captured.err
     assert re.search(r"44 images in \d+\.\d s, [\d.]+ images/s \(fp32 on cpu\)", captured.err)
     assert re.search(r"waiting for the decoder: \d+% of the time, 2 workers", captured.err)
     rows = list(csv.DictReader(open("a.csv", newline="")))
-    assert main(["classify", *BULK, "photos", "--json", "--batch", "1"]) == 1
+    assert main(["classify", *RUN, "photos", "--json", "--batch", "1"]) == 1
     entries = json.loads(capsys.readouterr().out)
     assert [row["image"] for row in rows] == [e["image"] for e in entries] and len(rows) == total
     for row, entry in zip(rows, entries, strict=True):
@@ -128,9 +128,9 @@ def test_classify_folder_and_its_own_lines(tmp_path, monkeypatch, capsys):
             assert (row["class_1"], row["label_1"]) == (str(p["class"]), p["label"])
             apart = abs(float(row["score_1"]) - p["score"])
             assert_at_most(apart, SIXTH_DIGIT, "score")
-    assert main(["classify", *BULK, "photos", "--out", "a.csv"]) == 2
+    assert main(["classify", *RUN, "photos", "--out", "a.csv"]) == 2
     assert "a.csv exists" in capsys.readouterr().err
-    assert main(["classify", *BULK, "photos", "--out", "f.npy", "--embed"]) == 0
+    assert main(["classify", *RUN, "photos", "--out", "f.npy", "--embed"]) == 0
     assert np.load("f.npy").shape == (43, 192)
 
 
@@ -140,7 +140,7 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch
     fast machine does all of it in seconds."""
     monkeypatch.chdir(tmp_path)
     total = many(tmp_path / "photos", 450)
-    command = ["classify", *BULK, "photos"]
+    command = ["classify", *RUN, "photos"]
     assert main([*command, "--out", "whole.csv"]) == 0
     command += ["--batch", "8", "--workers", "1"]
     deit = (
@@ -150,12 +150,12 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path, monkeypatch
     state = tmp_path / "a.csv.partial/state.json"
     done = []
     for _ in range(2):
-        wanted = done[-1] + 100 if done else 1
+        enough = done[-1] + 100 if done else 1
         run = subprocess.Popen(
             [sys.executable, "-c", deit, *command, "--out", "a.csv"],
             start_new_session=True, stderr=subprocess.PIPE,
         )  # fmt: skip
-        while run.poll() is None and (not state.exists() or done_in(state) < wanted):
+        while run.poll() is None and (not state.exists() or done_in(state) < enough):
             time.sleep(0.02)
         assert run.poll() is None, "the run was over before it could be killed"
         os.killpg(run.pid, signal.SIGKILL)
@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
         return real(self, pixels)
 
     monkeypatch.setattr(batch_inference.Predictor, "__call__", interrupted)
-    command = ["classify", *BULK, "photos", "--out", "a.jsonl", "--batch", "8"]
+    command = ["classify", *RUN, "photos", "--out", "a.jsonl", "--batch", "8"]
     assert main(command) == 130
     assert "interrupted after 16 of 34 images" in capsys.readouterr().err
     assert main(command) == 0
@@ -197,9 +197,9 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capsys):
 def test_odd_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.link(many_one(tmp_path), b"\xff.png")
-    assert main(["classify", *BULK, ".", "--batch", "1"]) == 0
+    assert main(["classify", *RUN, ".", "--batch", "1"]) == 0
     assert "./\\udcff.png" in capsys.readouterr().out
-    assert main(["classify", *BULK, ".", "--out", "o[b].csv"]) == 0
+    assert main(["classify", *RUN, ".", "--out", "o[b].csv"]) == 0
     assert "o[b].csv: 2 images" in capsys.readouterr().err
 
 
@@ -228,7 +228,7 @@ def test_another_model_does_not_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         batch_inference.Predictor, "__call__", lambda *_: exec("raise KeyboardInterrupt")
     )
-    command = ["classify", *BULK, "photos", "--out", "a.csv"]
+    command = ["classify", *RUN, "photos", "--out", "a.csv"]
     assert main(command) == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

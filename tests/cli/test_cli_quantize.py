@@ -51,7 +51,7 @@ def folders(model, tmp_path_factory):
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """Also where there is a GPU: the figures are compared with a CPU's."""
+    """Also where there is a GPU: the results are compared with a CPU's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -59,11 +59,11 @@ def pixels(model, images):
     return torch.cat([x for _, x in evaluate.batches(model, images, 8, 0, [])])
 
 
-def assert_says(read, wanted):
-    """What was read from JSON is that name and those figures."""
-    assert read.keys() == vars(wanted).keys() and read.pop("name") == wanted.name
+def assert_same_values(read, expected):
+    """What was read from JSON has that name and those values."""
+    assert read.keys() == vars(expected).keys() and read.pop("name") == expected.name
     for key, value in read.items():
-        assert_within(value, getattr(wanted, key), APART[FP32], key)
+        assert_within(value, getattr(expected, key), APART[FP32], key)
 
 
 def test_quantize_reports_and_saves(model, folders, tmp_path, capsys, on_a_cpu):
@@ -95,11 +95,11 @@ def test_quantize_reports_and_saves(model, folders, tmp_path, capsys, on_a_cpu):
     sample = [i * 21 // 16 for i in range(16)]
     sample = x[[kept.index(i) for i in sample if i != 9]]
     for one, other in zip(found["layers"], layer_errors(model, quantized, sample), strict=True):
-        assert_says(one, other)
+        assert_same_values(one, other)
         assert f"{other.outliers:.4f}" in printed.out
     shares = worst_layers(model, "fp8", sample, calibration, exclude)
     assert_within(found["worst"]["together"], shares.together, APART[FP32])
-    assert_says(found["worst"]["layers"][0], shares.layers[0])
+    assert_same_values(found["worst"]["layers"][0], shares.layers[0])
     loaded = deit_fast.from_pretrained(out).eval()
     with torch.inference_mode():
         assert_close(loaded(x), quantized(x))
@@ -157,8 +157,8 @@ def test_quantize_says_what_is_wrong(args, message, folders, monkeypatch, capsys
     (folders / "broken").mkdir(exist_ok=True)
     (folders / "broken/1.png").write_bytes(b"none")
     assert main(["quantize", "model", "--workers", "0", *args]) == 2
-    said = capsys.readouterr().err
-    assert "deit-fast quantize: " in said and message in said
+    printed = capsys.readouterr().err
+    assert "deit-fast quantize: " in printed and message in printed
     assert not Path("nowhere").exists()
 
 

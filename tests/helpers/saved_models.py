@@ -28,9 +28,9 @@ def forget(model):
 
 
 def assert_equal_models(got, expected):
-    state, wanted = got.state_dict(), expected.state_dict()
-    assert state.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    state, weights = got.state_dict(), expected.state_dict()
+    assert state.keys() == weights.keys()
+    for name, tensor in weights.items():
         assert torch.equal(state[name], tensor), name
     x = images(expected)
     with torch.no_grad():

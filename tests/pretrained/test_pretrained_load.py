@@ -129,7 +129,7 @@ def test_other_image_size_is_resized_from_the_stored_grid(tmp_path):
     assert torch.equal(again.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 
 
-def test_other_number_of_classes_starts_the_heads_anew(folder):
+def test_other_number_of_classes_initializes_the_heads(folder):
     with pytest.warns(UserWarning, match="head.weight, head.bias, head_dist.weight"):
         model = from_pretrained(folder, num_classes=5)
     assert model.head.weight.shape == model.head_dist.weight.shape == (5, 64)
@@ -201,7 +201,7 @@ def test_a_folder_from_before_safetensors(folder):
     refused(ValueError, "pytorch_model.bin holds more than tensors: deit_fast.layers", folder)
 
 
-def test_a_head_that_is_not_there_begins_anew_if_asked_for(folder):
+def test_a_head_that_is_missing_is_initialized_if_asked_for(folder):
     save_pretrained(tiny(num_classes=0), folder)
     with pytest.warns(UserWarning, match="has no head.weight, head.bias, head_dist.weight, head_d"):
         model = from_pretrained(folder, num_classes=4)
