@@ -54,7 +54,7 @@ def test_what_it_is():
 
 
 def test_other_sizes_and_classes():
-    """As of any other model: positions resized, heads newly initialized; random ones of other shapes."""
+    """As with any other model: positions resized, heads initialized; other shapes if random."""
     model = deit_fast.deit_nano_fashion(pretrained=True, img_size=56)
     assert model.patch_embed.grid_size == (14, 14)
     with pytest.warns(UserWarning, match="head"):

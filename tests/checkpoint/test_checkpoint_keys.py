@@ -66,8 +66,8 @@ def test_entries_that_are_not_there_or_not_the_only_one(tmp_path):
     path = tmp_path / "a.pth"
     listed = (
         "expected as checkpoint_key one of 'nets.b.model' (3 tensors), 'model' (2 tensors), "
-        "'model_ema' (2 tensors), 'flat.student' (2 tensors), 'flat.teacher' (2 tensors), 'nets.a.state_dict' "
-        "(2 tensors)"
+        "'model_ema' (2 tensors), 'flat.student' (2 tensors), 'flat.teacher' (2 tensors), "
+        "'nets.a.state_dict' (2 tensors)"
     )
     for key in ("ema", "epoch", "args", "optimizer", "nets", "model.a.weight", "nets.c", "", "."):
         message = problem(SEVERAL, path, key)
