@@ -3,6 +3,7 @@
 from .attention_weights import attention_maps, attention_rollout
 from .engine import InferenceEngine
 from .export import Exported, export
+from .heads import set_heads
 from .models import (
     NAMES,
     create_model,
@@ -15,7 +16,6 @@ from .models import (
     deit_small_distilled,
     deit_tiny,
     deit_tiny_distilled,
-    set_heads,
 )
 from .pretrained import from_pretrained, save_pretrained
 from .quantization import QuantizationReport, quantize

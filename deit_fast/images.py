@@ -1,7 +1,7 @@
-"""From names to pixels: finding images, and decoding them in worker processes.
+"""From paths to pixels: finding images, and decoding them in worker processes.
 
-What a decoder returns is timm's evaluation transform for the model, stopped before it normalises:
-uint8 (H, W, C), a quarter of the bytes, which the patch embedding kernel normalises.
+A decoder applies timm's evaluation transform for the model, except the normalization: it returns
+uint8 (H, W, C), a quarter of the bytes, which the patch embedding kernel normalizes.
 """
 
 import glob
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import timm.data
@@ -23,36 +24,52 @@ SUFFIXES = frozenset(
     ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp .avif".split()
 )
 LISTS = (".txt", ".lst", ".list")
-CHUNK = 16  # images a worker decodes at a time: small, so that few images reach every worker
-SORTED = 100_000  # names of a folder that are sorted at once; more of them need no more memory
+CHUNK = 16  # images that a worker decodes at a time: small, so that few images use all workers
+SORTED = 100_000  # names of a folder that are sorted at once, which bounds the memory
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_T = TypeVar("_T", str, tuple[str, bool])
 
 
 class Decoder:
-    """`decoder(path or file object)` -> uint8 (H, W, C).
+    """`decoder(path or file object)` -> uint8 (H, W, C). Raises `Unreadable`.
 
-    config: timm's data configuration (`deit_fast.engine.data_config(model)`). Raises `Unreadable`
-    for a file that can't be decoded, saying why.
+    Args:
+        config: timm's data configuration (`deit_fast.engine.data_config(model)`).
+
+    Raises:
+        ValueError: For images with a number of channels that Pillow has no mode for.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict[str, Any]):
         channels, *size = config["input_size"]
         if channels not in _MODES:
             raise ValueError(f"config: {channels} channels, expected one of {tuple(_MODES)}")
         self.mode = _MODES[channels]
         self.resized = max(size) / (config.get("crop_pct") or 1)
-        # As timm's own loader has it: the normalisation is left to the device.
+        # as in timm's own loader: without the normalization, which the device does
         self.transform = timm.data.create_transform(**config, use_prefetcher=True)
 
-    def __call__(self, file) -> np.ndarray:
+    def __call__(self, file: str | os.PathLike | IO[bytes]) -> np.ndarray:
+        """Decode, resize and crop one image.
+
+        Args:
+            file: A path, or a binary file object.
+
+        Returns:
+            The pixels, uint8 (H, W, C).
+
+        Raises:
+            Unreadable: For a file that can't be decoded, or not resized.
+        """
         if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
-            raise Unreadable(_what(file))  # a pipe would be waited for
+            raise Unreadable(_what(file))  # opening a pipe would block
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata: the pixels are what counts
+                warnings.simplefilter("ignore")  # about metadata, which is not used
                 with Image.open(file) as opened:
                     image = opened.convert(self.mode)
-        except Exception as error:  # a broken file makes a decoder raise anything
+        except Exception as error:  # decoders raise anything for a broken file
             raise Unreadable(_reason(file, error)) from error
         narrow, wide = sorted(image.size)
         if wide / narrow * self.resized**2 > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -61,16 +78,16 @@ class Decoder:
 
 
 class Unreadable(ValueError):
-    """A file that is no image that can be decoded, and why, in one line."""
+    """A file that can't be decoded as an image; the message is the reason, in one line."""
 
 
-def _what(path):
+def _what(path: str | os.PathLike) -> str:
     if not os.path.exists(path):
         return "no such file"
     return "is a folder" if os.path.isdir(path) else "is no regular file"
 
 
-def _reason(file, error):
+def _reason(file: object, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "cannot identify image file"
     said = str(error).replace(repr(str(file)), "").replace(repr(os.path.realpath(str(file))), "")
@@ -78,14 +95,20 @@ def _reason(file, error):
 
 
 def find(inputs: Iterable[str | Path]) -> Iterator[str]:
-    """Paths of images, in a fixed order, without ever holding them all.
+    """Find the paths of images, in a fixed order, without holding all of them in memory.
 
-    Each input is a folder (searched with its subfolders for names that end as images do), a pattern
-    such as "photos/**/*.jpg", a list (.txt: a path a line, relative to where the command runs), or
-    an image. What a pattern, a list or the input itself names is taken whatever its name ends in.
+    Args:
+        inputs: Each is a folder (searched with its subfolders for `SUFFIXES`), a pattern such as
+            "photos/**/*.jpg", a list (`LISTS`: one path a line, relative to the working directory),
+            or an image. A path that a pattern, a list or the input itself names is taken with any
+            suffix.
 
-    Raises FileNotFoundError for what is no file, folder or pattern, OSError for a folder that
-    can't be read.
+    Yields:
+        The paths.
+
+    Raises:
+        FileNotFoundError: For an input that is no file, folder or pattern.
+        OSError: For a folder that can't be read.
     """
     for one in map(str, inputs):
         path = Path(one)
@@ -100,14 +123,16 @@ def find(inputs: Iterable[str | Path]) -> Iterator[str]:
             matches = glob.iglob(one, recursive=True)
             yield from _sorted(m for m in matches if not os.path.isdir(m) and not _loops(m))
         elif path.suffix.lower() in SUFFIXES:
-            yield one  # to be reported with the unreadable ones
+            yield one  # reported with the unreadable ones
         else:
             raise FileNotFoundError(f"no image, folder, pattern or list {one}")
 
 
-def _walk(folder, above):
-    """Images in `folder`, then in its subfolders. `above`: the folders on the way, so that a link
-    to one of them ends there."""
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the images in `folder`, then those in its subfolders.
+
+    `above` are the folders on the way, so that a link to one of them is not followed.
+    """
     identity = _identity(folder)
     if identity in above:
         return
@@ -123,38 +148,41 @@ def _walk(folder, above):
         yield from _walk(path, (*above, identity))
 
 
-def _is_folder(entry):
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself, or into a folder that can't be read
         return False
 
 
-def _loops(path):
-    """Whether a path goes through the same folder twice, by a link to one above it."""
+def _loops(path: str) -> bool:
+    """Return whether a path goes through the same folder twice, by a link to one above it."""
     folders = [_identity(str(folder)) for folder in Path(path).parents]
     return len(set(folders)) < len(folders)
 
 
 @lru_cache(maxsize=1024)
-def _identity(folder):
+def _identity(folder: str) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
-def _sorted(items):
+def _sorted(items: Iterable[_T]) -> Iterator[_T]:
+    """Sort `SORTED` items at a time."""
+    items = iter(items)
     while chunk := sorted(islice(items, SORTED)):
         yield from chunk
 
 
 Decoded = tuple[list[str], list[str | None], np.ndarray]
+_Item = tuple[str, str | None, np.ndarray | None]
 
 
 class _Files(Dataset):
-    def __init__(self, decoder):
+    def __init__(self, decoder: Callable):
         self.decoder = decoder
 
-    def __getitem__(self, path):
+    def __getitem__(self, path: str) -> _Item:
         try:
             return path, None, self.decoder(path)
         except Unreadable as error:
@@ -164,15 +192,23 @@ class _Files(Dataset):
 def decode(
     paths: Iterable[str], decoder: Callable, workers: int, chunk: int = CHUNK
 ) -> Iterator[Decoded]:
-    """Decode in `workers` processes (0: in this one), a few chunks ahead of whoever asks.
+    """Decode images in worker processes, a few chunks ahead of the caller.
 
-    Yields, in the order of `paths`: up to `chunk` paths, for each the reason why it is unreadable
-    or None, and the readable ones' pixels, uint8 (n, H, W, C).
+    Args:
+        paths: The images.
+        decoder: A `Decoder`, or a function like it.
+        workers: The number of processes; 0: decode in this one.
+        chunk: Images that a worker decodes at a time.
+
+    Yields:
+        In the order of `paths`: up to `chunk` paths, for each the reason why it is unreadable or
+        None, and the readable ones' pixels, uint8 (n, H, W, C).
     """
     paths = iter(paths)
+    sampler: Any = iter(lambda: list(islice(paths, chunk)), [])  # batches of paths, not of indices
     loader = DataLoader(
         _Files(decoder),
-        batch_sampler=iter(lambda: list(islice(paths, chunk)), []),
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=begin_worker,
@@ -180,13 +216,14 @@ def decode(
     yield from loader
 
 
-def begin_worker(worker):
+def begin_worker(worker: int) -> None:
+    """Prepare a worker process of a DataLoader: signals and threads."""
     os.setsid()  # signals to the group (Ctrl-C, torchrun's) are the main process's to handle
     torch.set_num_threads(1)
 
 
-def _collate(items):
-    """numpy, not tensors: those would travel through shared memory, which containers keep small."""
+def _collate(items: list[_Item]) -> Decoded:
+    """Stack to numpy arrays: tensors would need shared memory, of which containers have little."""
     paths, reasons, pixels = zip(*items, strict=True)
     readable = [p for p in pixels if p is not None]
     stacked = np.stack(readable) if readable else np.empty((0, 0, 0, 0), np.uint8)

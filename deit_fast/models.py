@@ -1,14 +1,15 @@
 """The named DeiT models (Touvron et al., 2021, Table 1) and other timm models, accelerated."""
 
-from importlib.resources import files
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
 
 from .checkpoint import load_state, read_checkpoint
-from .kernels.classifier import FUSIONS
-from .layers import VisionTransformerDistilled
+from .heads import set_heads
+from .pretrained import from_pretrained
 from .swap import accelerate
 
 NAMES = {
@@ -22,12 +23,14 @@ NAMES = {
     "deit_base_distilled_384": "deit_base_distilled_patch16_384",
 }
 
-# Distilled, for 28 x 28 grey pixels and 10 classes: its weights are part of this package
-NANO, _NANO_OF = "deit_nano_fashion", NAMES["deit_tiny_distilled"]
+# A distilled model for grey images of 28 x 28 pixels and 10 classes; its weights are part of this
+# package
+NANO, _NANO_ARCHITECTURE = "deit_nano_fashion", NAMES["deit_tiny_distilled"]
+_NANO_FOLDER = Path(__file__).parent / "data" / NANO
 _NANO = {
     "img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10,
     "embed_dim": 64, "depth": 4, "num_heads": 2,
-    "weight_init": "jax",  # at this width 0.02 is too little to begin with: Xavier's
+    "weight_init": "jax",  # Xavier's: at this width a standard deviation of 0.02 is too small
 }  # fmt: skip
 _NANO_DATA = {"mean": (0.286,), "std": (0.353,), "crop_pct": 1.0}  # Fashion-MNIST's
 
@@ -41,32 +44,40 @@ def create_model(
     backend: str = "auto",
     heads: str = "joint",
     strict: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
-    """Build a model of ours (`NAMES`) or of timm's by name, load weights, and accelerate it.
+    """Build one of our models (`NAMES`) or any timm model by name, load weights, and accelerate it.
 
-    pretrained: timm's weights from the Hugging Face hub. checkpoint: a local file instead, with
-    timm's names: an official .pth, a .safetensors, or what a trainer saved (DeiT, timm, Lightning,
-    DINO, MAE, ...); nothing in it is run. checkpoint_key: which entry of it, such as "model_ema" or
-    "teacher", see `deit_fast.checkpoint.read_checkpoint`. kwargs: timm's, among them `img_size`
-    (the position embedding is resized bicubically without antialiasing, as in the paper),
-    `num_classes` (heads of which the weights have none, or another number, start anew, with a
-    warning; 0: no head), `in_chans`, `drop_path_rate`. backend, strict: see `accelerate`. heads,
-    for distilled models at inference: "joint" | "joint_softmax" | "class" | "distill".
+    Args:
+        name: A key of `NAMES`, "deit_nano_fashion", or a name that timm knows.
+        pretrained: Load timm's weights from the Hugging Face hub.
+        checkpoint: Load a local file instead, with timm's names: an official .pth, a .safetensors,
+            or what a trainer saved (DeiT, timm, Lightning, DINO, MAE, ...). No code in it is run.
+        checkpoint_key: The entry of that file, such as "model_ema" or "teacher"; see
+            `deit_fast.checkpoint.read_checkpoint`.
+        backend: See `accelerate`.
+        heads: What a distilled model returns at inference: "joint", "joint_softmax", "class" or
+            "distill"; see `set_heads`.
+        strict: See `accelerate`.
+        **kwargs: timm's, among them `img_size` (the position embedding is resized bicubically
+            without antialiasing, as in the paper), `num_classes` (heads that the weights lack, or
+            have for another number of classes, keep their initialisation, with a warning; 0: no
+            head), `in_chans`, `drop_path_rate`.
 
-    Returns the timm model with its modules swapped, in train() mode as timm builds it.
-    Raises ValueError for names, options and checkpoints that do not fit, FileNotFoundError,
-    RuntimeError (timm's) for an unknown timm model.
+    Returns:
+        The timm model with its modules replaced, in train() mode, as timm builds it.
+
+    Raises:
+        ValueError: For names, options and checkpoints that do not fit.
+        FileNotFoundError: For a checkpoint that does not exist.
+        RuntimeError: For a model that timm does not know.
     """
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint: expected one of them, got both")
     if checkpoint_key is not None and checkpoint is None:
         raise ValueError(f"checkpoint_key: {checkpoint_key!r}, but no checkpoint")
     if name == NANO and pretrained:
-        from .pretrained import from_pretrained  # here, since it builds on this module
-
-        folder = files("deit_fast").joinpath("data", NANO)
-        return from_pretrained(folder, backend=backend, heads=heads, strict=strict, **kwargs)
+        return from_pretrained(_NANO_FOLDER, backend=backend, heads=heads, strict=strict, **kwargs)
     is_nano, name = name == NANO, architecture(name)
     if pretrained:
         model = _pretrained(name, kwargs)
@@ -83,24 +94,12 @@ def create_model(
 
 
 def architecture(name: str) -> str:
-    """What timm calls a model of ours; other names are timm's as they are."""
-    return _NANO_OF if name == NANO else NAMES.get(name, name)
+    """Return timm's name for one of our models; any other name as it is."""
+    return _NANO_ARCHITECTURE if name == NANO else NAMES.get(name, name)
 
 
-def set_heads(model: nn.Module, heads: str) -> None:
-    """Say what a distilled model returns at inference: "joint" | "joint_softmax" | "class" |
-    "distill". Raises ValueError for anything else, and for a model with one head asked for more
-    than "joint"."""
-    if heads not in FUSIONS:
-        raise ValueError(f"heads: {heads!r}, expected one of {FUSIONS}")
-    if isinstance(model, VisionTransformerDistilled):
-        model.heads = heads
-    elif heads != "joint":
-        raise ValueError(f"heads: {heads!r}, but {type(model).__name__} has one head")
-
-
-def _pretrained(name, kwargs):
-    """timm resizes with antialiasing; so load at the native size and resize as the paper does."""
+def _pretrained(name: str, kwargs: dict) -> Any:
+    """Load at the native size, then resize as the paper does: timm resizes with antialiasing."""
     if "img_size" not in kwargs:
         return timm.create_model(name, pretrained=True, **kwargs)
     native = {k: v for k, v in kwargs.items() if k != "img_size"}
@@ -110,8 +109,8 @@ def _pretrained(name, kwargs):
     return model
 
 
-def _named(short: str):
-    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+def _named(short: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create_model(short, pretrained, **kwargs)
 
     build.__name__ = build.__qualname__ = short
@@ -131,8 +130,19 @@ deit_base_distilled = _named("deit_base_distilled")
 deit_base_distilled_384 = _named("deit_base_distilled_384")
 
 
-def deit_nano_fashion(pretrained: bool = False, **kwargs) -> nn.Module:
-    """A distilled DeiT of 0.2 million parameters for Fashion-MNIST: 28 x 28 grey pixels, patches of
-    4, 10 classes. pretrained: with the weights that come with the package; no network is needed.
-    Other arguments, and errors, as `create_model`."""
+def deit_nano_fashion(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a distilled DeiT of 0.2 million parameters for Fashion-MNIST.
+
+    It takes grey images of 28 x 28 pixels in patches of 4 x 4, and has 10 classes.
+
+    Args:
+        pretrained: Load the weights that come with the package; no network is needed.
+        **kwargs: See `create_model`.
+
+    Returns:
+        The model, as `create_model`.
+
+    Raises:
+        ValueError: As `create_model`.
+    """
     return create_model(NANO, pretrained, **kwargs)

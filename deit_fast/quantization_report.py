@@ -1,45 +1,62 @@
-"""How far a model in eight bits is from what it was made of.
+"""How far a quantized model is from the model it was made from.
 
-    compare        logits, decisions and top-1, over any number of images
-    layer_errors   each layer by itself, given what the original layer gets
-    worst_layers   what each layer alone does to the logits, and what leaving it out would give
+    compare        logits, predicted classes and top-1, over any number of images
+    layer_errors   each layer alone, given what the original layer reads
+    worst_layers   what each layer alone does to the logits, and what excluding it would give
 
-A relative error is |got - expected| / |expected|, of all elements together. What is wanted comes from the
-model as it was, in fp32 if the error is to be all that eight bits (and a half-precision model
-around them) cost. Both models are in eval mode.
+A relative error is |got - expected| / |expected|, of all elements together. The expected values are
+the original model's: with that in fp32 the error is all that quantization (and a half-precision
+model around it) costs. Both models are in eval mode.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .activation_scales import unfused_blocks
 from .kernels.quantize import Quantized, quantize_statically_reference
 from .kernels.quantized_linear import GROUP_SIZE
 from .layers.quantized import undo
-from .layers.quantized_linear import is_quantized, quantize_
-from .quantization import _eager, quantize, quantized_layers
+from .layers.quantized_linear import QuantizedLinear, is_quantized, quantize_
+from .quantization import quantize, quantized_layers
 
 OUTLIERS_EVERY, OUTLIERS_TIMES = 37, 50  # as `stream="outliers"` in deit_fast.kernels.cases
-_NORMS = {"qkv": "norm1", "fc1": "norm2"}  # whose result is the operand
+_NORMS = {"qkv": "norm1", "fc1": "norm2"}  # the LayerNorm before each
 
 
 @dataclass
 class Comparison:
-    """Two models over the same images. Shares are in percent, top-1 only with labels."""
+    """Two models over the same images. Shares are in percent, top-1 only with labels.
+
+    Attributes:
+        images: How many there were.
+        logits_error: Relative error of the quantized model's logits.
+        agreement: Share of images for which both models predict the same class.
+        top1: Accuracy of the original model, or None.
+        top1_quantized: Accuracy of the quantized model, or None.
+    """
 
     images: int
     logits_error: float
-    agreement: float  # the same class first
+    agreement: float
     top1: float | None = None
     top1_quantized: float | None = None
 
 
 @dataclass
 class LayerErrors:
-    """Relative error of one layer's output, by what its input was."""
+    """Relative error of one layer's output, for each kind of input.
+
+    Attributes:
+        name: The layer.
+        images: With what images cause in the model.
+        random: With normally distributed values.
+        outliers: With normally distributed values, some channels scaled up.
+    """
 
     name: str
     images: float
@@ -49,7 +66,7 @@ class LayerErrors:
 
 @dataclass
 class LayerShare:
-    """Relative error of the logits with this layer alone in eight bits, and with all but it."""
+    """Relative error of the logits with this layer alone quantized, and with all but it."""
 
     name: str
     alone: float
@@ -58,7 +75,7 @@ class LayerShare:
 
 @dataclass
 class Shares:
-    """Of every layer, the worst first; and the error with all of them."""
+    """The share of every layer, the worst first; and the error with all of them quantized."""
 
     together: float
     layers: list[LayerShare]
@@ -68,13 +85,23 @@ class Shares:
 def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Comparison:
     """Run both models over the same images.
 
-    batches: images (B, C, H, W), normalised, or what else both models take; or tuples of them and
-    labels (B,) int64, all or none. Each model gets them on its device, floats in its dtype.
-    Raises ValueError without images and for a model in train mode, FloatingPointError where a logit
-    is not finite.
+    Args:
+        model: The original model, in eval mode.
+        quantized: The quantized model, in eval mode.
+        batches: Images (B, C, H, W), normalized, or what else both models take; or tuples of them
+            and labels (B,) int64, all or none. Each model gets them on its device, floats in its
+            dtype.
+
+    Returns:
+        Errors and agreement.
+
+    Raises:
+        ValueError: Without images, and for a model in train mode.
+        FloatingPointError: If a logit is not finite.
     """
     _expect_eval(model=model, quantized=quantized)
-    images = same = labelled = right = right_quantized = 0
+    images = same = labelled = 0
+    correct = correct_quantized = 0.0
     wrong = total = 0.0
     for batch in batches:
         x, labels = batch if isinstance(batch, tuple | list) else (batch, None)
@@ -83,19 +110,19 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Compar
         total += expected.square().sum().item()
         classes, classes_quantized = expected.argmax(1), got.argmax(1)
         images += len(x)
-        same += (classes == classes_quantized).sum().item()
+        same += int((classes == classes_quantized).sum())
         if labels is not None:
             labels = labels.cpu()
             labelled += len(labels)
-            right += (classes == labels).sum().item()
-            right_quantized += (classes_quantized == labels).sum().item()
+            correct += (classes == labels).sum().item()
+            correct_quantized += (classes_quantized == labels).sum().item()
     if not images:
         raise ValueError("batches: no images came, expected at least one")
     if not total:
         raise ValueError("model: every logit is 0, there is nothing to compare with")
     if labelled not in (0, images):
         raise ValueError(f"batches: labels for {labelled} of {images} images, expected all or none")
-    top1 = (100 * n / images if labelled else None for n in (right, right_quantized))
+    top1 = (100 * n / images if labelled else None for n in (correct, correct_quantized))
     return Comparison(images, (wrong / total) ** 0.5, 100 * same / images, *top1)
 
 
@@ -103,52 +130,61 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable) -> Compar
 def layer_errors(
     model: nn.Module, quantized: nn.Module, images: Tensor, seed: int = 0
 ) -> list[LayerErrors]:
-    """Each layer of `quantized` by itself, against the same layer of `model`.
+    """Compare each layer of `quantized`, alone, with the same layer of `model`.
 
-    Both get the same input, which eight bits read as they do in the model: for qkv and fc1 the
-    residual stream, with LayerNorm's scale for each row; for proj attention's result, for fc2
-    GELU's, with the layer's one scale or those of its parts. The input is what `images` cause in
-    `model`; or normal numbers, alike in all channels; or such with every 37th channel 50 times the
-    others. A scale for all fits operands of the size it was made for, so both kinds of random ones
-    have the rms that the images' have. Attention's own products, in fp8 where it was asked for, are
-    no layer's.
+    Both get the same input, quantized as in the model: for qkv and fc1 the residual stream, with
+    LayerNorm's per-row scales; for proj attention's result and for fc2 GELU's, with the layer's
+    static per-tensor scale or per-group scales. The input is what `images` cause in `model`; or
+    normally distributed values, alike in all channels; or such with every 37th channel 50 times the
+    others. A static scale fits inputs of the magnitude it was made for, so both random inputs have
+    the rms of the images' input. Attention's matmuls, in FP8 or not, belong to no layer.
 
-    images: (B, C, H, W), normalised, run at once. Raises ValueError if nothing is in eight bits, or
-    where the models do not fit each other.
+    Args:
+        model: The original model, in eval mode.
+        quantized: The quantized model, in eval mode.
+        images: (B, C, H, W), normalized, run as one batch.
+        seed: Of the random inputs.
+
+    Returns:
+        The errors of every quantized layer.
+
+    Raises:
+        ValueError: If nothing is quantized, or the models do not fit each other.
     """
     _expect_eval(model=model, quantized=quantized)
-    names, found, hooks = quantized_layers(quantized), {}, []
+    names = quantized_layers(quantized)
+    found: dict[str, LayerErrors] = {}
+    hooks = []
     if not names:
-        raise ValueError("quantized: no layer is in eight bits, call deit_fast.quantize first")
+        raise ValueError("quantized: no layer is quantized, call deit_fast.quantize first")
     if quantized_layers(model):
-        raise ValueError("model: is in eight bits, expected it as it was before deit_fast.quantize")
+        raise ValueError("model: is quantized, expected it as it was before deit_fast.quantize")
     layers = dict(model.named_modules())
     if missing := [name for name in names if name not in layers]:
-        raise ValueError(f"model: has no layer {missing[0]}, expected what quantized was made of")
+        raise ValueError(f"model: has no layer {missing[0]}, expected the original of quantized")
 
-    def hook(name, block, part):
+    def hook(name: str, block: str, part: str) -> Callable:
         def measure(module, args):
             inputs = {"images": args[0], **_random_like(args[0], seed)}
             ours = quantized.get_submodule(block)
             errors = {}
             for kind, x in inputs.items():
-                expected = _plain(layers[block], part, x)
-                got = _in_eight_bits(ours, part, x)
+                expected = _original_output(layers[block], part, x)
+                got = _quantized_output(ours, part, x)
                 errors[kind] = _relative_error(got, expected)
             found[name] = LayerErrors(name, **errors)
 
         return measure
 
-    with _eager(model):
+    with unfused_blocks(model):
         try:
             for name in names:
-                *block, _, part = name.split(".")
-                block = ".".join(block)
-                # LayerNorm's input is the stream; the other operands are the layer's own inputs
+                *parents, _, part = name.split(".")
+                block = ".".join(parents)
+                # qkv and fc1 with their LayerNorm, whose input is the residual stream
                 where = f"{block}.{_NORMS[part]}".lstrip(".") if part in _NORMS else name
-                where = layers[where]
-                hooks.append(where.register_forward_pre_hook(hook(name, block, part)))
-            model(_for(model, images))
+                hooks.append(layers[where].register_forward_pre_hook(hook(name, block, part)))
+            model(_on_device_of(model, images))
         finally:
             for handle in hooks:
                 handle.remove()
@@ -164,12 +200,25 @@ def worst_layers(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shares:
-    """The layers by what they do to the logits of `images`: each alone in eight bits, and all but
-    it. fc2 by itself, as wherever fc1 is excluded, has a scale for each row and not one for all.
+    """Rank the layers by what they do to the logits of `images`.
 
-    model: as `deit_fast.quantize` takes it, which is left as it was; so are format, calibration,
-    exclude, and the errors. images: (B, C, H, W), normalised. progress: is told how many passes
-    over them are done, of how many.
+    Each layer is quantized alone, then all but it. fc2 alone, as wherever fc1 is excluded, has a
+    dynamic per-row scale and no static one.
+
+    Args:
+        model: As `deit_fast.quantize` takes it, in eval mode. It is left as it was.
+        format: See `deit_fast.quantize`.
+        images: (B, C, H, W), normalized.
+        calibration: See `deit_fast.quantize`.
+        exclude: See `deit_fast.quantize`.
+        batch_size: Images in one forward pass.
+        progress: Called with the number of runs over all images that are done, and of all runs.
+
+    Returns:
+        The errors, the worst layer first.
+
+    Raises:
+        ValueError: Without images, and as `deit_fast.quantize`, whose other errors are raised too.
     """
     _expect_eval(model=model)
     split = images.split(batch_size)
@@ -177,17 +226,19 @@ def worst_layers(
         raise ValueError("images: none, expected at least one")
 
     @torch.inference_mode()
-    def logits():
+    def logits() -> Tensor:
         return torch.cat([_logits(model, x, "model") for x in split])
 
     expected = logits()
     report = quantize(model, format, calibration, exclude)
     try:
-        layers = {name: model.get_submodule(name) for name in report.quantized}
+        layers = {
+            name: cast(QuantizedLinear, model.get_submodule(name)) for name in report.quantized
+        }
         scales = {name: layer.input_scale for name, layer in layers.items()}
         done, total = 0, 1 + 2 * len(layers)
 
-        def error():
+        def error() -> float:
             nonlocal done
             value, done = _relative_error(logits(), expected), done + 1
             if progress is not None:
@@ -198,11 +249,11 @@ def worst_layers(
         for name, layer in layers.items():
             layer.restore()
             without[name] = error()
-            quantize_(layer, format, scales[name])
+            quantize_(layer, format, cast("Tensor | None", scales[name]))
         for layer in layers.values():
             layer.restore()
         for name, layer in layers.items():
-            quantize_(layer, format, scales[name])
+            quantize_(layer, format, cast("Tensor | None", scales[name]))
             alone[name] = error()
             layer.restore()
     finally:
@@ -211,33 +262,34 @@ def worst_layers(
     return Shares(together, sorted(shares, key=lambda share: -share.alone))
 
 
-def _expect_eval(**models):
+def _expect_eval(**models: nn.Module) -> None:
     for name, model in models.items():
         if model.training:
             raise ValueError(f"{name}: in train mode, expected {name}.eval()")
 
 
-def _for(model, images):
+def _on_device_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the images on the model's device; floats in its dtype."""
     like = next(model.parameters())
     return images.to(like.device, like.dtype if images.is_floating_point() else None)
 
 
-def _logits(model, images, name) -> Tensor:
-    """(B, classes) in fp64 on the CPU."""
-    logits = model(_for(model, images)).double().cpu()
+def _logits(model: nn.Module, images: Tensor, name: str) -> Tensor:
+    """Return (B, classes) in fp64 on the CPU."""
+    logits = model(_on_device_of(model, images)).double().cpu()
     if not logits.isfinite().all():
         raise FloatingPointError(f"{name}: logits that are not finite, in {len(images)} images")
     return logits
 
 
-def _relative_error(got, expected) -> float:
+def _relative_error(got: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     got = got.to(expected)
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def _random_like(x, seed) -> dict[str, Tensor]:
-    """Random inputs with the rms of x; drawn on the CPU, so that every device has the same."""
+def _random_like(x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Draw inputs with the rms of x; on the CPU, so that every device has the same."""
     rms = x.double().square().mean().sqrt()
     normal = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     outliers = normal.clone()
@@ -246,33 +298,33 @@ def _random_like(x, seed) -> dict[str, Tensor]:
     return {k: (v * (rms.cpu() / v.square().mean().sqrt())).to(x) for k, v in drawn.items()}
 
 
-def _parts(block, part):
-    """LayerNorm or None, and the Linear."""
+def _parts(block: Any, part: str) -> tuple[Any, Any]:
+    """Return the LayerNorm before a layer, or None; and the layer."""
     norm = getattr(block, _NORMS[part]) if part in _NORMS else None
     return norm, getattr(block.attn if part in ("qkv", "proj") else block.mlp, part)
 
 
-def _plain(block, part, x):
+def _original_output(block: Any, part: str, x: Tensor) -> Tensor:
     norm, linear = _parts(block, part)
     return linear.forward(x if norm is None else norm.forward(x))  # without their hooks
 
 
-def _in_eight_bits(block, part, x):
+def _quantized_output(block: Any, part: str, x: Tensor) -> Tensor:
     norm, linear = _parts(block, part)
     x, backend = x.to(block.norm1.weight), block.attn.backend
     if norm is not None:
         weight, bias, eps = norm.operands
         operand = kernels.layer_norm_quantized(x, weight, bias, eps, linear.format, backend)
     else:
-        operand = _operand(block, part, linear, x, backend)
+        operand = _quantized_input(block, part, linear, x, backend)
     return linear.project(operand, x, backend=backend)
 
 
-def _operand(block, part, linear, x, backend) -> Quantized:
-    """Attention's or GELU's result as its producer writes it."""
-    if part == "fc2" and not is_quantized(block.mlp.fc1):  # which then writes no eight bits
+def _quantized_input(block: Any, part: str, linear: Any, x: Tensor, backend: str) -> Quantized:
+    """Quantize attention's or GELU's result as the kernel that produces it does."""
+    if part == "fc2" and not is_quantized(block.mlp.fc1):  # whose kernel then does not quantize
         return kernels.quantize(x, linear.format, implementation=backend)
     if linear.input_scale is not None:
         return quantize_statically_reference(x, linear.input_scale)
-    parts = block.attn.num_heads if part == "proj" else x.shape[-1] // GROUP_SIZE
-    return kernels.quantize(x, linear.format, parts, backend)
+    groups = block.attn.num_heads if part == "proj" else x.shape[-1] // GROUP_SIZE
+    return kernels.quantize(x, linear.format, groups, backend)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import deit_fast
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 
 def main():
@@ -25,15 +25,15 @@ def main():
 
     device, dtype = ("cuda", torch.half) if torch.cuda.is_available() else ("cpu", torch.float)
     model = deit_fast.create_model(args.model, pretrained=args.pretrained).to(device, dtype).eval()
-    predictor = bulk.Predictor(model, args.batch, topk=3)
-    labels, clock = bulk.label_names(model), bulk.Clock()
+    predictor = batch_inference.Predictor(model, args.batch, topk=3)
+    labels, clock = batch_inference.label_names(model), batch_inference.Clock()
 
     count = 0
-    for batch in bulk.predict(predictor, images.find(args.inputs), args.workers, clock):
-        for entry in outputs.entries(batch, labels):
+    for batch in batch_inference.predict(predictor, images.find(args.inputs), args.workers, clock):
+        for entry in predictions.entries(batch, labels):
             print(json.dumps(entry))
             count += 1
-    print(f"{count} images, {clock.share:.0%} of the time without one decoded", file=sys.stderr)
+    print(f"{count} images, {clock.share:.0%} of the time waiting for decoders", file=sys.stderr)
 
 
 if __name__ == "__main__":

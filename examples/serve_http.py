@@ -9,8 +9,8 @@ GET  /health     {"status": "ok", ...} with counts of requests, batches and refu
 400 for a body that is no image, 413 for one that is too large, 422 for a wrong topk, 503 when
 --queue requests are being served already. Needs `pip install 'deit_fast[serve]'`.
 
-A batch is whatever came while the one before was computed, up to --batch: a lone request is never
-kept waiting, and under load batches fill by themselves.
+A batch holds the requests that arrived while the one before was computed, up to --batch: a single
+request never waits for others, and batches grow with the load.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 import deit_fast
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
-TOPK = 20  # classes that can be asked for
+TOPK = 20  # the largest topk of a request
 
 
 class Batcher:
-    """Runs `compute(list of items) -> list of results`, one batch after the other, in a thread."""
+    """Run `compute(list of items) -> list of results` in a thread, one batch after the other."""
 
     def __init__(self, compute, max_batch: int):
         self.compute, self.max_batch = compute, max_batch
@@ -44,7 +44,7 @@ class Batcher:
         self.batches = 0
 
     async def __call__(self, item):
-        """The result of one item."""
+        """Return the result of one item."""
         result = asyncio.get_running_loop().create_future()
         self.queue.put_nowait((item, result))
         return await result
@@ -55,17 +55,17 @@ class Batcher:
             waiting = [await self.queue.get()]
             while len(waiting) < self.max_batch and not self.queue.empty():
                 waiting.append(self.queue.get_nowait())
-            waiting = [w for w in waiting if not w[1].cancelled()]  # whose clients are gone
+            waiting = [w for w in waiting if not w[1].cancelled()]  # their clients disconnected
             if not waiting:
                 continue
             items = [item for item, _ in waiting]
             try:
                 results = await loop.run_in_executor(self.thread, self.compute, items)
-                answered = list(zip(waiting, results, strict=True))
+                finished = list(zip(waiting, results, strict=True))
             except Exception as error:
-                answered = [(one, error) for one in waiting]
+                finished = [(one, error) for one in waiting]
             self.batches += 1
-            for (_, future), result in answered:
+            for (_, future), result in finished:
                 if future.cancelled():
                     continue
                 if isinstance(result, Exception):
@@ -77,10 +77,21 @@ class Batcher:
 def create_app(
     model, max_batch=32, max_bytes=10_000_000, max_pixels=50_000_000, max_queue=1024
 ) -> FastAPI:
-    """model: in eval mode, where it is to run."""
-    predictor = bulk.Predictor(model, max_batch, topk=TOPK)
-    labels = bulk.label_names(model)
-    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
+    """Build the application.
+
+    Args:
+        model: In eval mode, on the device it is to run on.
+        max_batch: Images in one forward pass.
+        max_bytes: Of a request's body.
+        max_pixels: Of an image.
+        max_queue: Requests served at the same time.
+
+    Returns:
+        The FastAPI application.
+    """
+    predictor = batch_inference.Predictor(model, max_batch, topk=TOPK)
+    labels = batch_inference.label_names(model)
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images with twice as many
     decoders = ThreadPoolExecutor(os.cpu_count())
     batcher = Batcher(lambda pixels: classify(predictor, labels, pixels), max_batch)
     counts = {"requests": 0, "refused": 0, "in_flight": 0}
@@ -96,7 +107,9 @@ def create_app(
     @app.post("/classify")
     async def post_classify(request: Request, topk: Annotated[int, Query(ge=1, le=TOPK)] = 5):
         counts["requests"] += 1
-        if counts["in_flight"] >= max_queue:  # bodies, decoders' work and what waits for a batch
+        if (
+            counts["in_flight"] >= max_queue
+        ):  # in flight: being read, decoded, or waiting for a batch
             counts["refused"] += 1
             busy = {"Retry-After": "1", "Connection": "close"}
             raise HTTPException(503, f"{max_queue} requests are being served", headers=busy)
@@ -126,8 +139,8 @@ def create_app(
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body, of which no more than `limit` bytes are ever held."""
-    close = {"Connection": "close"}  # what still comes is not waited for
+    """Read the body, holding no more than `limit` bytes."""
+    close = {"Connection": "close"}  # the rest of the body is not read
     too_large = HTTPException(413, f"body: more than {limit} bytes", headers=close)
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
@@ -143,18 +156,22 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 def classify(predictor, labels, pixels: list[np.ndarray]) -> list[list[dict]]:
-    """The best classes of each image."""
+    """Return the best classes of each image."""
     columns = predictor(np.stack(pixels))
-    batch = bulk.Batch([""] * len(pixels), [None] * len(pixels), columns)
-    return [entry["predictions"] for entry in outputs.entries(batch, labels)]
+    batch = batch_inference.Batch([""] * len(pixels), [None] * len(pixels), columns)
+    return [entry["predictions"] for entry in predictions.entries(batch, labels)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit_small_distilled")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--batch", type=int, default=32, help="largest (default: %(default)s)")
-    parser.add_argument("--queue", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="largest batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=1024, help="requests at once (default: %(default)s)"
+    )
     parser.add_argument("--max-bytes", type=int, default=10_000_000, help="(default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)

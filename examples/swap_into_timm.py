@@ -1,4 +1,4 @@
-"""Speed up a timm model you already have: swap its modules, compare, time, and swap back.
+"""Speed up a timm model you already have: replace its modules, compare, time, and restore.
 
 python examples/swap_into_timm.py
 python examples/swap_into_timm.py --model vit_base_patch16_224 --batch 256
@@ -14,14 +14,14 @@ import deit_fast
 
 
 @torch.inference_mode()
-def images_per_second(model, images, passes=5):
+def images_per_second(model, images, runs=5):
     model(images)
     times = []
-    for _ in range(passes):
+    for _ in range(runs):
         began = time.perf_counter()
         model(images).sum().item()  # waits for the device
         times.append(time.perf_counter() - began)
-    return len(images) / sorted(times)[passes // 2]
+    return len(images) / sorted(times)[runs // 2]
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
     rate = images_per_second(model, images)
     weights = {name: w.data_ptr() for name, w in model.state_dict().items()}
 
-    print(deit_fast.accelerate(model))  # in place; says what was swapped, what not, and why
+    print(deit_fast.accelerate(model))  # in place; says what was replaced, what was not, and why
 
     with torch.inference_mode():
         difference = ((model(images) - before).norm() / before.norm()).item()

@@ -1,4 +1,4 @@
-"""The examples run, and the server answers everyone with their own."""
+"""The examples run, and the server gives each client its own predictions."""
 
 import asyncio
 import json
@@ -92,7 +92,7 @@ def predicted():
 
 @pytest.mark.slow
 def test_server_under_load(server):
-    """Many clients at once: no answer is lost, and none is another's."""
+    """Many clients at once: no response is lost, and none is for another client."""
     import httpx
 
     expected, bodies = predicted(), [p.read_bytes() for p in PHOTOS]
@@ -102,10 +102,10 @@ def test_server_under_load(server):
     async def client(http, kind):
         body = b"no image" if kind == "bad" else bodies[kind]
         while True:
-            answer = await http.post(f"{server}/classify?topk=3", content=body)
-            if answer.status_code != 503:
-                return kind, answer
-            assert answer.headers["retry-after"] == "1"
+            response = await http.post(f"{server}/classify?topk=3", content=body)
+            if response.status_code != 503:
+                return kind, response
+            assert response.headers["retry-after"] == "1"
             refused.append(kind)
             await asyncio.sleep(0.05)
 
@@ -114,15 +114,15 @@ def test_server_under_load(server):
         async with httpx.AsyncClient(timeout=120, limits=limits) as http:
             return await asyncio.gather(*(client(http, kind) for kind in kinds))
 
-    answers = asyncio.run(load())
-    assert Counter(kind for kind, _ in answers) == Counter(kinds)
-    for kind, answer in answers:
+    responses = asyncio.run(load())
+    assert Counter(kind for kind, _ in responses) == Counter(kinds)
+    for kind, response in responses:
         if kind == "bad":
-            assert answer.status_code == 400
-            assert answer.json()["detail"] == "body: cannot identify image file"
+            assert response.status_code == 400
+            assert response.json()["detail"] == "body: cannot identify image file"
             continue
-        assert answer.status_code == 200
-        found = answer.json()["predictions"]
+        assert response.status_code == 200
+        found = response.json()["predictions"]
         assert [p["class"] for p in found] == [p["class"] for p in expected[kind]]
         for one, other in zip(found, expected[kind], strict=True):
             assert_at_most(abs(one["score"] - other["score"]), SIXTH_DIGIT, "score")
@@ -148,8 +148,8 @@ def test_server_under_load(server):
 def test_bad_requests(server, path, body, status, message):
     import httpx
 
-    answer = httpx.post(server + path, content=body)
-    assert answer.status_code == status and message in answer.text
+    response = httpx.post(server + path, content=body)
+    assert response.status_code == status and message in response.text
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_a_body_of_unknown_length_is_cut_off(server):
             yield bytes(100_000)
 
     try:
-        answer = httpx.post(f"{server}/classify", content=endless())
-        assert answer.status_code == 413
+        response = httpx.post(f"{server}/classify", content=endless())
+        assert response.status_code == 413
     except httpx.TransportError:
         pass  # the server hung up
     assert sent < 100_000_000
@@ -181,5 +181,5 @@ def test_a_client_that_hangs_up_harms_nobody(server):
     for _ in range(5):
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{server}/classify", content=body, timeout=0.002)
-    answer = httpx.post(f"{server}/classify?topk=1", content=body, timeout=60)
-    assert answer.status_code == 200
+    response = httpx.post(f"{server}/classify?topk=1", content=body, timeout=60)
+    assert response.status_code == 200

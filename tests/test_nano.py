@@ -8,12 +8,12 @@ import torch
 from checking import assert_close, seeded
 
 import deit_fast
-from deit_fast.bulk import label_names
+from deit_fast.batch_inference import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 
 DATA = files("deit_fast").joinpath("data")
-NAMES = {  # of the shipped pictures -> classes
+NAMES = {  # of the shipped images -> classes
     "t-shirt": "T-shirt/top", "trouser": "Trouser", "pullover": "Pullover", "dress": "Dress",
     "coat": "Coat", "sandal": "Sandal", "shirt": "Shirt", "sneaker": "Sneaker", "bag": "Bag",
     "ankle-boot": "Ankle boot",
@@ -29,7 +29,7 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", ["joint", "joint_softmax", "class", "distill"])
-def test_it_knows_the_shipped_pictures(heads, no_network):
+def test_it_classifies_the_shipped_images(heads, no_network):
     model = deit_fast.deit_nano_fashion(pretrained=True, heads=heads).eval()
     decoder, labels = Decoder(data_config(model)), label_names(model)
     assert labels == list(NAMES.values())
@@ -54,7 +54,7 @@ def test_what_it_is():
 
 
 def test_other_sizes_and_classes():
-    """As of any other model: positions resized, heads anew; random ones of other shapes."""
+    """As with any other model: positions resized, heads initialized; other shapes if random."""
     model = deit_fast.deit_nano_fashion(pretrained=True, img_size=56)
     assert model.patch_embed.grid_size == (14, 14)
     with pytest.warns(UserWarning, match="head"):
@@ -62,7 +62,7 @@ def test_other_sizes_and_classes():
     assert deit_fast.deit_nano_fashion(depth=2, in_chans=3).patch_embed.proj.in_channels == 3
 
 
-def test_grey_pixels_are_normalised_once():
+def test_grey_pixels_are_normalized_once():
     """Bytes inside the model are what floats are outside."""
     model = deit_fast.deit_nano_fashion(pretrained=True).eval()
     pixels = torch.from_numpy(

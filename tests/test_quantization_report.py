@@ -1,18 +1,15 @@
-"""Each figure against one made by hand, or by the model itself; and the accuracy of the model whose
-weights come with the package."""
+"""Each number against one computed by hand, or by the model itself; and the accuracy of the model
+whose weights come with the package."""
 
 import copy
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import selection
 import torch
 from checking import (
     APART,
-    BF16,
     FP32,
     LAYER_IN_EIGHT_BITS,
     assert_at_most,
@@ -22,37 +19,24 @@ from checking import (
     seeded,
 )
 from modelling import images as random_images
-from modelling import picture, tiny_pair
+from modelling import tiny_pair
+from quantized_models import LAYERS, SIZE, quantized_copy
 from torch import nn
 
 import deit_fast
 from deit_fast import kernels, quantization_report
-from deit_fast.cli import main
 from deit_fast.distill import evaluate
 from deit_fast.distill.datasets import open_images
-from deit_fast.engine import data_config
-from deit_fast.images import Decoder
 from deit_fast.kernels.quantize import dequantize
 from deit_fast.quantization import quantized_layers
 from deit_fast.quantization_report import compare, layer_errors, worst_layers
 
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-SIZE = {"img_size": 32, "num_classes": 7}
-LAYERS = [
-    f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-]
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_pair(**SIZE)[1]
-
-
-def in_eight_bits(model, format, only=LAYERS, **options):
-    quantized = copy.deepcopy(model)
-    exclude = [name for name in LAYERS if name not in only]
-    deit_fast.quantize(quantized, format, exclude=exclude, **options)
-    return quantized
 
 
 class Says(nn.Module):
@@ -94,7 +78,7 @@ def test_compare_refuses():
 
 
 def recorded(monkeypatch):
-    """The operands of every product in eight bits from here on, and their results."""
+    """The operands of every quantized GEMM from here on, and their results."""
     real, seen = kernels.quantized_linear, []
 
     def record(x, weight, *args, **options):
@@ -109,9 +93,9 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 @pytest.mark.parametrize("name", LAYERS[:4])
 def test_a_layer_gets_what_it_gets_in_the_model(model, format, name, monkeypatch):
-    """The first block's, with that layer alone in eight bits: its input is the original's then, and
-    the operand is the one that the model itself multiplies."""
-    quantized = in_eight_bits(model, format, [name])
+    """The first block's, with that layer alone quantized: its input is the original's then, and the
+    operand is the one that the model itself multiplies."""
+    quantized = quantized_copy(model, format, [name])
     x, inputs = random_images(model, 2), []
     timms = deit_fast.restore(copy.deepcopy(model))
     timms.get_submodule(name).register_forward_hook(lambda module, args, y: inputs.append(y))
@@ -125,14 +109,14 @@ def test_a_layer_gets_what_it_gets_in_the_model(model, format, name, monkeypatch
     want_error = ((got - expected).norm() / expected.norm()).item()
     (found,) = layer_errors(model, quantized, x)
     assert found.name == name
-    # a number between two of eight bits may go either way
+    # a number halfway between two quantized ones may go either way
     assert_within(found.images, want_error, 0.02)
     assert_differ(got, expected)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_operands_have_the_models_scales(model, format, monkeypatch):
-    quantized = in_eight_bits(model, format)
+    quantized = quantized_copy(model, format)
     x = random_images(model, 2)
     seen = recorded(monkeypatch)
     with torch.inference_mode():
@@ -141,13 +125,13 @@ def test_operands_have_the_models_scales(model, format, monkeypatch):
     seen.clear()
     errors = layer_errors(model, quantized, x)
     assert [e.name for e in errors] == LAYERS and len(seen) == 3 * len(LAYERS)
-    for place, wanted in enumerate(in_model):
+    for place, expected in enumerate(in_model):
         for i in range(3):
             operand = seen[3 * place + i][0]
-            assert operand.values.shape == wanted.values.shape
-            assert operand.scales.shape == wanted.scales.shape
-            if wanted.scales.numel() == 1:
-                assert torch.equal(operand.scales, wanted.scales)
+            assert operand.values.shape == expected.values.shape
+            assert operand.scales.shape == expected.scales.shape
+            if expected.scales.numel() == 1:
+                assert torch.equal(operand.scales, expected.scales)
     for place in (1, 3):  # no LayerNorm between the input and the operand
         of_images, random, outliers = (dequantize(seen[3 * place + i][0]) for i in range(3))
         assert_differ(random, of_images)
@@ -176,7 +160,7 @@ def test_random_inputs():
 
 
 def test_a_scale_that_is_too_small_shows(model):
-    quantized = in_eight_bits(model, "fp8")
+    quantized = quantized_copy(model, "fp8")
     before = layer_errors(model, quantized, random_images(model, 2))
     quantized.blocks[1].attn.proj.input_scale.div_(1000)
     after = layer_errors(model, quantized, random_images(model, 2))
@@ -187,10 +171,10 @@ def test_a_scale_that_is_too_small_shows(model):
 
 
 def test_layer_errors_refuse(model):
-    x, quantized = random_images(model, 1), in_eight_bits(model, "int8")
-    with pytest.raises(ValueError, match="quantized: no layer is in eight bits"):
+    x, quantized = random_images(model, 1), quantized_copy(model, "int8")
+    with pytest.raises(ValueError, match="quantized: no layer is quantized"):
         layer_errors(model, model, x)
-    with pytest.raises(ValueError, match="model: is in eight bits"):
+    with pytest.raises(ValueError, match="model: is quantized"):
         layer_errors(quantized, quantized, x)
     with pytest.raises(ValueError, match=r"model: has no layer blocks.1.attn.qkv"):
         layer_errors(tiny_pair(**SIZE, depth=1)[1], quantized, x)
@@ -200,7 +184,7 @@ def test_layer_errors_refuse(model):
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_the_worst_layer_is_found(format):
-    """One whose weights have a feature that leaves eight bits for nothing else."""
+    """One whose weights have a feature so large that the others are rounded to 0."""
     model = tiny_pair(**SIZE)[1]
     x = random_images(model, 5)
     with torch.no_grad():
@@ -210,14 +194,14 @@ def test_the_worst_layer_is_found(format):
     kinds = [type(m) for m in model.modules()]
     before = {k: (v, v.clone()) for k, v in model.state_dict(keep_vars=True).items()}
     calibration = [x] if format == "fp8" else None
-    told = []
+    reported = []
     found = worst_layers(
-        model, format, x, calibration, ["blocks.0.mlp.fc2"], 2, lambda *done: told.append(done)
+        model, format, x, calibration, ["blocks.0.mlp.fc2"], 2, lambda *done: reported.append(done)
     )
     assert [type(m) for m in model.modules()] == kinds
     for key, value in model.state_dict(keep_vars=True).items():
         assert value is before[key][0] and torch.equal(value, before[key][1])
-    assert told == [(i, 15) for i in range(1, 16)]
+    assert reported == [(i, 15) for i in range(1, 16)]
     names = [share.name for share in found.layers]
     assert names[0] == "blocks.1.mlp.fc1" and sorted(names) == sorted(set(LAYERS) - {LAYERS[3]})
     assert [s.alone for s in found.layers] == sorted([s.alone for s in found.layers], reverse=True)
@@ -229,7 +213,7 @@ def test_the_worst_layer_is_found(format):
         *(({s.name}, s.alone) for s in found.layers),
         *((chosen - {s.name}, s.without) for s in found.layers),
     ]:
-        by_hand = compare(model, in_eight_bits(model, format, only, **options), [x])
+        by_hand = compare(model, quantized_copy(model, format, only, **options), [x])
         # roundings of fp32, beside a difference of a hundredth
         assert_within(error, by_hand.logits_error, 100 * APART[FP32])
 
@@ -254,12 +238,12 @@ class Once(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.said = model, {}
+        self.model, self.logits = model, {}
 
     def forward(self, x):
-        if x.data_ptr() not in self.said:
-            self.said[x.data_ptr()] = self.model(x)
-        return self.said[x.data_ptr()]
+        if x.data_ptr() not in self.logits:
+            self.logits[x.data_ptr()] = self.model(x)
+        return self.logits[x.data_ptr()]
 
 
 @pytest.mark.slow
@@ -281,148 +265,3 @@ def test_top1_on_the_whole_test_set_of_fashion_mnist():
         assert found.images == 10_000 and found.top1 > 86
         assert_at_most(abs(found.top1_quantized - found.top1), 0.1, f"points, {format}")
         assert found.agreement > 99 and 1e-3 < found.logits_error < 0.03
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory):
-    """A model, seven classes of three images each, and others without labels; one is broken."""
-    root = tmp_path_factory.mktemp("quantize")
-    (root / "data").mkdir()
-    random = np.random.default_rng(seeded(0))
-    for i in range(21):
-        picture(root / "data" / f"c{i // 3}" / f"{i:02}.png", random, (3, 4), (50, 41))
-    (root / "data/c3/09.png").write_bytes(b"none")
-    for i in range(5):
-        picture(root / "more" / f"{i}.png", random, (5, 4), (60, 48))
-    deit_fast.save_pretrained(model, root / "model")
-    (root / "empty").mkdir()
-    return root
-
-
-@pytest.fixture
-def on_a_cpu(monkeypatch):
-    """Also where there is a GPU: the figures are compared with a CPU's."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def pixels(model, images):
-    return torch.cat([x for _, x in evaluate.batches(model, images, 8, 0, [])])
-
-
-def assert_says(read, wanted):
-    """What was read from JSON is that name and those figures."""
-    assert read.keys() == vars(wanted).keys() and read.pop("name") == wanted.name
-    for key, value in read.items():
-        assert_within(value, getattr(wanted, key), APART[FP32], key)
-
-
-def test_quantize_reports_and_saves(model, folders, tmp_path, capsys, on_a_cpu):
-    out, report = tmp_path / "new" / "out", tmp_path / "figures" / "report.json"
-    args = ["--data", folders / "data", "--calibration", folders / "more", "--images", 3, "--worst"]
-    args += ["--exclude", "blocks.0.*", "--exclude", "*.fc2", "--workers", 0]
-    args += ["--out", out, "--json", report]
-    assert main(["quantize", *map(str, [folders / "model", *args])]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.count("c3/09.png") == 1 and "skipped: 1 unreadable" in printed.err
-    found = json.loads(report.read_text())
-
-    images = open_images(folders / "data", None)
-    kept = [i for i in range(21) if i != 9]
-    x, labels = pixels(model, images), torch.from_numpy(images.labels[kept])
-    some = open_images(folders / "data", None)
-    some.image = lambda i: deit_fast.images.Image.open(folders / f"more/{i}.png").convert("RGB")
-    calibration = [x for _, x in evaluate.batches(model, some, 8, 0, [], [0, 1, 3])]
-    quantized = copy.deepcopy(model)
-    exclude = ["blocks.0.*", "*.fc2"]
-    expected = deit_fast.quantize(quantized, "fp8", calibration, exclude)
-    assert str(expected) in printed.out and "3 images" in str(expected)
-    assert found["quantized"] == expected.quantized == [LAYERS[i] for i in (4, 5, 6)]
-    comparison = compare(model, quantized, [(x, labels)])
-    for name, value in found["comparison"].items():
-        assert_within(value, getattr(comparison, name), APART[FP32], name)
-    assert comparison.images == 20
-    # the layers' sample: 16 of 21, one of which is the broken one
-    sample = [i * 21 // 16 for i in range(16)]
-    sample = x[[kept.index(i) for i in sample if i != 9]]
-    for one, other in zip(found["layers"], layer_errors(model, quantized, sample), strict=True):
-        assert_says(one, other)
-        assert f"{other.outliers:.4f}" in printed.out
-    shares = worst_layers(model, "fp8", sample, calibration, exclude)
-    assert_within(found["worst"]["together"], shares.together, APART[FP32])
-    assert_says(found["worst"]["layers"][0], shares.layers[0])
-    loaded = deit_fast.from_pretrained(out).eval()
-    with torch.inference_mode():
-        assert_close(loaded(x), quantized(x))
-        assert_differ(loaded(x), model(x))
-
-
-def test_quantize_runs_the_shipped_photographs(model, folders, tmp_path, capsys, on_a_cpu):
-    report = tmp_path / "report.json"
-    args = ["--format", "int8", "--workers", "0", "--dtype", "bf16", "--json", str(report)]
-    assert main(["quantize", str(folders / "model"), *args]) == 0
-    out = capsys.readouterr().out
-    assert "in int8 against fp32, 4 images of the photographs of deit_fast" in out
-    assert "inputs of 4 images" in out
-    found = json.loads(report.read_text())
-    assert found["comparison"]["top1"] is None and found["dtype"] == "bf16"
-    photographs = sorted(Path(deit_fast.__file__).parent.glob("data/*.jpg"))
-    decoder = Decoder(data_config(model))
-    x = torch.from_numpy(np.stack([decoder(path) for path in photographs]))
-    quantized = in_eight_bits(model, "int8").bfloat16()
-    error = compare(model, quantized, [x]).logits_error
-    assert_within(found["comparison"]["logits_error"], error, APART[BF16])
-    layers = layer_errors(model, quantized, x)
-    for one, other in zip(found["layers"], layers, strict=True):
-        assert_within(one["images"], other.images, APART[BF16], one["name"])
-    assert [layer.name for layer in layers] == LAYERS and "worst" not in found
-    assert "top-1" not in out and "blocks.1.mlp.fc2" in out
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (
-            ["--format", "int8", "--calibration", "more"],
-            "--calibration: int8 has a scale",
-        ),
-        (["--calibration", "empty"], "empty: nothing recognised"),
-        (["--calibration", "nowhere"], "no image, folder, pattern or list"),
-        (["--calibration", "broken"], "calibration: no images came"),
-        (["--calibration", "more", "--images", "0"], "--images: 0, expected 1 or more"),
-        (["--images", "3"], "--images: of what"),
-        (["--format", "int8", "--attention"], "--attention: int8 has no such products"),
-        (["--split", "train"], "--split: of what"),
-        (["--data", "empty"], "empty: nothing recognised"),
-        (
-            ["--exclude", "blocks.9.*", "--out", "nowhere"],
-            "exclude: 'blocks.9.*' is none of the 8 layers, expected",
-        ),
-        (["--exclude", "*"], "no layer is left to quantise"),
-        (["--out", "model"], "is MODEL, whose weights would be lost"),
-        (["--batch", "0"], "--batch: 0, expected 1 or more"),
-    ],
-)
-def test_quantize_says_what_is_wrong(args, message, folders, monkeypatch, capsys):
-    monkeypatch.chdir(folders)
-    (folders / "broken").mkdir(exist_ok=True)
-    (folders / "broken/1.png").write_bytes(b"none")
-    assert main(["quantize", "model", "--workers", "0", *args]) == 2
-    said = capsys.readouterr().err
-    assert "deit-fast quantize: " in said and message in said
-    assert not Path("nowhere").exists()
-
-
-@pytest.mark.slow
-def test_quantize_wants_blocks_and_classes(folders, tmp_path, capsys):
-    deit_fast.save_pretrained(tiny_pair(img_size=32, num_classes=3)[1], tmp_path / "three")
-    data = ["--data", str(folders / "data")]
-    for model, options, message in (
-        ("tiny_vit_5m_224", ["--no-pretrained"], "TinyVit has no Block of a ViT or DeiT"),
-        ("resnet18", ["--no-pretrained"], "nothing to swap in ResNet"),
-        (str(tmp_path / "three"), data, "3 classes, images: 7"),
-    ):
-        assert main(["quantize", model, "--workers", "0", *options]) == 2
-        assert message in capsys.readouterr().err

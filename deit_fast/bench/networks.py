@@ -518,7 +518,7 @@ class _Graph:
 
 def _left(report):
     """The layers that stayed in bf16, in one line; None where none did."""
-    reasons = Counter(f"{m.name.rpartition('.')[2]}: {m.reason}" for m in report.left)
+    reasons = Counter(f"{m.name.rpartition('.')[2]}: {m.reason}" for m in report.skipped)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     return f"not in {report.format}: {listed}" if reasons else None
 

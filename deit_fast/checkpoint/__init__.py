@@ -1,6 +1,8 @@
-"""Checkpoints: read safely, whatever trainer wrote them, fitted to another resolution, and plain
-about what does not fit. `read.py` has the files, `allowed.py` what may be in them, `fit.py` the
-models."""
+"""Checkpoints of many trainers: read without running code, and fitted to a model.
+
+`read.py` finds the state dict in a file, `allowed.py` lists the objects that may be in it, `fit.py`
+loads it into a model of another resolution or with other heads.
+"""
 
 from .fit import load_state, resize_pos_embed
 from .read import read_checkpoint

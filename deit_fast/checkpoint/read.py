@@ -1,9 +1,10 @@
-"""State dicts out of the files that trainers write: which entry, and which part of its names."""
+"""Find the state dict in a trainer's file: which entry, and which part of its names."""
 
 import pickle
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -11,37 +12,43 @@ from torch import Tensor
 
 from .allowed import ALLOWED
 
-PLACES = ("model", "state_dict", "model_state_dict")  # where most trainers have the weights
-# What modules around a model put before its names: DistributedDataParallel, Lightning, DINO. No
-# model of timm's has a name that begins so
+PLACES = ("model", "state_dict", "model_state_dict")  # the entries that most trainers use
+# Prefixes that wrappers of a model give its names: DistributedDataParallel, Lightning, DINO. No
+# name in timm's models begins with one
 WRAPPERS = ("module.", "model.", "backbone.", "student.", "teacher.")
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's, of the model or of a part
 
-_ALLOWING = threading.Lock()  # what torch.load allows is the process's, not the call's
-_DEEPEST, _LISTED = 3, 8  # keys on the way to an entry that is looked for; entries in an error
+_ALLOWING = threading.Lock()  # the list of what torch.load allows is global
+_DEEPEST, _LISTED = 3, 8  # the most keys on the way to an entry; the most entries in an error
 
 
 def read_checkpoint(path: str | Path, checkpoint_key: str | None = None) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file, or in what `torch.save` wrote, in any of its formats
-    but the tar of 2016: alone, or in a trainer's checkpoint.
+    """Read the state dict in a checkpoint.
 
-    checkpoint_key: the entry that holds it, such as "model_ema" or "teacher", or keys on the way to
-    it with dots between them. Behind the last key names of tensors may follow, as far as they are
-    common: "state_dict.student" is what begins with "student." there, without it. None: the usual
-    entry, "model", "state_dict" or "model_state_dict".
+    Prefixes that wrappers give to every name are removed: "module.", "_orig_mod.", "model.",
+    "backbone.", "student.", "teacher.", in any order; "_orig_mod." anywhere in a name. Of a
+    "backbone." beside a "head." (DINO's) both are kept.
 
-    What wrappers put before every name is left out: "module.", "_orig_mod.", "model.", "backbone.",
-    "student.", "teacher.", in any order; "_orig_mod." anywhere. Of a "backbone." beside a "head."
-    (DINO's) both parts are kept.
+    No code in the file is run, except classes that the program itself gave to
+    `torch.serialization.add_safe_globals`. Objects whose names are in `allowed.py`
+    (argparse.Namespace, numpy's numbers, paths, ...) are ignored; a file with any other is refused.
 
-    Nothing in the file is run, but for classes that the program itself gave to
-    `torch.serialization.add_safe_globals`. Objects that are known by name (`allowed.py`:
-    argparse.Namespace, numpy's numbers, paths, ...) are left out; with any other the file is
-    refused.
+    Args:
+        path: A .safetensors file, or what `torch.save` wrote, in any of its formats except the tar
+            of 2016: a state dict, or a trainer's checkpoint with one.
+        checkpoint_key: The entry with the state dict, such as "model_ema" or "teacher", or the keys
+            on the way to it, joined by dots. A common prefix of names may follow the last key:
+            "state_dict.student" selects the names that begin with "student.", and removes it.
+            None: the usual entry, "model", "state_dict" or "model_state_dict".
 
-    Raises FileNotFoundError, or ValueError with one line: for a file that is no such checkpoint, an
-    object that is refused, by name, and an entry that is not there or not the only one, with a list
-    of those that are.
+    Returns:
+        The tensors, on the CPU, by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: With one line: for a file that is no checkpoint; for a refused object, which is
+            named; and for an entry that does not exist or is not the only one, with a list of
+            those that are there.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,7 +57,7 @@ def read_checkpoint(path: str | Path, checkpoint_key: str | None = None) -> dict
         content = _load(path)
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint: {path} {_refusal(str(error))}") from error
-    except Exception as error:  # garbage makes the unpickler raise anything
+    except Exception as error:  # the unpickler raises anything for a damaged file
         raise ValueError(f"checkpoint: {path} {_damage(str(error))}") from error
     chosen = _usual(content if checkpoint_key is None else _at(content, checkpoint_key))
     if _is_state_dict(chosen):
@@ -68,14 +75,14 @@ def read_checkpoint(path: str | Path, checkpoint_key: str | None = None) -> dict
     raise ValueError(f"checkpoint: {path} {problem}, {_listing(found)}")
 
 
-def _load(path):
+def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     with _ALLOWING, torch.serialization.safe_globals(ALLOWED):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refusal(message):
+def _refusal(message: str) -> str:
     if found := re.search(r"GLOBAL (\S+)", message):
         name = found[1] if "." in found[1] else f"builtins.{found[1]}"  # torch leaves that out
         return (
@@ -87,7 +94,7 @@ def _refusal(message):
     return "holds more than tensors: not loaded, and nothing in the file was run"
 
 
-def _damage(message):
+def _damage(message: str) -> str:
     if "legacy .tar format" in message:
         return "is in torch's tar format of 2016: no longer read"
     if "TorchScript" in message:
@@ -99,7 +106,7 @@ def _damage(message):
 # Which entry
 
 
-def _is_state_dict(content):
+def _is_state_dict(content: object) -> bool:
     return (
         isinstance(content, dict)
         and len(content) > 0
@@ -108,8 +115,8 @@ def _is_state_dict(content):
     )
 
 
-def _at(content, key):
-    """What is under a dotted key, or behind a common beginning of names; None if nothing is."""
+def _at(content: Any, key: str) -> dict | None:
+    """Return what a dotted key, or a common prefix of names, selects; None if nothing."""
     if not isinstance(content, dict):
         return None
     if isinstance(content.get(key), dict):
@@ -122,8 +129,8 @@ def _at(content, key):
     return {n.removeprefix(start): content[names[n]] for n in names if n.startswith(start)} or None
 
 
-def _usual(content):
-    """What is in the usual place, and in the usual place there."""
+def _usual(content: Any) -> Any:
+    """Follow the usual entries."""
     for _ in range(_DEEPEST):
         if not isinstance(content, dict):
             break
@@ -134,14 +141,16 @@ def _usual(content):
     return content
 
 
-def _choices(content):
-    """{checkpoint_key: number of tensors} of the networks in a checkpoint."""
-    found, seen, entries = {}, set(), [((), content)]
-    for keys, entry in entries:  # which grows
+def _choices(content: Any) -> dict[str, int]:
+    """Return {checkpoint_key: number of tensors} of the networks in a checkpoint."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    entries: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    for keys, entry in entries:  # grows meanwhile
         if not isinstance(entry, dict) or id(entry) in seen:
             continue
         seen.add(id(entry))  # a dict may hold itself
-        if _is_state_dict(entry) and any(t.dim() for t in entry.values()):  # not only scores
+        if _is_state_dict(entry) and any(t.dim() for t in entry.values()):  # not only metrics
             start, state, parts = _unwrapped(entry)
             key = ".".join((*keys, *filter(None, start.split("."))))
             many = {f"{key}.{part}" if key else part: number for part, number in parts.items()}
@@ -151,10 +160,10 @@ def _choices(content):
     return found
 
 
-def _listing(found):
+def _listing(found: dict[str, int]) -> str:
     if list(found) == [""]:
         return "for it is a single state dict: leave checkpoint_key out"
-    largest = sorted(found, key=found.get, reverse=True)
+    largest = sorted(found, key=lambda key: found[key], reverse=True)
     shown = [f"{key!r} ({found[key]} tensor{'s'[: found[key] - 1]})" for key in largest[:_LISTED]]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return f"expected as checkpoint_key one of {', '.join(shown)}{more}"
@@ -163,19 +172,22 @@ def _listing(found):
 # Which part of the names
 
 
-def _without_compiled(name):
+def _without_compiled(name: str) -> str:
     return _COMPILED.sub("", name)
 
 
-def _unwrapped(state):
-    """(what stood before every name, the state dict without it, {first part of the names: number}
-    if these are several networks, else {})"""
+def _unwrapped(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+    """Remove the prefixes of wrappers.
+
+    Returns the prefix of every name; the state dict without it; and, if it holds several networks,
+    {first part of the names: number of tensors}, else {}.
+    """
     plain, start = {_without_compiled(name): t for name, t in state.items()}, ""
     state = plain if len(plain) == len(state) else state
     while found := [w for w in WRAPPERS if all(name.startswith(w) for name in state)]:
         state = {name.removeprefix(found[0]): t for name, t in state.items()}
         start += found[0]
-    parts = {}
+    parts: dict[str, int] = {}
     for name in state:
         part = name.partition(".")[0]
         parts[part] = parts.get(part, 0) + 1

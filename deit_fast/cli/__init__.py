@@ -27,7 +27,14 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (some input failed) or 2 (wrong call)."""
+    """Run one command.
+
+    Args:
+        argv: The arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0; 1 if some input failed; 2 for an error; 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="deit-fast",
         description="DeiT on NVIDIA GPUs with fused kernels, computing what timm computes.",
@@ -35,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        summary, _, examples = module.__doc__.partition("\n\n")
+        summary, _, examples = (module.__doc__ or "").partition("\n\n")
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,16 @@ from deit_fast.kernels.classifier import FUSIONS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def add_arguments(parser, heads=True):
+def add_arguments(parser: argparse.ArgumentParser, heads: bool = True) -> None:
+    """Add the options that say which weights a model gets.
+
+    Args:
+        parser: The command's.
+        heads: Whether to add --heads.
+    """
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH",
-        help="official .pth, .safetensors, or what a trainer saved; nothing in it is run",
+        help="official .pth, .safetensors, or what a trainer saved; no code in it is run",
     )  # fmt: skip
     add_key(parser, "--checkpoint-key")
     parser.add_argument(
@@ -25,14 +32,21 @@ def add_arguments(parser, heads=True):
     )  # fmt: skip
     if heads:
         parser.add_argument(
-            "--heads", choices=FUSIONS, help="of a distilled model (default: joint)"
+            "--heads", choices=FUSIONS, help="output of a distilled model (default: joint)"
         )
     else:
         parser.set_defaults(heads=None)
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
 
 
-def add_key(parser, option, **options):
+def add_key(parser: argparse.ArgumentParser, option: str, **options: Any) -> None:
+    """Add an option for the entry of a checkpoint.
+
+    Args:
+        parser: The command's.
+        option: Its name.
+        **options: Of `add_argument`.
+    """
     parser.add_argument(
         option, metavar="KEY",
         help="which entry of that file, such as model_ema, teacher or state_dict.student (default: "
@@ -40,9 +54,21 @@ def add_key(parser, option, **options):
     )  # fmt: skip
 
 
-def load(args, strict: bool = True) -> nn.Module:
-    """The model of `args.model`, on the CPU, in eval mode. strict=False: one in which there is
-    nothing to accelerate, such as a teacher that is a convnet, too."""
+def load(args: argparse.Namespace, strict: bool = True) -> nn.Module:
+    """Load the model of `args.model`, on the CPU, in eval mode.
+
+    Args:
+        args: The options of `add_arguments`, and "model" and "command".
+        strict: Whether a model in which nothing can be accelerated, such as a convolutional
+            teacher, is an error.
+
+    Returns:
+        The accelerated model.
+
+    Raises:
+        ValueError: For options that do not fit each other or the model.
+        RuntimeError: If there are no pretrained weights.
+    """
     size = {} if args.img_size is None else {"img_size": args.img_size}
     if Path(args.model).is_dir():
         given = args.checkpoint, args.checkpoint_key, args.pretrained
@@ -51,15 +77,14 @@ def load(args, strict: bool = True) -> nn.Module:
                 f"--model {args.model}: a folder with weights of its own, expected neither "
                 "--checkpoint nor --checkpoint-key nor --[no-]pretrained"
             )
-        options = {"heads": args.heads, "strict": strict, **size}
-        return deit_fast.from_pretrained(args.model, **options).eval()
+        return deit_fast.from_pretrained(args.model, heads=args.heads, strict=strict, **size).eval()
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    options = {"checkpoint": args.checkpoint, "heads": args.heads or "joint", "strict": strict}
-    options |= size | {"checkpoint_key": args.checkpoint_key}
+    options: dict[str, Any] = {"checkpoint": args.checkpoint, "heads": args.heads or "joint"}
+    options |= {"strict": strict, "checkpoint_key": args.checkpoint_key} | size
     if not pretrained:
         if args.checkpoint is None:
             print(
-                f"deit-fast {args.command}: random weights, the labels mean nothing",
+                f"deit-fast {args.command}: random weights, the predictions mean nothing",
                 file=sys.stderr,
             )
             torch.manual_seed(0)

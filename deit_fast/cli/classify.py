@@ -1,23 +1,23 @@
-"""Class names, or features, of pictures, from a DeiT or any timm model that can be accelerated.
+"""Classify images, or compute features, with a DeiT or any timm model that can be accelerated.
 
-examples:
+Examples:
   deit-fast classify cat.jpg dog.png
   deit-fast classify --model deit_base_distilled_384 --topk 3 --json *.jpg
   deit-fast classify --checkpoint deit_base_distilled.safetensors --heads distill cat.jpg
   deit-fast classify photos/ --out classes.csv
   deit-fast classify 'photos/**/*.jpg' more.txt --out classes.parquet --topk 1 --workers 16
-  deit-fast classify photos/ --embed --out features.npy     (features.csv says whose each row is)
+  deit-fast classify photos/ --embed --out features.npy     (features.csv: the image of each row)
 
-An IMAGE is a picture, a folder with its subfolders, a pattern in quotes, or a .txt list of paths.
-With --out, a run that was interrupted goes on where it stopped when the same command is given
-again; until it is complete, what it has lies in OUT.partial. Unreadable files get a row with the
-reason.
+An IMAGE is an image file, a folder (with its subfolders), a pattern in quotes, or a .txt list of
+paths. With --out, the same command resumes an interrupted run; until it is complete, its
+predictions are in FILE.partial. Unreadable files get a row with the reason.
 
 Weights are timm's from the Hugging Face hub unless --checkpoint names a file or --model a folder.
-Exit code: 0; 1 where some file could not be read (with --out that is no failure: 0); 2 for an
-error; 130 for Ctrl-C.
+Exit code: 0; 1 if some file could not be read (with --out that is no failure: 0); 2 for an error;
+130 for Ctrl-C.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -25,12 +25,13 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 from . import _data, _models
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument(
         "--model", default="deit_small_distilled", metavar="NAME",
@@ -43,16 +44,17 @@ def add_arguments(parser):
         "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
     )
     parser.add_argument(
-        "--embed", action="store_true", help="what the heads work on, instead of classes"
+        "--embed", action="store_true", help="features (the heads' input) instead of classes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE when complete")
     parser.add_argument(
-        "--restart", action="store_true", help="throw away what an interrupted run left"
+        "--restart", action="store_true", help="delete what an interrupted run left"
     )
     _data.add_running(parser, "; without --out none")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     if args.topk < 1:
         raise ValueError(f"--topk: {args.topk}, expected 1 or more")
     if args.workers is None and not args.out:
@@ -63,21 +65,21 @@ def run(args) -> int:
     if args.json and args.out:
         raise ValueError("--json: goes to standard output, expected --out FILE.jsonl instead")
     if args.out:
-        outputs.check(args.out, args.embed, args.overwrite)
+        predictions.check_output(args.out, args.embed, args.overwrite)
     if next(images.find(args.images), None) is None:
         raise ValueError(f"no images found in {', '.join(args.images)}")
     model = _models.load(args).to(device, _models.DTYPES[dtype])
-    predictor = bulk.Predictor(model, batch, args.topk, args.embed)
+    predictor = batch_inference.Predictor(model, batch, args.topk, args.embed)
     if not args.out:
         return _print(predictor, args, workers)
     return _write(predictor, args, workers, dtype)
 
 
-def _print(predictor, args, workers):
-    labels = bulk.label_names(predictor.engine.model)
+def _print(predictor: batch_inference.Predictor, args: argparse.Namespace, workers: int) -> int:
+    labels = batch_inference.label_names(predictor.engine.model)
     count = failed = 0
-    for batch in bulk.predict(predictor, images.find(args.images), workers):
-        for entry in outputs.entries(batch, labels):
+    for batch in batch_inference.predict(predictor, images.find(args.images), workers):
+        for entry in predictions.entries(batch, labels):
             if args.json:
                 text = json.dumps(entry, indent=1)
                 print(f"{',' if count else '['}\n{text}", end="")
@@ -90,52 +92,52 @@ def _print(predictor, args, workers):
     return 1 if failed else 0
 
 
-def _show(entry):
+def _show(entry: dict) -> None:
     if "error" in entry:
-        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # escapes by itself
+        print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # which escapes odd bytes
         return
     print(entry["image"].encode(errors="backslashreplace").decode())
     for p in entry["predictions"]:
         print(f"  {p['score']:7.2%}  {p['label']}")
 
 
-def _write(predictor, args, workers, dtype):
+def _write(
+    predictor: batch_inference.Predictor, args: argparse.Namespace, workers: int, dtype: str
+) -> int:
     model, console = predictor.engine.model, Console(stderr=True)
     description = {
         "images": args.images,
         "directory": os.getcwd(),
         "out": os.path.basename(args.out),
         "model": args.model,
-        "weights": bulk.digest(model),
+        "weights": batch_inference.digest(model),
         "dtype": dtype,
         "heads": getattr(model, "heads", None),
         "embed": args.embed,
         "topk": predictor.topk,
         "image_size": list(predictor.engine.image_shape),
     }
-    labels = None if args.embed else bulk.label_names(model)
-    job = outputs.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
+    labels = None if args.embed else batch_inference.label_names(model)
+    job = predictions.Job(args.out, description, labels, args.embed, args.overwrite, args.restart)
     job.begin(images.find(args.images))
     total, before = job.state["total"], job.state["done"]
     if job.resumed:
         console.print(f"resumed: {before:,} of {total:,} images are done", soft_wrap=True)
-    clock = bulk.Clock()
+    clock = batch_inference.Clock()
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("", total=total, completed=before, rate="")
-            for batch in bulk.predict(predictor, job.todo(), workers, clock):
+            for batch in batch_inference.predict(predictor, job.todo(), workers, clock):
                 job.write(batch)
                 rate = (job.state["done"] - before) / max(clock.total, 1e-9)
                 progress.update(bar, completed=job.state["done"], rate=f"{rate:,.1f} images/s")
     except KeyboardInterrupt:
         job.save()
         done = job.state["done"]
-        note = (
-            f"interrupted after {done:,} of {total:,} images: the same command goes on from there"
-        )
+        note = f"interrupted after {done:,} of {total:,} images: the same command resumes there"
         console.print(note, soft_wrap=True)
         return 130
     made = job.finish()

@@ -1,15 +1,17 @@
-"""Real pictures through timm's DeiT and through deit_fast with the same weights, side by side; and
-a small model, trained on Fashion-MNIST and part of this package, that knows what it sees.
+"""Compare timm's DeiT and deit_fast with the same weights on real images, side by side.
 
-examples:
+Also classify images with a small model, trained on Fashion-MNIST, that is part of this package.
+
+Examples:
   deit-fast demo                 random weights (seed 0): needs no network
   deit-fast demo --pretrained    timm's weights from the Hugging Face hub, with labels
   deit-fast demo --batch 64
 """
 
+import argparse
 import copy
 import time
-from importlib.resources import files
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -20,25 +22,29 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import deit_fast
-from deit_fast.bulk import label_names
+from deit_fast.batch_inference import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 from deit_fast.kernels import _policy
 
 MODELS = ("deit_tiny_distilled", "deit_small_distilled")
 RUNS = 10
+DATA = Path(deit_fast.__file__).parent / "data"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("--pretrained", action="store_true", help="timm's weights from the hub")
     parser.add_argument(
         "--batch", type=int, metavar="B", help="images per timed run (8; 256 on a GPU)"
     )
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in both columns
@@ -46,7 +52,7 @@ def run(args) -> int:
     if batch < 1:
         raise ValueError(f"--batch: {batch}, expected 1 or more")
     console = Console()
-    photos = sorted(p for p in files("deit_fast").joinpath("data").iterdir() if p.suffix == ".jpg")
+    photos = sorted(p for p in DATA.iterdir() if p.suffix == ".jpg")
     names = ", ".join(p.stem for p in photos)
     console.print(f"photographs: {names} (credits: deit_fast/data/CREDITS.md)")
     weights = (
@@ -54,7 +60,7 @@ def run(args) -> int:
     )
     console.print(f"weights: {weights}")
 
-    # narrow enough for 80 columns: a figure cut short is no figure
+    # narrow enough for 80 columns, so that no number is cut
     table = Table(title="the same weights twice", box=SIMPLE_HEAD, show_edge=False)
     table.collapse_padding = True
     table.add_column("model", no_wrap=True)
@@ -73,13 +79,13 @@ def run(args) -> int:
         images = torch.stack([transform(Image.open(p).convert("RGB")) for p in photos])
         for dtype in (torch.float32, torch.float16) if cuda else (torch.float32,):
             models = [m.to(device, dtype) for m in (reference, fast)]
-            agreement, error = _compare(*models, images.to(device, dtype))
+            agreement, error = _compare(models[0], models[1], images.to(device, dtype))
             x = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].to(device, dtype)
-            timms, ours = _images_per_second(models, x)
+            timm_rate, rate = _images_per_second(models, x)
             table.add_row(
                 name, {torch.float32: "fp32", torch.float16: "fp16"}[dtype],
                 f"{agreement:.0%}", f"{error:.1e}",
-                f"{timms:,.0f}", f"{ours:,.0f}", f"{ours / timms:.2f}",
+                f"{timm_rate:,.0f}", f"{rate:,.0f}", f"{rate / timm_rate:.2f}",
             )  # fmt: skip
             agree &= dtype != torch.float32 or (agreement == 1 and error < 1e-5)
         if args.pretrained:
@@ -96,45 +102,49 @@ def run(args) -> int:
     if cuda:
         console.print(f"device: {torch.cuda.get_device_name()}")
     else:
-        console.print("device: CPU. These figures are a CPU's: no Triton kernel ran.")
-    right, pictures = _classify_fashion(console)
+        console.print("device: CPU. These numbers are a CPU's: no Triton kernel ran.")
+    correct, total = _classify_fashion(console)
     if not agree:
         console.print("deit_fast disagrees with timm: please report this", style="bold red")
-    return 0 if agree and right == pictures else 1
+    return 0 if agree and correct == total else 1
 
 
-def _classify_fashion(console):
-    """Pictures of Fashion-MNIST's test set, one of each class, by a model distilled on its training
-    set: how many are right, of how many."""
+def _classify_fashion(console: Console) -> tuple[int, int]:
+    """Classify test images of Fashion-MNIST, one of each class, with a model trained on it.
+
+    Returns the number of correct predictions, and of images.
+    """
     model = deit_fast.deit_nano_fashion(pretrained=True).eval()
     decoder, labels = Decoder(data_config(model)), label_names(model)
-    paths = sorted(files("deit_fast").joinpath("data", "fashion").iterdir())
+    paths = sorted((DATA / "fashion").iterdir())
     images = torch.from_numpy(np.stack([decoder(path) for path in paths]))
     with torch.inference_mode():
         scores, classes = model(images).softmax(-1).max(1)
-    said = [labels[c] for c in classes.tolist()]
-    right = sum(_plain(label) == _plain(path.stem) for label, path in zip(said, paths, strict=True))
-    console.print(f"deit_nano_fashion, with weights: {right} of {len(paths)} pictures right")
-    for path, label, score in zip(paths, said, scores.tolist(), strict=True):
+    found = [labels[c] for c in classes.tolist()]
+    correct = sum(
+        _plain(label) == _plain(path.stem) for label, path in zip(found, paths, strict=True)
+    )
+    console.print(f"deit_nano_fashion, with weights: {correct} of {len(paths)} images correct")
+    for path, label, score in zip(paths, found, scores.tolist(), strict=True):
         console.print(f"  {path.stem}: {label} ({score:.0%})")
-    return right, len(paths)
+    return correct, len(paths)
 
 
-def _plain(label):
+def _plain(label: str) -> str:
     return label.lower().replace(" ", "-").removesuffix("/top")
 
 
-def _compare(reference, fast, images):
-    """Share of images with the same ordered top 5, and the relative error of the logits."""
+def _compare(reference: nn.Module, fast: nn.Module, images: torch.Tensor) -> tuple[float, float]:
+    """Return the share of images with the same ordered top 5, and the logits' relative error."""
     with torch.inference_mode():
         expected, got = reference(images).double(), fast(images).double()
     same = (expected.topk(5).indices == got.topk(5).indices).all(1).double().mean().item()
     return same, ((got - expected).norm() / expected.norm()).item()
 
 
-def _images_per_second(models, images):
-    """Of each model: median over alternating runs, after two to warm up."""
-    times = [[] for _ in models]
+def _images_per_second(models: list[nn.Module], images: torch.Tensor) -> list[float]:
+    """Time the models in alternating runs; returns the median of each, after two warm-up runs."""
+    times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for turn in range(RUNS + 2):
             for model, seconds in zip(models, times, strict=True):
@@ -147,12 +157,14 @@ def _images_per_second(models, images):
     return [len(images) / median(seconds) for seconds in times]
 
 
-def _synchronize(images):
+def _synchronize(images: torch.Tensor) -> None:
     if images.is_cuda:
         torch.cuda.synchronize()
 
 
-def _print_labels(console, model, images, photos):
+def _print_labels(
+    console: Console, model: nn.Module, images: torch.Tensor, photos: list[Path]
+) -> None:
     with torch.inference_mode():
         best = model(images).softmax(-1).max(1)
     describe = timm.data.ImageNetInfo().index_to_description

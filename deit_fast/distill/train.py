@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deit_fast.bulk import digest
+from deit_fast.batch_inference import digest
 from deit_fast.engine import data_config
 from deit_fast.pretrained import save_pretrained
 

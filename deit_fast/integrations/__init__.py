@@ -1,1 +1,1 @@
-"""Where deit_fast meets other libraries; each module needs its library only when it is used."""
+"""Integrations with other libraries; a module needs its library only when it is used."""

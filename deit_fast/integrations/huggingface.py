@@ -1,8 +1,8 @@
 """DeiT and ViT classifiers of transformers as accelerated timm models, with the same logits.
 
 transformers itself is never imported: a config is a dict, and a model its state dict. Parameters
-go by two layouts of names: that of transformers 4, which is also that of all files, and that of
-models in memory since transformers 5.
+have two layouts of names: that of transformers 4, which all files have, and that of models in
+memory since transformers 5.
 
 | transformers | timm |
 |---|---|
@@ -12,19 +12,20 @@ models in memory since transformers 5.
 """
 
 import re
+from typing import Any
 
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from deit_fast.pretrained import Stored, build, mlp_ratio
+from deit_fast.stored_model import StoredModel, build, mlp_ratio
 
 CLASSES = (
     "DeiTForImageClassificationWithTeacher",
     "DeiTForImageClassification",
     "ViTForImageClassification",
 )
-# What both config classes have always said; a config.json need not
+# Defaults of both config classes; a config.json may leave them out
 _DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -38,7 +39,7 @@ _DEFAULTS = {
     "qkv_bias": True,
 }
 _SIZES = {192: "tiny", 384: "small", 768: "base"}
-# In this order: what a line makes, the next ones see
+# Applied in this order, each to the result of those before it
 _RENAMES = [
     (r"^(deit|vit)\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -62,31 +63,49 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 def from_transformers(model: nn.Module, backend: str = "auto") -> nn.Module:
-    """An accelerated timm model with the weights and logits of a transformers classifier
-    (`CLASSES`): images (B, C, H, W) -> logits (B, classes), a plain tensor.
+    """Convert a transformers classifier (`CLASSES`) to an accelerated timm model, same logits.
 
-    Device, dtype and train() or eval() mode are the given model's; the weights are copied. q, k and
-    v become one qkv; LayerNorm's eps and the label names come along; dropout and the pooler, which
-    no classifier uses, do not. Mean and std in `pretrained_cfg` are ImageNet's: a transformers
-    model does not know its own (a folder may, see `from_pretrained`). backend: see `accelerate`.
+    The weights are copied. q, k and v become one qkv; LayerNorm's eps and the label names are taken
+    over; dropout and the pooler, which no classifier uses, are not. Mean and std in
+    `pretrained_cfg` are ImageNet's: a transformers model does not know its own (a folder may, see
+    `deit_fast.from_pretrained`).
 
-    Raises ValueError for another class of model, and for what timm's classes do not compute
-    (`hidden_act` other than "gelu").
+    Args:
+        model: The classifier. Its device, dtype and train() or eval() mode are kept.
+        backend: See `deit_fast.accelerate`.
+
+    Returns:
+        The timm model: images (B, C, H, W) -> logits (B, classes), a plain tensor.
+
+    Raises:
+        ValueError: For another class of model, and for what timm's classes do not compute
+            (`hidden_act` other than "gelu").
     """
     if not any(c.__name__ in CLASSES for c in type(model).__mro__):
         raise ValueError(f"model: {type(model).__name__}, expected one of {', '.join(CLASSES)}")
-    stored = convert(model.config.to_dict(), model.state_dict(), source=type(model).__name__)
+    config: Any = model.config
+    stored = convert(config.to_dict(), model.state_dict(), source=type(model).__name__)
     built = build(stored, type(model).__name__, backend, like=next(model.parameters()))
     return built.train(model.training)
 
 
 def convert(
     config: dict, state: dict[str, Tensor], preprocessor: dict | None = None, source: str = "config"
-) -> Stored:
-    """config, state, preprocessor: what transformers' config.json, weights file and
-    preprocessor_config.json hold. The result is for `deit_fast.pretrained.build`; `source` names
-    the config in errors. Raises ValueError for what is no DeiT or ViT classifier, or not one that
-    timm's classes compute."""
+) -> StoredModel:
+    """Describe a transformers classifier as a timm model, for `deit_fast.stored_model.build`.
+
+    Args:
+        config: The content of transformers' config.json.
+        state: The state dict, in either layout of names.
+        preprocessor: The content of preprocessor_config.json, if there is one.
+        source: What to call the config in errors.
+
+    Returns:
+        The description, with the weights under timm's names.
+
+    Raises:
+        ValueError: For what is no DeiT or ViT classifier, or not one that timm's classes compute.
+    """
     if config.get("model_type") not in ("deit", "vit"):
         raise ValueError(
             f"{source}: model_type {config.get('model_type')!r}, expected 'deit' or 'vit'"
@@ -95,7 +114,7 @@ def convert(
     config = _DEFAULTS | given
     if config["hidden_act"] != "gelu":
         raise ValueError(
-            f"{source}: hidden_act {config['hidden_act']!r}, expected 'gelu' (the exact)"
+            f"{source}: hidden_act {config['hidden_act']!r}, expected 'gelu' (not approximated)"
         )
     if not any(name.endswith("classifier.weight") for name in state):
         raise ValueError(
@@ -108,7 +127,7 @@ def convert(
         raise ValueError(f"{source}: is not as transformers writes it ({reason})") from e
 
 
-def _timm_names(state):
+def _timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMES:
@@ -123,11 +142,11 @@ def _timm_names(state):
     return renamed
 
 
-def _stored(config, state, preprocessor):
+def _stored(config: dict, state: dict[str, Tensor], preprocessor: dict) -> StoredModel:
     width, depth = config["hidden_size"], config["num_hidden_layers"]
     distilled = "head_dist.weight" in state
     if "dist_token" in state and not distilled:
-        # A token that takes part and is never read, with a position of its own
+        # a token with a position embedding that attention reads and the head does not
         state["reg_token"] = state.pop("dist_token")
     height_width = _pair(config["image_size"])
     size = _SIZES[min(_SIZES, key=lambda known: abs(known - width))]
@@ -158,12 +177,12 @@ def _stored(config, state, preprocessor):
         "qkv_bias": config["qkv_bias"],
         "reg_tokens": 1 if "reg_token" in state else 0,
     }
-    return Stored(cfg, args, state, eps=float(config["layer_norm_eps"]))
+    return StoredModel(cfg, args, state, eps=float(config["layer_norm_eps"]))
 
 
-def _preprocessing(preprocessor):
-    """timm's words for what a transformers image processor does."""
-    cfg = {}
+def _preprocessing(preprocessor: dict) -> dict[str, Any]:
+    """Describe a transformers image processor by fields of timm's pretrained_cfg."""
+    cfg: dict[str, Any] = {}
     if preprocessor.get("do_normalize", True):
         for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
             if theirs in preprocessor:
@@ -175,7 +194,7 @@ def _preprocessing(preprocessor):
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
     if size is not None:
         edge = isinstance(size, dict) and size.get("shortest_edge")
-        # Both edges given: the image's own proportions are lost
+        # with both edges given the aspect ratio is not kept
         cfg["crop_mode"] = "center" if edge else "squash"
         crops = crop is not None and preprocessor.get("do_center_crop", True)
         resized = edge or _pair(size)[0]
@@ -183,8 +202,8 @@ def _preprocessing(preprocessor):
     return cfg
 
 
-def _pair(size):
-    """(height, width) of a number, a pair, or a dict of transformers' image processors."""
+def _pair(size: Any) -> tuple:
+    """Return (height, width) of a number, a pair, or a dict of transformers' image processors."""
     if isinstance(size, dict):
         return size["height"], size["width"]
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -108,7 +108,7 @@ def test_pretrained_at_another_resolution_is_resized_the_same_way(path, source):
     assert_close(same.pos_embed, native.pos_embed)
 
 
-def test_other_number_of_classes_starts_the_heads_anew(path, source):
+def test_other_number_of_classes_initializes_the_heads(path, source):
     with pytest.warns(
         UserWarning, match=r"head.weight, head.bias, head_dist.weight, head_dist.bias"
     ):

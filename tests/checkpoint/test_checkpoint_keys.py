@@ -57,21 +57,21 @@ def problem(content, path, key=None):
         torch.save(content, path)
     with pytest.raises(ValueError) as error:
         read_checkpoint(path, key)
-    said = str(error.value)
-    assert said.startswith(f"checkpoint: {path} ") and len(said.splitlines()) == 1
-    return said.removeprefix(f"checkpoint: {path} ")
+    message = str(error.value)
+    assert message.startswith(f"checkpoint: {path} ") and len(message.splitlines()) == 1
+    return message.removeprefix(f"checkpoint: {path} ")
 
 
 def test_entries_that_are_not_there_or_not_the_only_one(tmp_path):
     path = tmp_path / "a.pth"
     listed = (
-        "expected as checkpoint_key one of 'nets.b.model' (3 tensors), 'model' (2 tensors), 'model_ema'"
-        " (2 tensors), 'flat.student' (2 tensors), 'flat.teacher' (2 tensors), 'nets.a.state_dict' "
-        "(2 tensors)"
+        "expected as checkpoint_key one of 'nets.b.model' (3 tensors), 'model' (2 tensors), "
+        "'model_ema' (2 tensors), 'flat.student' (2 tensors), 'flat.teacher' (2 tensors), "
+        "'nets.a.state_dict' (2 tensors)"
     )
     for key in ("ema", "epoch", "args", "optimizer", "nets", "model.a.weight", "nets.c", "", "."):
-        said = problem(SEVERAL, path, key)
-        assert said == f"has no state dict at {key!r}, {listed}"
+        message = problem(SEVERAL, path, key)
+        assert message == f"has no state dict at {key!r}, {listed}"
     assert problem(SEVERAL, path, "flat") == f"holds several networks, {listed}"
     two = {"model": tensors(1.0), "state_dict": tensors(2.0)}
     assert problem(two, path) == (
@@ -96,8 +96,8 @@ def test_networks_beside_each_other_are_never_mixed(tmp_path):
         ({"teacher.a.weight": torch.ones(1)}, "'model' (2 tensors), 'teacher' (1 tensor)"),
     ):
         content = {f"model.{k}": t for k, t in tensors(1.0).items()} | others
-        said = problem(content, path)
-        assert said == f"holds several networks, expected as checkpoint_key one of {listed}"
+        message = problem(content, path)
+        assert message == f"holds several networks, expected as checkpoint_key one of {listed}"
         assert read_checkpoint(path, "model").keys() == tensors(1.0).keys()
     content = {f"_orig_mod.{k}": t for k, t in content.items()}
     assert problem(content, path).endswith("of 'model' (2 tensors), 'teacher' (1 tensor)")
@@ -189,8 +189,8 @@ def test_commands_take_a_key(name, two, tmp_path, capsys, monkeypatch):
     option = OPTIONS.get(name, "--checkpoint")
     key = f"{option}-key"
     assert main([*COMMANDS[name], option, str(two[0]), key, "ema"]) == 2
-    said = capsys.readouterr().err
-    assert "has no state dict at 'ema', expected as checkpoint_key one of 'model' (" in said
+    message = capsys.readouterr().err
+    assert "has no state dict at 'ema', expected as checkpoint_key one of 'model' (" in message
     assert main([*COMMANDS[name], key, "ema"]) == 2
     assert "'ema', but no checkpoint" in capsys.readouterr().err
 

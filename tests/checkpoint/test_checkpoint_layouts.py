@@ -51,7 +51,7 @@ def stepped(model):
 
 @pytest.fixture
 def silent():
-    """Nothing is left out, nothing begins anew."""
+    """Nothing is left out, nothing is newly initialized."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "checkpoint")
         yield
@@ -181,28 +181,30 @@ def test_a_backbone_without_a_classifier(backbone, silent):
     assert_equal(larger.norm.weight, state["norm.weight"])
 
 
-def test_a_classifier_for_a_backbone_is_asked_for_and_begins_anew(backbone, dino):
+def test_a_classifier_for_a_backbone_is_asked_for_and_newly_initialized(backbone, dino):
     path, state = backbone
     with pytest.raises(ValueError) as error:
         load(path)
     assert str(error.value).splitlines()[1:] == [
         "  missing: head.weight, head.bias",
-        "  no classifier in it: expected num_classes=0, or as many classes as a new one is for",
+        "  no classifier in it: expected num_classes=0, or the number of classes for a new one",
     ]
     seed(3)
     fresh = timm.create_model("deit_tiny_patch16_224", **TINY | {"num_classes": 5}).state_dict()
     seed(3)
-    with pytest.warns(UserWarning, match="has no head.weight, head.bias: they begin anew"):
+    with pytest.warns(
+        UserWarning, match="has no head.weight, head.bias: they are newly initialized"
+    ):
         model = load(path, num_classes=5)
     assert_weights(model, fresh | state)
     seed(3)
     with pytest.warns(UserWarning) as caught:
         model = load(dino[0], num_classes=5, checkpoint_key="teacher")
     assert_weights(model, fresh | dino[2])
-    said = [str(w.message).partition(": ")[2] for w in caught]
-    assert said == [
+    notes = [str(w.message).partition(": ")[2] for w in caught]
+    assert notes == [
         "head.mlp, head.last_layer left out: only pretraining uses them",
-        "has no head.weight, head.bias: they begin anew",
+        "has no head.weight, head.bias: they are newly initialized",
     ]
     assert {w.filename for w in caught} == {__file__}
 
@@ -293,7 +295,7 @@ def test_maes_finetuned_classifier(tmp_path, silent):
     assert str(error.value).splitlines()[1:] == [
         "  missing: norm.weight, norm.bias",
         "  unexpected: fc_norm.weight, fc_norm.bias",
-        "  its norm is behind the pooling: expected global_pool='avg'",
+        "  its norm comes after the pooling: expected global_pool='avg'",
     ]
 
 

@@ -232,8 +232,11 @@ def test_these_do_run_elsewhere(name, tmp_path, capfd, monkeypatch):
 )  # fmt: skip
 def test_other_classes_are_refused_by_name(module, name, tmp_path):
     path = write(tmp_path / "a.pth", {"model": STATE, "config": Elsewhere()}, "legacy")
-    said = refusal(rename(path, module, name))
-    assert f"{module}.{name} is refused" in said and "torch.save(model.state_dict(), FILE)" in said
+    message = refusal(rename(path, module, name))
+    assert (
+        f"{module}.{name} is refused" in message
+        and "torch.save(model.state_dict(), FILE)" in message
+    )
 
 
 def test_a_whole_model_is_refused_by_the_name_of_its_class(tmp_path):
@@ -245,8 +248,8 @@ def test_a_whole_model_is_refused_by_the_name_of_its_class(tmp_path):
 
 def test_names_cannot_speak_to_the_terminal(tmp_path):
     path = write(tmp_path / "a.pth", {"model": STATE, "config": Elsewhere()}, "legacy")
-    said = refusal(rename(path, "a\x1b[2J", "b" * 200))
-    assert "a\\x1b[2J.bbb" in said and len(said) < 400
+    message = refusal(rename(path, "a\x1b[2J", "b" * 200))
+    assert "a\\x1b[2J.bbb" in message and len(message) < 400
 
 
 STAND_IN = b"cargparse\nNamespace\n"

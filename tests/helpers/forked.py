@@ -34,10 +34,10 @@ def run(*commands, cwd=None, envs=None) -> list[subprocess.CompletedProcess]:
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
-        said = [[Path(file).read_text() for file in files] for _, files, _, _ in asked]
+        outputs = [[Path(file).read_text() for file in files] for _, files, _, _ in asked]
     return [
         subprocess.CompletedProcess(command, code, *texts)
-        for command, code, texts in zip(commands, codes, said, strict=True)
+        for command, code, texts in zip(commands, codes, outputs, strict=True)
     ]
 
 

@@ -290,7 +290,7 @@ PROCESSORS = {
         "DeiTImageProcessor",
         {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}},
     ),
-    "no normalisation": (
+    "no normalization": (
         "ViTImageProcessor",
         {"size": {"height": 64, "width": 64}, "do_normalize": False},
     ),

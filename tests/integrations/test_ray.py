@@ -1,4 +1,4 @@
-"""The job on a local Ray cluster answers what one machine answers."""
+"""The job on a local Ray cluster gives the predictions of one machine."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from modelling import tiny_pair
 from PIL import Image
 
 import deit_fast
-from deit_fast import bulk, images, outputs
+from deit_fast import batch_inference, images, predictions
 
 SCRIPT = Path(ray_classify.__file__)
 PHOTOS = sorted((Path(deit_fast.__file__).parent / "data").glob("*.jpg"))
@@ -51,11 +51,11 @@ def on_the_cluster(folder, tmp_path):
 
 def on_one_machine(folder):
     model = tiny_pair()[1]
-    predictor = bulk.Predictor(model, 32, topk=2, embed=True)
+    predictor = batch_inference.Predictor(model, 32, topk=2, embed=True)
     found = {}
-    for batch in bulk.predict(predictor, images.find([folder]), 0):
-        rows = list(outputs.entries(batch, bulk.label_names(model)))
-        table = outputs.table(rows, batch.columns.get("embedding")).to_pylist()
+    for batch in batch_inference.predict(predictor, images.find([folder]), 0):
+        rows = list(predictions.entries(batch, batch_inference.label_names(model)))
+        table = predictions.arrow_table(rows, batch.columns.get("embedding")).to_pylist()
         found |= {row["image"]: row for row in table}
     return found
 
@@ -63,10 +63,10 @@ def on_one_machine(folder):
 @pytest.mark.slow
 def test_equals_one_machine(folder, tmp_path):
     selection.extra("ray", "ray", "pyarrow")
-    answers = on_the_cluster(folder, tmp_path)
-    assert answers["model"] == ("torch", False)
-    assert "inputs: no images found" in answers["empty"]
-    found, expected = answers["rows"], on_one_machine(folder)
+    job = on_the_cluster(folder, tmp_path)
+    assert job["model"] == ("torch", False)
+    assert "inputs: no images found" in job["empty"]
+    found, expected = job["rows"], on_one_machine(folder)
     assert len(found) == len(expected) == 120
     assert sum(row["error"] is not None for row in found) == 5
     for row in found:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deit_fast.bulk import digest
+from deit_fast.batch_inference import digest
 from deit_fast.engine import data_config
 
 from .. import augment, folder

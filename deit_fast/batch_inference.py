@@ -1,13 +1,15 @@
-"""Images on disk -> classes or features, however many: decoders in worker processes feed an engine.
+"""Batch inference: images on disk -> classes or features, however many there are.
 
-`Predictor` is the part that does not depend on where images come from or answers go; the command
-`deit-fast classify`, `deit_fast.integrations.ray` and the examples share it.
+Decoders in worker processes feed an engine. `Predictor` does not depend on where the images come
+from or where the predictions go; the command `deit-fast classify`, `deit_fast.integrations.ray` and
+the examples share it.
 """
 
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import timm.data
@@ -17,22 +19,36 @@ from torch import nn
 from . import images
 from .engine import InferenceEngine, data_config
 
+_T = TypeVar("_T")
+
 
 class Predictor:
     """`predictor(uint8 (n, H, W, C)) -> {column: numpy array of n rows}`.
 
-    Columns: "classes" (n, topk) int64 and "scores" (n, topk) fp32 probabilities, best first; or
-    with embed "embedding" (n, D) fp32, what the heads work on (timm's pre_logits).
+    Columns are "classes" (n, topk) int64 and "scores" (n, topk) fp32 probabilities, best first; or
+    with `embed` "embedding" (n, D) fp32, the input of the heads (timm's pre_logits).
 
-    model: in eval mode, on the device that is to compute. batch_size: images in one pass. Raises
-    as `InferenceEngine` does, and ValueError for topk below 1. `decoder` decodes for it.
+    Args:
+        model: In eval mode, on the device that is to compute.
+        batch_size: Images in one forward pass.
+        topk: Classes per image; fewer if the model has fewer.
+        embed: Compute features instead of classes.
+
+    Attributes:
+        decoder: Decodes images for this model.
+        engine: The `InferenceEngine`.
+
+    Raises:
+        ValueError: For topk below 1, and for a model without classes unless `embed`. And what
+            `InferenceEngine` raises.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, topk: int = 5, embed: bool = False):
         if topk < 1:
             raise ValueError(f"topk: {topk}, expected 1 or more")
-        self.embed, self.topk = embed, min(topk, model.num_classes) or topk
-        if not embed and not model.num_classes:
+        classes = _num_classes(model)
+        self.embed, self.topk = embed, min(topk, classes) or topk
+        if not embed and not classes:
             raise ValueError("model: has no classes, expected embed=True")
         self.sums_to_two = getattr(model, "heads", None) == "joint_softmax"
         self.decoder = images.Decoder(data_config(model))
@@ -41,6 +57,14 @@ class Predictor:
         )
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the model.
+
+        Args:
+            pixels: What `decoder` returned, stacked: uint8 (n, H, W, C).
+
+        Returns:
+            The columns.
+        """
         output = self.engine(torch.from_numpy(pixels)).float()
         if self.embed:
             return {"embedding": output.cpu().numpy()}
@@ -49,19 +73,27 @@ class Predictor:
         return {"classes": classes.cpu().numpy(), "scores": scores.cpu().numpy()}
 
 
+def _num_classes(model: Any) -> int:
+    return model.num_classes
+
+
 def label_names(model: nn.Module) -> list[str]:
-    """Of its classes: those its configuration gives, ImageNet's for 1000, else their numbers."""
+    """Return the names of a model's classes.
+
+    They are those of its configuration; without any ImageNet's for 1000 classes, else numbers.
+    """
     given = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if given and len(given) == model.num_classes:
+    classes = _num_classes(model)
+    if given and len(given) == classes:
         return list(given)
-    if model.num_classes == 1000:
+    if classes == 1000:
         label = timm.data.ImageNetInfo().index_to_description
         return [label(i) for i in range(1000)]
-    return [f"class {i}" for i in range(model.num_classes)]
+    return [f"class {i}" for i in range(classes)]
 
 
 def digest(model: nn.Module) -> str:
-    """Of the weights, their names and their dtype: a resumed run has to have the same."""
+    """Hash the weights, their names and dtypes: a resumed job must have the same."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -71,45 +103,63 @@ def digest(model: nn.Module) -> str:
 
 @dataclass
 class Batch:
-    """What became of some images, in their order. `columns` has a row for each readable one."""
+    """Predictions for some images, in their order.
+
+    Attributes:
+        paths: The images.
+        reasons: Why each is unreadable; None: it is readable.
+        columns: What `Predictor` returned: a row for each readable image.
+    """
 
     paths: list[str] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)  # why unreadable; None: it is readable
+    reasons: list[str | None] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class Clock:
-    """Seconds a run took, and those of them in which nothing was decoded yet to compute with."""
+    """Seconds a run took, and those of them in which the model waited for the decoders."""
 
     total: float = 0.0
     waiting: float = 0.0
 
     @property
     def share(self) -> float:
+        """The share of the time that was spent waiting, from 0 to 1."""
         return self.waiting / self.total if self.total else 0.0
 
 
 def predict(
     predictor: Predictor, paths: Iterable[str], workers: int, clock: Clock | None = None
 ) -> Iterator[Batch]:
-    """Decode `paths` in `workers` processes and predict; batches come in the order of `paths`.
+    """Decode images in worker processes and predict.
 
-    Memory holds a few chunks of decoded images a worker and one batch, whatever the number of
+    Memory holds a few chunks of decoded images per worker and one batch, whatever the number of
     paths.
+
+    Args:
+        predictor: The model and its decoder.
+        paths: The images.
+        workers: The number of processes that decode; 0: decode in this one.
+        clock: Updated before each batch is yielded.
+
+    Yields:
+        The predictions, in the order of `paths`.
     """
     clock = Clock() if clock is None else clock
-    size = predictor.engine.batch_sizes[-1]
+    sizes: Any = predictor.engine.batch_sizes
+    size = sizes[-1]
     chunk = min(images.CHUNK, size)
     began = time.perf_counter()
-    batch, pixels = Batch(), []
-    for paths_of, reasons, decoded in _timed(
+    batch = Batch()
+    pixels: list[np.ndarray] = []
+    for chunk_paths, reasons, decoded in _timed(
         images.decode(paths, predictor.decoder, workers, chunk), clock
     ):
-        if len(batch.paths) + len(paths_of) > size:
+        if len(batch.paths) + len(chunk_paths) > size:
             yield _finish(predictor, batch, pixels)
             batch, pixels = Batch(), []
-        batch.paths += paths_of
+        batch.paths += chunk_paths
         batch.reasons += reasons
         if len(decoded):
             pixels.append(decoded)
@@ -119,13 +169,13 @@ def predict(
     clock.total = time.perf_counter() - began
 
 
-def _finish(predictor, batch, pixels):
+def _finish(predictor: Predictor, batch: Batch, pixels: list[np.ndarray]) -> Batch:
     if pixels:
         batch.columns = predictor(np.concatenate(pixels))
     return batch
 
 
-def _timed(items, clock):
+def _timed(items: Iterable[_T], clock: Clock) -> Iterator[_T]:
     items = iter(items)
     while True:
         began = time.perf_counter()

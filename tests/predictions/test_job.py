@@ -1,170 +1,25 @@
-"""Bulk answers: every format says the same, and no interruption loses or doubles one."""
+"""A job: no interruption loses or doubles a prediction."""
 
 import csv
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import prediction_jobs
 import pytest
-import selection
+from prediction_jobs import LABELS, PATHS, batches, job, run, whole
 
-from deit_fast import outputs
-from deit_fast.bulk import Batch
-from deit_fast.outputs import Job
-
-LABELS = [f'label, "{i}"' for i in range(10)]
-PATHS = [f"photos/{i}.jpg" for i in range(23)]
-PATHS[4], PATHS[5] = 'a "b",\nc.jpg', "\udcff.jpg"  # a line break; bytes that are no UTF-8
-BROKEN = {PATHS[1], PATHS[7], PATHS[8], PATHS[22]}
-CLASSES = {"topk": 2}
-
-
-def batches(paths, size=4, embed=False):
-    """What a predictor would answer: figures that depend on the path alone."""
-    paths = list(paths)
-    for first in range(0, len(paths), size):
-        some = paths[first : first + size]
-        readable = [PATHS.index(p) for p in some if p not in BROKEN]
-        columns = {}
-        if readable and embed:
-            columns = {"embedding": np.array([[i, i / 2, -i] for i in readable], np.float32)}
-        elif readable:
-            columns = {
-                "classes": np.array([[i % 10, (i + 1) % 10] for i in readable]),
-                "scores": np.array([[0.5 + i / 100, i / 1000] for i in readable], np.float32),
-            }
-        yield Batch(some, ["is broken" if p in BROKEN else None for p in some], columns)
-
-
-def job(out, embed=False, **options):
-    return Job(out, CLASSES, None if embed else LABELS, embed, **options)
-
-
-def run(out, embed=False, stop=None, **options):
-    """Run to the end, or until `stop` batches are written: killed, in effect."""
-    one = job(out, embed, **options)
-    one.begin(iter(PATHS))
-    for count, batch in enumerate(batches(one.todo(), embed=embed)):
-        if count == stop:
-            for file in one._files.values():
-                file.flush()
-            one._locked.close()
-            return one
-        one.write(batch)
-    one.finish()
-    return one
-
-
-def whole(folder, name, embed=False):
-    folder.mkdir(exist_ok=True)
-    run(folder / name, embed)
-    return folder / name
+from deit_fast.batch_inference import Batch
+from deit_fast.predictions import Job
+from deit_fast.predictions import job as job_module
 
 
 def state_of(folder):
     return {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def test_formats_say_the_same(tmp_path):
-    for suffix in ("csv", "jsonl"):
-        run(tmp_path / f"a.{suffix}")
-    with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
-        from_csv = list(csv.DictReader(file))
-    from_jsonl = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
-    assert [row["image"] for row in from_csv] == PATHS
-    assert [row["image"] for row in from_jsonl] == PATHS
-    for i, (a, b) in enumerate(zip(from_csv, from_jsonl, strict=True)):
-        assert None not in a and None not in a.values()  # a cell for each column
-        if PATHS[i] in BROKEN:
-            assert a["error"] == b["error"] == "is broken"
-            assert a["class_1"] == "" and "predictions" not in b
-            continue
-        assert a["error"] == "" and "error" not in b
-        classes, scores = [i % 10, (i + 1) % 10], pytest.approx([0.5 + i / 100, i / 1000])
-        labels = [LABELS[k] for k in classes]
-        assert [p["class"] for p in b["predictions"]] == classes
-        assert [int(a["class_1"]), int(a["class_2"])] == classes
-        assert [p["label"] for p in b["predictions"]] == [a["label_1"], a["label_2"]] == labels
-        assert [p["score"] for p in b["predictions"]] == scores
-        assert [float(a["score_1"]), float(a["score_2"])] == scores
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl"]
-
-
-@pytest.mark.slow
-def test_parquet_says_what_jsonl_does(tmp_path):
-    selection.extra("parquet", "pyarrow")
-    from pyarrow import parquet
-
-    for suffix in ("jsonl", "parquet"):
-        run(tmp_path / f"a.{suffix}")
-    from_jsonl = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
-    from_parquet = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    assert [row["image"] for row in from_parquet][:5] == PATHS[:5]
-    assert from_parquet[5]["image"] == "\\udcff.jpg"
-    for a, b in zip(from_jsonl, from_parquet, strict=True):
-        assert a.get("error") == b["error"]
-        if b["error"]:
-            assert b["classes"] is b["labels"] is b["scores"] is None
-            continue
-        for name, column in (("class", "classes"), ("label", "labels")):
-            assert [p[name] for p in a["predictions"]] == b[column]
-        assert [p["score"] for p in a["predictions"]] == pytest.approx(b["scores"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
-
-
-def test_embeddings(tmp_path):
-    run(tmp_path / "a.npy", embed=True)
-    matrix = np.load(tmp_path / "a.npy")
-    assert matrix.dtype == np.float32 and matrix.shape == (19, 3)
-    with open(tmp_path / "a.csv", newline="", errors="surrogateescape") as file:
-        table = list(csv.DictReader(file))
-    assert [row["image"] for row in table] == PATHS
-    for i, row in enumerate(table):
-        if PATHS[i] in BROKEN:
-            assert (row["row"], row["error"]) == ("", "is broken")
-        else:
-            assert row["error"] == ""
-            assert matrix[int(row["row"])].tolist() == [i, i / 2, -i]
-
-
-@pytest.mark.slow
-def test_embeddings_in_parquet(tmp_path):
-    selection.extra("parquet", "pyarrow")
-    from pyarrow import parquet
-
-    run(tmp_path / "a.parquet", embed=True)
-    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    for i, (path, row) in enumerate(zip(PATHS, rows, strict=True)):
-        if path in BROKEN:
-            assert row["embedding"] is None and row["error"] == "is broken"
-        else:
-            assert row["error"] is None and row["embedding"] == [i, i / 2, -i]
-
-
-def test_without_pyarrow_no_parquet_is_begun(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'deit_fast\[parquet\]'"):
-        run(tmp_path / "a.parquet")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "name", ["a.csv", "a.jsonl", pytest.param("a.parquet", marks=pytest.mark.slow), "a.npy"]
-)
-def test_no_image_at_all_is_readable(tmp_path, name):
-    if name.endswith("parquet"):
-        selection.extra("parquet", "pyarrow")
-    embed = name == "a.npy"
-    one = job(tmp_path / name, embed)
-    one.begin([PATHS[1], PATHS[7]])
-    one.write(Batch([PATHS[1], PATHS[7]], ["is broken"] * 2, {}))
-    one.finish()
-    assert (tmp_path / name).exists()
-    if embed:
-        assert len(np.load(tmp_path / name)) == 0
 
 
 @pytest.mark.parametrize("embed, name", [(False, "a.csv"), (False, "a.jsonl"), (True, "a.npy")])
@@ -172,7 +27,7 @@ def test_no_image_at_all_is_readable(tmp_path, name):
 def test_resumed_runs_equal_one_that_was_not_interrupted(tmp_path, monkeypatch, embed, name, every):
     """Stopped after every number of batches, with the last state of then, or with the first."""
     expected = whole(tmp_path / "whole", name, embed)
-    monkeypatch.setattr(outputs, "EVERY", every)
+    monkeypatch.setattr(job_module, "SAVE_INTERVAL", every)
     for stop in range(6):
         out = tmp_path / f"{stop}" / name
         out.parent.mkdir()
@@ -186,7 +41,7 @@ def test_resumed_runs_equal_one_that_was_not_interrupted(tmp_path, monkeypatch, 
 
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    monkeypatch.setattr(job_module, "SAVE_INTERVAL", 0.0)
     expected, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
     done = []
     for _ in range(5):
@@ -208,7 +63,7 @@ def test_resuming_keeps_the_images_that_were_found(tmp_path):
 def test_a_run_killed_while_it_looked_for_images_begins_anew(tmp_path):
     one = job(tmp_path / "a.csv")
     (one.folder / "files.jsonl").write_text('"photos/0.jpg"\n"pho')
-    one._locked.close()
+    one._unlock()
     one = run(tmp_path / "a.csv")
     assert not one.resumed and one.state["done"] == 23
 
@@ -250,7 +105,7 @@ def edited(**changes):
     ],
 )
 def test_corrupt_leftovers_are_refused_and_kept(tmp_path, monkeypatch, harm, message):
-    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    monkeypatch.setattr(job_module, "SAVE_INTERVAL", 0.0)
     out = tmp_path / "a.csv"
     run(out, stop=3)
     folder = tmp_path / "a.csv.partial"
@@ -265,7 +120,7 @@ def test_corrupt_leftovers_are_refused_and_kept(tmp_path, monkeypatch, harm, mes
 
 
 def test_features_that_are_too_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "EVERY", 0.0)
+    monkeypatch.setattr(job_module, "SAVE_INTERVAL", 0.0)
     run(tmp_path / "a.npy", True, stop=2)
     with open(tmp_path / "a.npy.partial/features.npy", "r+b") as file:
         file.truncate(140)
@@ -291,12 +146,6 @@ def test_an_existing_output_is_kept_until_the_new_one_is_complete(tmp_path):
     assert out.read_bytes().startswith(b"image,error,class_1")
 
 
-def test_the_table_beside_npy_is_no_ones_elses(tmp_path):
-    (tmp_path / "a.csv").write_text("earlier")
-    with pytest.raises(FileExistsError, match="a.csv exists"):
-        job(tmp_path / "a.npy", True)
-
-
 def test_interrupted_within_a_write(tmp_path, monkeypatch):
     """Ctrl-C may come between any two lines; what is saved then is of one moment."""
     expected = whole(tmp_path / "whole", "a.npy", embed=True)
@@ -320,7 +169,7 @@ def test_interrupted_within_a_write(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             one.write(next(batches(one.todo(), embed=True)))
         one.save()
-        one._locked.close()
+        one._unlock()
         assert run(out, True).resumed
         assert out.read_bytes() == expected.read_bytes()
 
@@ -342,7 +191,7 @@ def test_an_output_that_came_meanwhile_is_kept(tmp_path):
     (tmp_path / "a.csv").write_text("another's")
     with pytest.raises(FileExistsError):
         one.finish()
-    one._locked.close()
+    one._unlock()
     assert (tmp_path / "a.csv").read_text() == "another's"
     assert run(tmp_path / "a.csv", overwrite=True).resumed
 
@@ -352,17 +201,17 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     for restart in (False, True):
-        with pytest.raises(ValueError, match="holds thesis.txt, which no run has left"):
+        with pytest.raises(ValueError, match="holds thesis.txt, which is no file of a job"):
             job(tmp_path / "a.csv", restart=restart)
     assert (folder / "thesis.txt").read_text() == "mine"
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "PATIENCE", 0.0)
+    monkeypatch.setattr(job_module, "LOCK_TIMEOUT", 0.0)
     first = job(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="in use: another run writes"):
         job(tmp_path / "a.csv", restart=True)
-    first._locked.close()
+    first._unlock()
     run(tmp_path / "a.csv")
 
 
@@ -381,30 +230,12 @@ def test_no_images(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "name, embed, error, message",
-    [
-        ("a.txt", False, ValueError, "classes are written as .csv, .jsonl, .parquet"),
-        ("a.csv", True, ValueError, "embeddings are written as .npy, .parquet"),
-        ("none/a.csv", False, FileNotFoundError, "there is no folder"),
-    ],
-)
-def test_outputs_that_can_not_be(tmp_path, name, embed, error, message):
-    with pytest.raises(error, match=message):
-        job(tmp_path / name, embed)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_not_writable(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs.os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="not writable"):
-        job(tmp_path / "a.csv")
-
-
+HELPERS = Path(prediction_jobs.__file__).parent
 FULL = """
 import resource, sys
-from test_outputs import *
-outputs.EVERY = 0.0
+from prediction_jobs import PATHS, batches, job
+from deit_fast.predictions import job as job_module
+job_module.SAVE_INTERVAL = 0.0
 one = job(sys.argv[1])
 one.begin(iter(PATHS))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # no file grows beyond
@@ -421,7 +252,7 @@ except OSError as error:
 def test_a_full_disk_loses_nothing(tmp_path):
     expected, out = whole(tmp_path / "whole", "a.csv"), tmp_path / "a.csv"
     command = [sys.executable, "-c", FULL, str(out)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=HELPERS)
     assert found.returncode == 2, found.stderr
     assert found.stdout.count("can't write") == found.stdout.count("\n") == 1
     assert "a.csv.partial: File too large" in found.stdout
@@ -440,11 +271,28 @@ def test_a_disk_that_fills_at_the_very_end(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    real = outputs.os.replace
-    monkeypatch.setattr(outputs.os, "replace", replace)
+    real = job_module.os.replace
+    monkeypatch.setattr(job_module.os, "replace", replace)
     with pytest.raises(OSError, match="No space left on device; what its state.json counts") as why:
         run(out, overwrite=True)
     assert out.read_text() == "earlier" and why.tb  # which holds the run, as Python 3.13 does
     monkeypatch.undo()
     assert run(out, overwrite=True).resumed
     assert len(list(csv.reader(out.open(newline="", errors="surrogateescape")))) == 24
+
+
+def test_a_job_interrupted_before_0_1_is_resumed(tmp_path):
+    before = Path(__file__).parents[1] / "data/before_0.1/interrupted.csv.partial"
+    shutil.copytree(before, tmp_path / "interrupted.csv.partial")
+    description = {"topk": 1, "model": "tiny"}
+    one = Job(tmp_path / "interrupted.csv", description, ["cat", "dog"])
+    assert one.resumed and one.state["done"] == 2
+    one.begin(())
+    assert list(one.todo()) == ["c.jpg", "d.jpg"]
+    columns = {"classes": np.array([[0], [1]]), "scores": np.array([[0.5], [0.25]], np.float32)}
+    one.write(Batch(["c.jpg", "d.jpg"], [None, None], columns))
+    one.finish()
+    assert (tmp_path / "interrupted.csv").read_text().splitlines() == [
+        "image,error,class_1,label_1,score_1",
+        "a.jpg,,1,dog,0.75", "b.jpg,is broken,,,", "c.jpg,,0,cat,0.5", "d.jpg,,1,dog,0.25",
+    ]  # fmt: skip

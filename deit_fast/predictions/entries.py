@@ -1,0 +1,32 @@
+"""Predictions as plain dicts, one for each image."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from deit_fast.batch_inference import Batch
+
+
+def entries(batch: Batch, labels: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield the predictions of a batch as dicts that JSON can hold.
+
+    Args:
+        batch: What `deit_fast.batch_inference.predict` yielded.
+        labels: The names of the classes; needed unless the batch holds embeddings.
+
+    Yields:
+        For each image {"image", "predictions": [{"class", "label", "score"}, ...]}, best first;
+        for an unreadable one {"image", "error"}; {"image"} if the batch holds embeddings.
+    """
+    row, names = 0, cast("Sequence[str]", labels)
+    for path, reason in zip(batch.paths, batch.reasons, strict=True):
+        if reason is not None:
+            yield {"image": path, "error": reason}
+            continue
+        entry: dict[str, Any] = {"image": path}
+        if "classes" in batch.columns:
+            found = zip(batch.columns["classes"][row], batch.columns["scores"][row], strict=True)
+            entry["predictions"] = [
+                {"class": int(i), "label": names[i], "score": round(float(s), 6)} for i, s in found
+            ]
+        row += 1
+        yield entry
