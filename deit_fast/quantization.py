@@ -28,7 +28,7 @@ from .kernels.quantize import FORMATS, LIMITS, TINY, dequantize, quantize_refere
 from .layers import Attention, Block, Mlp
 from .layers.quantized import QuantizedAttention, QuantizedMlp, undo, why_not
 from .layers.quantized_linear import is_quantized, quantize_
-from .swap import Left
+from .swap import Skipped
 
 PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 # How far a scale reaches above the largest value seen: images that were not. And above the bound,
@@ -44,7 +44,7 @@ class QuantizationReport:
     scales: str  # where those of attention's and GELU's results come from
     attention: int = 0  # Blocks whose attention is in fp8 too
     quantized: list[str] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    left: list[Skipped] = field(default_factory=list)
 
     def __str__(self):
         lines = [f"{self.format}: {len(self.quantized)} layers, scales {self.scales}"]
@@ -100,7 +100,7 @@ def quantize(
             chosen[name] = block, part
             report.quantized.append(name)
         else:
-            report.left.append(Left(name, type(model.get_submodule(name)).__name__, reason))
+            report.left.append(Skipped(name, type(model.get_submodule(name)).__name__, reason))
     if not chosen:
         raise ValueError(f"model: no layer is left to quantise\n{report}")
     _check_weights(model, chosen)
@@ -158,7 +158,7 @@ def prepare(model: nn.Module, format: str, names: Iterable[str], attention: bool
     scales = {name: like.new_ones(1, 1, dtype=torch.float32) for name in static}
     _swap(model, {name: layers[name] for name in names}, format, scales)
     for name in names:
-        model.get_submodule(name).forget()
+        model.get_submodule(name).discard_original()
 
 
 def attends_in_eight_bits(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 import deit_fast
 from deit_fast import InferenceEngine, engine
-from deit_fast.engine import data_config, plan
+from deit_fast.engine import data_config, plan_batches
 
 
 def model(**kwargs):
@@ -67,7 +67,7 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
     monkeypatch.setattr(engine, "on_host", lambda images: host)
     m = model()
     run = InferenceEngine(m, batch_sizes=(1, 2, 8))
-    assert len(run._slots) == 6
+    assert len(run._graphs) == 6
     owner = fake.host_actor if host else fake.caller
     with fake.on(owner):
         images = make(count)
@@ -126,7 +126,7 @@ def test_callers_on_streams_of_their_own(fake):
 def test_the_next_images_are_copied_while_the_last_are_computed(fake, monkeypatch):
     monkeypatch.setattr(engine, "on_host", lambda images: True)
     run = InferenceEngine(model(), batch_size=2, prepare=("float",))
-    passes = run._passes
+    passes = run._compute
     with fake.host():
         images = floats(2)
     before = passes.clock[passes.name]
@@ -186,15 +186,15 @@ def test_a_kind_that_was_not_prepared_is_captured_when_it_comes(fake):
     m = model()
     run = InferenceEngine(m, batch_size=2, prepare=("uint8",))
     before = run.memory
-    assert set(run._slots) == {("uint8", 2)} and before.workspace == 2000
+    assert set(run._graphs) == {("uint8", 2)} and before.workspace == 2000
     assert_answers(run(floats(3)), m, floats(3))
-    assert set(run._slots) == {("uint8", 2), ("float", 2)}
+    assert set(run._graphs) == {("uint8", 2), ("float", 2)}
     assert run.memory.workspace == 4000
     assert run.memory.buffers - before.buffers == 2 * 2 * (3 * 64 * 64 + 11) * 4
     assert before.weights == sum(p.nbytes for p in m.parameters())
     assert "weights 0.6 MB" in repr(run)
     run.refresh()
-    assert set(run._slots) == {("uint8", 2), ("float", 2)} and run.memory.workspace == 4000
+    assert set(run._graphs) == {("uint8", 2), ("float", 2)} and run.memory.workspace == 4000
 
 
 def test_a_graph_is_one_replay_a_batch(fake):
@@ -221,20 +221,20 @@ def test_no_gradients(request, graphs):
     for _ in range(3):
         got = run(floats(3).requires_grad_())
         assert not got.requires_grad
-        assert not any(s.images.requires_grad for pair in run._slots.values() for s in pair)
+        assert not any(s.images.requires_grad for pair in run._graphs.values() for s in pair)
         assert_close(got, answers(m, floats(3)))
 
 
 def test_plan():
     sizes = (1, 8, 32, 256)
     for count in (*range(1, 300), 1000):
-        chosen = plan(sizes, count)
+        chosen = plan_batches(sizes, count)
         assert sum(chosen) >= count and set(chosen) <= set(sizes)
         assert sum(chosen[:-1]) < count  # nothing runs for padding alone
-    assert plan(sizes, 40) == (32, 8)
-    assert plan(sizes, 200) == (256,)
-    assert plan(sizes, 513) == (256, 256, 1)
-    assert plan((4,), 0) == ()
+    assert plan_batches(sizes, 40) == (32, 8)
+    assert plan_batches(sizes, 200) == (256,)
+    assert plan_batches(sizes, 513) == (256, 256, 1)
+    assert plan_batches((4,), 0) == ()
 
 
 @pytest.mark.parametrize("graphs", [False, True])
