@@ -158,7 +158,7 @@ def prepare(model: nn.Module, format: str, names: Iterable[str], attention: bool
     scales = {name: like.new_ones(1, 1, dtype=torch.float32) for name in static}
     _swap(model, {name: layers[name] for name in names}, format, scales)
     for name in names:
-        model.get_submodule(name).discard_original()
+        model.get_submodule(name).forget()
 
 
 def attends_in_eight_bits(model: nn.Module) -> bool:

@@ -99,7 +99,7 @@ class QuantizedLinear(nn.Linear):
         bias = self._parameters.pop("bias")
         self.weight, self._parameters["bias"] = weight, bias
 
-    def discard_original(self) -> None:
+    def forget(self) -> None:
         """Drop the weight it was made of, after another quantized weight was loaded."""
         self.__dict__.pop("_original", None)
 
@@ -163,7 +163,7 @@ class QuantizedLinear(nn.Linear):
         before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if len(errors) == before and names.keys() & state_dict.keys():
-            self.discard_original()
+            self.forget()
 
 
 def quantize_(

@@ -67,11 +67,11 @@ def test_named_models_equal_timms(name):
 def test_report():
     model = timm.create_model("cait_xxs24_224", depth=3)
     report = deit_fast.accelerate(model)
-    assert {kind: len(names) for kind, names in report.swapped.items()} == {
+    assert {kind: len(names) for kind, names in report.replaced.items()} == {
         "Cait": 1, "PatchEmbed": 1, "LayerScaleBlock": 3, "TalkingHeadAttn": 3, "Mlp": 5,
         "LayerScaleBlockClassAttn": 2, "ClassAttn": 2, "LayerNorm": 11,
     }  # fmt: skip
-    assert report.left == []
+    assert report.skipped == []
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_report():
         ({"act_layer": torch.nn.ReLU}, "blocks_token_only.0", "mlp stays with timm"),
     ],
 )
-def test_what_is_left_says_why(options, name, reason):
+def test_skipped_modules_have_a_reason(options, name, reason):
     reference, fast = tiny_cait(**options)
-    reasons = {left.name: left.reason for left in deit_fast.accelerate(fast, "torch").left}
+    reasons = {module.name: module.reason for module in deit_fast.accelerate(fast, "torch").skipped}
     assert reason in reasons[name]
     assert_same_logits(reference, fast, images(reference))
 
