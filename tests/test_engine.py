@@ -91,10 +91,7 @@ def test_a_quantized_model(request, graphs, format):
     before = InferenceEngine(m, 4, prepare=()).memory.weights
     deit_fast.quantize(m, format)
     run = InferenceEngine(m, batch_sizes=(1, 4))
-    for make in (
-        floats,
-        uint8s,
-    ):  # of one size, whose sums the BLAS rounds alike
+    for make in (floats, uint8s):  # one size, whose sums BLAS rounds alike
         assert torch.equal(run(make(4)), outputs(m, make(4)))
     weights = 2 * 12 * 64 * 64
     scales = 2 * 4 * (3 + 1 + 4 + 1) * 64 + 2 * 2 * 4 * (format == "fp8")

@@ -54,13 +54,6 @@ class Mlp(Fast, timm.layers.Mlp):
         )  # fmt: skip
 
     def branch_around_linears(self, x, norm, layer_scale, drop_path):
-        """The sum of x and its MLP branch, fused around Linears that have to be called.
-
-        Args:
-            x: (B, N, D), the residual stream.
-            norm: the `deit_fast.layers.LayerNorm` in front.
-            layer_scale: timm's LayerScale, or an Identity.
-            drop_path: timm's DropPath, or an Identity.
-        """
+        """As `deit_fast.layers.Attention.branch_around_linears`, for the MLP branch."""
         hidden = layer_norm_linear(x, norm, self.fc1, self.backend, "gelu")
         return residual_linear(hidden, self.fc2, x, layer_scale, drop_path, self.backend)
