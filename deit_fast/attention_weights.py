@@ -111,7 +111,7 @@ def attention_rollout(
         as maps of the patches.
 
     Raises:
-        ValueError: for options that are none, for Cait, and as `attention_maps`.
+        ValueError: for options that do not fit, for Cait, and as `attention_maps`.
         TypeError: as `attention_maps`.
         RuntimeError: as `attention_maps`.
     """
