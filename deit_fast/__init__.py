@@ -19,16 +19,16 @@ from .models import (
 )
 from .pretrained import from_pretrained, save_pretrained
 from .quantization import QuantizationReport, quantize
-from .swap import Left, Report, accelerate, report, restore
+from .swap import Report, Skipped, accelerate, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
     "Exported",
     "InferenceEngine",
     "NAMES",
-    "Left",
     "QuantizationReport",
     "Report",
+    "Skipped",
     "accelerate",
     "attention_maps",
     "attention_rollout",

@@ -1,17 +1,19 @@
-"""What each token takes from each other one: the softmax of attention, and its rollout.
+"""Attention maps, the softmax weights of each block, and attention rollout.
 
     p = softmax(scale q k^T)            ViT and DeiT, and CaiT's class attention
     p = softmax(Wl (scale q k^T) + bl)  CaiT's talking heads, Wl over the heads
 
-The product of q and k and the softmax are computed in fp32, of an fp64 model in fp64, from q and k
-as the model itself makes them. Kernels keep no such matrix: it costs N^2 numbers for each head.
+The matmul of q and k and the softmax are computed in fp32, of an fp64 model in fp64, from q and k
+as the model itself makes them. The kernels never write this matrix: it has N^2 elements per head.
 
-The model runs once, as a stand-in: a module that shares everything with the one it stands for but
-the children that are watched. The model itself is never touched, so others may use it meanwhile.
+The forward pass runs on shallow copies. A copy shares everything with its module except the
+children on the way to q and k, which are wrapped so that their outputs can be read. The model
+itself is never touched, so other threads may use it meanwhile.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import timm.layers
 import timm.models.cait as timm_cait
@@ -24,7 +26,7 @@ from .engine import data_config
 from .kernels.patch_embed import normalize_reference
 from .kernels.quantize import dequantize, quantize_statically_reference
 from .layers._base import Fast, attention_scale
-from .layers._bypass import acknowledge
+from .layers._fusion import suppress_warning
 from .layers.quantized import QuantizedAttention
 from .layers.vision_transformer import FastTransformer
 
@@ -49,31 +51,39 @@ _BLOCKS = {
 def attention_maps(
     model: nn.Module, images: Tensor, blocks: int | Iterable[int] | None = None
 ) -> dict[str, Tensor]:
-    """Softmax weights of attention, {name of a block: (B, heads, N, N)}, in the order in which the
-    blocks run: row i is what token i takes from all N tokens, and sums to 1.
+    """The softmax weights of attention, for each block.
 
-    model: timm's VisionTransformer (ViT, DeiT), VisionTransformerDistilled or Cait, as it is or
-    accelerated, in eight bits too, in eval mode. images: (B, C, H, W), normalised, or uint8
-    (B, H, W, C), not yet. blocks: numbers in the order in which they run, -1 the last; None: all.
+    Tokens are the class token, the distillation token and registers, if there are any, then the
+    patches, row by row.
 
-    Tokens are the class token, the distillation token and registers, as far as there are any, then
-    the patches, row by row. The weights are in fp32 (an fp64 model's in fp64), on the model's
-    device, and B heads N^2 numbers a block: choose blocks where memory is short.
+    CaiT's "blocks.0", ... have patch tokens only. Of talking heads this is the softmax between the
+    two mixings of heads; after it the heads are mixed once more, and the result, which multiplies
+    v, is no softmax. In "blocks_token_only.0", ..., which run last, the class token is the only
+    query: (B, heads, 1, N + 1). With quantized layers it is the softmax of q and k as these layers
+    give them, before the softmax itself is rounded.
 
-    CaiT's "blocks.0", ... have patches alone. Of talking heads this is the softmax between the two
-    mixings of heads; behind it the heads are mixed once more, and what v is multiplied by is no
-    softmax. In "blocks_token_only.0", ..., which run last, the class token alone asks:
-    (B, heads, 1, N + 1). Layers in eight bits: the softmax of q and k as these layers give them,
-    before anything rounds it.
+    The model and its mode are not changed. Hooks fire as in one forward pass; a hook on the model,
+    on `blocks`, or on a block or an attention of timm's gets a copy of its module.
 
-    The model is not changed, nor is its mode. Hooks fire as in one forward pass; one on the model,
-    on `blocks`, or on a block or an attention of timm's gets a stand-in for its module. Raises
-    ValueError for models in train mode, other kinds of models and blocks, numbers that no block
-    has, and images that are no batch; TypeError for images of another type; RuntimeError where a
-    part of the model has a forward of its own, put on the instance.
+    Args:
+        model: timm's VisionTransformer (ViT, DeiT), VisionTransformerDistilled or Cait, as it is,
+            accelerated or quantized, in eval mode.
+        images: (B, C, H, W), normalised, or uint8 (B, H, W, C), not normalised.
+        blocks: numbers in the order in which the blocks run, -1 the last; None: all.
+
+    Returns:
+        {name of a block: (B, heads, N, N)} in the order in which they run, in fp32 (fp64 of an fp64
+        model) on the model's device. Row i has the weights of query i over all N tokens and sums to
+        1. Where memory is short, choose blocks.
+
+    Raises:
+        ValueError: for a model in train mode, models and blocks of other kinds, numbers that no
+            block has, and images that are no batch.
+        TypeError: for images of another type.
+        RuntimeError: where a part of the model has a forward that was set on the instance.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
-    maps = {}
+    maps: dict[str, Tensor] = {}
     _run(model, images, _chosen(model, blocks), maps.__setitem__)
     return maps
 
@@ -81,19 +91,29 @@ def attention_maps(
 def attention_rollout(
     model: nn.Module, images: Tensor, head_fusion: str = "mean", discard_ratio: float = 0.0
 ) -> Tensor:
-    """Attention followed through all blocks, (B, N, N): row i is what token i at the end has of all
-    N tokens at the input, and sums to 1. The class token's is row 0, a distillation token's row 1;
-    `token_maps` lays these out as the patches lie.
+    """Attention followed through all blocks by multiplying their attention matrices.
 
         A = (F + I) / 2 of each block, its rows divided by their sums          A_L ... A_2 A_1
 
-    head_fusion: F is the "mean", "max" or "min" of the heads' weights. discard_ratio: the share,
-    from 0 to below 1, of F's numbers that are set to 0, each image's lowest, but never the class
-    token's own, [0, 0]. The rest, and errors, as `attention_maps`; ValueError for Cait too, whose
-    heads are mixed behind the softmax.
-
     Source: Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers, section 3.1; other
     fusions and the ratio as in vit-explain (J. Gildenblat), which divides columns instead of rows.
+
+    Args:
+        model: as for `attention_maps`, but not Cait, which mixes its heads after the softmax.
+        images: as for `attention_maps`.
+        head_fusion: F is the "mean", "max" or "min" of the weights over the heads.
+        discard_ratio: the share of the elements of F, from 0 to below 1, that are set to 0: the
+            lowest of each image, but never the class token's own, [0, 0].
+
+    Returns:
+        (B, N, N). Row i has the share of each input token in token i after the last block, and sums
+        to 1. Row 0 is the class token's, row 1 a distillation token's; `token_maps` arranges these
+        as maps of the patches.
+
+    Raises:
+        ValueError: for options that do not fit, for Cait, and as `attention_maps`.
+        TypeError: as `attention_maps`.
+        RuntimeError: as `attention_maps`.
     """
     model = getattr(model, "_orig_mod", model)
     if head_fusion not in HEAD_FUSIONS:
@@ -103,46 +123,56 @@ def attention_rollout(
     chosen = _chosen(model, None)
     if isinstance(model, timm_cait.Cait):
         raise ValueError(
-            f"model: {type(model).__name__} mixes its heads behind the softmax, expected a ViT or DeiT"
+            f"model: {type(model).__name__} mixes its heads behind the softmax, "
+            "expected a ViT or DeiT"
         )
-    product = None
+    rollout: Any = None
 
-    def follow(name, p):
-        nonlocal product
-        fused = _without_lowest(HEAD_FUSIONS[head_fusion](p), discard_ratio)
+    def accumulate(name, p):
+        nonlocal rollout
+        fused = _discard_lowest(HEAD_FUSIONS[head_fusion](p), discard_ratio)
         step = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
         step = step / step.sum(-1, keepdim=True)
-        product = step if product is None else step @ product
+        rollout = step if rollout is None else step @ rollout
 
-    _run(model, images, chosen, follow)
-    return product
+    _run(model, images, chosen, accumulate)
+    return rollout
 
 
-def _without_lowest(fused, ratio):
-    """(B, N, N) with that share of each matrix, the lowest, set to 0, but [0, 0]."""
+def _discard_lowest(fused, ratio):
+    """(B, N, N) with this share of the elements of each matrix, the lowest, set to 0."""
     flat = fused.flatten(1)
     lowest = flat.topk(int(ratio * flat.shape[1]), largest=False).indices
     rest = flat.scatter(1, lowest, 0.0)
-    rest[:, 0] = flat[:, 0]
+    rest[:, 0] = flat[:, 0]  # the class token's own stays
     return rest.view_as(fused)
 
 
 def token_maps(model: nn.Module, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """What the class token, and the distillation token where there is one, take from the patches:
-    {"class": (..., h, w), "distillation": (..., h, w)}, h x w patches.
+    """The attention of the class and the distillation token to the patches, as maps.
 
-    model, images: those that `weights` (..., N, N), or (..., 1, N) of class attention, came from:
-    one block's of `attention_maps`, its heads fused or not, or `attention_rollout`'s. Raises
-    ValueError where there is no class token among the N, as in CaiT's trunk.
+    Args:
+        model: the one that the weights came from.
+        images: those that the weights came from.
+        weights: (..., N, N), or (..., 1, N) of class attention: one block of `attention_maps`, with
+            its heads fused or not, or `attention_rollout`.
+
+    Returns:
+        {"class": (..., h, w)} for h x w patches, and "distillation" alike if the model has such a
+        token.
+
+    Raises:
+        ValueError: if there is no class token among the N, as in CaiT's trunk.
     """
     model = getattr(model, "_orig_mod", model)
+    patch_embed: Any = model.patch_embed
     first = 1 if images.dtype == torch.uint8 else 2
-    h, w = model.patch_embed.dynamic_feat_size(tuple(images.shape[first : first + 2]))
+    h, w = patch_embed.dynamic_feat_size(tuple(images.shape[first : first + 2]))
     prefix = model.num_prefix_tokens
     if model.cls_token is None or weights.shape[-1] != prefix + h * w:
         raise ValueError(
-            f"weights: {weights.shape[-1]} tokens in {type(model).__name__}, expected {h} x {w} patches"
-            " behind a class token"
+            f"weights: {weights.shape[-1]} tokens in {type(model).__name__}, expected {h} x {w} "
+            "patches behind a class token"
         )
     names = ["class"] + ["distillation"] * (getattr(model, "dist_token", None) is not None)
     return {
@@ -150,52 +180,61 @@ def token_maps(model: nn.Module, images: Tensor, weights: Tensor) -> dict[str, T
     }
 
 
-# Running a stand-in
+# Running a copy of the model
 
 
-class _Beside(nn.Module):
-    """Calls `module`, and shows `look` what came out and what went in. In the place of an Identity
-    or a Linear it is a layer that has to be called."""
+class _Recorder(nn.Module):
+    """Calls `module` and passes its output and inputs to `record`.
 
-    def __init__(self, module, look):
+    In the place of an Identity or a Linear it is a layer that has to be called, so that nothing
+    fused bypasses it.
+    """
+
+    def __init__(self, module: nn.Module, record: Callable[..., None]) -> None:
         super().__init__()
-        self.module, self.look = module, look
+        self.module, self.record = module, record
 
     def forward(self, *args, **kwargs):
         result = self.module(*args, **kwargs)
-        self.look(result, *args)
+        self.record(result, *args)
         return result
 
 
-def _stand_in(module, children):
-    """`module` with these children, and not compiled; all else is shared, its hooks too."""
-    made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    for name in ("_compiled_call_impl", "_rule"):
-        made.__dict__.pop(name, None)
-    made.__dict__["_modules"] = module._modules | children
-    return made
+def _copy_with(module: nn.Module, children: dict[str, Any]) -> Any:
+    """A shallow copy of `module` with these children, not compiled; hooks are shared too."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    for name in ("_compiled_call_impl", "_plan_cache"):
+        copied.__dict__.pop(name, None)
+    copied.__dict__["_modules"] = module._modules | children
+    return copied
 
 
 @torch.no_grad()
-def _run(model, images, chosen, show: Callable[[str, Tensor], None]):
-    """`show(name, weights)` for each of the chosen blocks, as they run."""
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    chosen: dict[str, nn.Module],
+    receive: Callable[[str, Tensor], None],
+) -> None:
+    """Run the model once, and call `receive(name, weights)` when each of the chosen blocks runs."""
     if model.training:
         raise ValueError("model: in train mode, expected model.eval()")
-    seen, watched = set(), {}
+    seen: set[str] = set()
+    recorded: dict[str, dict[str, nn.Module]] = {}
     for name, block in chosen.items():
 
-        def look(p, name=name):
+        def record(p, name=name):
             seen.add(name)
             with torch.autocast(p.device.type, enabled=False):
-                show(name, p)
+                receive(name, p)
 
         parent, _, number = name.rpartition(".")
-        watched.setdefault(parent, {})[number] = _watched(block, look)
+        recorded.setdefault(parent, {})[number] = _recorded(block, record)
     parents = {
-        name: _stand_in(getattr(model, name), children) for name, children in watched.items()
+        name: _copy_with(getattr(model, name), children) for name, children in recorded.items()
     }
-    _stand_in(model, parents)(_as_taken(model, images))
+    _copy_with(model, parents)(_model_input(model, images))
     if missed := chosen.keys() - seen:
         raise RuntimeError(
             f"model: {sorted(missed)[0]} was not seen: it, or what it is in, has a forward put on "
@@ -203,7 +242,7 @@ def _run(model, images, chosen, show: Callable[[str, Tensor], None]):
         )
 
 
-def _chosen(model, numbers) -> dict[str, nn.Module]:
+def _chosen(model: Any, numbers: int | Iterable[int] | None) -> dict[str, nn.Module]:
     """{name: block} in the order in which they run."""
     if not isinstance(model, timm_vit.VisionTransformer | timm_cait.Cait):
         raise ValueError(
@@ -230,8 +269,9 @@ def _chosen(model, numbers) -> dict[str, nn.Module]:
     return blocks
 
 
-def _pick(blocks, numbers):
-    L, places = len(blocks), set()
+def _pick(blocks: dict[str, nn.Module], numbers: Sequence[int]) -> dict[str, nn.Module]:
+    L = len(blocks)
+    places: set[int] = set()
     if not numbers:
         raise ValueError("blocks: none, expected a number at least, or None for all")
     for number in numbers:
@@ -245,7 +285,7 @@ def _pick(blocks, numbers):
     return {name: block for i, (name, block) in enumerate(blocks.items()) if i in places}
 
 
-def _as_taken(model, images):
+def _model_input(model: nn.Module, images: Any) -> Tensor:
     """The images as the model takes them, in its dtype and on its device."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: a {type(images).__name__}, expected a tensor")
@@ -268,33 +308,38 @@ def _as_taken(model, images):
 # What a block computes
 
 
-def _watched(block, look):
-    """A stand-in for the block that hands its weights to `look`. With layers of other kinds inside,
-    which are called, an accelerated block runs timm's own forward."""
+def _recorded(block: Any, record: Callable[[Tensor], None]) -> Any:
+    """A copy of the block that passes its softmax weights to `record`.
+
+    With a `_Recorder` inside an accelerated block runs timm's own forward.
+    """
     attn = block.attn
+    parts: dict[str, Callable[..., None]]
     if isinstance(attn, timm_cait.TalkingHeadAttn):
-        parts = {"proj_l": lambda t, s: look(_wide(t).permute(0, 3, 1, 2).softmax(-1))}
+        parts = {"proj_l": lambda t, s: record(_wide(t).permute(0, 3, 1, 2).softmax(-1))}
     else:
         q_name, k_name = (
             ("q", "k") if isinstance(attn, timm_cait.ClassAttn) else ("q_norm", "k_norm")
         )
-        made = []  # timm makes q before k
+        queries: list[Tensor] = []  # timm computes q before k
         parts = {
-            q_name: lambda q, x: made.append(_by_head(q, attn)),
-            k_name: lambda k, x: look(_softmax(made.pop(), _by_head(k, attn), attn)),
+            q_name: lambda q, x: queries.append(_by_head(q, attn)),
+            k_name: lambda k, x: record(_softmax(queries.pop(), _by_head(k, attn), attn)),
         }
-    children = {part: _Beside(getattr(attn, part), of) for part, of in parts.items()}
-    made_attn = _stand_in(attn, children)
-    made_block = _stand_in(block, {"attn": made_attn})
-    for made_module in (made_attn, made_block):
-        if isinstance(made_module, Fast):
-            acknowledge(made_module)
-    return made_block
+    children = {part: _Recorder(getattr(attn, part), of) for part, of in parts.items()}
+    copied_attn = _copy_with(attn, children)
+    copied_block = _copy_with(block, {"attn": copied_attn})
+    for copied in (copied_attn, copied_block):
+        if isinstance(copied, Fast):
+            suppress_warning(copied)
+    return copied_block
 
 
 def _by_head(t, attn):
-    """(B, N, H d), or (B, H d) of one token -> (B, H, N, d), which may be what t is; in the eight
-    bits in which attention reads it, where qkv writes such."""
+    """(B, N, H d), (B, H d) of one token or (B, H, N, d) -> (B, H, N, d).
+
+    Rounded to the quantized values that attention reads, where qkv writes such.
+    """
     scale = getattr(getattr(attn, "qkv", None), "output_scale", None)
     if scale is not None:
         t = dequantize(quantize_statically_reference(t, scale))

@@ -1,14 +1,15 @@
-"""Files of a model for use elsewhere: PyTorch's exported programs, AOTInductor packages, ONNX."""
+"""Export a model to a file: PyTorch's exported programs, AOTInductor packages, ONNX."""
 
 import copy
 import importlib
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from .layers._base import Fast
 from .quantization import quantized_layers
 
-FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # and how their files end
+FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # format -> suffix
 BACKENDS = ("auto", "torch")
-# Relative errors that two orders of the same arithmetic may differ by: some ten times what was seen
+# Relative error that another order of summation may cause: some ten times the largest seen
 TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2,
 }  # fmt: skip
@@ -29,15 +30,25 @@ _ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote."""
+    """What `export` wrote; `str()` of it is a text for people.
+
+    Attributes:
+        path: the file.
+        format: "torch-export", "aoti" or "onnx".
+        bytes: its size.
+        batch: its batch size, None for any.
+        backend: "kernels" if deit_fast's operators are in the file, "torch" if none are.
+        why: the reason for `backend`.
+        errors: batch size -> relative error of the loaded file against the model.
+    """
 
     path: Path
     format: str
     bytes: int
-    batch: int | None  # None: any
-    backend: str  # "kernels": deit_fast's operators are in the file; "torch": none are
+    batch: int | None
+    backend: str
     why: str
-    errors: dict[int, float] = field(default_factory=dict)  # batch size -> relative error
+    errors: dict[int, float] = field(default_factory=dict)
 
     def __str__(self):
         errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in self.errors.items())
@@ -59,25 +70,37 @@ def export(
     batch: int | None = None,
     backend: str = "auto",
 ) -> Exported:
-    """Write a model in eval() mode to `path`, load the file again and compare its logits.
+    """Write a model to a file, load the file again and compare its logits with the model's.
 
     The file maps float images (B, C, H, W), normalised, of the model's dtype and size and on its
-    device, to what the model returns, its `heads` included. `batch`: B, or None for any B from 1.
-    `format`, and how `path` has to end:
+    device, to what the model returns, its `heads` included. The formats:
 
-      "torch-export"  .pt2 for torch.export.load. Where the model's device has deit_fast's kernels
-                      and `backend` is "auto" they are in it as operators, and loading it takes an
+      "torch-export"  .pt2 for torch.export.load. If the model's device has deit_fast's kernels and
+                      `backend` is "auto" they are in it as operators, and loading it takes an
                       `import deit_fast`; "torch" leaves plain PyTorch operations. With a dynamic
-                      batch no LayerNorm is folded into a product: that pays off by the batch.
+                      batch no LayerNorm is folded into a GEMM: whether it pays off depends on B.
       "aoti"          .pt2 for torch._inductor.aoti_load_package and C++: compiled for the device,
-                      the processor and the PyTorch of this machine, without deit_fast's kernels.
-      "onnx"          one file of standard operators, from a float32 or float16 model. Needs
+                      the CPU and the PyTorch of this machine, without deit_fast's kernels.
+      "onnx"          .onnx, one file of standard operators, from a float32 or float16 model. Needs
                       `pip install 'deit_fast[export]'`.
 
-    `model` is not changed. An earlier file at `path` is replaced only once the new one has passed;
-    the relative errors are in the result. Raises ValueError for arguments and models that do not
-    fit, OSError for a folder that can't be written to, RuntimeError with one line where a package
-    is missing, the exporter fails or the file disagrees with the model.
+    An earlier file at `path` is replaced only once the new one has passed.
+
+    Args:
+        model: in eval mode; it is not changed.
+        path: of the file, with the suffix of its format.
+        format: "torch-export", "aoti" or "onnx".
+        batch: B, or None for any B from 1.
+        backend: "auto" or "torch", for torch-export.
+
+    Returns:
+        What was written, with its relative errors.
+
+    Raises:
+        ValueError: for arguments and models that do not fit.
+        OSError: for a folder that can't be written to.
+        RuntimeError: with one line, if a package is missing, the exporter fails, or the file's
+            logits are not the model's.
     """
     path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
     check(path, format, batch)
@@ -103,7 +126,7 @@ def export(
         return torch.randn(count, *shape, generator=generator).to(weight)
 
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        # a folder beside `path`: the last step is a rename, and whatever fails leaves nothing
+        # a folder in that of `path`: the last step is a rename, and a failure leaves nothing
         written = Path(folder, path.name)
         with _one_line(f"{format}: export failed"):
             # an example of 1 would make the batch a constant
@@ -117,7 +140,8 @@ def export(
             if not error <= TOLERANCE[weight.dtype]:  # so that NaN fails
                 raise RuntimeError(
                     f"{format}: the file disagrees with the model, relative error {error:.1e} at "
-                    f"batch {size}, expected {TOLERANCE[weight.dtype]:.0e} or less; nothing was kept"
+                    f"batch {size}, expected {TOLERANCE[weight.dtype]:.0e} or less; nothing was "
+                    "kept"
                 )
         os.replace(written, path)
     why = _why(program, format, backend, weight.device)
@@ -125,7 +149,18 @@ def export(
 
 
 def check(path: str | Path, format: str, batch: int | None = None) -> None:
-    """Raise what `export` would for its target, before a model is there."""
+    """Check the arguments of `export` before there is a model.
+
+    Args:
+        path: of the file.
+        format: "torch-export", "aoti" or "onnx".
+        batch: the batch size, or None for any.
+
+    Raises:
+        ValueError: as `export`.
+        OSError: as `export`.
+        RuntimeError: if a package is missing.
+    """
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format: {format!r}, expected one of {tuple(FORMATS)}")
@@ -150,25 +185,25 @@ def check(path: str | Path, format: str, batch: int | None = None) -> None:
             ) from error
 
 
-def _image_shape(model):
-    embed = getattr(model, "patch_embed", None)
+def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+    embed: Any = getattr(model, "patch_embed", None)
     proj = getattr(embed, "proj", None)
     size = getattr(embed, "img_size", None)
     if proj is None or size is None:
         raise ValueError(
-            f"model: {type(model).__name__}, expected a timm vision transformer built for one image "
-            "size (patch_embed.img_size)"
+            f"model: {type(model).__name__}, expected a timm vision transformer built for one "
+            "image size (patch_embed.img_size)"
         )
     return proj.in_channels, *size
 
 
-def _check_onnx(model, dtype):
+def _check_onnx(model: nn.Module, dtype: torch.dtype) -> None:
     formats = quantized_layers(model)
     if "fp8" in formats.values():
         raise ValueError(
             f"onnx: {list(formats.values()).count('fp8')} layers of the model are in fp8, whose "
-            "products onnxruntime does not compute on a CPU: call deit_fast.restore(model) and "
-            "accelerate first, or quantise to int8, or write torch-export or aoti"
+            "GEMMs onnxruntime does not compute on a CPU: call deit_fast.restore(model) and "
+            "accelerate first, or quantize to int8, or write torch-export or aoti"
         )
     if dtype not in ONNX_DTYPES:
         names = " or ".join(str(d)[6:] for d in ONNX_DTYPES)
@@ -181,7 +216,7 @@ def _check_onnx(model, dtype):
         raise ValueError(f"onnx: {size:,} bytes of weights, expected fewer than {ONNX_LIMIT:,}")
 
 
-def _trace(model, example, dynamic):
+def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(
         model, (example,), dynamic_shapes=({0: batch},) if dynamic else None
@@ -191,18 +226,18 @@ def _trace(model, example, dynamic):
     return program
 
 
-def _write_torch_export(program) -> memoryview:
+def _write_torch_export(program: torch.export.ExportedProgram) -> memoryview:
     torch.export.save(program, file := io.BytesIO())
     return file.getbuffer()
 
 
-def _write_aoti(program) -> memoryview:
+def _write_aoti(program: torch.export.ExportedProgram) -> memoryview:
     torch._inductor.aoti_compile_and_package(program, package_path=(file := io.BytesIO()))
     return file.getbuffer()
 
 
-def _write_onnx(program) -> bytes:
-    exported = torch.onnx.export(
+def _write_onnx(program: torch.export.ExportedProgram) -> bytes:
+    exported: Any = torch.onnx.export(
         program, (), dynamo=True, verbose=False,
         input_names=["images"], output_names=["logits"],
         dynamic_shapes=({0: "batch"},) if program.range_constraints else None,  # the name alone
@@ -210,15 +245,19 @@ def _write_onnx(program) -> bytes:
     return exported.model_proto.SerializeToString()
 
 
-def _read_onnx(path) -> Callable[[Tensor], Tensor]:
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
 
 
-_WRITERS = {"torch-export": _write_torch_export, "aoti": _write_aoti, "onnx": _write_onnx}
-_READERS = {
+_WRITERS: dict[str, Callable[[torch.export.ExportedProgram], bytes | memoryview]] = {
+    "torch-export": _write_torch_export,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
+}
+_READERS: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
     "torch-export": lambda path: torch.export.load(path).module(),
     "aoti": lambda path: torch._inductor.aoti_load_package(str(path)),
     "onnx": _read_onnx,
@@ -236,8 +275,11 @@ def _relative_error(got, expected):
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-def _why(program, format, backend, device) -> tuple[str, str]:
-    targets = [getattr(node, "target", None) for node in program.graph.nodes]
+def _why(
+    program: torch.export.ExportedProgram, format: str, backend: str, device: torch.device
+) -> tuple[str, str]:
+    """Which operations are in the file, and why."""
+    targets: list[Any] = [getattr(node, "target", None) for node in program.graph.nodes]
     ours = {t.name() for t in targets if getattr(t, "namespace", None) == "deit_fast"}
     if ours:
         return "kernels", f"{', '.join(sorted(ours))}: to load it, import deit_fast first"
@@ -250,8 +292,8 @@ def _why(program, format, backend, device) -> tuple[str, str]:
 
 
 @contextmanager
-def _one_line(what):
-    """Exporters raise anything, by the page. Of OSError the line is clear as it is."""
+def _one_line(what: str) -> Iterator[None]:
+    """Turn the errors of exporters, which are pages long, into one line; OSErrors are clear."""
     try:
         yield
     except OSError:

@@ -27,7 +27,7 @@ from .kernels.quantize import FORMATS
 from .layers import Block
 from .layers.quantized import QuantizedAttention, QuantizedMlp, undo, why_not
 from .layers.quantized_linear import QuantizedLinear, is_quantized, quantize_
-from .swap import Left
+from .swap import Skipped
 
 PARTS = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 
@@ -49,7 +49,7 @@ class QuantizationReport:
     scales: str
     attention: int = 0
     quantized: list[str] = field(default_factory=list)
-    skipped: list[Left] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
     def __str__(self):
         lines = [f"{self.format}: {len(self.quantized)} layers, activation scales {self.scales}"]
@@ -116,7 +116,7 @@ def quantize(
             chosen[name] = block, part
             report.quantized.append(name)
         else:
-            report.skipped.append(Left(name, type(model.get_submodule(name)).__name__, reason))
+            report.skipped.append(Skipped(name, type(model.get_submodule(name)).__name__, reason))
     if not chosen:
         raise ValueError(f"model: no layer can be quantized\n{report}")
     _check_weights(model, chosen)

@@ -1,14 +1,15 @@
-"""accelerate(model) turns timm's modules into the drop-in ones of `deit_fast.layers`, in place.
+"""accelerate(model) replaces timm's modules by the drop-in ones of `deit_fast.layers`, in place.
 
-A drop-in module is a subclass of the timm module it stands for and holds no parameters of its own,
-so a swap is a change of the instance's class: parameters, buffers, hooks and mode stay what and
-where they are, the model itself may be swapped as well as what is inside it, and `restore` is
-exact. No class and no global is touched. What is done to the model afterwards works as in timm:
-`deit_fast.layers._bypass` says how, and `report` what came of it.
+A drop-in module is a subclass of the timm module it replaces and holds no parameters of its own. So
+a module is replaced by changing the class of the instance: parameters, buffers, hooks and mode stay
+what and where they are, the model itself can be replaced like what is inside it, and `restore` is
+exact. No class and no global is patched. What is done to the model afterwards works as in timm:
+`deit_fast.layers._fusion` explains how, and `report` lists what is not fused.
 """
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm as TimmLayerNorm
@@ -18,12 +19,12 @@ from deit_fast import layers
 from deit_fast.kernels import _chips
 
 from .layers._base import BACKENDS, Fast
-from .layers._bypass import FUSED, Rule, acknowledge, examine
+from .layers._fusion import FUSED, PlanCache, make_plan, suppress_warning
 from .layers.quantized import undo
 from .layers.quantized_linear import is_quantized
 
 # timm class -> the class that replaces it. Parts come before what is made of them.
-SWAPS = {
+SWAPS: dict[type[nn.Module], type[Fast]] = {
     nn.LayerNorm: layers.LayerNorm,
     TimmLayerNorm: layers.LayerNorm,
     layers.Attention.timm_class: layers.Attention,
@@ -58,8 +59,14 @@ _KINDS = (
 
 
 @dataclass(frozen=True)
-class Left:
-    """A module that stays what it was, and why."""
+class Skipped:
+    """A module that stays timm's or runs unfused, and why.
+
+    Attributes:
+        name: its name in `named_modules()`, "" for the model itself.
+        kind: the name of its class.
+        reason: why, in a few words.
+    """
 
     name: str
     kind: str
@@ -68,23 +75,28 @@ class Left:
 
 @dataclass
 class Report:
-    """What `accelerate` did. Module names are those of `named_modules()`, "" the model itself.
+    """What `accelerate` did; `str()` of it is a text for people.
 
-    `left` stayed timm's; `unfused` are swapped modules that run timm's own forward, or call a
-    Linear instead of reading it, as they are now: with hooks or adapters, or in train() with
-    dropout. A part of a module that is listed is not listed again.
+    Attributes:
+        backend: "auto", "triton" or "torch".
+        why_backend: where it comes from, or what "auto" means on this machine.
+        replaced: class name -> names of the modules, as in `named_modules()`, "" the model itself.
+        skipped: modules that stay timm's.
+        unfused: replaced modules that now run timm's own forward or call a Linear instead of
+            reading its weight: with hooks or adapters, or in train() with dropout. A part of a
+            module that is listed is not listed again.
     """
 
     backend: str
     why_backend: str
-    swapped: dict[str, list[str]] = field(default_factory=dict)  # class name -> module names
-    left: list[Left] = field(default_factory=list)
-    unfused: list[Left] = field(default_factory=list)
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    unfused: list[Skipped] = field(default_factory=list)
 
     def __str__(self):
-        counts = ", ".join(f"{len(names)} {kind}" for kind, names in self.swapped.items())
-        lines = [f"swapped: {counts}", f"backend: {self.backend} ({self.why_backend})"]
-        for what, modules in (("left:   ", self.left), ("unfused:", self.unfused)):
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in self.replaced.items())
+        lines = [f"replaced: {counts}", f"backend: {self.backend} ({self.why_backend})"]
+        for what, modules in (("skipped:", self.skipped), ("unfused:", self.unfused)):
             lines += [f"{what} {m.name or '(the model)'} ({m.kind}): {m.reason}" for m in modules]
         return "\n".join(lines)
 
@@ -92,51 +104,70 @@ class Report:
 def accelerate(
     model: nn.Module, backend: str = "auto", recompute: bool = True, strict: bool = True
 ) -> Report:
-    """Swap every module that deit_fast computes exactly; the rest stays timm's.
+    """Replace every module that deit_fast computes exactly; the rest stays timm's.
 
-    `model` is changed in place and shares its parameters: `state_dict`, hooks, devices and
-    optimisers stay valid. `backend`: "auto" (CUDA tensors go to the kernels that serve the chip,
-    CPU tensors to PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch); the
-    environment variable DEIT_FAST_BACKEND overrides it. `recompute`: whether the backward passes of
-    blocks make LayerNorm's and GELU's results again, or find them saved (more memory, less work):
-    see `deit_fast.layers.Block`. Models already accelerated get the new choices. `strict=False`: a
-    model in which nothing can be swapped, such as a convnet, stays timm's.
+    The model is changed in place: parameters, `state_dict`, hooks, devices and optimizers stay
+    valid. A model that is accelerated already gets the new `backend` and `recompute`.
 
-    Returns a `Report`. Raises ValueError for an unknown backend or where nothing can be swapped,
-    RuntimeError for "triton" on a machine that can't run it. Nothing is changed if it raises.
+    Args:
+        model: a timm model, or any module that contains timm's.
+        backend: "auto" (CUDA tensors go to the kernels that serve the chip, CPU tensors to
+            PyTorch), "triton" (always Triton) or "torch" (always plain PyTorch). The environment
+            variable DEIT_FAST_BACKEND overrides it.
+        recompute: whether the backward of blocks recomputes the outputs of LayerNorm and GELU, or
+            they are saved (more memory, less work): see `deit_fast.layers.Block`.
+        strict: False: a model in which nothing can be replaced, such as a convnet, stays timm's.
+
+    Returns:
+        What was replaced, what was skipped and why.
+
+    Raises:
+        ValueError: for an unknown backend, or where nothing can be replaced.
+        RuntimeError: for "triton" on a machine that can't run it. The model is unchanged if this
+            or the other is raised.
     """
     backend, why = _resolve_backend(backend)
     modules = list(model.named_modules())
     for timm_class, fast_class in SWAPS.items():
         for name, module in modules:
             if type(module) is timm_class and fast_class.why_not(module) is None:
-                module.timm_class = timm_class
-                module._rule = Rule(name)
-                module.__class__ = fast_class
+                _replace(module, name, fast_class)
     for _, module in modules:
         if isinstance(module, Fast):
             module.backend = backend
             if hasattr(type(module), "recompute"):
                 module.recompute = recompute
-            acknowledge(module)
+            suppress_warning(module)
         elif is_quantized(module):
             module.backend = backend
     found = _report(model, backend, why)
-    if strict and not found.swapped:
+    if strict and not found.replaced:
         known = ", ".join(c.__name__ for c in SWAPS)
-        reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in found.left)
+        reasons = "".join(f"\n  {m.name or '(the model)'}: {m.reason}" for m in found.skipped)
         raise ValueError(
-            f"model: nothing to swap in {type(model).__name__}, expected a timm model with one of "
-            f"{known}{reasons}"
+            f"model: nothing to replace in {type(model).__name__}, expected a timm model with one "
+            f"of {known}{reasons}"
         )
     return found
 
 
-def report(model: nn.Module) -> Report:
-    """What of `model` is swapped, left with timm, and swapped but unfused, as it is now: after
-    hooks, adapters or other layers came in, or the mode changed. Changes nothing.
+def _replace(module: Any, name: str, fast_class: type[Fast]) -> None:
+    module.timm_class = type(module)
+    module._plan_cache = PlanCache(name)
+    module.__class__ = fast_class
 
-    Raises ValueError for a model in which nothing is swapped.
+
+def report(model: nn.Module) -> Report:
+    """What of an accelerated model is replaced, skipped and unfused now; changes nothing.
+
+    It differs from what `accelerate` returned after hooks, adapters or other layers came in, or the
+    mode changed.
+
+    Args:
+        model: an accelerated model.
+
+    Raises:
+        ValueError: for a model that is not accelerated.
     """
     backends = {m.backend: None for m in model.modules() if isinstance(m, Fast)}
     if not backends:
@@ -146,33 +177,42 @@ def report(model: nn.Module) -> Report:
     return _report(model, ", ".join(backends), "as accelerated")
 
 
-def _report(model, backend, why) -> Report:
-    found, told = Report(backend, why), []
+def _report(model: nn.Module, backend: str, why: str) -> Report:
+    found = Report(backend, why)
+    listed: list[str] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, Fast):
-            found.swapped.setdefault(kind, []).append(name)
-            plan = examine(module)
-            if plan is not FUSED and not any(name.startswith(prefix) for prefix in told):
-                found.unfused.append(Left(name, kind, str(plan)))
-                told.append(f"{name}.")
+            found.replaced.setdefault(kind, []).append(name)
+            plan = make_plan(module)
+            if plan is not FUSED and not any(name.startswith(prefix) for prefix in listed):
+                found.unfused.append(Skipped(name, kind, str(plan)))
+                listed.append(f"{name}.")
         elif type(module) in SWAPS:
             reason = SWAPS[type(module)].why_not(module) or "came in since: accelerate again"
-            found.left.append(Left(name, kind, reason))
+            found.skipped.append(Skipped(name, kind, reason))
         elif any(k in kind for k in _KINDS):
-            found.left.append(Left(name, kind, "deit_fast has no replacement for this class"))
+            found.skipped.append(Skipped(name, kind, "deit_fast has no replacement for this class"))
     return found
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate` and `quantize`: every drop-in module becomes timm's again, parameters
-    untouched; layers in eight bits get the weights back that they were made of, or, where eight
-    bits were loaded since, those as numbers of the model's dtype."""
+    """Undo `accelerate` and `quantize`, in place: every drop-in module becomes timm's again.
+
+    Parameters are not touched. Quantized layers get back the weights that they were made of or, if
+    quantized ones were loaded since, those dequantized to the model's dtype.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The model.
+    """
     undo(model)
     for module in model.modules():
         if isinstance(module, Fast):
             timm_class = module.timm_class
-            for name in ("backend", "timm_class", "heads", "recompute", "_rule"):
+            for name in ("backend", "timm_class", "heads", "recompute", "_plan_cache"):
                 module.__dict__.pop(name, None)
             module.__class__ = timm_class
     return model

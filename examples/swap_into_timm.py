@@ -38,7 +38,7 @@ def main():
     rate = images_per_second(model, images)
     weights = {name: w.data_ptr() for name, w in model.state_dict().items()}
 
-    print(deit_fast.accelerate(model))  # in place; says what was replaced, what was not, and why
+    print(deit_fast.accelerate(model))  # in place; says what was replaced or skipped, and why
 
     with torch.inference_mode():
         difference = ((model(images) - before).norm() / before.norm()).item()

@@ -1,4 +1,4 @@
-"""Attention's weights against timm's own softmax; and the model stays as it is."""
+"""Attention maps against timm's own softmax; and the model is not changed."""
 
 import copy
 
@@ -70,7 +70,7 @@ def test_timms_own_softmax(kind):
     x = images(reference)
     for model in (reference, fast):
         for module in (m for m in model.modules() if hasattr(m, "scale")):
-            module.scale *= 0.8  # timm's fused attention has but that of the head dimension
+            module.scale *= 0.8  # timm's fused attention knows only that of the head dimension
             module.fused_attn = False
     for model in (reference, fast):
         assert_timms(deit_fast.attention_maps(model, x), reference, x)
@@ -124,7 +124,7 @@ def test_sizes_that_are_not_square():
 
 
 @pytest.mark.parametrize("make", [tiny_pair, tiny_cait])
-def test_bytes(make):
+def test_uint8_images(make):
     reference, fast = make()
     size = reference.patch_embed.img_size
     generator = torch.Generator().manual_seed(seeded(1))
@@ -143,9 +143,9 @@ def softmax(qkv):
 
 
 @pytest.mark.parametrize("variant", ["fp8", "fp8, attention too", "int8", "int8, proj alone"])
-def test_eight_bits(variant):
-    """q and k by the definition of eight bits, of the block's own input. A few operands go to the
-    neighbour: less by far than what eight bits change."""
+def test_quantized_layers(variant):
+    """q and k by the reference quantization of the block's own input. A few values round to the
+    neighbour: much less than the quantization error."""
     reference, fast = tiny_pair()
     exclude = ["*.qkv"] if "alone" in variant else ()
     deit_fast.quantize(fast, variant[:4].strip(","), None, exclude, "too" in variant)
@@ -179,11 +179,11 @@ def test_eight_bits(variant):
         assert_within(got, expected, NEIGHBOURS * relative_error(expected, plain))
 
 
-# The model stays as it is
+# The model is not changed
 
 
 def state(model):
-    """{module: its class and all that it holds}, dictionaries, of hooks and parameters, as lists"""
+    """{module: its class and attributes}, with dictionaries of hooks and parameters as lists."""
     return {
         name: {"class": type(module)}
         | {
@@ -262,7 +262,7 @@ def test_hooks_fire_as_in_one_forward_pass(make):
 
 
 class Adapted(nn.Module):
-    """A Linear and a low-rank one beside it."""
+    """A Linear plus a low-rank one (LoRA)."""
 
     def __init__(self, linear):
         super().__init__()
@@ -297,7 +297,7 @@ def test_what_hooks_change_is_changed(name):
 
 
 def test_a_compiled_model():
-    """The stand-in of one that torch.compile wraps, or that compiles itself, is not compiled."""
+    """The copy of a compiled model is not compiled."""
     for model in tiny_pair():
         x = images(model)
         expected = deit_fast.attention_maps(model, x)

@@ -1,4 +1,4 @@
-"""Attention rollout against numpy, the tokens' maps, and the command that draws them."""
+"""Attention rollout against numpy, the maps of the tokens, and the command that draws them."""
 
 import itertools
 import sys
@@ -22,7 +22,7 @@ CAIT = "cait_xxs24_224"
 
 
 def by_numpy(maps, fusion, ratio):
-    """One image at a time, in fp64, as vit-explain has it, but for rows instead of columns."""
+    """One image at a time, in fp64, as in vit-explain, but normalised by rows."""
     every = []
     for image in range(len(next(iter(maps.values())))):
         product = np.eye(next(iter(maps.values())).shape[-1])
@@ -111,7 +111,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def command(model, tmp_path_factory):
-    """Two pictures, the second by way of a list that begins with what is none."""
+    """Two images; the second in a list whose first file is no image."""
     root = tmp_path_factory.mktemp("attention")
     random = np.random.default_rng(seeded(0))
     for name in ("one $x^$.png", "two.png"):
@@ -131,7 +131,7 @@ def test_command_draws(model, command, tmp_path, capsys, monkeypatch):
 
     real, drawn = plots.attention, []
     monkeypatch.setattr(plots, "attention", lambda *args: drawn.append(args) or real(*args))
-    pictures = []
+    figures = []
     for options, what in (
         ((), "attention in blocks.2, mean of the heads"),
         (("--block", "-1"), "attention in blocks.2, mean of the heads"),
@@ -160,16 +160,16 @@ def test_command_draws(model, command, tmp_path, capsys, monkeypatch):
                 assert_equal(torch.from_numpy(maps[token]), expected)
         with Image.open(out) as image:
             assert image.format == "PNG" and min(image.size) > 400
-            pictures.append(np.asarray(image.convert("RGB")))
-    assert np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
-    assert not np.array_equal(pictures[0], pictures[3])
+            figures.append(np.asarray(image.convert("RGB")))
+    assert np.array_equal(figures[0], figures[1])
+    assert not np.array_equal(figures[0], figures[2])
+    assert not np.array_equal(figures[0], figures[3])
 
 
 @pytest.mark.slow
-def test_picture_shows_the_values(tmp_path):
-    """Where a map is largest its picture is bright, and dark where it is least; the first column is
-    the picture itself. No text is cut off at the edge."""
+def test_figure_shows_the_values(tmp_path):
+    """A map is bright where it is largest and dark where it is least; the first column is the image
+    itself. No text is cut off at the edge."""
     selection.extra("train", "matplotlib")
     from deit_fast.distill import plots
 
@@ -228,7 +228,7 @@ def test_command_errors_before_anything_is_read(command, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_command_errors(command, tmp_path, capsys, monkeypatch):
-    """Whatever fails, an earlier picture stays, and nothing beside it."""
+    """Whatever fails, an earlier figure stays, and no other file is left."""
     selection.extra("train", "matplotlib")
     from deit_fast.distill import plots
 

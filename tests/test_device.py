@@ -15,7 +15,7 @@ def inputs(device="cpu"):
 
 
 def test_without_it_no_kernel_takes_a_cpu_tensor():
-    """In any order of the tests: nor where a chip is pretended, nor in processes of tests."""
+    """In any order of the tests: nor where a chip is simulated, nor in child processes."""
     with pytest.raises(RuntimeError, match="needs a CUDA tensor, x is on cpu"):
         layer_norm(*inputs(), implementation="triton")
     with simulate_device(Chip("H200", (9, 0), 132)):

@@ -1,4 +1,4 @@
-"""InferenceEngine: the model's own answers, in any number, from anywhere, in any order."""
+"""InferenceEngine: the model's own outputs, for any batch, from any stream, in any order."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from torch import nn
 
 import deit_fast
 from deit_fast import InferenceEngine, engine
-from deit_fast.engine import data_config, plan
+from deit_fast.engine import data_config, plan_batches
 
 
 def model(**kwargs):
@@ -27,23 +27,23 @@ def floats(count, size=64):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seeded(count)))
 
 
-def bytes_of(count, size=64):
+def uint8s(count, size=64):
     generator = torch.Generator().manual_seed(seeded(count))
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-def answers(m, images):
+def outputs(m, images):
     with torch.inference_mode():
         return m(images)
 
 
-def assert_answers(got, m, images):
-    assert_close(got, answers(m, images))
+def assert_outputs(got, m, images):
+    assert_close(got, outputs(m, images))
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """An engine on a CPU takes the way it takes on a GPU, and races are errors."""
+    """An engine on a CPU runs as on a GPU, and data races are errors."""
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr(engine, "has_graphs", lambda device: True)
     monkeypatch.setattr(engine, "on_host", lambda images: False)
@@ -51,23 +51,23 @@ def fake(monkeypatch):
         yield cuda
 
 
-@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.parametrize("make", [floats, uint8s])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
 def test_any_number_of_images(make, count):
     m = model()
     got = InferenceEngine(m, batch_size=4)(make(count))
-    assert_answers(got, m, make(count))
+    assert_outputs(got, m, make(count))
     assert not got.is_inference()
 
 
-@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.parametrize("make", [floats, uint8s])
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 24])
-def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
+def test_graphs_give_the_outputs_in_order(fake, monkeypatch, make, host, count):
     monkeypatch.setattr(engine, "on_host", lambda images: host)
     m = model()
     run = InferenceEngine(m, batch_sizes=(1, 2, 8))
-    assert len(run._slots) == 6
+    assert len(run._graphs) == 6
     owner = fake.host_actor if host else fake.caller
     with fake.on(owner):
         images = make(count)
@@ -75,7 +75,7 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
         with fake.on(owner):
             images.add_(1)  # in the memory that the last call read
             given = images.clone()
-        expected = answers(m, given)
+        expected = outputs(m, given)
         got = run(images)
         assert_close(got, expected, f"call {repeat}")
         assert not got.is_inference()
@@ -83,28 +83,25 @@ def test_graphs_give_the_answers_in_order(fake, monkeypatch, make, host, count):
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_a_model_in_eight_bits(request, graphs, format):
-    """Floats and bytes, its own answers; and its memory is what eight bits take."""
+def test_a_quantized_model(request, graphs, format):
+    """Float and uint8 images; the memory is that of the quantized weights."""
     if graphs:
         request.getfixturevalue("fake")
     m = model()
     before = InferenceEngine(m, 4, prepare=()).memory.weights
     deit_fast.quantize(m, format)
     run = InferenceEngine(m, batch_sizes=(1, 4))
-    for make in (
-        floats,
-        bytes_of,
-    ):  # of one size, whose sums the BLAS rounds alike
-        assert torch.equal(run(make(4)), answers(m, make(4)))
-    products = 2 * 12 * 64 * 64
+    for make in (floats, uint8s):  # one size, whose sums BLAS rounds alike
+        assert torch.equal(run(make(4)), outputs(m, make(4)))
+    weights = 2 * 12 * 64 * 64
     scales = 2 * 4 * (3 + 1 + 4 + 1) * 64 + 2 * 2 * 4 * (format == "fp8")
-    assert before - run.memory.weights == 3 * products - scales
+    assert before - run.memory.weights == 3 * weights - scales
     deit_fast.restore(m)
     if graphs:
         with pytest.raises(RuntimeError, match=r"call engine.refresh\(\)"):
             run(floats(1))
     else:
-        assert_answers(run(floats(1)), m, floats(1))
+        assert_outputs(run(floats(1)), m, floats(1))
 
 
 def test_callers_on_streams_of_their_own(fake):
@@ -116,7 +113,7 @@ def test_callers_on_streams_of_their_own(fake):
     for turn in range(6):
         fake.caller = streams[turn % 2]
         images = floats(turn + 1)
-        expected = answers(m, images)
+        expected = outputs(m, images)
         results.append((fake.caller, run(images), expected))
     for stream, got, expected in results:  # an overwritten one would differ
         with fake.on(stream):
@@ -126,25 +123,25 @@ def test_callers_on_streams_of_their_own(fake):
 def test_the_next_images_are_copied_while_the_last_are_computed(fake, monkeypatch):
     monkeypatch.setattr(engine, "on_host", lambda images: True)
     run = InferenceEngine(model(), batch_size=2, prepare=("float",))
-    passes = run._passes
+    compute = run._compute
     with fake.host():
         images = floats(2)
-    before = passes.clock[passes.name]
+    before = compute.clock[compute.name]
     for _ in range(2):
         run(images)
-    assert run._copies.clock[passes.name] <= before < passes.clock[passes.name]
+    assert run._copies.clock[compute.name] <= before < compute.clock[compute.name]
     run(images)  # into the first one's buffer
-    assert run._copies.clock[passes.name] > before
+    assert run._copies.clock[compute.name] > before
 
 
 def test_inference_mode_or_not(fake):
     m = model()
     with torch.inference_mode():
         run = InferenceEngine(m, batch_size=2, prepare=("uint8",))
-        inside = run(floats(2)), run(bytes_of(2))
-    for make, got in zip((floats, bytes_of), inside, strict=True):
-        assert_answers(run(make(2)), m, make(2))
-        assert_close(got, answers(m, make(2)))
+        inside = run(floats(2)), run(uint8s(2))
+    for make, got in zip((floats, uint8s), inside, strict=True):
+        assert_outputs(run(make(2)), m, make(2))
+        assert_close(got, outputs(m, make(2)))
 
 
 def test_parameters_that_are_gone(fake):
@@ -161,7 +158,7 @@ def test_parameters_that_are_gone(fake):
     [("wait", "wait_event", False), ("wait", "wait_event", True), ("host", "synchronize", True)],
 )
 def test_without_its_order_it_races(fake, monkeypatch, stream, method, host):
-    """What the other tests can see: each kind of waiting, left out, is an error."""
+    """The other tests would notice: each kind of waiting, omitted, is an error."""
     monkeypatch.setattr(engine, "on_host", lambda images: host)
     run = InferenceEngine(model(), batch_size=2, prepare=("float",))
     actor = fake.host_actor if host else fake.caller
@@ -186,15 +183,15 @@ def test_a_kind_that_was_not_prepared_is_captured_when_it_comes(fake):
     m = model()
     run = InferenceEngine(m, batch_size=2, prepare=("uint8",))
     before = run.memory
-    assert set(run._slots) == {("uint8", 2)} and before.workspace == 2000
-    assert_answers(run(floats(3)), m, floats(3))
-    assert set(run._slots) == {("uint8", 2), ("float", 2)}
+    assert set(run._graphs) == {("uint8", 2)} and before.workspace == 2000
+    assert_outputs(run(floats(3)), m, floats(3))
+    assert set(run._graphs) == {("uint8", 2), ("float", 2)}
     assert run.memory.workspace == 4000
     assert run.memory.buffers - before.buffers == 2 * 2 * (3 * 64 * 64 + 11) * 4
     assert before.weights == sum(p.nbytes for p in m.parameters())
     assert "weights 0.6 MB" in repr(run)
     run.refresh()
-    assert set(run._slots) == {("uint8", 2), ("float", 2)} and run.memory.workspace == 4000
+    assert set(run._graphs) == {("uint8", 2), ("float", 2)} and run.memory.workspace == 4000
 
 
 def test_a_graph_is_one_replay_a_batch(fake):
@@ -221,20 +218,20 @@ def test_no_gradients(request, graphs):
     for _ in range(3):
         got = run(floats(3).requires_grad_())
         assert not got.requires_grad
-        assert not any(s.images.requires_grad for pair in run._slots.values() for s in pair)
-        assert_close(got, answers(m, floats(3)))
+        assert not any(s.images.requires_grad for pair in run._graphs.values() for s in pair)
+        assert_close(got, outputs(m, floats(3)))
 
 
-def test_plan():
+def test_plan_batches():
     sizes = (1, 8, 32, 256)
     for count in (*range(1, 300), 1000):
-        chosen = plan(sizes, count)
+        chosen = plan_batches(sizes, count)
         assert sum(chosen) >= count and set(chosen) <= set(sizes)
         assert sum(chosen[:-1]) < count  # nothing runs for padding alone
-    assert plan(sizes, 40) == (32, 8)
-    assert plan(sizes, 200) == (256,)
-    assert plan(sizes, 513) == (256, 256, 1)
-    assert plan((4,), 0) == ()
+    assert plan_batches(sizes, 40) == (32, 8)
+    assert plan_batches(sizes, 200) == (256,)
+    assert plan_batches(sizes, 513) == (256, 256, 1)
+    assert plan_batches((4,), 0) == ()
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -250,17 +247,17 @@ def test_weights_changed_in_place_are_seen(request, graphs):
             p.copy_(q + 0.1)
     after = run(floats(2))
     assert_differ(after, before)
-    assert_answers(after, m, floats(2))
+    assert_outputs(after, m, floats(2))
 
 
-def test_swapped_weights_need_refresh(fake):
+def test_replaced_weights_need_refresh(fake):
     m = model()
     run = InferenceEngine(m, batch_size=2, prepare=("float",))
     m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="refresh"):
         run(floats(2))
     run.refresh()
-    assert_answers(run(floats(3)), m, floats(3))
+    assert_outputs(run(floats(3)), m, floats(3))
 
 
 @pytest.mark.parametrize("what", ["layer", "hook", "dropout", "other hooks dictionary"])
@@ -282,10 +279,10 @@ def test_a_changed_model_needs_refresh(fake, what):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.refresh()
-    said = [str(w.message) for w in caught if "hooks on blocks.0.mlp.act ran" in str(w.message)]
-    assert len(said) == len(seen[:1]) == ("hook" in what)
+    warned = [str(w.message) for w in caught if "hooks on blocks.0.mlp.act ran" in str(w.message)]
+    assert len(warned) == len(seen[:1]) == ("hook" in what)
     captured = len(seen)
-    assert_answers(run(floats(2)), m, floats(2))
+    assert_outputs(run(floats(2)), m, floats(2))
     assert len(seen) == captured + ("hook" in what)  # by the model's own call
 
 
@@ -304,14 +301,14 @@ def test_refresh_sees_other_heads(fake):
     run = InferenceEngine(m, batch_size=2, prepare=("float",))
     deit_fast.set_heads(m, "distill")
     run.refresh()
-    assert_answers(run(floats(2)), m, floats(2))
+    assert_outputs(run(floats(2)), m, floats(2))
     assert_differ(m.head(torch.ones(64)), m.head_dist(torch.ones(64)))
 
 
-def test_threads_get_their_own_answers():
+def test_threads_get_their_own_outputs():
     m = model()
     run = InferenceEngine(m, batch_size=4)
-    expected = {count: answers(m, floats(count)) for count in range(1, 9)}
+    expected = {count: outputs(m, floats(count)) for count in range(1, 9)}
     found = []
 
     def call(count):
@@ -361,35 +358,35 @@ def test_features_are_timms_pre_logits(distilled):
 def test_features_of_a_model_without_classes():
     reference, fast = tiny_pair(num_classes=0)
     got = InferenceEngine(fast, batch_size=2, output="features")(floats(2))
-    assert_close(got, answers(reference, floats(2)))
+    assert_close(got, outputs(reference, floats(2)))
 
 
-def test_a_model_that_takes_no_bytes_gets_them_normalised():
+def test_uint8_images_of_a_model_that_takes_floats_alone():
     reference, fast = tiny_pair()
-    got = InferenceEngine(reference, batch_size=2)(bytes_of(3))
-    assert_close(got, answers(fast, bytes_of(3)))
+    got = InferenceEngine(reference, batch_size=2)(uint8s(3))
+    assert_close(got, outputs(fast, uint8s(3)))
 
 
-def test_bytes_where_the_patch_embedding_is_watched():
+def test_uint8_images_with_a_hook_on_the_patch_embedding():
     m = model()
-    expected = answers(m, bytes_of(2))
+    expected = outputs(m, uint8s(2))
     m.patch_embed.register_forward_hook(lambda *_: None)
-    assert_close(answers(m, bytes_of(2)), expected)
+    assert_close(outputs(m, uint8s(2)), expected)
 
 
 def test_other_floating_images_and_autocast():
     m = model()
     run = InferenceEngine(m, batch_size=2)
-    assert_answers(run(floats(2).double()), m, floats(2))
+    assert_outputs(run(floats(2).double()), m, floats(2))
     with torch.autocast("cpu", torch.bfloat16):
         got = run(floats(2))
     assert got.dtype == torch.float32
-    assert_answers(got, m, floats(2))
+    assert_outputs(got, m, floats(2))
 
 
 def test_image_size():
     m = deit_fast.create_model("deit_tiny_patch16_224", **TINY | {"dynamic_img_size": True}).eval()
-    assert_answers(InferenceEngine(m, 2, image_size=96)(floats(3, 96)), m, floats(3, 96))
+    assert_outputs(InferenceEngine(m, 2, image_size=96)(floats(3, 96)), m, floats(3, 96))
     with pytest.raises(ValueError, match=r"expected \(B, 3, 64, 32\)"):
         InferenceEngine(m, 2, image_size=(64, 32))(floats(1))
 
@@ -475,12 +472,12 @@ def test_images_that_are_none(images, error, message):
         InferenceEngine(model(), 2)(images)
 
 
-@pytest.mark.cpu("the graph is pretended")
-@pytest.mark.parametrize("make", [floats, bytes_of])
+@pytest.mark.cpu("the graph is simulated")
+@pytest.mark.parametrize("make", [floats, uint8s])
 @pytest.mark.parametrize("format", [None, slow("fp8"), "int8"])
-def test_a_captured_pass_is_all_there_is(format, make, monkeypatch):
-    """What the kernels' operators do to the images is in the graph: nothing of it was done by the
-    way, on the host, when it was recorded."""
+def test_a_captured_forward_is_all_there_is(format, make, monkeypatch):
+    """All that the operators do to the images is in the graph; nothing was done on the host at
+    capture time."""
     m = model(backend="triton", img_size=32, depth=2)
     if format is not None:
         deit_fast.quantize(m, format)
@@ -502,8 +499,8 @@ def test_real_graphs(dtype):
     m = model(backend="auto").to("cuda", dtype)
     run = InferenceEngine(m, batch_sizes=(1, 4, 16))
     for count in (0, 1, 3, 16, 41):
-        for images in (floats(count).to(dtype), bytes_of(count)):
-            expected = answers(m, images.cuda())
+        for images in (floats(count).to(dtype), uint8s(count)):
+            expected = outputs(m, images.cuda())
             for given in (images, images.pin_memory(), images.cuda()):
                 for _ in range(3):  # other batch sizes may go through other tiles
                     assert_close(run(given), expected)
@@ -517,8 +514,8 @@ def test_real_graphs_see_weights_and_serve_threads():
     with torch.no_grad():
         for p in m.parameters():
             p.add_(0.05)
-    assert_close(run(floats(3)), answers(m, floats(3).cuda()))
-    expected = {count: answers(m, floats(count).cuda()) for count in range(1, 7)}
+    assert_close(run(floats(3)), outputs(m, floats(3).cuda()))
+    expected = {count: outputs(m, floats(count).cuda()) for count in range(1, 7)}
     torch.cuda.synchronize()
     found = []
 

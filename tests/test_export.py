@@ -1,5 +1,7 @@
-"""What compilers and other programs make of an accelerated model: torch.compile, torch.export, and
-the files of deit_fast.export, each read again here without its help."""
+"""torch.compile and torch.export of an accelerated model, and the files of deit_fast.export.
+
+Each file is read again here without the help of deit_fast.export.
+"""
 
 import copy
 import importlib
@@ -61,14 +63,14 @@ def our_operators(program):
     return {n.removeprefix("deit_fast::") for n in names if n.startswith("deit_fast::")}
 
 
-# -- torch.compile and torch.export
+# torch.compile and torch.export
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend, uint8", [("torch", False), ("torch", True), ("triton", True)])
 def test_compiles_for_any_batch(backend, uint8, device):
     """One graph for a batch of 1, which PyTorch makes a constant, and one for all others. Floats
-    in Triton: tests/layers/test_models.py."""
+    in Triton: tests/layers/test_vision_transformer.py."""
     reference, fast = (m.to(device) for m in tiny_pair(backend, **SMALL))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -98,7 +100,7 @@ def test_exports_for_any_and_for_a_fixed_batch(batch, backend, uint8, device):
 
 @pytest.fixture
 def h200():
-    """Tensors of the meta device count as lying on one."""
+    """Tensors of the meta device count as CUDA tensors of an H200."""
     with _chips.simulate_device(H200.chip), _tuned.disabled(), torch.no_grad():
         yield
 
@@ -118,7 +120,7 @@ def test_what_a_gpu_would_run_exports_for_any_batch(h200, dtype, uint8):
             if shapes is not None:
                 (sizes,) = program.range_constraints.values()
                 assert sizes.lower == 1 and sizes.upper > 10**9
-    if dtype == FP32:  # products and attention are PyTorch's and cuBLAS'
+    if dtype == FP32:  # GEMMs and attention are PyTorch's and cuBLAS'
         assert set(map(frozenset, operators.values())) == {frozenset({"layer_norm", "linear"})}
         return
     plain = {"patch_embed", "layer_norm", "linear", "attention", "classifier"}
@@ -127,8 +129,8 @@ def test_what_a_gpu_would_run_exports_for_any_batch(h200, dtype, uint8):
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_eight_bits_export_as_a_gpu_would_run_them(format):
-    """For any batch; the graph has no pass that quantises."""
+def test_quantized_models_export_as_a_gpu_would_run_them(format):
+    """For any batch; the graph has no kernel that only quantizes."""
     fast = tiny_pair("auto")[1].half()
     deit_fast.quantize(fast, format)
     fast.to("meta")
@@ -167,7 +169,7 @@ def test_half_precision_kernels_for_any_batch(device):
             assert_as_accurate(program.module()(x), rounded(x), exact(x.double()))
 
 
-# -- files
+# Files
 
 
 def read(path, format):
@@ -214,8 +216,8 @@ def test_files_compute_what_timm_computes(format, heads, tmp_path):
     ("torch-export", "fp8"),
     slow("onnx", "int8"),
 ])  # fmt: skip
-def test_files_in_eight_bits(format, bits, tmp_path):
-    """They compute what the model does, which stays in eight bits, and hold it in eight bits."""
+def test_files_of_quantized_models(format, bits, tmp_path):
+    """They compute what the model does, which stays quantized, and hold quantized weights."""
     _, fast = tiny_pair("auto", **SMALL)
     deit_fast.quantize(fast, bits)
     path = target(tmp_path, format)
@@ -252,7 +254,7 @@ def test_a_fixed_batch_takes_no_other(format, tmp_path):
 
 @pytest.mark.slow
 def test_aoti_and_plain_programs_load_without_deit_fast(tmp_path, device):
-    """In a process of their own. One AOTInductor compilation: it takes half a minute."""
+    """In a process of its own. One AOTInductor compilation: it takes half a minute."""
     selection.compiler()
     reference, fast = tiny_pair("triton", **SMALL)
     deit_fast.set_heads(fast.to(device), "joint_softmax")
@@ -367,7 +369,7 @@ def test_onnx_holds_standard_operators_names_and_no_paths(tmp_path, device):
 @pytest.mark.parametrize("scale", [1.001, torch.nan])
 @pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_a_file_that_disagrees_is_not_kept(format, scale, tmp_path, monkeypatch):
-    """Caught by running the file: what is written is another model's program."""
+    """Found by running the file, which is the program of another model."""
     real = exporting._trace
 
     def trace(model, *args, **kwargs):
@@ -399,7 +401,7 @@ def test_a_file_wrong_for_many_images_alone_is_not_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format", ["torch-export", ONNX])
 def test_a_full_disk_leaves_the_earlier_file(format, tmp_path):
-    """As far as a limit on the size of files shows it. PyTorch's own writer ends the process."""
+    """Simulated by a limit on file sizes. PyTorch's own writer would end the process."""
     _, fast = tiny_pair(**SMALL)
     path = target(tmp_path, format)
     path.write_text("an earlier file")
@@ -425,7 +427,7 @@ def test_what_the_exporter_can_not_trace_is_one_line(tmp_path):
     slow(name) for name in ("onnxscript", "onnxruntime")
 )])  # fmt: skip
 def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
-    if missing != "onnx":  # which is looked for first
+    if missing != "onnx":  # which is imported first
         selection.extra("export", "onnx", "onnxscript", "onnxruntime")
     monkeypatch.setitem(sys.modules, missing, None)
     expected = rf"onnx: needs {missing} .*: pip install 'deit_fast\[export\]'"
@@ -471,7 +473,7 @@ def test_models_that_do_not_fit_onnx(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# -- the command
+# The command
 
 
 def command(*args):
@@ -500,7 +502,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("device")
 def test_command_with_another_dtype_batch_and_backend(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("DEIT_FAST_BACKEND", "triton")  # else a CPU leaves no kernels to leave out
+    monkeypatch.setenv("DEIT_FAST_BACKEND", "triton")  # else there are no kernels on a CPU to omit
     path = tmp_path / "tiny.pt2"
     options = ["--no-pretrained", "--img-size", "32", "--dtype", "fp16", "--batch", "2"]
     options += ["--format", "torch-export", "--backend", "torch"]

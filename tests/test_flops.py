@@ -16,11 +16,13 @@ import deit_fast
 from deit_fast import kernels
 from deit_fast.kernels import cases
 
-pytestmark = pytest.mark.usefixtures("device")  # without a GPU Triton is refused else
+pytestmark = pytest.mark.usefixtures(
+    "device"
+)  # without it Triton raises on a machine that has no GPU
 
 SIZE = 32  # pixels: 2 x 2 patches
 CAIT = {"embed_dim": 192, "num_heads": 4, "depth": 1, "depth_token_only": 1, "num_classes": 11}
-TINY_VIT = {  # a map of 4 x 4 in windows that it does not fill
+TINY_VIT = {  # a map of 4 x 4, no multiple of its windows
     "embed_dims": (16, 64), "depths": (1, 1), "num_heads": (1, 2), "window_sizes": (7, 3),
     "num_classes": 11,
 }  # fmt: skip
@@ -33,14 +35,14 @@ MODELS = {
 
 
 def counted(call):
-    """FLOPs of a call, and its result. PyTorch's own attention is counted as its products."""
+    """FLOPs of a call, and its result. PyTorch's own attention is counted as its matmuls."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = call()
     return counter.get_total_flops(), result
 
 
 def inference(model, x):
-    """FLOPs without gradients. Parameters expected none either: the counter fails on an expanded one
+    """FLOPs without gradients. Parameters require none either: the counter fails on an expanded one
     that does, as timm's CaiT has."""
     model.requires_grad_(False)
     with torch.no_grad():
@@ -62,7 +64,7 @@ def pixels(device="meta"):
 def expected_flops(reference, pruned=True, backend="triton"):
     """Of inference, of a forward pass and of a backward pass: timm's; of DeiT less what the last
     block saves where it runs for the prefix tokens alone, and in Triton with the rows of zeros that
-    are part of the product for the gradient of the patch embedding's weight."""
+    are part of the GEMM for the gradient of the patch embedding's weight."""
     for module in reference.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -73,7 +75,7 @@ def expected_flops(reference, pruned=True, backend="triton"):
         return found
     B, D, T = len(x), reference.embed_dim, reference.num_prefix_tokens
     n = reference.patch_embed.num_patches
-    # queries, projection, scores of all keys, their product with the values, fc1, fc2
+    # queries, projection, Q K^T, P V, fc1, fc2
     saved = 2 * B * n * D * (D + D + (T + n) + (T + n) + 4 * D + 4 * D) if pruned else 0
     zeros = 2 * B * T * D * 3 * 16**2 if backend == "triton" else 0
     return found[0] - saved, found[1] - saved, found[2] - 2 * saved + zeros
@@ -82,7 +84,7 @@ def expected_flops(reference, pruned=True, backend="triton"):
 @pytest.mark.parametrize("backend", ["triton", slow("torch")])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, backend):
-    """Tensors without data."""
+    """On the meta device."""
     reference, fast = MODELS[name](backend)
     fast, x = fast.to("meta"), pixels()
     assert (inference(fast, x), *training(lambda: fast(x))) == expected_flops(
@@ -116,7 +118,7 @@ def test_fake_tensors(device):
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_models_in_eight_bits(format, device):
+def test_quantized_models(format, device):
     reference, fast = MODELS["distilled"]("triton")
     deit_fast.quantize(fast.to(device), format)
     with torch.no_grad():
@@ -125,7 +127,7 @@ def test_models_in_eight_bits(format, device):
 
 
 def test_every_operator_has_a_formula():
-    """One without products says so: see `_dispatch.no_flops`."""
+    """One without matmuls says so: see `_dispatch.no_flops`."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     ours = {name.split("::")[1] for name in names if name.startswith("deit_fast::")}
     assert "linear" in ours

@@ -1,6 +1,6 @@
 """A model as a file for use elsewhere: torch.export, AOTInductor or ONNX.
 
-examples:
+Examples:
   deit-fast export deit_small_distilled --format onnx --out small.onnx
   deit-fast export deit_tiny --format torch-export --out tiny.pt2 --batch 256 --dtype fp16
   deit-fast export deit_base_distilled --checkpoint base.pth --format aoti --out base.pt2
@@ -13,6 +13,8 @@ deit_fast; --backend torch leaves them out. The other formats never hold them.
 Weights are timm's from the Hugging Face hub unless --checkpoint names a file.
 """
 
+import argparse
+
 import torch
 
 from deit_fast.export import BACKENDS, FORMATS, check, export
@@ -20,7 +22,8 @@ from deit_fast.export import BACKENDS, FORMATS, check, export
 from . import _models
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument(
         "model", metavar="MODEL",
         help="one of ours, any timm name, or a folder from save_pretrained",
@@ -36,7 +39,8 @@ def add_arguments(parser):
     )  # fmt: skip
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Export the model, and return the exit status."""
     check(args.out, args.format, args.batch)  # before weights are downloaded
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _models.load(args).to(device, _models.DTYPES[args.dtype])

@@ -1,9 +1,11 @@
-"""Drop-in modules: each is a subclass of the timm module whose name it bears, with the same
-constructor, parameters and `state_dict`, and a forward that calls `deit_fast.kernels`.
+"""Drop-in modules for timm's, with a forward that calls `deit_fast.kernels`.
 
-Build them as timm builds its own (`block_fn=deit_fast.layers.Block`), or let `deit_fast.accelerate`
-turn the modules of an existing model into them. `tiny_vit` has those of TinyViT, some of which have
-the names of others.
+Each is a subclass of the timm module of the same name, with the same constructor, parameters and
+`state_dict`. Build them as timm builds its own (`block_fn=deit_fast.layers.Block`), or let
+`deit_fast.accelerate` turn the modules of an existing model into them. Those of TinyViT are in
+`tiny_vit`, since some have the names of others.
+
+`_fusion` explains how a module decides at each call what of it runs fused.
 """
 
 from . import tiny_vit

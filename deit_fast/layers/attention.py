@@ -1,4 +1,6 @@
-"""Multi-head self-attention: qkv product, attention out of its layout, projection."""
+"""Multi-head self-attention: qkv GEMM, attention on its output layout, projection GEMM."""
+
+from typing import Any
 
 import timm.layers
 
@@ -6,7 +8,7 @@ from deit_fast import kernels
 from deit_fast.kernels.attention import HEAD_DIMS
 
 from ._base import Fast, attention_scale, is_identity, weights, why_not_dropouts
-from ._parts import linear, normalized_linear, residual_linear
+from ._branch import layer_norm_linear, linear, residual_linear
 
 
 class Attention(Fast, timm.layers.Attention):
@@ -17,7 +19,7 @@ class Attention(Fast, timm.layers.Attention):
 
     timm_class = timm.layers.Attention
     linears = ("qkv", "proj")
-    calls_linears = True
+    fuses_around_linears = True
 
     @classmethod
     def why_not(cls, module):
@@ -37,23 +39,28 @@ class Attention(Fast, timm.layers.Attention):
         o = self._attend_packed(linear(x, self.qkv, self.backend))
         return linear(o, self.proj, self.backend)
 
-    def in_parts(self, x, norm, layer_scale, drop_path):
-        """`branch` around Linears that have to be called: x and the attention half of it."""
-        o = self._attend_packed(normalized_linear(x, norm, self.qkv, self.backend))
-        return residual_linear(o, self.proj, x, layer_scale, drop_path, self.backend)
-
     def branch(self, x, norm, first=None, row_stats=None, **epilogue):
-        """The attention half of a Block: `norm`, a LayerNorm module, comes first and the rest is
-        the projection's epilogue. With `first`, the first tokens (B, T, D) of x, only they ask, and
-        all answer: (B, T, D_out). `row_stats` are those of x's rows, if they are known."""
-        use = {"implementation": self.backend}
+        """The attention branch of a Block, LayerNorm included.
+
+        Args:
+            x: (B, N, D), the residual stream.
+            norm: the `deit_fast.layers.LayerNorm` in front.
+            first: (B, T, D), the first T tokens of x, if only these shall be queries.
+            row_stats: the row statistics of x, if they are known.
+            epilogue: of the projection, as `deit_fast.kernels.linear` takes it.
+
+        Returns:
+            (B, N, D_out), or (B, T, D_out) with `first`; a pair with `return_row_stats`.
+        """
+        use: dict[str, Any] = {"implementation": self.backend}
         fold = {"row_stats": row_stats, **use}
         norm_weight, norm_bias, eps = norm.operands
         weight, bias = weights(self.qkv)
+        proj_weight, proj_bias = weights(self.proj)
         if first is None:
             return kernels.layer_norm_attention(
-                x, norm_weight, norm_bias, weight, bias, *weights(self.proj), self.num_heads, eps,
-                attention_scale(self, self.head_dim), **epilogue, **fold,
+                x, norm_weight, norm_bias, weight, bias, proj_weight, proj_bias, self.num_heads,
+                eps, attention_scale(self, self.head_dim), **epilogue, **fold,
             )  # fmt: skip
         rows = self.num_heads * self.head_dim
         q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
@@ -65,12 +72,26 @@ class Attention(Fast, timm.layers.Attention):
         )
         q = q.unflatten(2, (self.num_heads, -1))
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
-        return kernels.linear(self._attend(q, k, v), *weights(self.proj), **epilogue, **use)
+        return kernels.linear(self._attend(q, k, v), proj_weight, proj_bias, **epilogue, **use)
+
+    def branch_around_linears(self, x, norm, layer_scale, drop_path):
+        """The sum of x and its attention branch, fused around Linears that have to be called.
+
+        Args:
+            x: (B, N, D), the residual stream.
+            norm: the `deit_fast.layers.LayerNorm` in front.
+            layer_scale: timm's LayerScale, or an Identity.
+            drop_path: timm's DropPath, or an Identity.
+        """
+        o = self._attend_packed(layer_norm_linear(x, norm, self.qkv, self.backend))
+        return residual_linear(o, self.proj, x, layer_scale, drop_path, self.backend)
 
     def _attend_packed(self, qkv):
+        """(B, N, 3 H d) -> (B, N, H d)."""
         return self._attend(*qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2))
 
     def _attend(self, q, k, v):
+        """(B, T, H, d), (B, N, H, d) and (B, N, H, d) -> (B, T, H d)."""
         return kernels.attention(
             q, k, v, attention_scale(self, self.head_dim), implementation=self.backend
         ).flatten(2)

@@ -1,15 +1,23 @@
-"""Pre-norm transformer block: both residual additions are epilogues of the products before them."""
+"""Pre-norm transformer block: both residual additions are epilogues of the GEMMs before them."""
+
+from typing import Any
 
 import timm.layers
 import timm.models.vision_transformer as timm_vit
 import torch
-from torch import nn
 
 from deit_fast.kernels.layer_norm_linear import uses_row_stats
 
-from ._base import Fast, is_identity, why_not_drop_path, why_not_parts
-from ._bypass import FUSED, class_name, is_plain
-from ._parts import branch_scales
+from ._base import (
+    Fast,
+    class_name,
+    is_identity,
+    is_plain_linear,
+    why_not_drop_path,
+    why_not_parts,
+)
+from ._branch import branch_scales
+from ._fusion import FUSED
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -18,31 +26,32 @@ from .mlp import Mlp
 class Block(Fast, timm_vit.Block):
     """timm's Block: (B, N, D) -> (B, N, D). Stochastic depth and LayerScale are fused too.
 
-    Where a layer inside it is watched, was replaced by another kind or drops numbers, and with a
-    mask or causal attention given at run time, timm's own forward runs; around Linears that have to
-    be called the rest stays fused: see `_bypass`.
+    timm's own forward runs where the call of a layer inside is intercepted, where a layer is of
+    another kind or drops numbers, and with a mask or causal attention given at run time. Around
+    Linears that have to be called the rest stays fused: see `deit_fast.layers._fusion`.
 
-    In training each half is one node of the graph. It saves (M = B N rows, H heads, `f` hidden
-    features; products in bf16 or fp16 where autocast or the weights say so, else in fp32):
+    In training each branch is one node of the autograd graph. The tensors saved for backward, with
+    M = B N rows, H heads and f hidden features:
 
-        the stream x before each half      2 M D   in x's dtype: fp32 under autocast
-        qkv, attention's result            4 M D   in the products' dtype
-        sums of softmax                    M H     fp32
-        fc1's result before GELU           M f     in the products' dtype
-        the weights as the products read them: under autocast a copy in its dtype
+        residual stream before each branch   2 M D   in x's dtype: fp32 under autocast
+        qkv, output of attention             4 M D   in the dtype of the GEMMs
+        log-sum-exp of the softmax           M H     fp32
+        output of fc1 before GELU            M f     in the dtype of the GEMMs
+        the weights as the GEMMs read them: under autocast a copy in its dtype
 
-    Both LayerNorms' results (2 M D) and GELU's (M f) are made again in backward; with
-    `recompute = False` they are saved as well, for speed. Gradients arrive in the dtype of what
-    they belong to; sums over rows (biases, norms, LayerScale) are fp32 until then.
+    The GEMMs run in bf16 or fp16 where autocast or the weights say so, else in fp32. The outputs of
+    both LayerNorms (2 M D) and of GELU (M f) are recomputed in backward; with `recompute = False`
+    they are saved as well, for speed. Gradients have the dtype of what they belong to; sums over
+    rows (biases, norms, LayerScale) are fp32 until then.
     """
 
     timm_class = timm_vit.Block
-    calls_linears = True
+    fuses_around_linears = True
     recompute = True
 
     @classmethod
     def why_not(cls, module):
-        """Its parts are swapped first, so they say most of it."""
+        # its parts were replaced first and say most of it
         why = why_not_parts(module, norm1=LayerNorm, attn=Attention, norm2=LayerNorm, mlp=Mlp)
         if why:
             return why
@@ -53,7 +62,7 @@ class Block(Fast, timm_vit.Block):
         return why_not_drop_path(module, "drop_path1", "drop_path2")
 
     def forward(self, x, attn_mask=None, is_causal=False, prefix=None):
-        """With `prefix`: `forward_prefix`."""
+        """With `prefix` it is `forward_prefix`."""
         if attn_mask is not None or is_causal:
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         if prefix is not None:
@@ -61,15 +70,26 @@ class Block(Fast, timm_vit.Block):
         plan = self.plan(x)
         if plan is FUSED:
             return self.forward_with_row_stats(x, None, False)[0]
-        return self.unfused(x) if plan.unfused else self._in_parts(x)
+        return self.unfused(x) if plan.unfused else self._forward_around_linears(x)
 
-    def _in_parts(self, x):
-        x = self.attn.in_parts(x, self.norm1, self.ls1, self.drop_path1)
-        return self.mlp.in_parts(x, self.norm2, self.ls2, self.drop_path2)
+    def _forward_around_linears(self, x):
+        x = self.attn.branch_around_linears(x, self.norm1, self.ls1, self.drop_path1)
+        return self.mlp.branch_around_linears(x, self.norm2, self.ls2, self.drop_path2)
 
     def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
-        """`forward(x)`, given the row statistics of x's rows, and those of its own, of which the next
-        block makes its LayerNorm; None for either: see `deit_fast.kernels.layer_norm_linear`."""
+        """The fused forward, with row statistics from the block before and for the next one.
+
+        A GEMM's epilogue makes the row statistics of the residual stream, and the LayerNorm behind
+        it is folded into the next GEMM: see `deit_fast.kernels.layer_norm_linear`.
+
+        Args:
+            x: (B, N, D).
+            row_stats: the row statistics of x, or None.
+            return_row_stats: whether those of the result are of use.
+
+        Returns:
+            The block's output (B, N, D), and its row statistics or None.
+        """
         scales = branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
         wanted = wants_row_stats(x, self.mlp.fc1)
         x = self.attn.branch(
@@ -83,9 +103,19 @@ class Block(Fast, timm_vit.Block):
         )
         return x if wanted else (x, None)
 
-    def forward_prefix(self, x: torch.Tensor, prefix: int, row_stats=None) -> torch.Tensor:
-        """`forward(x)[:, :prefix]`, with queries, projection and MLP for those tokens alone where
-        the block is fused."""
+    def forward_prefix(
+        self, x: torch.Tensor, prefix: int, row_stats: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`forward(x)[:, :prefix]`, computed for these tokens alone if the block is fused.
+
+        Args:
+            x: (B, N, D).
+            prefix: the number of tokens that are queries and go through projection and MLP.
+            row_stats: the row statistics of x, or None.
+
+        Returns:
+            (B, prefix, D), contiguous.
+        """
         if self.plan(x) is not FUSED:
             return self.forward(x)[:, :prefix].contiguous()
         first = x[:, :prefix].contiguous()
@@ -95,8 +125,8 @@ class Block(Fast, timm_vit.Block):
         return self.mlp.branch(x, self.norm2, residual=x, **scales)
 
 
-def wants_row_stats(x: torch.Tensor, linear: nn.Module) -> bool:
-    """Whether the LayerNorm in front of `linear` may be folded into it, given x's row statistics."""
-    if torch.is_grad_enabled() or not is_plain(linear):  # one in eight bits
+def wants_row_stats(x: torch.Tensor, linear: Any) -> bool:
+    """Whether x's row statistics are of use: a LayerNorm in front of `linear` is then folded."""
+    if torch.is_grad_enabled() or not is_plain_linear(linear):  # a quantized one
         return False
     return uses_row_stats(x, linear.weight)

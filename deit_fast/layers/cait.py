@@ -1,5 +1,9 @@
-"""CaiT: talking-heads attention in the trunk, then a class token that reads the patches (Touvron et
-al. 2021, Going deeper with Image Transformers)."""
+"""CaiT: talking-heads attention in the trunk, then a class token that attends to the patches.
+
+Source: Touvron et al. 2021, Going deeper with Image Transformers.
+"""
+
+from typing import Any
 
 import timm.models.cait as timm_cait
 import torch
@@ -18,8 +22,9 @@ from ._base import (
     why_not_dropouts,
     why_not_parts,
 )
-from ._bypass import is_seen, is_traced
-from ._parts import row_scale
+from ._branch import drop_path_mask
+from ._fusion import is_traced
+from ._hooks import is_observed
 from .block import wants_row_stats
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -27,8 +32,10 @@ from .vision_transformer import FastTransformer, run_blocks
 
 
 class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
-    """timm's TalkingHeadAttn: (B, N, D) -> (B, N, D). timm's own forward runs with active dropout
-    and where a Linear has to be called."""
+    """timm's TalkingHeadAttn: (B, N, D) -> (B, N, D).
+
+    timm's own forward runs with active dropout and where a Linear has to be called.
+    """
 
     timm_class = timm_cait.TalkingHeadAttn
     linears = ("qkv", "proj", "proj_l", "proj_w")
@@ -47,15 +54,25 @@ class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
         return kernels.linear(self._attend(qkv), *weights(self.proj), implementation=self.backend)
 
     def branch(self, x, norm, row_stats=None, **epilogue):
-        """The attention half of a LayerScaleBlock: `norm`, a LayerNorm module, comes first and the
-        rest is the projection's epilogue. `row_stats` are those of x's rows, if they are known."""
+        """The attention branch of a LayerScaleBlock, LayerNorm included.
+
+        Args:
+            x: (B, N, D), the residual stream.
+            norm: the `deit_fast.layers.LayerNorm` in front.
+            row_stats: the row statistics of x, if they are known.
+            epilogue: of the projection, as `deit_fast.kernels.linear` takes it.
+
+        Returns:
+            (B, N, D); a pair with `return_row_stats`.
+        """
         norm_weight, norm_bias, eps = norm.operands
         qkv = kernels.layer_norm_linear(
             x, norm_weight, norm_bias, *weights(self.qkv), eps, row_stats=row_stats,
             implementation=self.backend,
         )  # fmt: skip
+        weight, bias = weights(self.proj)
         return kernels.linear(
-            self._attend(qkv), *weights(self.proj), **epilogue, implementation=self.backend
+            self._attend(qkv), weight, bias, **epilogue, implementation=self.backend
         )
 
     def _attend(self, qkv):
@@ -66,11 +83,10 @@ class TalkingHeadAttn(Fast, timm_cait.TalkingHeadAttn):
 
 
 class ClassAttn(Fast, timm_cait.ClassAttn):
-    """timm's ClassAttn: the first token of (B, N, D) asks, (B, 1, D) answers. timm's own forward
-    runs with active dropout and where a Linear has to be called.
+    """timm's ClassAttn: (B, N, D) -> (B, 1, D), the first token is the only query.
 
-    Attention itself is PyTorch's where `deit_fast.kernels.attention` has no kernel for the head
-    dimension.
+    timm's own forward runs with active dropout and where a Linear has to be called. The attention
+    is PyTorch's where `deit_fast.kernels.attention` has no kernel for the head dimension.
     """
 
     timm_class = timm_cait.ClassAttn
@@ -84,41 +100,61 @@ class ClassAttn(Fast, timm_cait.ClassAttn):
         return self.unfused(x) if self.plan(x).unfused else self.branch(x)
 
     def branch(self, x, **epilogue):
-        """`epilogue`: of the projection, as `deit_fast.kernels.linear` takes it."""
-        use = {"implementation": self.backend}
+        """The class attention of a LayerScaleBlockClassAttn.
+
+        Args:
+            x: (B, N, D), normalised, the class token first.
+            epilogue: of the projection, as `deit_fast.kernels.linear` takes it.
+
+        Returns:
+            (B, 1, D).
+        """
+        use: dict[str, Any] = {"implementation": self.backend}
+        linear: Any = kernels.linear  # returns a pair only with return_row_stats
         q, k, v = (
-            kernels.linear(rows, *weights(linear), **use).unflatten(2, (self.num_heads, -1))
-            for rows, linear in ((x[:, :1], self.q), (x, self.k), (x, self.v))
+            linear(rows, *weights(module), **use).unflatten(2, (self.num_heads, -1))
+            for rows, module in ((x[:, :1], self.q), (x, self.k), (x, self.v))
         )
         by = self.backend if q.shape[3] in HEAD_DIMS else "torch"
         o = kernels.attention(q, k, v, attention_scale(self, q.shape[3]), implementation=by)
-        return kernels.linear(o.flatten(2), *weights(self.proj), **epilogue, **use)
+        return linear(o.flatten(2), *weights(self.proj), **epilogue, **use)
 
 
 class _LayerScaleBlock(Fast):
-    """What the two kinds of block share: LayerNorm, attention, LayerNorm, MLP, one DropPath."""
+    """Both kinds of block: LayerNorm, attention, LayerNorm, MLP, and one DropPath."""
 
     recompute = True
-    attention: type  # of attn
+    attention: type[Fast]  # the class of attn
+    # timm's
+    mlp: Any
+    norm2: Any
+    gamma_2: Any
+    drop_path: Any
 
     @classmethod
     def why_not(cls, module):
-        """Its parts are swapped first, so they say most of it."""
-        parts = {"norm1": LayerNorm, "attn": cls.attention, "norm2": LayerNorm, "mlp": Mlp}
+        # its parts were replaced first and say most of it
+        parts: dict[str, type[Fast]] = {
+            "norm1": LayerNorm,
+            "attn": cls.attention,
+            "norm2": LayerNorm,
+            "mlp": Mlp,
+        }
         return why_not_parts(module, **parts) or why_not_drop_path(module, "drop_path")
 
-    def _mlp_half(self, x, **row_stats):
+    def _mlp_branch(self, x, **row_stats):
         return self.mlp.branch(
             x, self.norm2, residual=x, layer_scale=self.gamma_2,
-            row_scale=row_scale(self.drop_path, x), recompute=self.recompute, **row_stats,
+            row_scale=drop_path_mask(self.drop_path, x), recompute=self.recompute, **row_stats,
         )  # fmt: skip
 
 
 class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
     """timm's LayerScaleBlock: (B, N, D) -> (B, N, D), LayerScale and stochastic depth fused.
 
-    Where a layer inside it is watched or was replaced, timm's own forward runs: see `_bypass`. In
-    training `recompute` is about the MLP half; the attention half keeps its LayerNorm's result.
+    timm's own forward runs where the call of a layer inside is intercepted or a layer is of another
+    kind: see `deit_fast.layers._fusion`. In training `recompute` is about the MLP branch; the
+    attention branch saves the output of its LayerNorm.
     """
 
     timm_class = timm_cait.LayerScaleBlock
@@ -130,15 +166,15 @@ class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
         return self.forward_with_row_stats(x, None, False)[0]
 
     def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
-        """`forward(x)`, given the row statistics of x's rows, and those of its own: as `Block`'s."""
+        """As `deit_fast.layers.Block.forward_with_row_stats`."""
         wanted = wants_row_stats(x, self.mlp.fc1)
         x = self.attn.branch(
             x, self.norm1, row_stats, residual=x, layer_scale=self.gamma_1,
-            row_scale=row_scale(self.drop_path, x), return_row_stats=wanted,
+            row_scale=drop_path_mask(self.drop_path, x), return_row_stats=wanted,
         )  # fmt: skip
         x, row_stats = x if wanted else (x, None)
         wanted = return_row_stats and wants_row_stats(x, self.attn.qkv)  # the next one's is alike
-        x = self._mlp_half(x, row_stats=row_stats, return_row_stats=wanted)
+        x = self._mlp_branch(x, row_stats=row_stats, return_row_stats=wanted)
         return x if wanted else (x, None)
 
 
@@ -154,23 +190,27 @@ class LayerScaleBlockClassAttn(_LayerScaleBlock, timm_cait.LayerScaleBlockClassA
     def forward(self, x, x_cls):
         if self.plan(x).unfused:
             return self.unfused(x, x_cls)
+        norm_weight, norm_bias, eps = self.norm1.operands
         u = kernels.layer_norm(
-            torch.cat((x_cls, x), dim=1), *self.norm1.operands, implementation=self.backend
+            torch.cat((x_cls, x), dim=1), norm_weight, norm_bias, eps, implementation=self.backend
         )
         x_cls = self.attn.branch(
-            u, residual=x_cls, layer_scale=self.gamma_1, row_scale=row_scale(self.drop_path, x_cls)
+            u,
+            residual=x_cls,
+            layer_scale=self.gamma_1,
+            row_scale=drop_path_mask(self.drop_path, x_cls),
         )
-        return self._mlp_half(x_cls)
+        return self._mlp_branch(x_cls)
 
 
 class Cait(FastTransformer, timm_cait.Cait):
     """timm's Cait. Patches and positions are one kernel, class token and head another."""
 
     timm_class = timm_cait.Cait
-    methods = ("forward_features", "forward_head", "forward_cls")
+    replaced_methods = ("forward_features", "forward_head", "forward_cls")
 
     def embed(self, image):
-        """Image -> (B, n, D): patches and positions."""
+        """Patches and positions, (B, n, D), of an image."""
         if self._fuses_patches(image):
             mean, std = self._pixels_of(image)
             x = self.patch_embed.embed(image, self.pos_embed[0], mean=mean, std=std)
@@ -178,7 +218,7 @@ class Cait(FastTransformer, timm_cait.Cait):
             x = self.patch_embed(self._normalized(image)) + self.pos_embed
         return self.pos_drop(x)
 
-    def forward_features(self, x):
+    def forward_features(self, x):  # type: ignore[override]  # timm's Cait takes no mask
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
         if is_traced(x) or self._is_overridden():
             return self.timm_class.forward_features(self, self._normalized(x))
@@ -187,9 +227,11 @@ class Cait(FastTransformer, timm_cait.Cait):
             x = torch.cat((self._class_token(x), x), dim=1)
         return self.norm(x)
 
-    def forward(self, x):
-        """Logits (B, classes). The final norm runs for the class token alone where nothing else is
-        read."""
+    def forward(self, x):  # type: ignore[override]  # timm's Cait takes no mask
+        """Logits (B, classes).
+
+        The final norm runs for the class token alone where nothing else is observed.
+        """
         if is_traced(x) or not self._reads_prefix_only():
             return self.forward_head(self.forward_features(x))
         classify = self._classifier_operands()
@@ -201,7 +243,7 @@ class Cait(FastTransformer, timm_cait.Cait):
     def _run_trunk(self, x):
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        if torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
+        if torch.is_grad_enabled() or not self._is_plain_sequential(self.blocks):
             return self.blocks(x)
         return run_blocks(self.blocks, x, return_row_stats=False, kind=LayerScaleBlock)[0]
 
@@ -224,6 +266,6 @@ class Cait(FastTransformer, timm_cait.Cait):
             and self.blocks_token_only is not None
             and self.global_pool == "token"
             and (is_identity(self.norm) or type(self.norm) is LayerNorm)
-            and not is_seen(self.norm)
+            and not is_observed(self.norm)
             and not self._is_overridden()
         )

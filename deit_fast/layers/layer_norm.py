@@ -1,5 +1,7 @@
 """LayerNorm as one kernel."""
 
+from typing import Any
+
 import timm.layers
 import torch
 from torch import nn
@@ -34,11 +36,13 @@ class LayerNorm(Fast, timm.layers.LayerNorm):
         return kernels.layer_norm(x, *self.operands, implementation=self.backend)
 
     def unfused(self, x):
+        """The forward of PyTorch's or timm's class; for torch.fx PyTorch's is a leaf module."""
         if isinstance(x, Proxy) and self.timm_class is nn.LayerNorm:
-            # PyTorch's own modules are leaves of the graph; this is one, and runs as it does here
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            tracer: Any = x.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         return super().unfused(x)
 
     @property
-    def operands(self):
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Weight, bias and eps, for an operation that bypasses the module."""
         return self.weight, self.bias, self.eps

@@ -1,16 +1,17 @@
-"""fc1 -> GELU -> fc2, with the preceding LayerNorm and the following residual when a Block asks."""
+"""fc1 -> GELU -> fc2; in a Block with the LayerNorm in front and the residual addition behind."""
+
+from typing import Any
 
 import timm.layers
 
 from deit_fast import kernels
 
-from ._base import Fast, is_exact_gelu, is_identity, weights, why_not_dropouts
-from ._bypass import class_name
-from ._parts import linear, normalized_linear, residual_linear
+from ._base import Fast, class_name, is_exact_gelu, is_identity, weights, why_not_dropouts
+from ._branch import layer_norm_linear, linear, residual_linear
 
 
-def why_not_mlp(module) -> str | None:
-    """Why act and the dropouts of a module are not those of a plain MLP, or None."""
+def why_not_mlp(module: Any) -> str | None:
+    """Why the activation or the dropouts of an MLP can't be fused; None: they can."""
     if not is_exact_gelu(module.act):
         return f"has activation {class_name(module.act)}, not the exact GELU"
     return why_not_dropouts(module, "drop1", "drop2")
@@ -21,7 +22,7 @@ class Mlp(Fast, timm.layers.Mlp):
 
     timm_class = timm.layers.Mlp
     linears = ("fc1", "fc2")
-    calls_linears = True
+    fuses_around_linears = True
 
     @classmethod
     def why_not(cls, module):
@@ -35,16 +36,24 @@ class Mlp(Fast, timm.layers.Mlp):
         hidden = linear(x, self.fc1, self.backend, "gelu")
         return linear(hidden, self.fc2, self.backend)
 
-    def in_parts(self, x, norm, layer_scale, drop_path):
-        """`branch` around Linears that have to be called: x and the second half of a Block."""
-        hidden = normalized_linear(x, norm, self.fc1, self.backend, "gelu")
-        return residual_linear(hidden, self.fc2, x, layer_scale, drop_path, self.backend)
-
     def branch(self, x, norm, **epilogue):
-        """The second half of a Block: `norm`, a LayerNorm module, comes first; `epilogue` as
-        `deit_fast.kernels.layer_norm_mlp` takes it."""
+        """The MLP branch of a Block, LayerNorm included.
+
+        Args:
+            x: (..., D), the residual stream.
+            norm: the `deit_fast.layers.LayerNorm` in front.
+            epilogue: as `deit_fast.kernels.layer_norm_mlp` takes it.
+
+        Returns:
+            (..., D_out); a pair with `return_row_stats`.
+        """
         norm_weight, norm_bias, eps = norm.operands
         return kernels.layer_norm_mlp(
             x, norm_weight, norm_bias, *weights(self.fc1), *weights(self.fc2), eps, **epilogue,
             implementation=self.backend,
         )  # fmt: skip
+
+    def branch_around_linears(self, x, norm, layer_scale, drop_path):
+        """As `deit_fast.layers.Attention.branch_around_linears`, for the MLP branch."""
+        hidden = layer_norm_linear(x, norm, self.fc1, self.backend, "gelu")
+        return residual_linear(hidden, self.fc2, x, layer_scale, drop_path, self.backend)

@@ -18,7 +18,7 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
     """
 
     timm_class = timm.layers.PatchEmbed
-    looks_again = True
+    rechecks_why_not = True
 
     @classmethod
     def why_not(cls, module):
@@ -47,9 +47,21 @@ class PatchEmbed(Fast, timm.layers.PatchEmbed):
         return nchw_to(tokens.unflatten(1, (rows, -1)).permute(0, 3, 1, 2), self.output_fmt)
 
     def embed(self, image, pos_embed=None, prefix_tokens=None, mean=None, std=None):
-        """Tokens (B, T + n, D) of float (B, C, H, W) or uint8 (B, H, W, C) images; arguments as
-        `deit_fast.kernels.patch_embed`. Raises ValueError for a size the model was not built
-        for."""
+        """Tokens with positions and prefix tokens, in one kernel.
+
+        Args:
+            image: float (B, C, H, W), or uint8 (B, H, W, C).
+            pos_embed: as `deit_fast.kernels.patch_embed` takes it, like the arguments after it.
+            prefix_tokens: (T, D), or None.
+            mean: of each channel, for uint8 images.
+            std: of each channel, for uint8 images.
+
+        Returns:
+            (B, T + n, D).
+
+        Raises:
+            ValueError: for an image size that the model was not built for.
+        """
         # a batch whose layout is wrong altogether is for the kernel's own checks to name
         first, channels = (1, 3) if image.dtype == torch.uint8 else (2, 1)
         strict = self.img_size is not None and self.strict_img_size

@@ -6,6 +6,8 @@ in inference; in training, where convolutions and batch norm are PyTorch's, they
 weights are channels_last.
 """
 
+from typing import Any
+
 import timm.models.tiny_vit as timm_tiny
 import torch
 from torch import nn
@@ -17,30 +19,31 @@ from deit_fast.kernels.window_attention import HEAD_DIM
 from ._base import (
     Fast,
     attention_scale,
+    class_name,
     is_exact_gelu,
     is_identity,
     weights,
     why_not_drop_path,
     why_not_parts,
 )
-from ._bypass import class_name
-from ._parts import branch_scales
+from ._branch import branch_scales
 from .layer_norm import LayerNorm
 from .mlp import why_not_mlp
 
 
 class ConvNorm(Fast, timm_tiny.ConvNorm):
-    """timm's ConvNorm: convolution and batch norm, (B, C, Y, X) -> (B, D, Y', X'). What follows it
-    in TinyViT may be asked of it: y = activation(norm(conv(x)) + residual).
+    """timm's ConvNorm: convolution and batch norm, (B, C, Y, X) -> (B, D, Y', X').
 
-    In inference it is one operation; while batch norm takes its statistics from the batch, where
-    gradients are wanted, with hooks on them or after they were changed, the convolution and the
-    norm run as they are.
+    It takes what follows it in TinyViT as an epilogue: y = activation(norm(conv(x)) + residual).
+
+    In inference it is one kernel. The convolution and the norm run unfused while batch norm takes
+    its statistics from the batch, where gradients are wanted, with hooks on them, and after they
+    were changed.
     """
 
     timm_class = timm_tiny.ConvNorm
-    asks_when_called = True
-    looks_again = True
+    called_by_parent = True
+    rechecks_why_not = True
 
     @classmethod
     def why_not(cls, module):
@@ -73,8 +76,10 @@ class ConvNorm(Fast, timm_tiny.ConvNorm):
 
 
 class _Convolutions(Fast):
-    """Mixin of what is made of ConvNorms with GELU behind them. With hooks on these, which are to
-    see what timm's would, nothing is fused across them."""
+    """Mixin of the modules that are made of ConvNorms with GELU behind them.
+
+    With hooks on these nothing is fused across them, so that the hooks see what timm's would.
+    """
 
     @classmethod
     def why_not(cls, module):
@@ -87,6 +92,9 @@ class _Convolutions(Fast):
 
     def forward(self, x):
         return self.unfused(x) if self.plan(x).unfused else self._fused(x)
+
+    def _fused(self, x):
+        raise NotImplementedError
 
 
 class PatchEmbed(_Convolutions, timm_tiny.PatchEmbed):
@@ -124,7 +132,7 @@ class Attention(Fast, timm_tiny.Attention):
     """timm's Attention of TinyViT, LayerNorm included: a window (B, L, C) -> (B, L, C)."""
 
     timm_class = timm_tiny.Attention
-    looks_again = True
+    rechecks_why_not = True
     linears = ("qkv", "proj")
 
     @classmethod
@@ -147,21 +155,31 @@ class Attention(Fast, timm_tiny.Attention):
         return self.branch(x.unflatten(1, self.resolution)).flatten(1, 2)
 
     def branch(self, x, **epilogue):
-        """(B, Y, X, C) -> the same shape, in windows; Y and X are multiples of theirs. `epilogue`:
-        of the projection, as `deit_fast.kernels.linear` takes it."""
-        use = {"implementation": self.backend}
+        """Window attention of a whole map, LayerNorm included.
+
+        Args:
+            x: (B, Y, X, C), Y and X multiples of the window's.
+            epilogue: of the projection, as `deit_fast.kernels.linear` takes it.
+
+        Returns:
+            (B, Y, X, C).
+        """
+        use: dict[str, Any] = {"implementation": self.backend}
         norm_weight, norm_bias, eps = self.norm.operands
         qkv = kernels.layer_norm_linear(x, norm_weight, norm_bias, *weights(self.qkv), eps, **use)
         o = kernels.window_attention(
             qkv.unflatten(-1, (self.num_heads, 3, HEAD_DIM)), self.attention_biases,
             self.resolution[0], attention_scale(self, HEAD_DIM), **use,
         )  # fmt: skip
-        return kernels.linear(o.flatten(3), *weights(self.proj), **epilogue, **use)
+        proj_weight, proj_bias = weights(self.proj)
+        return kernels.linear(o.flatten(3), proj_weight, proj_bias, **epilogue, **use)
 
 
 class NormMlp(Fast, timm_tiny.NormMlp):
     """timm's NormMlp without dropout: LayerNorm, fc1, GELU, fc2, (..., C) -> (..., C_out).
-    `recompute` as `deit_fast.layers.Block`'s; attention keeps its LayerNorm's result."""
+
+    `recompute` as `deit_fast.layers.Block`'s; attention saves the output of its LayerNorm.
+    """
 
     timm_class = timm_tiny.NormMlp
     linears = ("fc1", "fc2")
@@ -175,7 +193,12 @@ class NormMlp(Fast, timm_tiny.NormMlp):
         return self.unfused(x) if self.plan(x).unfused else self.branch(x)
 
     def branch(self, x, **epilogue):
-        """`epilogue` as `deit_fast.kernels.layer_norm_mlp` takes it."""
+        """The MLP, (..., C) -> (..., C_out).
+
+        Args:
+            x: (..., C).
+            epilogue: as `deit_fast.kernels.layer_norm_mlp` takes it.
+        """
         norm_weight, norm_bias, eps = self.norm.operands
         return kernels.layer_norm_mlp(
             x, norm_weight, norm_bias, *weights(self.fc1), *weights(self.fc2), eps, **epilogue,
@@ -184,12 +207,15 @@ class NormMlp(Fast, timm_tiny.NormMlp):
 
 
 class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
-    """timm's TinyVitBlock: (B, Y, X, C) -> the same shape; both residual additions and stochastic
-    depth are epilogues. A map that its windows do not fill is padded with zeros, which attend, as
-    in timm: a copy there and back that maps of the sizes it was made for do without."""
+    """timm's TinyVitBlock: (B, Y, X, C) -> the same shape.
+
+    Both residual additions and stochastic depth are epilogues. A map that is no multiple of the
+    window is padded with zeros, which attend, as in timm. That copies the map twice; maps of the
+    sizes the model was made for need no padding.
+    """
 
     timm_class = timm_tiny.TinyVitBlock
-    looks_again = True
+    rechecks_why_not = True
     always_called = ("local_conv",)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The whole model: one embedding kernel, a last block for the prefix tokens, one classifier."""
 
 from functools import partial
+from typing import Any
 
 import timm.models.deit as timm_deit
 import timm.models.vision_transformer as timm_vit
@@ -13,23 +14,51 @@ from deit_fast import kernels
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
-from ._base import Fast, is_identity, kind_of, why_not_dropouts
-from ._bypass import FUSED, is_bypassable, is_patched, is_plain, is_seen, is_traced, is_watched
+from ._base import Fast, is_identity, is_plain_linear, kind_of, why_not_dropouts
+from ._fusion import FUSED, is_traced
+from ._hooks import can_bypass, is_intercepted, is_monkey_patched, is_observed
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
 
 
 class FastTransformer(Fast):
-    """Images are float (B, C, H, W), or uint8 (B, H, W, C), normalised with the mean and std of the
-    model's `pretrained_cfg`."""
+    """Mixin of the whole models.
+
+    Images are float (B, C, H, W), normalised, or uint8 (B, H, W, C), which are normalised here with
+    the mean and std of the model's `pretrained_cfg`.
+    """
 
     has_plan = False
-    # of timm's methods those whose work `forward` does
-    methods = ("forward_features", "forward_head", "pool", "_pos_embed")
+    # those of timm's methods whose work `forward` does
+    replaced_methods: tuple[str, ...] = ("forward_features", "forward_head", "pool", "_pos_embed")
+
+    # timm's
+    training: bool
+    parameters: Any
+    patch_embed: Any
+    cls_token: Any
+    reg_token: Any
+    pos_embed: Any
+    _pos_embed: Any
+    pos_drop: Any
+    patch_drop: Any
+    norm_pre: Any
+    blocks: Any
+    norm: Any
+    fc_norm: Any
+    attn_pool: Any
+    head_drop: Any
+    head: Any
+    forward_head: Any
+    num_prefix_tokens: int
+    no_embed_class: bool
+    dynamic_img_size: bool
+    global_pool: str
+    grad_checkpointing: bool
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
-        """Image -> (B, T + n, D): patches, positions and prefix tokens."""
+        """Patches, positions and prefix tokens, (B, T + n, D), of an image."""
         if not self._fuses_patches(image):
             return self.patch_drop(self._pos_embed(self.patch_embed(self._normalized(image))))
         tokens = [t[0] for t in self._prefix_tokens()]
@@ -49,36 +78,41 @@ class FastTransformer(Fast):
             x = self.pos_drop(x)
         return self.patch_drop(x)
 
-    def _fuses_patches(self, image) -> bool:
+    def _fuses_patches(self, image: Any) -> bool:
         embed = self.patch_embed
         return (
             type(embed) is PatchEmbed
-            and is_bypassable(embed)
+            and can_bypass(embed)
             and not self._is_overridden()
             and embed.plan(image).unfused is None
         )
 
     def _pixels_of(self, image):
-        """mean and std of the model's pixels where bytes are to be normalised, else None."""
+        """The mean and std of pixels for a uint8 image, else None."""
         if image.dtype != torch.uint8:
             return None, None
         config = getattr(self, "pretrained_cfg", None) or {}
         return config.get("mean"), config.get("std")
 
     def _is_overridden(self) -> bool:
-        """Whether one of timm's methods that are not called here was set on the instance, in a
-        subclass, or in timm's own class."""
+        """Whether one of `replaced_methods` was replaced by the user.
+
+        That may be on the instance, in a subclass, or in timm's own class.
+        """
         ours = kind_of(self).__module__.startswith("deit_fast.layers.")
-        if not ours or any(name in self.__dict__ for name in self.methods):
+        if not ours or any(name in self.__dict__ for name in self.replaced_methods):
             return True
-        return any(is_patched(self.timm_class, name) for name in ("forward", *self.methods))
+        return any(
+            is_monkey_patched(self.timm_class, name) for name in ("forward", *self.replaced_methods)
+        )
 
     def _normalized(self, image):
-        """An image as timm's layers take it; a tracer's stands for one that is."""
+        """An image as timm's layers take it; the proxy of a tracer stands for one that is."""
         if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
             return image
         dtype = next(self.parameters()).dtype
-        return normalize_reference(image, *self._pixels_of(image), dtype)
+        mean, std = self._pixels_of(image)
+        return normalize_reference(image, mean, std, dtype)
 
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
@@ -93,15 +127,18 @@ class FastTransformer(Fast):
                 x = block(x, attn_mask=attn_mask, is_causal=is_causal)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif torch.is_grad_enabled() or not self._runs_in_turn(self.blocks):
+        elif torch.is_grad_enabled() or not self._is_plain_sequential(self.blocks):
             x = self.blocks(x)
         else:
             x = run_blocks(self.blocks, x, return_row_stats=False)[0]
         return self.norm(x)
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        """Logits (B, classes). The last block and the final norm run for the prefix tokens alone:
-        6.9% less arithmetic for DeiT, the same logits and the same gradients."""
+        """Logits (B, classes).
+
+        The last block and the final norm run for the prefix tokens alone: 6.9% less arithmetic for
+        DeiT, the same logits and the same gradients.
+        """
         if attn_mask is not None or is_causal or is_traced(x) or not self._reads_prefix_only():
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         classify = self._classifier_operands()
@@ -110,8 +147,10 @@ class FastTransformer(Fast):
         return kernels.classifier(self._run_prefix(x), **classify, implementation=self.backend)
 
     def forward_pre_logits(self, x):
-        """What the heads work on, (B, D): timm's `forward_head(..., pre_logits=True)`, with the
-        last block and the final norm for the prefix tokens alone where `forward` does so."""
+        """The input of the heads, (B, D): timm's `forward_head(..., pre_logits=True)`.
+
+        The last block and the final norm run for the prefix tokens alone where `forward` does so.
+        """
         if not self._reads_prefix_only():
             return self.forward_head(self.forward_features(x), pre_logits=True)
         return self.forward_head(self.norm(self._run_prefix(x)), pre_logits=True)
@@ -119,7 +158,7 @@ class FastTransformer(Fast):
     def _run_prefix(self, x):
         """Tokens after the last block: as many as there are heads, or more."""
         x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
-        run_last, prunes, called = last, kind_of(last) is Block, is_watched(last)
+        run_last, prunes, called = last, kind_of(last) is Block, is_intercepted(last)
         if prunes:
             run_last = partial(last if called else last.forward_prefix, prefix=len(self._heads()))
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -135,7 +174,7 @@ class FastTransformer(Fast):
         return [self.norm, self.fc_norm]
 
     def _reads_prefix_only(self) -> bool:
-        """Whether nothing but the prefix tokens of the last block can be seen from outside."""
+        """Whether nothing but the prefix tokens of the last block is observed from outside."""
         norms, blocks = self._final_norms(), self.blocks
         return (
             type(blocks) is nn.Sequential
@@ -143,31 +182,33 @@ class FastTransformer(Fast):
             and self.global_pool == "token"
             and self.attn_pool is None
             and all(is_identity(n) or type(n) is LayerNorm for n in norms)
-            and not is_seen(blocks, blocks[-1], self.norm)
+            and not is_observed(blocks, blocks[-1], self.norm)
             and not self._is_overridden()
         )
 
-    def _runs_in_turn(self, blocks) -> bool:
-        """Whether blocks do nothing but follow each other."""
-        return type(blocks) is nn.Sequential and not is_watched(blocks)
+    def _is_plain_sequential(self, blocks: nn.Module) -> bool:
+        """Whether the container does nothing but call one block after the other."""
+        return type(blocks) is nn.Sequential and not is_intercepted(blocks)
 
     def _classifier_operands(self) -> dict | None:
-        """What `kernels.classifier` needs, or None where timm's own head is to run: in training,
-        or where something else than a LayerNorm and Linears is in it."""
+        """Arguments of `kernels.classifier`, or None where timm's own head has to run.
+
+        That is in training, and where it is more than a LayerNorm and Linears.
+        """
         if self.training or torch.is_grad_enabled():
             return None
         norms = [n for n in self._final_norms() if not is_identity(n)]
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_plain, heads)) or why_not_dropouts(self, "head_drop"):
+        if not all(map(is_plain_linear, heads)) or why_not_dropouts(self, "head_drop"):
             return None
         if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
             return None
-        if not is_bypassable(*self._final_norms(), self.head_drop, *heads):
+        if not can_bypass(*self._final_norms(), self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
-        operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        operands: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
         for name, head in zip(("head", "dist"), heads, strict=False):
             operands |= {f"{name}_weight": head.weight, f"{name}_bias": head.bias}
         return operands
@@ -183,8 +224,8 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
     """timm's VisionTransformerDistilled: class and distillation token, a head for each.
 
     `heads` says what inference returns: "joint" (mean of the logits, as timm), "joint_softmax"
-    (sum of the softmax outputs, as the paper), "class" or "distill". In train() it is timm's to
-    say: a tuple after `set_distilled_training(True)`.
+    (sum of the softmax outputs, DeiT paper section 4), "class" or "distill". In train() timm
+    decides: a tuple after `set_distilled_training(True)`.
     """
 
     timm_class = timm_deit.VisionTransformerDistilled
@@ -213,11 +254,20 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
 
 
 def run_blocks(blocks, x, return_row_stats=True, kind=Block):
-    """Tokens after the blocks, and the row statistics of their rows or None; blocks of exactly `kind` hand
-    them on."""
+    """Run blocks one after the other, handing row statistics from one to the next.
+
+    Args:
+        blocks: the blocks, in order.
+        x: (B, N, D).
+        return_row_stats: whether those of the result are of use.
+        kind: the class of the blocks that hand them on: `Block`, or CaiT's `LayerScaleBlock`.
+
+    Returns:
+        The tokens (B, N, D), and their row statistics or None.
+    """
     row_stats = None
     for i, block in enumerate(blocks, 1):
-        if kind_of(block) is kind and not is_watched(block) and block.plan(x) is FUSED:
+        if kind_of(block) is kind and not is_intercepted(block) and block.plan(x) is FUSED:
             more = return_row_stats or i < len(blocks)
             x, row_stats = block.forward_with_row_stats(x, row_stats, more)
         else:
@@ -227,4 +277,5 @@ def run_blocks(blocks, x, return_row_stats=True, kind=Block):
 
 def _height_width(image: torch.Tensor) -> tuple[int, int]:
     first = 1 if image.dtype == torch.uint8 else 2
-    return tuple(image.shape[first : first + 2])
+    height, width = image.shape[first : first + 2]
+    return height, width

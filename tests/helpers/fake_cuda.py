@@ -1,7 +1,7 @@
-"""CUDA's streams, events and graphs on a CPU, with what their order has to guarantee.
+"""CUDA's streams, events and graphs simulated on a CPU, with a detector of data races.
 
-Work runs at once, but each storage remembers who read and wrote it last, in vector clocks: an
-access that nothing orders after an earlier one, which on a GPU might come first, is an error.
+Work runs at once, but each storage remembers in vector clocks which stream read and wrote it last.
+An access that no event orders after an earlier one might come first on a GPU: it is an error.
 """
 
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ HOST = "host"
 
 
 class Race(AssertionError):
-    pass
+    """Two accesses of one storage that no event orders."""
 
 
 class Stream:
@@ -33,8 +33,11 @@ class Stream:
 
 
 class FakeCuda(TorchDispatchMode):
-    """Within it `torch.cuda` is this one's. `on(stream)` and `host()` say who runs what the test
-    itself does; everything else runs on the stream `caller`."""
+    """Replaces `torch.cuda` while it is active.
+
+    `on(stream)` and `host()` say what runs the code of the test itself; everything else runs on the
+    stream `caller`.
+    """
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -63,7 +66,7 @@ class FakeCuda(TorchDispatchMode):
         @contextmanager
         def graph(graph, pool=None, stream=None, capture_error_mode="global"):
             assert stream is None or capture_error_mode == "thread_local"
-            stream = stream or fake.here or fake.caller  # what is captured is not run: no order
+            stream = stream or fake.here or fake.caller  # a capture does not run: no order
             graph.recorded = fake.recording = []
             with fake.on(stream):
                 yield
@@ -82,7 +85,7 @@ class FakeCuda(TorchDispatchMode):
             "Stream": new_stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph,
             "stream": self.on, "device": device,
             "current_stream": lambda device=None: self.here or self.caller,
-            "synchronize": lambda device=None: None,  # waits for more than the engine may count on
+            "synchronize": lambda device=None: None,  # the engine may not rely on what it waits for
             "empty_cache": lambda: None,
             "memory_reserved": lambda: self.reserved, "graph_pool_handle": lambda: None,
         }.items():  # fmt: skip
@@ -108,7 +111,7 @@ class FakeCuda(TorchDispatchMode):
         return result
 
     def _redo(self, function, args, kwargs, result):
-        """As a graph: the same addresses again."""
+        """Run it again as a graph does, on the same addresses."""
         new = function(*args, **kwargs)
         self._account(function, args, kwargs, result)
         known = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}

@@ -66,7 +66,7 @@ def assert_same_logits(reference, fast, x):
     assert_as_accurate(fast(x), expected, true, "with gradients on")
 
 
-# (dtype of the weights, dtype of autocast): what inference and training are run in
+# name: (dtype of the weights, dtype of autocast)
 PRECISIONS = {
     "fp32": (None, None), "fp16": (FP16, None), "bf16": (BF16, None),
     "autocast fp16": (None, FP16), "autocast bf16": (None, BF16),
@@ -79,21 +79,21 @@ def autocast(device, dtype):
 
 def gradients(model, x, dtype=None, draw=3, upstreams=1):
     """Of every parameter, by name, and the outputs: random upstream gradients (which bf16 holds)
-    for each output; `dtype` of autocast, `draw` the seed of what is dropped. With more than
-    one of `upstreams` the gradients are stacked: a few roundings on the way decide the error of
-    all that one upstream gives, beside PyTorch's up to three times as much by luck."""
+    for each output; `dtype` of autocast, `draw` the seed of dropout and stochastic depth. With more
+    than one of `upstreams` the gradients are stacked: a few roundings decide the error of all that
+    one upstream gives, which may then be three times PyTorch's by chance."""
     weight = next(model.parameters())
     seed(draw)  # of stochastic depth and dropout
     with autocast(x.device.type, dtype):
         outputs = as_list(model(x.to(weight.dtype)))
     generator = torch.Generator().manual_seed(seeded(2))
     parameters, found = dict(model.named_parameters()), []
-    for left in reversed(range(upstreams)):
+    for more in reversed(range(upstreams)):
         upstream = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
         upstream = [u.to(t) for u, t in zip(upstream, outputs, strict=True)]
         found.append(
             torch.autograd.grad(
-                outputs, list(parameters.values()), upstream, allow_unused=True, retain_graph=left
+                outputs, list(parameters.values()), upstream, allow_unused=True, retain_graph=more
             )
         )
     named = {
@@ -154,18 +154,18 @@ def timms_softmax(model, x):
         talking = hasattr(attn, "proj_w")
         attn.fused_attn = False
 
-        def look(_, args, block=block, talking=talking):
+        def record(_, args, block=block, talking=talking):
             found[block] = args[0].permute(0, 3, 1, 2) if talking else args[0]
 
         reader = attn.proj_w if talking else attn.attn_drop
-        reader.register_forward_pre_hook(look)
+        reader.register_forward_pre_hook(record)
     with torch.no_grad():
         model(x)
     return found
 
 
 def picture(path, random, patches, size):
-    """A file of random colours, (rows, columns) of them, that is (width, height) pixels wide."""
+    """Write an image of (rows, columns) random colours, (width, height) pixels large."""
     path.parent.mkdir(exist_ok=True)
     pixels = random.integers(0, 256, (*patches, 3), np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)

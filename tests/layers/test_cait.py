@@ -1,7 +1,6 @@
 """CaiT against timm on the same weights: all named models in PyTorch, all head counts in Triton."""
 
 import copy
-import pickle
 
 import pytest
 import selection
@@ -13,10 +12,10 @@ from checking import (
     assert_as_accurate,
     assert_close,
     assert_differ,
-    assert_equal,
     assert_gradients_close,
     seed,
 )
+from model_checks import assert_awkward_batches, assert_copies, assert_exports, uint8_and_floats
 from modelling import (
     PRECISIONS,
     assert_precision,
@@ -67,11 +66,11 @@ def test_named_models_equal_timms(name):
 def test_report():
     model = timm.create_model("cait_xxs24_224", depth=3)
     report = deit_fast.accelerate(model)
-    assert {kind: len(names) for kind, names in report.swapped.items()} == {
+    assert {kind: len(names) for kind, names in report.replaced.items()} == {
         "Cait": 1, "PatchEmbed": 1, "LayerScaleBlock": 3, "TalkingHeadAttn": 3, "Mlp": 5,
         "LayerScaleBlockClassAttn": 2, "ClassAttn": 2, "LayerNorm": 11,
     }  # fmt: skip
-    assert report.left == []
+    assert report.skipped == []
 
 
 @pytest.mark.parametrize(
@@ -83,9 +82,9 @@ def test_report():
         ({"act_layer": torch.nn.ReLU}, "blocks_token_only.0", "mlp stays with timm"),
     ],
 )
-def test_what_is_left_says_why(options, name, reason):
+def test_skipped_modules_have_a_reason(options, name, reason):
     reference, fast = tiny_cait(**options)
-    reasons = {left.name: left.reason for left in deit_fast.accelerate(fast, "torch").left}
+    reasons = {module.name: module.reason for module in deit_fast.accelerate(fast, "torch").skipped}
     assert reason in reasons[name]
     assert_same_logits(reference, fast, images(reference))
 
@@ -200,16 +199,9 @@ def test_compiles_to_code_with_gradients(device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_copies_and_state_dict(backend, device):
     fast = tiny_cait(backend)[1].to(device)
-    x = images(fast).to(device)
-    with torch.no_grad():
-        expected = fast(x)
-        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-            assert type(copied) is layers.Cait and copied.blocks[0].backend == backend
-            assert_equal(copied(x), expected)
-        other = randomize(tiny_cait(backend)[1], seed=5).to(device)
-        assert_differ(other(x), expected)
-        other.load_state_dict(fast.state_dict())
-        assert_equal(other(x), expected)
+    other = randomize(tiny_cait(backend)[1], seed=5).to(device)
+    assert type(fast) is layers.Cait
+    assert_copies(fast, other, images(fast).to(device), backend)
 
 
 @pytest.mark.slow
@@ -230,9 +222,7 @@ def test_distributed_data_parallel_finds_every_gradient(tmp_path, device):
 def test_uint8_images(backend, device):
     reference, fast = tiny_cait(backend)
     reference, fast = reference.to(device), fast.to(device)
-    image = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8, device=device)
-    mean, std = (torch.tensor(reference.pretrained_cfg[k], device=device) for k in ("mean", "std"))
-    floats = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
+    image, floats = uint8_and_floats(reference, 48, device)
     with torch.no_grad():
         assert_close(fast(image), reference(floats))
         fast.patch_embed.register_forward_hook(lambda *args: None)  # then it is called
@@ -283,8 +273,8 @@ def test_modules_by_themselves(device):
 
 
 def test_half_precision_launches():
-    """The trunk is five launches a block in inference, all of them ours; but for the first, the
-    row statistics of a LayerNorm come with the product before it."""
+    """The trunk is five launches a block in inference, all of them ours. The row statistics of a
+    LayerNorm, but for the first, come with the GEMM before it."""
     ours, others = [], []
     for depth in (1, 3):
         with torch.device("meta"):
@@ -302,24 +292,11 @@ def test_half_precision_launches():
 @pytest.mark.slow
 def test_export_with_a_dynamic_batch_and_the_meta_device():
     reference, fast = tiny_cait(depth=1, depth_token_only=1)
-    x = images(reference)
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(fast, (x,), dynamic_shapes=({0: batch},)).module()
-    assert_close(exported(x[:1]), reference(x[:1]))
-    with torch.no_grad():
-        assert fast.to("meta")(x.to("meta")).shape == (2, 11)
+    assert_exports(reference, fast, images(reference))
 
 
 @pytest.mark.slow
 def test_awkward_batches(device):
     reference, fast = (m.to(device) for m in tiny_cait("triton", depth=1))
     x = images(reference, batch=3).to(device)
-    with torch.no_grad():
-        expected = reference(x)
-        assert fast(x[:0]).shape == (0, 11)
-        assert_close(fast(x[:1]), expected[:1])
-        assert_close(fast(x.to(memory_format=torch.channels_last)), expected)
-        x[1, 0, 0, 0] = torch.nan
-        got = fast(x)
-    assert got[1].isnan().all()
-    assert_close(got[[0, 2]], expected[[0, 2]])
+    assert_awkward_batches(fast, x, reference(x).detach())

@@ -17,7 +17,7 @@ CHIPS = [
     Chip("NVIDIA H200", (9, 0), 132),
     Chip("NVIDIA B200", (10, 0), 148),
 ]
-on_cpu = pytest.mark.cpu("a real chip is not pretended")
+on_cpu = pytest.mark.cpu("a real chip is not simulated")
 
 
 @pytest.mark.slow

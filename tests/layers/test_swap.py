@@ -1,10 +1,11 @@
-"""accelerate and restore: what is swapped, what is left and why, and that both are exact."""
+"""accelerate and restore: what is replaced, what is skipped and why, and that both are exact."""
 
 import pytest
 import timm
 import torch
 from checking import assert_close, assert_equal
 from modelling import TINY, images, tiny_pair
+from small_models import unfused
 from torch import nn
 from torch.nn.utils import prune
 
@@ -16,13 +17,18 @@ from deit_fast.kernels import _chips
 def test_report_of_a_deit():
     model = timm.create_model("deit_tiny_distilled_patch16_224", **TINY)
     report = deit_fast.accelerate(model)
-    counts = {kind: len(names) for kind, names in report.swapped.items()}
+    counts = {kind: len(names) for kind, names in report.replaced.items()}
     assert counts == {
         "VisionTransformerDistilled": 1, "PatchEmbed": 1, "Block": 2, "LayerNorm": 5,
         "Attention": 2, "Mlp": 2,
     }  # fmt: skip
-    assert report.left == [] and report.swapped["Attention"] == ["blocks.0.attn", "blocks.1.attn"]
-    assert "swapped: 1 VisionTransformerDistilled" in str(report) and "backend: auto" in str(report)
+    assert report.skipped == [] and report.replaced["Attention"] == [
+        "blocks.0.attn",
+        "blocks.1.attn",
+    ]
+    assert "replaced: 1 VisionTransformerDistilled" in str(report) and "backend: auto" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,42 +45,43 @@ def test_report_of_a_deit():
         ({"norm_layer": "rmsnorm"}, "blocks.0", "norm1 is a RmsNorm"),
     ],
 )
-def test_what_is_left_says_why(options, name, reason):
+def test_skipped_modules_have_a_reason(options, name, reason):
     model = timm.create_model("deit_tiny_patch16_224", **TINY | options).eval()
     x = torch.randn(1, options.get("in_chans", 3), 64, 64)
     expected = model(x)
     report = deit_fast.accelerate(model)
-    reasons = {left.name: left.reason for left in report.left}
+    reasons = {module.name: module.reason for module in report.skipped}
     assert reason in reasons[name]
     assert reason in str(report)
     assert_close(model(x), expected)
 
 
-def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_left():
+def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_skipped():
     model = nn.Sequential(
         nn.LayerNorm((4, 8)), nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8)
     )
     report = deit_fast.accelerate(model)
-    assert report.swapped == {"LayerNorm": ["2"]}
-    assert ["2 dimensions" in report.left[0].reason, "no weight" in report.left[1].reason] == [
-        True
-    ] * 2
+    assert report.replaced == {"LayerNorm": ["2"]}
+    assert [
+        "2 dimensions" in report.skipped[0].reason,
+        "no weight" in report.skipped[1].reason,
+    ] == [True] * 2
 
 
 def test_classes_of_a_kind_without_replacement_are_listed():
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
-    left = {m.kind for m in deit_fast.accelerate(model).left}
+    left = {m.kind for m in deit_fast.accelerate(model).skipped}
     assert "WindowAttention" in left and "SwinTransformerBlock" in left
 
 
-def test_subclasses_are_not_swapped():
+def test_subclasses_are_not_replaced():
     class Mine(timm.layers.Mlp):
         def forward(self, x):
             return x
 
     model = nn.Sequential(Mine(4), nn.LayerNorm(4))
     report = deit_fast.accelerate(model)
-    assert type(model[0]) is Mine and list(report.swapped) == ["LayerNorm"]
+    assert type(model[0]) is Mine and list(report.replaced) == ["LayerNorm"]
 
 
 def test_restore_is_exact():
@@ -114,18 +121,18 @@ def test_parameters_hooks_and_mode_stay():
 def test_accelerating_twice_changes_the_backend():
     _, fast = tiny_pair("torch")
     report = deit_fast.accelerate(fast, "auto")
-    assert len(report.swapped["Block"]) == 2
+    assert len(report.replaced["Block"]) == 2
     assert {m.backend for m in fast.modules() if hasattr(m, "backend")} == {"auto"}
 
 
-def test_a_pruned_model_is_swapped_and_its_pruned_layers_are_called():
+def test_a_pruned_model_is_replaced_and_its_pruned_layers_are_called():
     """Pruning recomputes the weight in a hook of the layer, which a fused operation never calls."""
     reference, fast = tiny_pair()
     deit_fast.restore(fast)
     for model in (reference, fast):
         prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5)
     report = deit_fast.accelerate(fast, "torch")
-    assert report.left == [] and [m.name for m in report.unfused] == ["blocks.0"]
+    assert report.skipped == [] and [m.name for m in report.unfused] == ["blocks.0"]
     assert report.unfused[0].reason == "attn.qkv has a forward pre-hook: called, the rest is fused"
     x = images(reference)
     assert_close(fast(x), reference(x))
@@ -166,8 +173,25 @@ def test_triton_without_a_gpu_raises_and_changes_nothing(monkeypatch):
     assert not any("deit_fast" in type(module).__module__ for module in model.modules())
 
 
-def test_nothing_to_swap():
-    with pytest.raises(ValueError, match="nothing to swap in Sequential, expected a timm model"):
+def test_nothing_to_replace():
+    with pytest.raises(ValueError, match="nothing to replace in Sequential, expected a timm model"):
         deit_fast.accelerate(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="has no weight"):
         deit_fast.accelerate(nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)))
+
+
+def test_report_changes_nothing_and_needs_an_accelerated_model():
+    reference, fast = tiny_pair()
+    with pytest.raises(ValueError, match="nothing in VisionTransformerDistilled is accelerated"):
+        deit_fast.report(reference)
+    before = deit_fast.report(fast)
+    assert before.replaced["Block"] == ["blocks.0", "blocks.1"] and before.backend == "torch"
+    assert before.unfused == [] == before.skipped
+    fast.blocks[1].attn = timm.layers.Attention(64, 2)
+    later = deit_fast.report(fast)
+    assert [(module.name, module.kind) for module in later.skipped] == [
+        ("blocks.1.attn", "Attention")
+    ]
+    assert "came in since" in later.skipped[0].reason
+    assert unfused(fast)["blocks.1"].startswith("attn stays with timm")
+    assert deit_fast.accelerate(fast, "torch").unfused == []

@@ -63,11 +63,11 @@ def test_whole_model():
     assert_same_logits(reference, fast, images(1, (224, 224)))
 
 
-def test_everything_is_swapped():
+def test_everything_is_replaced():
     model = timm.create_model("tiny_vit_11m_224")
     report = deit_fast.accelerate(model)
-    assert {left.kind for left in report.left} == {"NormMlpClassifierHead", "LayerNorm2d"}
-    counts = {kind: len(names) for kind, names in report.swapped.items()}
+    assert {module.kind for module in report.skipped} == {"NormMlpClassifierHead", "LayerNorm2d"}
+    counts = {kind: len(names) for kind, names in report.replaced.items()}
     assert counts == {
         "PatchEmbed": 1, "ConvNorm": 27, "MBConv": 2, "PatchMerging": 3, "TinyVitBlock": 10,
         "Attention": 10, "NormMlp": 10, "LayerNorm": 20,
@@ -296,7 +296,7 @@ def test_what_stays_with_timm(options, name, reason):
     reference = timm.create_model("tiny_vit_5m_224", **SMALL | options).eval()
     fast = copy.deepcopy(reference)
     report = deit_fast.accelerate(fast)
-    assert any(left.name == name and reason in left.reason for left in report.left)
+    assert any(m.name == name and reason in m.reason for m in report.skipped)
     with torch.no_grad():
         assert_close(fast(images()), reference(images()))
 

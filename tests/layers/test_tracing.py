@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from checking import assert_close, assert_gradients_close
-from modelling import SMALL_CAIT, SMALL_TINY_VIT, pair, tiny_pair
+from small_models import small_models
 from tiers import slow
 from timm.models import FeatureGraphNet, GraphExtractNet
 from timm.utils import AttentionExtract
@@ -19,25 +19,6 @@ import deit_fast
 from deit_fast import kernels
 from deit_fast.kernels import _dispatch
 
-FAMILIES = {
-    "distilled": lambda backend: tiny_pair(backend),
-    "plain": lambda backend: tiny_pair(backend, distilled=False, global_pool="avg"),
-    "cait": lambda backend: pair("cait_xxs24_224", backend, **SMALL_CAIT),
-    "tiny_vit": lambda backend: pair("tiny_vit_5m_224", backend, **SMALL_TINY_VIT),
-}
-
-
-def models(family, device, backend="torch"):
-    reference, fast = (m.to(device) for m in FAMILIES[family](backend))
-    size = 32 if family == "cait" else 64
-    return reference, fast, images(reference, size=(size, size)).to(device)
-
-
-def images(model, size):
-    convolution = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    return torch.randn(2, convolution.in_channels, *size)
-
-
 # torch.fx
 
 
@@ -45,7 +26,7 @@ def images(model, size):
 @pytest.mark.parametrize("family", ["distilled", "plain", "cait"])  # timm's TinyViT has no trace
 def test_symbolic_traces_have_timms_nodes(family, backend, device):
     """By torchvision's feature extraction: each node's name and value."""
-    reference, fast, x = models(family, device, backend)
+    reference, fast, x = small_models(family, device, backend)
     with pytest.warns(UserWarning, match="torch.fx: is traced by torch.fx"):
         got = get_graph_node_names(fast)
     expected = get_graph_node_names(reference)
@@ -62,7 +43,7 @@ def test_symbolic_traces_have_timms_nodes(family, backend, device):
 
 
 def test_a_trace_by_hand_trains(device):
-    reference, fast, x = models("plain", device)
+    reference, fast, x = small_models("plain", device)
     with pytest.warns(UserWarning, match="torch.fx"):
         traced = torch.fx.symbolic_trace(fast)
     found = []
@@ -76,7 +57,7 @@ def test_a_trace_by_hand_trains(device):
 
 
 def test_timms_features_by_fx(device):
-    reference, fast, x = models("plain", device)
+    reference, fast, x = small_models("plain", device)
     found = []
     for model in (reference, fast):
         with warnings.catch_warnings():
@@ -91,7 +72,7 @@ def test_timms_features_by_fx(device):
 
 @pytest.mark.parametrize("method", ["fx", "hook"])
 def test_timms_attention_extraction(method, device):
-    reference, fast, x = models("distilled", device)
+    reference, fast, x = small_models("distilled", device)
     found = []
     for model in (reference, fast):
         for block in model.blocks:
@@ -110,10 +91,10 @@ def test_timms_attention_extraction(method, device):
 
 @pytest.mark.parametrize("backend", ["torch", slow("triton")])
 @pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["distilled", "plain", "cait", "tiny_vit"])
 def test_traces_pass_pytorchs_own_check(family, with_grad, backend, device):
     """And hold no operator of ours, so that they run anywhere."""
-    reference, fast, x = models(family, device, backend)
+    reference, fast, x = small_models(family, device, backend)
     with torch.set_grad_enabled(with_grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(fast, x)
@@ -124,7 +105,7 @@ def test_traces_pass_pytorchs_own_check(family, with_grad, backend, device):
 
 
 def test_a_trace_of_bytes(device):
-    reference, fast, _ = models("distilled", device)
+    reference, fast, _ = small_models("distilled", device)
     x = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, device=device)
     with torch.no_grad():
         expected = fast(x)
@@ -133,7 +114,7 @@ def test_a_trace_of_bytes(device):
 
 
 def test_scripting_says_what_to_do_instead():
-    _, fast, _ = models("distilled", "cpu")
+    _, fast, _ = small_models("distilled", "cpu")
     with pytest.raises(RuntimeError, match="torch.jit.script: TorchScript is deprecated and can't "
                        "hold VisionTransformerDistilled: script deit_fast.restore"):  # fmt: skip
         torch.jit.script(fast)
@@ -145,7 +126,7 @@ def test_scripting_says_what_to_do_instead():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("family", ["distilled", slow("cait"), slow("tiny_vit")])
 def test_gradients_of_each_sample(family, backend, device):
-    reference, fast, x = models(family, device, backend)
+    reference, fast, x = small_models(family, device, backend)
     found = []
     for model in (reference, fast):
         parameters = {k: p.detach() for k, p in model.named_parameters()}
@@ -162,7 +143,7 @@ def test_gradients_of_each_sample(family, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_jacobians_and_tangents(backend, device):
     """Forward mode is timm's with plain attention: PyTorch's fused one has no such formula."""
-    reference, fast, x = models("distilled", device, backend)
+    reference, fast, x = small_models("distilled", device, backend)
     for block in reference.blocks:
         block.attn.fused_attn = False
     direction = torch.randn_like(x)
@@ -200,7 +181,7 @@ def test_transforms_say_that_no_kernel_runs(monkeypatch, device):
 
 @pytest.mark.slow
 def test_a_transform_inside_a_compiled_function(device):
-    reference, fast, x = models("distilled", device)
+    reference, fast, x = small_models("distilled", device)
     for block in reference.blocks:
         block.attn.fused_attn = False  # of which PyTorch compiles no gradient on a CPU
     found = []
@@ -212,7 +193,7 @@ def test_a_transform_inside_a_compiled_function(device):
 
 def test_plain_calls_keep_their_kernels(monkeypatch, device):
     """After the transforms are over."""
-    _, fast, x = models("distilled", device, "triton")
+    _, fast, x = small_models("distilled", device, "triton")
     vmap(lambda x: fast(x[None]))(x)
     monkeypatch.setattr(kernels.linear_reference, "__code__", (lambda *_, **__: None).__code__)
     assert torch.isfinite(fast(x)).all()
@@ -220,7 +201,7 @@ def test_plain_calls_keep_their_kernels(monkeypatch, device):
 
 def test_relatives_of_timm(device):
     """timm's own tests of a model: head reset, intermediates, both with the same numbers."""
-    reference, fast, x = models("distilled", device)
+    reference, fast, x = small_models("distilled", device)
     with torch.no_grad():
         for model in (reference, fast):
             model.reset_classifier(0)

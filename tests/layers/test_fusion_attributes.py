@@ -1,43 +1,16 @@
 """Changes to attributes, methods and classes after `accelerate`, against timm's with the same."""
 
-import warnings
-
 import pytest
 import timm
 import timm.models.cait as timm_cait
 import timm.models.vision_transformer as timm_vit
 import torch
 from checking import assert_close, assert_differ, assert_gradients_close, seed
-from modelling import SMALL_CAIT, SMALL_TINY_VIT, gradients, pair, tiny_pair
-from test_bypass import said, unfused
+from modelling import gradients
+from small_models import small_models_that_ran, unfused, warnings_of
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.flop_counter import FlopCounterMode
 
-FAMILIES = {
-    "vit": lambda: tiny_pair(distilled=False),
-    "distilled": lambda: tiny_pair(),
-    "cait": lambda: pair("cait_xxs24_224", "torch", **SMALL_CAIT),
-    "tiny_vit": lambda: pair("tiny_vit_5m_224", "torch", **SMALL_TINY_VIT),
-}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def models(family):
-    """Both have run before: what was seen then may be stale."""
-    made = FAMILIES[family]()
-    seed(1)
-    x = torch.randn(2, 3, *[32 if family == "cait" else 64] * 2)
-    with torch.no_grad():
-        for model in made:
-            model(x)
-    return *made, x
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of modules that are not fused
 
 
 def assert_same(reference, fast, x, train=True):
@@ -110,13 +83,6 @@ def dropping_by_the_attentions_mode(model):
             module.eval()
 
 
-def patched_then_marked(model):
-    """As many entries as before, and another among them."""
-    act = model.blocks[0].mlp.act
-    del act.tag
-    act.forward = lambda x: -x
-
-
 CHANGES = [
     ("vit", strided), ("vit", dilated), ("vit", blocks_twice), ("cait", blocks_twice),
     ("vit", compiled_blocks),
@@ -130,7 +96,7 @@ CHANGES = [
     "family, change", CHANGES, ids=[f"{f}-{c.__name__}{i}" for i, (f, c) in enumerate(CHANGES)]
 )
 def test_changes_of_a_model(family, change):
-    reference, fast, x = models(family)
+    reference, fast, x = small_models_that_ran(family)
     before = reference(x)
     for model in (reference, fast):
         change(model)
@@ -140,7 +106,7 @@ def test_changes_of_a_model(family, change):
 
 @pytest.mark.parametrize("what", ["dilation", "bias", "padding_mode", "statistics", "method"])
 def test_changes_of_tiny_vit(what):
-    reference, fast, x = models("tiny_vit")
+    reference, fast, x = small_models_that_ran("tiny_vit")
     before = reference(x)
     for model in (reference, fast):
         conv = convolution(model).conv
@@ -162,7 +128,7 @@ def test_changes_of_tiny_vit(what):
 
 def test_the_attentions_mode_alone():
     """Which decides whether PyTorch's fused attention drops."""
-    reference, fast, x = models("vit")
+    reference, fast, x = small_models_that_ran("vit")
     for model in (reference, fast):
         for block in model.blocks:
             block.attn.attn_drop.p = 0.3
@@ -180,7 +146,7 @@ def test_the_attentions_mode_alone():
 @pytest.mark.parametrize("fused", [True, False])
 def test_dropout_of_attention_in_timms_mode(fused):
     """timm's fused attention drops in the attention's mode, the plain one in the dropout's."""
-    reference, fast, x = models("vit")
+    reference, fast, x = small_models_that_ran("vit")
     for model in (reference, fast):
         for block in model.blocks:
             block.attn.fused_attn = fused
@@ -189,51 +155,10 @@ def test_dropout_of_attention_in_timms_mode(fused):
     assert bool(unfused(fast)) == fused
 
 
-def test_a_forward_beside_a_mark_taken_away():
-    reference, fast, x = models("vit")
-    for model in (reference, fast):
-        model.blocks[0].mlp.act.tag = 1
-        model(x)
-        patched_then_marked(model)
-    assert_same(reference, fast, x)
-
-
-@pytest.mark.parametrize("name", ["fc_norm", "norm_pre", "patch_drop", "attn_pool"])
-def test_hooks_on_what_does_nothing(name):
-    _, fast, x = models("vit")
-    seen, module = [], getattr(fast, name)
-    if module is None:
-        return
-    module.register_forward_hook(lambda m, a, y: seen.append(1))
-    with torch.no_grad():
-        fast(x)
-    assert seen == [1]
-
-
-def test_a_global_hook_after_a_count():
-    """As many hooks on all modules as before, and others."""
-    reference, fast, x = models("vit")
-    with FlopCounterMode(display=False), torch.no_grad():
-        fast(x)
-    found = []
-    for model in (reference, fast):
-        seen = []
-        hooks = [
-            register_module_forward_hook(lambda m, a, y, s=seen: s.append(type(m).__name__))
-            for _ in range(2)
-        ]
-        with torch.no_grad():
-            model(x)
-        for hook in hooks:
-            hook.remove()
-        found.append(seen.count("Linear"))
-    assert found[0] == found[1] == 2 * (2 * 4 + 1)
-
-
 @pytest.mark.parametrize("kind", [timm.layers.Attention, timm.layers.Mlp, timm_vit.Block, nn.GELU])
 def test_a_patched_class_of_timms(kind, monkeypatch):
-    """After the swap; and put back."""
-    reference, fast, x = models("vit")
+    """After `accelerate`; and put back."""
+    reference, fast, x = small_models_that_ran("vit")
     original, before = kind.forward, reference(x)
 
     def doubled(self, *args, **kwargs):
@@ -241,7 +166,7 @@ def test_a_patched_class_of_timms(kind, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "forward", doubled)
-        got, words = said(fast, x)
+        got, words = warnings_of(fast, x)
         assert_close(got, reference(x))
         assert_differ(got, before)
         assert "whose forward was replaced" in words[0] or "was replaced" in words[0]
@@ -252,7 +177,7 @@ def test_a_patched_class_of_timms(kind, monkeypatch):
 
 @pytest.mark.parametrize("name", ["forward_features", "_pos_embed", "forward"])
 def test_a_patched_model_class_of_timms(name, monkeypatch):
-    reference, fast, x = models("vit")
+    reference, fast, x = small_models_that_ran("vit")
     original, before = getattr(timm_vit.VisionTransformer, name), reference(x)
 
     def changed(self, *args, **kwargs):
