@@ -19,7 +19,8 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset
 
-from deit_fast.distill.datasets import OPEN_FILES, _Tars, fraction, open_images
+from deit_fast.distill.datasets import fraction, open_images
+from deit_fast.distill.datasets.tars import OPEN_FILES, TarImages
 from deit_fast.images import Unreadable
 
 CLASSES = [str(c) for c in range(11)]  # "10" comes after "9" in natural order alone
@@ -411,7 +412,7 @@ def test_open_tar_files(tmp_path):
         np.testing.assert_array_equal(np.asarray(images.image(i)), COLOUR[i % 24])
     assert len(images._open) == OPEN_FILES
     again = pickle.loads(pickle.dumps(images))
-    assert isinstance(again, _Tars) and not again._open and len(images._open) == OPEN_FILES
+    assert isinstance(again, TarImages) and not again._open and len(images._open) == OPEN_FILES
     np.testing.assert_array_equal(np.asarray(again.image(5)), COLOUR[5])
 
 
@@ -522,7 +523,7 @@ def test_idx_errors(tmp_path):
     pictures.unlink()
     fails(path, "no whole gzip file")
     idx(path / "extra-images-idx3-ubyte", GRAY)
-    fails(path, "one file of images is wanted")
+    fails(path, "expected one file of images")
     empty = tmp_path / "empty"
     idx(empty / "images-images-idx3-ubyte", GRAY[:0])
     idx(empty / "images-labels-idx1-ubyte", LABELS[:0])
