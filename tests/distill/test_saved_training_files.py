@@ -1,6 +1,5 @@
-"""Files that versions before 0.1 wrote still load: tests/data/before_0.1 says how they were made."""
+"""Files that versions before 0.1 wrote still load; tests/data/before_0.1 says who wrote them."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -48,7 +47,8 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path):
     assert after["rows"][0] == before["rows"][0]
     for row, loss in zip(after["rows"], LOSSES, strict=True):
         assert_within(row["loss"], loss, APART[FP32])
-    assert json.loads((out / "settings.json").read_text()) == before["identity"]
+    for name in ("settings.json", "run.json"):
+        assert (out / name).read_text() == (BEFORE / "run" / name).read_text()
     shown = (BEFORE / "run" / "log.csv").read_text().splitlines()
     assert (out / "log.csv").read_text().splitlines()[:2] == shown
 
