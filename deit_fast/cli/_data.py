@@ -2,6 +2,8 @@
 
 import os
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from deit_fast.distill.datasets import has_split, open_images
+from deit_fast.distill.datasets import ImageSet, has_split, open_images
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 
@@ -22,13 +25,16 @@ SHOWN = 10  # unreadable images that are named
 
 
 class Setting(NamedTuple):
+    """Where and how a model runs."""
+
     device: str
     dtype: str
     batch: int
     workers: int
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add DATA, --split and the keys."""
     parser.add_argument(
         "data", metavar="DATA",
         help="a folder of classes, .tar files, a Hugging Face dataset on disk, or IDX files",
@@ -40,7 +46,8 @@ def add_arguments(parser):
     add_keys(parser)
 
 
-def add_keys(parser):
+def add_keys(parser: ArgumentParser) -> None:
+    """Add --image-key and --label-key."""
     for key in ("image", "label"):
         parser.add_argument(
             f"--{key}-key", default=key, metavar="COLUMN",
@@ -48,7 +55,8 @@ def add_keys(parser):
         )  # fmt: skip
 
 
-def add_running(parser, but=""):
+def add_running(parser: ArgumentParser, but: str = "") -> None:
+    """Add --batch, --workers and --dtype; `but` is appended to the default of --workers."""
     parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
     parser.add_argument(
         "--workers", type=int, metavar="N",
@@ -59,8 +67,12 @@ def add_running(parser, but=""):
     )
 
 
-def setting(args) -> Setting:
-    """The options of `add_running` with their defaults. ValueError for numbers that are none."""
+def setting(args: Namespace) -> Setting:
+    """Fill in the defaults of the options of `add_running`.
+
+    Raises:
+        ValueError: A number is too small.
+    """
     cuda = torch.cuda.is_available()
     workers = args.workers
     if workers is None:
@@ -73,8 +85,8 @@ def setting(args) -> Setting:
     return Setting("cuda" if cuda else "cpu", dtype, batch, workers)
 
 
-def images_for(model, args):
-    """The `ImageSet` of `args.data`, as gray or colour as the model wants it."""
+def images_for(model: nn.Module, args: Namespace) -> ImageSet:
+    """Open `args.data`, as gray or colour as the model expects it."""
     if args.split is None and has_split(args.data, "validation"):
         args.split = "validation"
     return open_images(
@@ -84,8 +96,8 @@ def images_for(model, args):
 
 
 @contextmanager
-def progress(total: int, what: str = ""):
-    """Yields a function that is told how many of `total` images are done; drawn on stderr."""
+def progress(total: int, what: str = "") -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many of `total` images are done; drawn on stderr."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
@@ -94,8 +106,14 @@ def progress(total: int, what: str = ""):
 
 
 def show(title: str, left: tuple, right: tuple, rows: list) -> None:
-    """A table on stdout, words to the left and figures to the right, cells as they are; as wide as
-    it has to be: a figure cut short is no figure."""
+    """Print a table on stdout, as wide as it has to be: a number cut short is no number.
+
+    Args:
+        title: Printed above it.
+        left: Headings of the columns of words.
+        right: Headings of the columns of numbers, which are aligned to the right.
+        rows: Cells, printed as they are.
+    """
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in left:
         table.add_column(Text(heading), no_wrap=True)

@@ -1,16 +1,16 @@
-"""Store a teacher's answers once, then train any number of students without it (TinyViT).
+r"""Write a teacher's soft labels to a store once, then train students without it (TinyViT).
 
-examples:
-  deit-fast distill-store write imagenet/ answers/ --teacher regnety_160 --img-size 224 --epochs 300
-  torchrun --nproc-per-node 8 -m deit_fast distill-store write imagenet/ answers/ --epochs 300 \\
+Examples:
+  deit-fast distill-store write imagenet/ labels/ --teacher regnety_160 --img-size 224 --epochs 300
+  torchrun --nproc-per-node 8 -m deit_fast distill-store write imagenet/ labels/ --epochs 300 \
       --teacher regnety_160 --img-size 224
-  deit-fast distill-store check imagenet/ answers/ --teacher regnety_160
-  deit-fast distill-store train imagenet/ answers/ --model tiny_vit_5m_224 --out tiny
-  deit-fast distill-store info answers/
+  deit-fast distill-store check imagenet/ labels/ --teacher regnety_160
+  deit-fast distill-store train imagenet/ labels/ --model tiny_vit_5m_224 --out tiny
+  deit-fast distill-store info labels/
 
 write stores, for each image and epoch, the seed of its augmentation and the K most probable
 classes; the same command goes on where it stopped, with more --epochs it adds them. train is
-deit-fast train --store STORE: its pictures are, bit for bit, those the teacher saw. check asks the
+deit-fast train --store STORE: its images are, bit for bit, those the teacher saw. check asks the
 teacher again, on a sample. info reads every file and names what is damaged: delete such a file, and
 write makes it again.
 
@@ -18,24 +18,25 @@ Exit code: 0; 1 where info finds a store incomplete or damaged; 2 for an error; 
 Ctrl-C and SIGTERM.
 """
 
-import os
+import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from deit_fast.distill import store
-from deit_fast.distill.processes import Interrupted
-from deit_fast.distill.store.pictures import SETTINGS
+from deit_fast.distill.interrupt import Interrupted
+from deit_fast.distill.store.views import SETTINGS
 from deit_fast.distill.student import AMP
 
-from . import _data, _models, train
+from . import _data, _models, _training, train
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, summary in (
-        ("write", "the teacher over every picture of every epoch"),
+        ("write", "the teacher over every augmented image of every epoch"),
         ("check", "the teacher again, on a sample"),
         ("train", "a student, from the store alone"),
         ("info", "what is there, and whether it is whole"),
@@ -44,7 +45,7 @@ def add_arguments(parser):
         _ACTIONS[name][0](action)
 
 
-def _add_write(parser):
+def _add_write(parser: argparse.ArgumentParser) -> None:
     _add_teacher(parser)
     parser.add_argument("--epochs", type=int, required=True, metavar="N")
     parser.add_argument(
@@ -56,27 +57,27 @@ def _add_write(parser):
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--batch", type=int, default=256, metavar="B",
-        help="pictures of each process in one pass (default: %(default)s)",
+        help="images of each rank in one forward pass (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--amp", choices=AMP,
         help="the teacher's precision (default: bf16, on a GPU without it fp16, on a CPU none)",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="(default: one a CPU core)")
-    train.add_recipe(parser, SETTINGS)
+    _training.add_recipe(parser, SETTINGS)
 
 
-def _add_check(parser):
+def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_teacher(parser)
     parser.add_argument(
         "--samples", type=int, default=1024, metavar="N",
-        help="at least so many records, in whole passes (default: %(default)s)",
+        help="at least so many records, in whole batches (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws them")
     parser.add_argument("--amp", choices=AMP, help="(default: the store's)")
 
 
-def _add_teacher(parser):
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA")
     parser.add_argument("store", metavar="STORE", type=Path)
     parser.add_argument(
@@ -89,36 +90,37 @@ def _add_teacher(parser):
     _data.add_keys(parser)
 
 
-def _add_train(parser):
+def _add_train(parser: argparse.ArgumentParser) -> None:
     train.add_arguments(parser, from_store=True)
 
 
-def _add_info(parser):
+def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", type=Path)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Run the action; returns the exit code."""
     return _ACTIONS[args.action][1](args)
 
 
-def _write(args):
-    leads = int(os.environ.get("RANK", 0)) == 0
-    console = Console(stderr=True, quiet=not leads)
-    with _Writing(console) as display:
+def _write(args: argparse.Namespace) -> int:
+    is_main, console = _training.main_console()
+    with _Progress(console) as display:
         try:
             written = store.write(
-                args.data, args.store, args.teacher, train.recipe_of(args), epochs=args.epochs,
-                k=args.k, count=args.count, seed=args.seed, img_size=args.img_size,
+                args.data, args.store, args.teacher, _training.recipe_of(args),
+                epochs=args.epochs, k=args.k, count=args.count, seed=args.seed,
+                img_size=args.img_size,
                 teacher_checkpoint=args.teacher_checkpoint,
                 teacher_checkpoint_key=args.teacher_checkpoint_key, batch=args.batch,
-                amp=args.amp or train.precision(), backend=args.backend,
-                workers=train.workers_of(args), image_key=args.image_key, label_key=args.label_key,
-                report=display,
+                amp=args.amp or _training.precision(), backend=args.backend,
+                workers=_training.workers_of(args), image_key=args.image_key,
+                label_key=args.label_key, report=display,
             )  # fmt: skip
         except Interrupted as stopped:
             console.print(f"stopped at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
-    if leads:
+    if is_main:
         speed = written["images_per_s"]
         speed = "all of it was there" if speed is None else f"{speed:,.0f} images/s"
         print(f"{args.store}: {written['epochs']} epochs of {written['records']:,} records, "
@@ -128,32 +130,32 @@ def _write(args):
     return 0
 
 
-class _Writing(train.Display):
+class _Progress(_training.Display):
     """Progress of writing: the size first."""
 
-    def __init__(self, console):
+    def __init__(self, console: Console):
         super().__init__(console, TextColumn("left"), TimeRemainingColumn())
-        self.mine = None
+        self.rank_records = 0
 
-    def __call__(self, event):
+    def __call__(self, event: dict) -> None:
         if event["event"] == "begin":
-            self.mine, self.epochs = event["mine"], event["epochs"]
+            self.rank_records, self.epochs = event["rank_records"], event["epochs"]
             self.say(
                 f"{event['epochs']} epochs of {event['records']:,} records: the store will take "
                 f"{_size(event['bytes'])}"
             )
-            total = self.epochs * self.mine
+            total = self.epochs * self.rank_records
             self.task = self.progress.add_task("", total=total, epoch=f"1/{self.epochs}")
         elif event["event"] == "update":
             self.progress.update(
-                self.task, completed=event["epoch"] * self.mine + event["written"],
+                self.task, completed=event["epoch"] * self.rank_records + event["written"],
                 epoch=f"{event['epoch'] + 1}/{self.epochs}",
             )  # fmt: skip
         else:
             self.say(event["text"])
 
 
-def _check(args):
+def _check(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     found = store.check(
         args.data, args.store, args.teacher, samples=args.samples,
@@ -168,7 +170,7 @@ def _check(args):
     return 0
 
 
-def _info(args):
+def _info(args: argparse.Namespace) -> int:
     found = store.Store(args.store)
     manifest = found.manifest
     transform = " ".join(f"{name}={value}" for name, value in manifest.transform.items())
@@ -177,9 +179,9 @@ def _info(args):
         f"{manifest.teacher['weights']}, amp {manifest.amp})",
         "images": f"{manifest.images['count']:,} of {manifest.classes:,} classes, "
         f"{manifest.records:,} an epoch",
-        "pictures": transform,
+        "transform": transform,
         "records": f"K = {manifest.k}, {manifest.record.itemsize} bytes, by {manifest.world} "
-        f"processes in batches of {manifest.batch}, seed {manifest.seed}",
+        f"ranks in batches of {manifest.batch}, seed {manifest.seed}",
         "size": f"{manifest.epochs} epochs, {_size(manifest.epochs * manifest.epoch_bytes)}",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest.notes["versions"].items()),
         "key": manifest.key,
@@ -196,7 +198,7 @@ def _info(args):
     return 0 if whole == manifest.epochs else 1
 
 
-def _size(count):
+def _size(count: int) -> str:
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

@@ -1,6 +1,6 @@
 """Top-1 and top-5 of a model over labelled images, of each head of a distilled one.
 
-examples:
+Examples:
   deit-fast eval imagenet --model deit_small_distilled
   deit-fast eval imagenet --model deit_base_distilled_384 --real real.json
   deit-fast eval imagenetv2-matched-frequency-format-val --model deit_base --dtype fp32
@@ -12,6 +12,7 @@ them. --real takes the ReaL labels of ImageNet's validation images (Beyer et al.
 Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from deit_fast.distill import evaluate, real
 from . import _data, _models
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     _data.add_arguments(parser)
     parser.add_argument(
         "--model", required=True, metavar="NAME",
@@ -32,7 +34,8 @@ def add_arguments(parser):
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, and print the figures; returns the exit code."""
     setting = _data.setting(args)
     labels = None if args.real is None else real.read_real_labels(args.real)
     model = _models.load(args, strict=False)

@@ -1,6 +1,6 @@
 """Train on from weights, at another resolution or on other classes.
 
-examples:
+Examples:
   deit-fast finetune imagenet/ --from s/model --img-size 384 --teacher regnety_160 --out s384
   deit-fast finetune imagenet/ --from pretrained --model deit_base --img-size 384 --out b384
   deit-fast finetune cifar/ --from s/model --recipe transfer --out cifar
@@ -12,17 +12,21 @@ resized likewise. Heads for another number of classes begin anew. The default re
 Everything else is as in deit-fast train, whose --help has more examples.
 """
 
+import argparse
+
 from . import train
 
 RECIPE = "deit-384"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of deit-fast train, with another default recipe."""
     train.add_arguments(parser)
     parser.set_defaults(recipe=RECIPE)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Train on from --from; returns the exit code."""
     if args.start is None:
         raise ValueError("--from: missing, expected a folder of weights, a file, or 'pretrained'")
     return train.run(args)

@@ -1,12 +1,12 @@
 """Train a model, distilled from a teacher or not; the same command again goes on where it stopped.
 
-examples:
+Examples:
   deit-fast train imagenet/ --model deit_small_distilled --teacher regnety_160 --out small
   torchrun --nproc-per-node 8 -m deit_fast train imagenet/ --model deit_base --amp bf16 --out base
   deit-fast train shards/ --model deit_tiny --recipe vit --batch 1024 --accum 4 --out ti
   deit-fast train photos/ --model deit_small --repeated-aug 1 --auto-augment original --out ablation
   deit-fast train fashion-mnist/ --model deit_nano_fashion --crop pad --crop-pct 1 --out nano
-  deit-fast train imagenet/ --model tiny_vit_5m_224 --store answers/ --out tiny
+  deit-fast train imagenet/ --model tiny_vit_5m_224 --store labels/ --out tiny
 
 DATA is a folder with train and val in it (folders of classes, .tar shards, .parquet files), what
 datasets.save_to_disk wrote, or MNIST's idx files. Every setting of the recipe is an option, so each
@@ -19,28 +19,29 @@ Ctrl-C and SIGTERM save and stop. Exit code: 0; 2 for an error; 130 and 143 afte
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deit_fast.distill import recipe as recipes
-from deit_fast.distill.processes import Interrupted
-from deit_fast.distill.store.files import Store
-from deit_fast.distill.store.read import settings_of
+from deit_fast.distill.interrupt import Interrupted
+from deit_fast.distill.store.compatibility import recipe_settings
+from deit_fast.distill.store.reader import Store
 from deit_fast.distill.student import AMP, Settings
 from deit_fast.distill.train import train
 from deit_fast.kernels.distillation_loss import DISTILLATIONS
 
-from . import _data, _models
-
-RECIPE = "deit"
+from . import _data, _models, _training
 
 
-def add_arguments(parser, from_store=False):
-    """from_store: the store is an argument, and no teacher can be given."""
+def add_arguments(parser: argparse.ArgumentParser, from_store: bool = False) -> None:
+    """Add the command's options.
+
+    Args:
+        parser: Gets them.
+        from_store: The store is an argument, and no teacher can be given.
+    """
     parser.add_argument("data", metavar="DATA")
     if from_store:
         parser.add_argument("store", metavar="STORE")
@@ -88,10 +89,10 @@ def add_arguments(parser, from_store=False):
     run.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS")
     run.add_argument("--restart", action="store_true", help="throw away what is in DIR")
     run.add_argument("--tensorboard", action="store_true", help="log for it too")
-    add_recipe(parser)
+    _training.add_recipe(parser)
 
 
-def _add_teacher(parser):
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument(
         "--distill", choices=DISTILLATIONS,
@@ -105,116 +106,49 @@ def _add_teacher(parser):
     _models.add_key(teacher, "--teacher-checkpoint-key")
     teacher.add_argument(
         "--store", metavar="DIR",
-        help="learn from what deit-fast distill-store write left there, without the teacher",
+        help="learn from a soft-label store, see deit-fast distill-store, without a teacher",
     )  # fmt: skip
 
 
-def add_recipe(parser, names=None):
-    """Options for a recipe and for its settings, or those of them that are named."""
-    recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument(
-        "--recipe", default=RECIPE, metavar="NAME",
-        help=f"{', '.join(recipes.NAMES)}, or a .json file (default: %(default)s)",
-    )  # fmt: skip
-    for setting in dataclasses.fields(recipes.Recipe):
-        if names is not None and setting.name not in names:
-            continue
-        options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
-        if setting.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        recipe.add_argument(
-            f"--{setting.name.replace('_', '-')}", dest=f"recipe_{setting.name}",
-            help=setting.metadata["help"].replace("%", "%%"), **options,
-        )  # fmt: skip
-
-
-def run(args) -> int:
-    given = {} if args.store is None else settings_of(Store(args.store))
-    recipe = recipe_of(args, given)
+def run(args: argparse.Namespace) -> int:
+    """Train, and print the result; returns the exit code."""
+    given = {} if args.store is None else recipe_settings(Store(args.store))
+    recipe = _training.recipe_of(args, given)
     named = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**named | {
-        "model_args": _arguments(args.model_args), "amp": args.amp or precision(),
+        "model_args": _arguments(args.model_args), "amp": args.amp or _training.precision(),
         "distill": args.distill or ("none" if args.teacher is None else "hard"),
         "mean": args.mean and tuple(args.mean), "std": args.std and tuple(args.std),
     })  # fmt: skip
-    leads = int(os.environ.get("RANK", 0)) == 0
-    notes = Console(stderr=True, quiet=not leads)
-    with _Training(notes) as display:
+    is_main, notes = _training.main_console()
+    with _Progress(notes) as display:
         try:
             result = train(
-                settings, recipe, args.out, workers=workers_of(args), save_every=args.save_every,
-                eval_every=args.eval_every, restart=args.restart, tensorboard=args.tensorboard,
-                report=display,
+                settings, recipe, args.out, workers=_training.workers_of(args),
+                save_every=args.save_every, eval_every=args.eval_every, restart=args.restart,
+                tensorboard=args.tensorboard, report=display,
             )  # fmt: skip
         except Interrupted as stopped:
             notes.print(f"stopped, saved at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
-    if leads:
+    if is_main:
         print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")
         if result["unreadable"]:
             print(f"unreadable images: {result['unreadable']}, in {args.out / 'unreadable.csv'}")
     return 0
 
 
-def recipe_of(args, given=None) -> recipes.Recipe:
-    """What the options of `add_recipe` say. given: settings where no option says otherwise."""
-    options = {
-        setting.name: value
-        for setting in dataclasses.fields(recipes.Recipe)
-        if (value := getattr(args, f"recipe_{setting.name}", None)) is not None
-    }
-    return recipes.load(args.recipe, **(given or {}) | options)
-
-
-def workers_of(args) -> int:
-    """--workers, or one a core of this process's share."""
-    if args.workers is not None:
-        return args.workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(len(os.sched_getaffinity(0)) // processes, 16)
-    return workers if workers > 1 else 0  # a single core has nothing to gain
-
-
-def precision() -> str:
-    """bf16 where a GPU computes in it, fp16 on older ones, fp32 on a CPU."""
-    if not torch.cuda.is_available():
-        return "none"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-class Display:
-    """Lines, and on a terminal a bar of these columns behind the epoch."""
-
-    def __init__(self, console, *columns):
-        self.console = console
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"), BarColumn(), *columns,
-            console=console, transient=True, disable=console.quiet or not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.epochs = None
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error):
-        self.progress.stop()
-
-    def say(self, text):
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-class _Training(Display):
+class _Progress(_training.Display):
     """Progress of a run: a line an epoch."""
 
-    def __init__(self, console):
+    def __init__(self, console: Console):
         super().__init__(
             console, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             TextColumn("{task.fields[said]}"),
         )  # fmt: skip
-        self.updates = None
+        self.updates = 0
 
-    def __call__(self, event):
+    def __call__(self, event: dict) -> None:
         kind = event["event"]
         if kind == "begin":
             self.updates, self.epochs = event["updates"], event["epochs"]
@@ -249,14 +183,14 @@ class _Training(Display):
             self.say(event["text"])
 
 
-def _scores(scores):
+def _scores(scores: dict) -> str:
     best = scores["top1"]
     return "top-1 " + ", ".join(f"{head} {percent:.2f}%" for head, percent in best.items())
 
 
-def _arguments(pairs):
+def _arguments(pairs: list[str]) -> dict[str, Any]:
     """["depth=6"] -> {"depth": 6}; values are JSON, or else text."""
-    found = {}
+    found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:

@@ -1,46 +1,54 @@
 """What distillation does to a model, and what a set of training runs gave.
 
-`decisions` and `disagreement` are the DeiT paper's Table 4, `token_similarity` the cosines that its
-section 4 reports (0.06 at the input, 0.93 at the last layer), `comparison` has the columns of its
-Tables 2 and 3.
+`predicted_classes` and `disagreement` are the DeiT paper's Table 4. `token_similarity` has the
+cosines that its section 4 reports (0.06 at the input, 0.93 at the last layer), `comparison` the
+columns of its Tables 2 and 3.
 """
 
 import json
 from functools import partial, reduce
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from . import evaluate
+from .datasets import ImageSet
 
 TRUTH = "truth"
 TOKENS = {"class": "class", "distill": "distillation", "joint": "both"}
-METHODS = {"none": "no distillation", "soft": "soft", "hard": "hard", "store": "from a store"}
+METHODS = {"none": "no distillation", "soft": "soft", "hard": "hard", "store": "soft-label store"}
 COLUMNS = (
     "model", "method", "teacher", "tokens tested", "size", "epochs", "seeds", "top-1", "top-5",
 )  # fmt: skip
-RUN = {
+RUN: dict[str, tuple[type, ...]] = {
     "model": (str,), "teacher": (str, type(None)), "teacher_top1": (float, int, type(None)),
     "distill": (str,), "distill_token": (str, type(None)), "img_size": (int,), "epochs": (int,),
     "seed": (int,), "params": (int,),
 }  # fmt: skip
-RESULT = {"images": (int,), "top1": (dict,), "top5": (dict,)}
+RESULT: dict[str, tuple[type, ...]] = {"images": (int,), "top1": (dict,), "top5": (dict,)}
 
 
 # Table 4
 
 
-def classifiers(specs: list[str]) -> dict[str, list[str | None]]:
-    """NAME or NAME:head, several of them -> {NAME: heads}, None where none was said. ValueError for
-    an unknown head."""
-    found = {}
+def parse_classifiers(specs: list[str]) -> dict[str, list[str | None]]:
+    """Parse NAME or NAME:head, several of them.
+
+    Returns:
+        {NAME: heads}, with None where no head was said.
+
+    Raises:
+        ValueError: A head is unknown.
+    """
+    found: dict[str, list[str | None]] = {}
     for spec in specs:
-        name, _, head = spec.rpartition(":")
+        name, _, said = spec.rpartition(":")
+        head: str | None = said
         if not name or Path(spec).is_dir() or name in ("hf-hub", "local-dir"):
             name, head = spec, None
         elif head not in evaluate.HEADS:
@@ -50,8 +58,19 @@ def classifiers(specs: list[str]) -> dict[str, list[str | None]]:
 
 
 def rows_of(name: str, model: nn.Module, heads: list[str | None]) -> dict[str, str]:
-    """{name of a row: head}. Without a head a distilled model has three, as in the paper. Raises
-    ValueError for a head that the model does not have."""
+    """Name the rows of Table 4 that a model has.
+
+    Args:
+        name: Of the model.
+        model: Distilled or not.
+        heads: See `parse_classifiers`. For None a distilled model has three, as in the paper.
+
+    Returns:
+        {name of a row: head}.
+
+    Raises:
+        ValueError: The model does not have a head.
+    """
     own = evaluate.heads_of(model)
     if wrong := [head for head in heads if head and head not in own]:
         raise ValueError(f"{name}:{wrong[0]}: {type(model).__name__} has one head")
@@ -61,11 +80,19 @@ def rows_of(name: str, model: nn.Module, heads: list[str | None]) -> dict[str, s
     return {f"{name}:{head}": head for head in wanted}
 
 
-def decisions(runs: list[tuple[dict[str, str], evaluate.Predictions]]) -> dict[str, np.ndarray]:
-    """Top-1 classes (n,) int64 of each row of `rows_of`, the labels as "truth" before them, over
-    the n images that every run could read."""
+def predicted_classes(
+    runs: list[tuple[dict[str, str], evaluate.Predictions]],
+) -> dict[str, np.ndarray]:
+    """Collect top-1 classes over the images that every model could read.
+
+    Args:
+        runs: The rows of each model, see `rows_of`, and its predictions.
+
+    Returns:
+        {name of a row: classes (n,) int64}; first the labels, as "truth".
+    """
     numbers = reduce(np.intersect1d, (run.numbers for _, run in runs))
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for rows, run in runs:
         here = np.isin(run.numbers, numbers)
         found.setdefault(TRUTH, run.labels[here])
@@ -73,10 +100,17 @@ def decisions(runs: list[tuple[dict[str, str], evaluate.Predictions]]) -> dict[s
     return found
 
 
-def disagreement(decided: dict[str, np.ndarray]) -> np.ndarray:
-    """(R, R) float64: the rate of images for which two of the R rows decide differently. Symmetric,
-    with a zero diagonal. Raises ValueError without images."""
-    rows = list(decided.values())
+def disagreement(predicted: dict[str, np.ndarray]) -> np.ndarray:
+    """Compute the disagreement rate of each two rows of `predicted_classes`.
+
+    Returns:
+        (R, R) float64, the rate of images for which the two predict different classes; symmetric,
+        with a zero diagonal.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    rows = list(predicted.values())
     if not rows or not len(rows[0]):
         raise ValueError("images: none that every model could read")
     return np.array([[np.mean(a != b) for b in rows] for a in rows])
@@ -86,21 +120,38 @@ def disagreement(decided: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Similarity(NamedTuple):
-    """Mean cosine of class and distillation token, and over what."""
+    """Mean cosine of class and distillation token, and over what.
 
-    cosines: dict[str, float]  # "input", "block 1" to "block L", "norm"
+    Attributes:
+        cosines: By place: "input", "block 1" to "block L", "norm".
+        images: How many the mean is of.
+        skipped: Name of each unreadable image, and why.
+    """
+
+    cosines: dict[str, float]
     images: int
-    skipped: list[tuple[str, str]]  # name of an unreadable image, and why
+    skipped: list[tuple[str, str]]
 
 
 def token_similarity(
-    model: nn.Module, images, *, count: int = 1000, batch_size: int = 64, workers: int = 0,
+    model: nn.Module, images: ImageSet, *, count: int = 1000, batch_size: int = 64,
+    workers: int = 0,
 ) -> Similarity:  # fmt: skip
-    """Cosine of the two tokens: as learned ("input", without positions), after each block and after
-    the final norm, those the mean over `count` images spread evenly over the set.
+    """Compute the cosine of the two tokens at each depth.
 
-    model: distilled, in eval mode. The rest, and errors, as `evaluate.batches`; ValueError for a
-    model without a distillation token and for a set without readable images.
+    That at the input is of the tokens as learned, without positions; those after each block and
+    after the final norm are means over images.
+
+    Args:
+        model: Distilled, in eval mode.
+        images: The set.
+        count: How many of them, spread evenly over the set.
+        batch_size: Images in a forward pass.
+        workers: Processes that decode; 0: this one.
+
+    Raises:
+        ValueError: The model has no distillation token, no image can be read, or an option does not
+            fit.
     """
     if len(evaluate.heads_of(model)) == 1:
         raise ValueError(f"model: {type(model).__name__} has no distillation token")
@@ -110,42 +161,53 @@ def token_similarity(
         raise ValueError(f"count: {count}, expected 1 or more")
     count = min(count, len(images))
     chosen = [i * len(images) // count for i in range(count)]
-    sums = torch.zeros(len(model.blocks) + 1, dtype=torch.float64)
-    skipped, total, hooks = [], 0, []
+    distilled: Any = model  # timm's attributes are not typed
+    depth = len(distilled.blocks)
+    sums = torch.zeros(depth + 1, dtype=torch.float64)
+    skipped: list[tuple[str, str]] = []
+    total, hooks = 0, []
 
-    def collect(place, _module, _inputs, x):
+    def collect(place: int, _module: object, _inputs: object, x: Tensor) -> None:
         x = x[:, :2].double()
         sums[place] += cosine_similarity(x[:, 0], x[:, 1]).sum().cpu()
 
     try:
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(distilled.blocks):
             hooks.append(block.register_forward_hook(partial(collect, i)))
         for some, x in evaluate.batches(model, images, batch_size, workers, skipped, chosen):
             with torch.inference_mode():
-                collect(len(model.blocks), None, None, model.forward_features(x))
+                collect(depth, None, None, distilled.forward_features(x))
             total += len(some)
     finally:
         for hook in hooks:
             hook.remove()
     if not total:
         raise ValueError(f"images: none of {count} could be read")
-    tokens = (t.detach().double().flatten() for t in (model.cls_token, model.dist_token))
-    names = [*(f"block {i + 1}" for i in range(len(model.blocks))), "norm"]
+    learned = (distilled.cls_token, distilled.dist_token)
+    cls_token, dist_token = (t.detach().double().flatten() for t in learned)
+    names = [*(f"block {i + 1}" for i in range(depth)), "norm"]
     means = dict(zip(names, (sums / total).tolist(), strict=True))
-    return Similarity({"input": cosine_similarity(*tokens, 0).item()} | means, total, skipped)
+    first = cosine_similarity(cls_token, dist_token, 0).item()
+    return Similarity({"input": first} | means, total, skipped)
 
 
 # Tables 2 and 3
 
 
 def comparison(folders: list[str | Path]) -> list[tuple[str, ...]]:
-    """Rows of `COLUMNS` from the run.json and result.json of training runs.
+    """Tabulate the run.json and result.json of training runs.
 
     Runs that differ in nothing but the seed are one row, with the mean and the sample's standard
-    deviation of top-1 and top-5 in percent; one with two tokens has a row for each of them
-    and for both. Raises ValueError for files that are missing, broken or contradict each other.
+    deviation of top-1 and top-5 in percent. One with two tokens has a row for each of them and for
+    both.
+
+    Returns:
+        Rows of `COLUMNS`.
+
+    Raises:
+        ValueError: Files are missing, broken or contradict each other.
     """
-    groups = {}
+    groups: dict[tuple, dict[int, tuple[Path, dict]]] = {}
     for folder in map(Path, folders):
         run = _read(folder / "run.json", RUN)
         if run["distill"] not in METHODS:
@@ -186,13 +248,13 @@ def comparison(folders: list[str | Path]) -> list[tuple[str, ...]]:
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-    """The rows of `comparison` as a Markdown table, figures to the right."""
+    """Format the rows of `comparison` as a Markdown table, numbers to the right."""
     lines = [COLUMNS, ["---"] * 4 + ["--:"] * 5, *rows]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def _read(path, wanted):
+def _read(path: Path, wanted: dict[str, tuple[type, ...]]) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -210,14 +272,14 @@ def _read(path, wanted):
     return found
 
 
-def _percent(path, result, top, head):
+def _percent(path: Path, result: dict, top: str, head: str) -> float:
     value = result[top].get(head)
     if type(value) not in (int, float) or not 0 <= value <= 100:
         raise ValueError(f"{path}: {top}: {head}: {value!r}, expected a percentage")
     return value
 
 
-def _spread(values):
+def _spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ± {stdev(values):.2f}"

@@ -1,15 +1,19 @@
-"""What a model sees: augmented images, the same for the same seed whoever makes them, and in the
-same order. Nothing depends on which process or worker draws, so a run that is resumed in the middle
-of an epoch goes on with the very images it would have had."""
+"""What a model sees: augmented images, the same and in the same order for the same seed.
+
+Nothing depends on which rank or worker draws, so a run that is resumed in the middle of an epoch
+goes on with the very images it would have had.
+"""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 
@@ -22,10 +26,12 @@ PADDING = 4  # pixels, of "pad" crops: as the official code for CIFAR's 32 pixel
 TRIES = 10  # unreadable images in a row, after which something else must be wrong
 
 
-def transform_of(recipe: Recipe, config: dict):
-    """timm's training transform: PIL image -> float32 (C, H, W), normalised.
+def transform_of(recipe: Recipe, config: dict) -> Callable[[Image.Image], Tensor]:
+    """Build timm's training transform: PIL image -> float32 (C, H, W), normalised.
 
-    config: timm's data configuration (`deit_fast.engine.data_config(model)`).
+    Args:
+        recipe: Its augmentation.
+        config: timm's data configuration (`deit_fast.engine.data_config(model)`).
     """
     chain = create_transform(
         config["input_size"],
@@ -51,26 +57,33 @@ def transform_of(recipe: Recipe, config: dict):
     return chain
 
 
-def _posterize(image, bits, **kwargs):
-    """timm's; RandAugment at its highest level keeps no bit, which Pillow 13 refuses: black."""
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, but black for no bit: RandAugment's highest level, which Pillow 13 refuses."""
     if bits > 0:
         return auto_augment.posterize(image, bits, **kwargs)
     return Image.new(image.mode, image.size)
 
 
 def reseed(seed: int) -> None:
-    """Of every generator that timm's transforms and Mixup draw from, on the CPU."""
+    """Seed every generator that timm's transforms and Mixup draw from, on the CPU."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
 
 
 class Augmented(Dataset):
-    """`[index, seed]` -> (image, label, unreadable); an unreadable image gives way to the next one,
-    and `unreadable` lists the (name, reason) of those on the way. After TRIES of them image is
-    None: an error that a worker raised would come wrapped in a page of others."""
+    """`[index, seed]` -> (image, label, unreadable).
 
-    def __init__(self, images: ImageSet, transform):
+    An unreadable image gives way to the next one, and `unreadable` lists the (name, reason) of
+    those on the way. After TRIES of them image is None: an error that a worker raised would come
+    wrapped in a page of others.
+
+    Args:
+        images: What is augmented.
+        transform: Of a PIL image, to float32 (C, H, W).
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
         self.images, self.transform = images, transform
 
     def __len__(self):
@@ -80,8 +93,20 @@ class Augmented(Dataset):
         image, index, unreadable = self.make(*item)
         return image, -1 if image is None else int(self.images.labels[index]), unreadable
 
-    def make(self, index: int, seed: int, tries: int = TRIES):
-        """(image or None, index of the one it was made of, unreadable) in at most `tries`."""
+    def make(
+        self, index: int, seed: int, tries: int = TRIES
+    ) -> tuple[Tensor | None, int, list[tuple[str, str]]]:
+        """Augment an image, or the next one that can be read.
+
+        Args:
+            index: Of the image.
+            seed: Of its augmentation.
+            tries: How many images may be tried.
+
+        Returns:
+            The augmented image or None, the index of the image that was used, and (name, reason) of
+            the unreadable ones.
+        """
         unreadable = []
         for _ in range(min(tries, len(self.images))):
             try:
@@ -96,7 +121,7 @@ class Augmented(Dataset):
         return self.transform(image), index, unreadable
 
 
-def _collate(items):
+def _collate(items: list) -> tuple:
     for image, _, unreadable in items:
         if image is None:
             return None, None, unreadable
@@ -105,46 +130,68 @@ def _collate(items):
 
 
 class Batches:
-    """The batches of one process, each a list of (index, seed), for an epoch after the other.
+    """The batches of one rank, each a list of (index, seed), for an epoch after the other.
 
-    batch: images of this process a step. With `repeated_aug` above 1 an image comes that many times
-    in a row, over the processes, and an epoch takes as many pictures as there are images, so that
-    it sees only some of them (timm's RepeatAugSampler, the official one).
+    Args:
+        count: Images of the whole set.
+        batch: Images of this rank a step.
+        repeated_aug: Above 1 an image comes that many times in a row, over the ranks, and an epoch
+            takes as many augmented images as there are images, so that it sees only some of them
+            (timm's RepeatAugSampler, the official one).
+        seed: Of order and augmentation, with the epoch.
+        rank: Whose batches these are.
+        world_size: How many ranks share an epoch.
     """
 
-    def __init__(self, count: int, batch: int, repeated_aug: int, seed: int, rank=0, world=1):
-        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+    def __init__(
+        self, count: int, batch: int, repeated_aug: int, seed: int, rank: int = 0,
+        world_size: int = 1,
+    ):  # fmt: skip
+        self.batch, self.seed, self.rank, self.world_size = batch, seed, rank, world_size
         self.epoch = self.start = 0
-        options = {"num_replicas": world, "rank": rank}
+        options: dict[str, Any] = {"num_replicas": world_size, "rank": rank}
+        everything: Any = range(count)  # samplers ask a data set for nothing but its length
         if repeated_aug > 1:
-            whole = 256 if count >= 256 else 0  # what timm 1.0.31 does by itself, 1.0.26 does not
+            whole = 256 if count >= 256 else 0  # timm 1.0.31's own default, not yet 1.0.26's
             self.sampler = RepeatAugSampler(
-                range(count), num_repeats=repeated_aug, selected_round=whole, **options
+                everything, num_repeats=repeated_aug, selected_round=whole, **options
             )
         else:
-            self.sampler = DistributedSampler(range(count), drop_last=True, **options)
+            self.sampler = DistributedSampler(everything, drop_last=True, **options)
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """What the next pass yields: that epoch, from its batch `start` on."""
+        """Choose what the next iteration yields: that epoch, from its batch `start` on."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         draw = np.random.default_rng((self.seed, self.epoch))
         self.sampler.set_epoch(int(draw.integers(2**31)))
-        # for the whole epoch, over the processes: picture j of process r is number j * world + r
-        seeds = draw.integers(2**31, size=(len(self.sampler), self.world))[:, self.rank].tolist()
-        pictures = list(zip(self.sampler, seeds, strict=True))
+        # for the whole epoch, over the ranks: item j of rank r is number j * world_size + r
+        size = len(self.sampler), self.world_size
+        seeds = draw.integers(2**31, size=size)[:, self.rank].tolist()
+        items = list(zip(self.sampler, seeds, strict=True))
         for i in range(self.start, len(self)):
-            yield pictures[i * self.batch : (i + 1) * self.batch]
+            yield items[i * self.batch : (i + 1) * self.batch]
 
 
-def loader(data: Dataset, batches: Iterable[list], workers: int, collate=_collate) -> DataLoader:
-    """Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable) of `Augmented` data, the
-    same whatever `workers` is; where an image could not be had, (None, None, unreadable). batches:
-    iterated anew for each pass. collate: what makes a batch of other data's items."""
+def loader(
+    data: Dataset, batches: Iterable[list], workers: int, collate: Callable[[list], Any] = _collate
+) -> DataLoader:
+    """Load batches, which are the same whatever `workers` is.
+
+    Args:
+        data: `Augmented` images, or another data set with its own `collate`.
+        batches: Lists of what `data` is asked for; begun again for each iteration.
+        workers: Processes that decode and augment; 0: this one.
+        collate: Makes a batch of a list of items.
+
+    Returns:
+        Yields (images (B, C, H, W) fp32, labels (B,) int64, unreadable), or (None, None,
+        unreadable) where an image could not be had.
+    """
     return DataLoader(
         data,
         batch_sampler=batches,

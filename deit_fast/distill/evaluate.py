@@ -1,13 +1,14 @@
 """Top-1 and top-5 of every head over a set of images.
 
-A distilled model gives four answers (DeiT paper, section 4 and Table 3): that of each head, and two
-fusions. All of them come from one forward pass, and of each only the best five classes are kept, so
-that memory does not depend on the number of classes.
+A distilled model gives four predictions (DeiT paper, section 4 and Table 3): that of each head, and
+two fusions. All of them come from one forward pass, and of each only the best five classes are
+kept, so that memory does not depend on the number of classes.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,21 +20,28 @@ from deit_fast.images import CHUNK, Decoder, Unreadable, decode
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
+from .datasets import ImageSet
+
 HEADS = ("class", "distill", "joint", "joint_softmax")
 TOP = 5
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...]:
-    """The keys of `head_logits`: all of `HEADS` for a distilled model, "class" for others."""
+    """Name the keys of `head_logits`: all of `HEADS` for a distilled model, else "class"."""
     return HEADS if isinstance(model, VisionTransformerDistilled) else HEADS[:1]
 
 
 def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """One forward pass, every head: (B, classes) each, in the model's dtype.
+    """Compute every head's logits in one forward pass.
 
-    model: timm's or accelerated, in eval mode. images: (B, C, H, W), normalised. A distilled model
-    gives "class" and "distill", their mean "joint" (timm) and the sum of their softmax outputs
-    "joint_softmax" (paper): each what the model returns with those `heads`. Others give "class".
+    Args:
+        model: timm's or accelerated, in eval mode.
+        images: (B, C, H, W), normalised.
+
+    Returns:
+        (B, classes) each, in the model's dtype. A distilled model gives "class" and "distill",
+        their mean "joint" (timm) and the sum of their softmax outputs "joint_softmax" (paper): each
+        what the model returns with those `heads`. Others give "class".
     """
     if not isinstance(model, VisionTransformerDistilled):
         return {"class": model(images)}
@@ -44,16 +52,29 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Accuracy:
-    """Counts over images: of each head, how often the best class, and one of the best five (or as
-    many as there are), was right."""
+    """How often each head was right.
+
+    Attributes:
+        images: How many were judged.
+        top1: {head: how often the best class was right}.
+        top5: {head: how often one of the best five, or as many as there are, was}.
+    """
 
     images: int = 0
     top1: dict[str, int] = field(default_factory=dict)
     top5: dict[str, int] = field(default_factory=dict)
 
-    def add(self, top: dict[str, np.ndarray], truths: Sequence) -> None:
-        """top: of each head the classes (B, k) int64, best first. truths: the label of each image,
-        or a list of those that are right; an image for which none is right is left out."""
+    def add(self, top: dict[str, np.ndarray], truths: Sequence | np.ndarray) -> None:
+        """Count a batch.
+
+        Args:
+            top: Of each head the classes (B, k) int64, best first.
+            truths: The label of each image, or a list of those that are right. An image for which
+                none is right is left out.
+
+        Raises:
+            ValueError: There are not as many truths as images.
+        """
         lists = [t if isinstance(t, list) else [t] for t in truths]
         judged = [i for i, truth in enumerate(lists) if truth]
         self.images += len(judged)
@@ -66,7 +87,11 @@ class Accuracy:
             self.top5[head] = self.top5.get(head, 0) + sum(map(any, hits))
 
     def percent(self) -> dict[str, dict[str, float]]:
-        """{"top1": {head: percent}, "top5": {head: percent}}. ValueError without images."""
+        """Return {"top1": {head: percent}, "top5": {head: percent}}.
+
+        Raises:
+            ValueError: No image was judged.
+        """
         if not self.images:
             raise ValueError("images: none with a label to judge by")
         counts = {"top1": self.top1, "top5": self.top5}
@@ -75,40 +100,52 @@ class Accuracy:
 
 @dataclass
 class Predictions:
-    """What a model says of the readable ones among some images."""
+    """A model's predictions for the readable ones among some images.
 
-    numbers: np.ndarray  # (n,) int64, places in the set of images
-    labels: np.ndarray  # (n,) int64
-    top: dict[str, np.ndarray]  # head -> (n, min(5, classes)) int64, best first
-    skipped: list[tuple[str, str]]  # name of an unreadable image, and why
-    seconds: float  # decoding included
+    Attributes:
+        numbers: int64 (n,), places in the set of images.
+        labels: int64 (n,).
+        top: {head: int64 (n, min(5, classes)), best first}.
+        skipped: Name of each unreadable image, and why.
+        seconds: Decoding included.
+    """
+
+    numbers: np.ndarray
+    labels: np.ndarray
+    top: dict[str, np.ndarray]
+    skipped: list[tuple[str, str]]
+    seconds: float
 
     def accuracy(self, truths: Sequence | None = None) -> Accuracy:
-        """Against the labels, or `truths` (see `Accuracy.add`)."""
+        """Judge by the labels, or by `truths` (see `Accuracy.add`)."""
         found = Accuracy()
         found.add(self.top, self.labels if truths is None else truths)
         return found
 
 
-def check(model: nn.Module, images) -> None:
-    """Raise ValueError for a model in train mode, and where the labels can't be its classes."""
+def check(model: nn.Module, images: ImageSet) -> None:
+    """Check that a model can be judged on these images.
+
+    Raises:
+        ValueError: It is in train mode, or the labels can't be its classes.
+    """
     if model.training:
         raise ValueError("model: in train mode, expected model.eval()")
     if model.num_classes != len(images.classes):
         raise ValueError(
-            f"model: {model.num_classes} classes, images: {len(images.classes)}, expected as many (a "
-            "label is a place among the images' classes: some of ImageNet's alone are numbered anew"
-            ", so they can't be compared with a model of all)"
+            f"model: {model.num_classes} classes, images: {len(images.classes)}, expected as many "
+            "(a label is a place among the images' classes: some of ImageNet's alone are numbered "
+            "anew, so they can't be compared with a model of all)"
         )
 
 
 class _Pixels:
     """Number of an image -> what the transform makes of it, in the worker processes."""
 
-    def __init__(self, images, transform):
+    def __init__(self, images: ImageSet, transform: Callable):
         self.images, self.transform = images, transform
 
-    def __call__(self, number):
+    def __call__(self, number: int) -> np.ndarray:
         image = self.images.image(number)
         try:
             return np.asarray(self.transform(image))
@@ -117,12 +154,28 @@ class _Pixels:
 
 
 def batches(
-    model: nn.Module, images, batch_size: int, workers: int, skipped: list[tuple[str, str]],
+    model: nn.Module, images: ImageSet, batch_size: int, workers: int,
+    skipped: list[tuple[str, str]],
     numbers: Iterable[int] | None = None, transform: Callable | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
-    """Numbers of at most batch_size readable images, and their pixels (B, C, H, W), normalised, on
-    the model's device in its dtype. numbers: the images to take (default: all). Unreadable ones are
-    added to `skipped`. The rest, and errors, as `predictions`."""
+    """Decode and normalise images for a model.
+
+    Args:
+        model: Whose device, dtype and data configuration are taken.
+        images: As gray or colour as the model expects them.
+        batch_size: How many readable images a batch has at most.
+        workers: Processes that decode; 0: this one.
+        skipped: Unreadable images are added here, with the reason.
+        numbers: The images to take; None: all.
+        transform: As for `predictions`.
+
+    Yields:
+        Numbers of readable images, and their pixels (B, C, H, W), normalised, on the model's device
+        in its dtype.
+
+    Raises:
+        ValueError: An option does not fit.
+    """
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}, expected {least} or more")
@@ -138,15 +191,18 @@ def batches(
     # timm's transform up to the bytes, a quarter of the floats, which are normalised on the device
     source = _Pixels(images, transform or decoder.transform)
 
-    def batch():
+    def batch() -> tuple[list[int], Tensor]:
         x = torch.from_numpy(np.concatenate(pixels)).to(like.device)
         if x.dtype == torch.uint8:
             x = normalize_reference(x.permute(0, 2, 3, 1), mean, std)
         return readable, x.to(like.dtype)
 
-    numbers = range(len(images)) if numbers is None else numbers
-    readable, pixels = [], []
-    for some, reasons, decoded in decode(numbers, source, workers, min(CHUNK, batch_size)):
+    wanted: Iterable = range(len(images)) if numbers is None else numbers
+    found = decode(wanted, source, workers, min(CHUNK, batch_size))
+    decodings = cast(Iterator[tuple[list[int], list[str | None], np.ndarray]], found)
+    readable: list[int] = []
+    pixels: list[np.ndarray] = []
+    for some, reasons, decoded in decodings:
         if readable and len(readable) + len(decoded) > batch_size:
             yield batch()
             readable, pixels = [], []
@@ -158,25 +214,36 @@ def batches(
 
 
 def predictions(
-    model: nn.Module, images, *, batch_size: int = 64, workers: int = 0,
+    model: nn.Module, images: ImageSet, *, batch_size: int = 64, workers: int = 0,
     device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     transform: Callable | None = None, progress: Callable[[int], None] | None = None,
     numbers: Iterable[int] | None = None,
 ) -> Predictions:  # fmt: skip
-    """Run a model over an `ImageSet`; what can't be read is skipped and named.
+    """Run a model over a set of images; what can't be read is skipped and named.
 
-    model: in eval mode. workers: processes that decode (0: this one). device: where the model is
-    moved to (None: it stays). dtype: fp16 or bf16, by autocast (None: the model's). transform: of
-    a PIL image, to float (C, H, W), normalised, or uint8 (C, H, W), not yet; None: timm's for
-    evaluation. progress: is told how many images are done. numbers: the images to take (default:
-    all). Raises ValueError as `check`, for options that do not fit and where no image could be
-    read; FloatingPointError where a logit is NaN.
+    Args:
+        model: In eval mode.
+        images: What it is run over.
+        batch_size: Images in a forward pass.
+        workers: Processes that decode; 0: this one.
+        device: Where the model is moved to; None: it stays.
+        dtype: fp16 or bf16, by autocast; None: the model's.
+        transform: Of a PIL image, to float (C, H, W), normalised, or uint8 (C, H, W), not yet.
+            None: timm's for evaluation.
+        progress: Told how many images are done.
+        numbers: The images to take; None: all.
+
+    Raises:
+        ValueError: As for `check`, for options that do not fit, and where no image can be read.
+        FloatingPointError: A logit is NaN.
     """
     check(model, images)
     if device is not None:
         model.to(device)
     like = next(model.parameters())
-    skipped, read, top = [], [], {head: [] for head in heads_of(model)}
+    skipped: list[tuple[str, str]] = []
+    read: list[int] = []
+    top: dict[str, list[np.ndarray]] = {head: [] for head in heads_of(model)}
     began = time.perf_counter()
     cast = None if dtype == like.dtype else dtype
     for some, x in batches(model, images, batch_size, workers, skipped, numbers, transform):
@@ -196,6 +263,6 @@ def predictions(
     if not read:
         why = f" ({': '.join(skipped[0])})" if skipped else ""
         raise ValueError(f"images: none of {len(images)} could be read{why}")
-    read = np.array(read, np.int64)
+    places = np.array(read, np.int64)
     found = {head: np.concatenate(parts) for head, parts in top.items()}
-    return Predictions(read, np.asarray(images.labels)[read], found, skipped, seconds)
+    return Predictions(places, np.asarray(images.labels)[places], found, skipped, seconds)

@@ -20,7 +20,14 @@ STYLE = {
 
 
 def matrix(names: list[str], values: np.ndarray, title: str, path: str | Path) -> None:
-    """A heat map (n, n) with the figure in each cell, as a PNG."""
+    """Draw a heat map with the number in each cell, as a PNG.
+
+    Args:
+        names: Of rows and columns.
+        values: (n, n).
+        title: Above it.
+        path: Of the PNG.
+    """
     with rc_context(STYLE | {"axes.grid": False}):
         side = 2.5 + 0.6 * len(names)
         figure = Figure(figsize=(side, side))
@@ -37,7 +44,14 @@ def matrix(names: list[str], values: np.ndarray, title: str, path: str | Path) -
 
 
 def line(points: dict[str, float], title: str, what: str, path: str | Path) -> None:
-    """Values in their order, each with its name below, as a PNG."""
+    """Draw values in their order, each with its name below, as a PNG.
+
+    Args:
+        points: {name: value}.
+        title: Above it.
+        what: The values are, at their axis.
+        path: Of the PNG.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 4))
         axes = figure.subplots()
@@ -51,10 +65,16 @@ def line(points: dict[str, float], title: str, what: str, path: str | Path) -> N
 def attention(
     rows: list[tuple[str, np.ndarray, dict[str, np.ndarray]]], title: str, path: str | Path
 ) -> None:
-    """A row for each picture, as a PNG: the picture, uint8 (H, W, C), then, over it in gray, a map
-    (h, w) for each token, from its own least to its own largest value."""
+    """Draw attention maps over images, a row for each image, as a PNG.
+
+    Args:
+        rows: The name of an image, its pixels uint8 (H, W, C), and {token: its map (h, w)}, which
+            is drawn over the image in gray, from its own least to its own largest value.
+        title: Above them.
+        path: Of the PNG.
+    """
     _, pixels, maps = rows[0]
-    headings = ["picture", *(f"{token} token" for token in maps)]
+    headings = ["image", *(f"{token} token" for token in maps)]
     height, width, _ = pixels.shape
     over = (-0.5, width - 0.5, height - 0.5, -0.5)
     gray = {"cmap": "gray", "vmin": 0, "vmax": 255}

@@ -13,9 +13,11 @@ _NUMBER = re.compile(r"_val_(\d{8})(?!\d)")
 
 
 def read_real_labels(path: str | Path) -> list[list[int]]:
-    """The right classes of each validation image, in order, from the authors' real.json.
+    """Read the right classes of each validation image, in order, from the authors' real.json.
 
-    Raises ValueError for a file that is not a list of lists of ints from 0, OSError.
+    Raises:
+        ValueError: The file is not a list of lists of ints from 0.
+        OSError: It can't be read.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -35,8 +37,15 @@ def read_real_labels(path: str | Path) -> list[list[int]]:
 
 
 def real_truths(real: list[list[int]], names: Iterable[str]) -> list[list[int]]:
-    """The entries of `real` for images by name, ILSVRC2012_val_XXXXXXXX with a number from 1.
-    Raises ValueError for a name without one, and for a number out of range."""
+    """Look up the right classes of images by their names.
+
+    Args:
+        real: From `read_real_labels`.
+        names: ILSVRC2012_val_XXXXXXXX, with a number from 1.
+
+    Raises:
+        ValueError: A name has no number, or one out of range.
+    """
     truths = []
     for name in names:
         found = _NUMBER.search(PurePath(name).name)

@@ -2,9 +2,10 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, cast
 
 from timm.optim import list_optimizers
 
@@ -15,7 +16,14 @@ CROPS = ("resize", "pad")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 
 
-def _setting(help, least=None, most=None, above=None, choices=None):
+def _setting(
+    help: str,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """Declare a field of `Recipe` with its help text and its limits; `above` is exclusive."""
     limits = {"least": least, "most": most, "above": above, "choices": choices}
     return field(metadata={"help": help, **limits})
 
@@ -24,11 +32,12 @@ def _setting(help, least=None, most=None, above=None, choices=None):
 class Recipe:
     """Every setting that changes what is learnt; each is an option of `deit-fast train`.
 
-    Raises ValueError for a value that makes no sense, naming the setting.
+    Raises:
+        ValueError: A value makes no sense; the message names the setting.
     """
 
-    epochs: int = _setting("passes over the data", least=1)
-    batch: int = _setting("images an update, over all processes and --accum", least=1)
+    epochs: int = _setting("epochs, over all of the data", least=1)
+    batch: int = _setting("images an update, over all ranks and --accum", least=1)
     opt: str = _setting("optimiser, a name of timm's (adamw, sgd, ...)")
     lr: float = _setting("learning rate for a batch of lr-batch images", above=0)
     lr_batch: int = _setting("lr scales with batch / lr-batch; 0: it is taken as it is", least=0)
@@ -85,32 +94,46 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
+        """Whether Mixup or CutMix can happen."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixup_prob > 0
 
     def weight(self, distill: str) -> float:
-        """Of the teacher's term, for "none" | "soft" | "hard"."""
+        """Return the weight of the teacher's term in the loss.
+
+        Args:
+            distill: "none", "soft" or "hard".
+
+        Raises:
+            ValueError: For any other.
+        """
         weights = {"none": 0.0, "soft": self.soft_weight, "hard": self.hard_weight}
         if distill not in weights:
             raise ValueError(f"distill: {distill!r}, expected one of {DISTILLATIONS}")
         return weights[distill]
 
 
-def load(name_or_path: str | Path, **settings) -> Recipe:
-    """A recipe of ours (`NAMES`) or a JSON file with the same keys, with `settings` over it.
+def load(name_or_path: str | Path, **settings: Any) -> Recipe:
+    """Load a recipe, with `settings` over it.
 
-    A file may say "base": the recipe whose other settings it takes. Raises FileNotFoundError, or
-    ValueError that names the file and the key.
+    Args:
+        name_or_path: One of `NAMES`, or a JSON file with the same keys. A file may say "base": the
+            recipe whose other settings it takes.
+        **settings: Fields of `Recipe`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file or a setting is wrong; the message names the file and the key.
     """
     return replace(_read(name_or_path), **settings)
 
 
-def _read(name_or_path, above=()):
+def _read(name_or_path: str | Path, above: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and those it is based on; `above` has the ones that led here."""
+    path = Path(name_or_path)
     if str(name_or_path) in NAMES:
-        path = files(__package__).joinpath("recipes", f"{name_or_path}.json")
-    else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"recipe: {path} is no file, nor one of {', '.join(NAMES)}")
+        path = Path(str(files(__package__)), "recipes", f"{name_or_path}.json")
+    elif not path.is_file():
+        raise FileNotFoundError(f"recipe: {path} is no file, nor one of {', '.join(NAMES)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -136,12 +159,13 @@ def _read(name_or_path, above=()):
         raise ValueError(f"recipe {path}: {error}") from error
 
 
-def _check(setting, value):
+def _check(setting: Field, value: Any) -> None:
     name, limits = setting.name, setting.metadata
     if setting.type is float and type(value) is int:
         value = float(value)
-    if type(value) is not setting.type or value != value or value in (math.inf, -math.inf):
-        raise ValueError(f"{name}: {value!r}, expected a {setting.type.__name__}")
+    kind = cast(type, setting.type)  # no annotation of `Recipe` is a string
+    if type(value) is not kind or value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: {value!r}, expected a {kind.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{name}: {value!r}, expected one of {', '.join(limits['choices'])}")
     if limits["least"] is not None and value < limits["least"]:

@@ -1,9 +1,11 @@
 """What is trained on what: the settings of a run, its images and its model."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -37,18 +39,31 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Settings:
     """What is trained on what; with a `Recipe` it decides every bit of the result.
 
-    data: see `datasets.open_images`. model: one of ours or any timm name; with `start` None means
-    what that folder holds. start: a folder with weights (`save_pretrained`, OUT/model of a run), a
-    checkpoint file, or "pretrained" for timm's from the hub. start_key, teacher_checkpoint_key:
-    which entry of the file, see `deit_fast.checkpoint.read_checkpoint`. model_args: timm's keyword
-    arguments. distill: "none" | "soft" | "hard", from `teacher` (see `load_teacher`). store: a
-    folder that `deit_fast.distill.store.write` filled, to learn from instead; it decides img_size,
-    mean, std and count, and what of the recipe makes the pictures. img_size: pixels, None:
-    the model's own. mean, std: of each channel, by which pixels in 0..1 are normalised; None: the
-    model's own, for grey images their mean. count: train on so many images only. accum: parts that
-    a batch is computed in, one after the other. amp: "none" | "bf16" | "fp16". compile: a mode of
-    torch.compile, or None. backend: see `deit_fast.accelerate`. image_key, label_key: columns of a
-    Hugging Face dataset.
+    Attributes:
+        data: See `datasets.open_images`.
+        model: One of ours or any timm name. None takes what the folder `start` holds.
+        model_args: timm's keyword arguments.
+        start: A folder with weights (`save_pretrained`, OUT/model of a run), a checkpoint file, or
+            "pretrained" for timm's from the hub.
+        start_key: Entry of that file, see `deit_fast.checkpoint.read_checkpoint`.
+        distill: "none", "soft" or "hard", from `teacher`.
+        teacher: See `teacher.load_teacher`.
+        teacher_checkpoint: File of its weights.
+        teacher_checkpoint_key: Entry of that file.
+        store: A folder that `store.write` filled, to learn from instead of a live teacher. It
+            decides img_size, mean, std and count, and what of the recipe makes the views.
+        img_size: Pixels of a side. None: the model's own.
+        mean: Of each channel, subtracted from pixels in 0..1. None: the model's own, for grey
+            images their mean.
+        std: Of each channel, by which pixels are then divided. None: as for `mean`.
+        count: Train on so many images only.
+        seed: Of initialisation, order, augmentation and dropout.
+        accum: Parts that a batch is computed in, one after the other.
+        amp: "none", "bf16" or "fp16".
+        compile: A mode of torch.compile, or None.
+        backend: See `deit_fast.accelerate`.
+        image_key: Column of a Hugging Face dataset.
+        label_key: Column of a Hugging Face dataset.
     """
 
     data: str
@@ -89,18 +104,29 @@ class Settings:
         if self.model is None and self.start is None:
             raise ValueError("model: none, expected a name, or a folder to start from")
         if self.store is not None and self.distill != "none":
-            raise ValueError(f"distill: {self.distill!r} with a store, expected 'none': nothing but "
-                             "what is stored is learnt")  # fmt: skip
-        if (self.distill == "none") != (self.teacher is None):
-            came = "none" if self.teacher is None else self.teacher
             raise ValueError(
-                f"teacher: {came}, with distill {self.distill!r}; expected both or neither"
+                f"distill: {self.distill!r} with a store, expected 'none': nothing but what is "
+                "stored is learnt"
+            )
+        if (self.distill == "none") != (self.teacher is None):
+            given = "none" if self.teacher is None else self.teacher
+            raise ValueError(
+                f"teacher: {given}, with distill {self.distill!r}; expected both or neither"
             )
 
 
-def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
-    """Images to train on and to evaluate on, and the model for them, on the CPU."""
-    keys = {"image_key": settings.image_key, "label_key": settings.label_key}
+def build_student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
+    """Open the data and build the model for it.
+
+    Returns:
+        Images to train on, images to evaluate on, and the model, on the CPU, with its normalisation
+        and class names in its `pretrained_cfg`.
+
+    Raises:
+        ValueError: Settings, data and model do not fit.
+        FileNotFoundError: Data or weights are missing.
+    """
+    keys: dict[str, Any] = {"image_key": settings.image_key, "label_key": settings.label_key}
     images = open_images(settings.data, "train", **keys)
     validation = open_images(settings.data, "validation", classes=images.classes, **keys)
     torch.manual_seed(settings.seed)
@@ -123,34 +149,38 @@ def student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.
             raise ValueError(f"{key}: {values}, expected {channels} numbers, those of std above 0")
         means[key] = tuple(values)
     resizing = recipe.interpolation if recipe.interpolation != "random" else "bicubic"
-    model.pretrained_cfg = dict(model.pretrained_cfg) | means | {
+    cfg: Any = model.pretrained_cfg
+    cfg = dict(cfg) | means | {
         "num_classes": len(images.classes), "input_size": (channels, *size),
         "label_names": list(images.classes), "label_descriptions": None,
         "crop_pct": recipe.crop_pct, "interpolation": resizing,
         "tag": "", "hf_hub_id": None, "url": "",  # the weights are no longer those
     }  # fmt: skip
+    model.pretrained_cfg = cfg
     return images, validation, model
 
 
-def _build(settings, recipe, classes):
+def _build(settings: Settings, recipe: Recipe, classes: int) -> nn.Module:
     name, start = settings.model, settings.start
-    is_folder = start not in (None, "pretrained") and Path(start).is_dir()
-    if settings.start_key is not None and (is_folder or start in (None, "pretrained")):
+    is_file = start is not None and start != "pretrained" and not Path(start).is_dir()
+    folder = None if start is None or start == "pretrained" or is_file else start
+    if settings.start_key is not None and not is_file:
         raise ValueError(f"start_key: {settings.start_key!r}, but no checkpoint file to start from")
-    if start is None:
-        build = partial(create_model, name)
-    elif start == "pretrained":
-        build = partial(create_model, name, pretrained=True)
-    elif is_folder:
-        build = partial(from_pretrained, start)
-    elif not Path(start).is_file():
-        raise FileNotFoundError(f"start: {start} is no folder or file, nor 'pretrained'")
-    else:
-        build = partial(create_model, name, checkpoint=start, checkpoint_key=settings.start_key)
-    if name is None and not is_folder:
+    given: dict[str, Any] = {}
+    if start == "pretrained":
+        given = {"pretrained": True}
+    elif is_file:
+        if not Path(str(start)).is_file():
+            raise FileNotFoundError(f"start: {start} is no folder or file, nor 'pretrained'")
+        given = {"checkpoint": start, "checkpoint_key": settings.start_key}
+    build: Callable[..., nn.Module]
+    if folder is not None:
+        build, kind = partial(from_pretrained, folder), read_folder_config(folder)["architecture"]
+    elif name is None:
         raise ValueError(f"model: none, expected the name of what {start} holds")
-    of = stored(start)["architecture"] if is_folder else architecture(name)
-    options = {"num_classes": classes} | settings.model_args | _rates(of, recipe)
+    else:
+        build, kind = partial(create_model, name, **given), architecture(name)
+    options = {"num_classes": classes} | settings.model_args | _rates(kind, recipe)
     try:
         model = at_size(
             partial(build, **options, backend=settings.backend, strict=False), settings.img_size
@@ -160,12 +190,12 @@ def _build(settings, recipe, classes):
             f"model: {name or start} cannot be built with {options} ({error}); another drop_path, "
             "drop or model_args?"
         ) from error
-    if is_folder and name is not None and of != architecture(name):
-        raise ValueError(f"start: {start} holds a {of}, expected {name}")
+    if folder is not None and name is not None and kind != architecture(name):
+        raise ValueError(f"start: {start} holds a {kind}, expected {name}")
     return model
 
 
-def _rates(name, recipe):
+def _rates(name: str, recipe: Recipe) -> dict[str, float]:
     """Keyword arguments for dropout and stochastic depth, where there are any."""
     rates = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
     if recipe.drop:
@@ -178,33 +208,47 @@ def _rates(name, recipe):
 
 
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:
-    """timm's groups of parameters with their weight decay and, by layer, share of the learning
-    rate. What is not to decay a model says by name, or, as TinyViT its biases, by part of one."""
-    kept = set(getattr(model, "no_weight_decay", set)())
-    parts = getattr(model, "no_weight_decay_keywords", set)()
-    kept |= {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    """Group a model's parameters as timm does.
+
+    A model names what is not to decay, or, as TinyViT for its biases, a part of such names.
+
+    Returns:
+        Groups with their "weight_decay" and, by layer, "lr_scale".
+    """
+    undecayed = set(getattr(model, "no_weight_decay", set)())
+    parts: set[str] = getattr(model, "no_weight_decay_keywords", set)()
+    names = [name for name, _ in model.named_parameters()]
+    undecayed |= {name for name in names if any(part in name for part in parts)}
     if recipe.layer_decay < 1:
         return param_groups_layer_decay(
-            model, recipe.weight_decay, kept, layer_decay=recipe.layer_decay
+            model, recipe.weight_decay, undecayed, layer_decay=recipe.layer_decay
         )
-    return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=kept)
+    return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
 
 
-def arguments(settings: Settings, model: nn.Module) -> dict:
-    """The keyword arguments with which `save_pretrained` can say what the model is. What a
-    VisionTransformer was built with it finds itself; for others old versions of timm do not tell.
-    Raises ValueError where the model could not be stored, before it is trained."""
-    given = {}
+def model_arguments(settings: Settings, model: nn.Module) -> dict:
+    """Collect the keyword arguments that `save_pretrained` needs to describe the model.
+
+    It finds those of a VisionTransformer itself; for others old versions of timm do not tell.
+
+    Raises:
+        ValueError: The model could not be saved. It is asked before it is trained.
+    """
+    given: dict[str, Any] = {}
     if not isinstance(model, VisionTransformer):
         start = settings.start
-        kept = stored(start)["model_args"] if start and Path(start).is_dir() else {}
-        given = {k: v for k, v in kept.items() if k not in TAKEN} | settings.model_args
+        was = read_folder_config(start)["model_args"] if start and Path(start).is_dir() else {}
+        given = {k: v for k, v in was.items() if k not in TAKEN} | settings.model_args
     describe(model, **given)
     return given
 
 
-def stored(folder: str | Path) -> dict:
-    """ "architecture" and "model_args" of a folder of weights."""
+def read_folder_config(folder: str | Path) -> dict:
+    """Read "architecture" and "model_args" of a folder of weights.
+
+    Raises:
+        ValueError: It is no such folder.
+    """
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         return {"architecture": config["architecture"], "model_args": config.get("model_args", {})}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,22 +24,30 @@ ALIASES = {"regnety_160": "regnety_160.deit_in1k"}
 def load_teacher(
     name_or_folder: str | Path,
     num_classes: int,
-    img_size: int,
+    img_size: int | None,
     checkpoint: str | Path | None = None,
     backend: str = "auto",
     checkpoint_key: str | None = None,
 ) -> nn.Module:
-    """A frozen model in eval mode, accelerated where it can be.
+    """Load a frozen model in eval mode, accelerated where it can be.
 
-    name_or_folder: a folder from `save_pretrained` (of a run of `deit-fast train`: OUT/model), or a
-    name of ours or timm's, with the weights of the file `checkpoint`, else timm's from the hub.
-    checkpoint_key: which entry of the file, see `deit_fast.checkpoint.read_checkpoint`.
-    img_size: what the student sees; a teacher of a fixed size is built for that, its position
-    embedding resized bicubically without antialiasing. Raises ValueError for other than
-    `num_classes` classes, and what the source of the weights raises.
+    Args:
+        name_or_folder: A folder from `save_pretrained` (of a run of `deit-fast train`: OUT/model),
+            or a name of ours or timm's.
+        num_classes: What it must have.
+        img_size: Pixels of what the student sees. A teacher of a fixed size is built for that, its
+            position embedding resized bicubically without antialiasing. None: its own.
+        checkpoint: File with the weights for a name; None takes timm's from the hub.
+        backend: See `deit_fast.accelerate`.
+        checkpoint_key: Entry of the file, see `deit_fast.checkpoint.read_checkpoint`.
+
+    Raises:
+        ValueError: Another number of classes, or a name or checkpoint that does not fit.
+        RuntimeError: The hub has no weights, or can't be reached.
+        FileNotFoundError: There is no such checkpoint.
     """
     name = ALIASES.get(str(name_or_folder), str(name_or_folder))
-    options = {"backend": backend, "strict": False}
+    options: dict[str, Any] = {"backend": backend, "strict": False}
     if checkpoint_key is not None and checkpoint is None:
         raise ValueError(f"teacher: checkpoint_key {checkpoint_key!r}, but no checkpoint")
     if Path(name).is_dir():
@@ -54,8 +63,8 @@ def load_teacher(
             model = at_size(partial(create_model, name, pretrained=True, **options), img_size)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"teacher: no pretrained weights for {name} ({_line(error)}); expected a folder, or a "
-                "file as its checkpoint"
+                f"teacher: no pretrained weights for {name} ({_line(error)}); expected a folder, "
+                "or a file as its checkpoint"
             ) from error
     else:
         build = partial(create_model, name, num_classes=num_classes, **options)
@@ -70,7 +79,7 @@ def load_teacher(
 
 
 def at_size(build: Callable[..., nn.Module], img_size: int | None) -> nn.Module:
-    """`build()`, or `build(img_size=...)` where that is a model of a fixed other size."""
+    """Return `build()`, or `build(img_size=...)` where that is a model of a fixed other size."""
     model = build()
     fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
     if img_size is None or not fixed or data_config(model)["input_size"][1:] == (img_size,) * 2:
@@ -78,30 +87,31 @@ def at_size(build: Callable[..., nn.Module], img_size: int | None) -> nn.Module:
     return build(img_size=img_size)
 
 
-def _line(error):
+def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class Objective:
-    """`objective(student's output, images, target)` -> loss, a scalar in fp32.
+    """The loss with labels and a live teacher (DeiT paper, section 4, equations 2 and 3).
 
-    distill: "none" | "soft" | "hard", see `deit_fast.kernels.distillation_loss`. The student's
-    output is the pair (class logits, distillation logits), each (B, C), of a model with a
-    distillation token, which then learns from the teacher; or the logits of a class token, which
-    learns from both ("usual distillation", Table 3). images (B, ch, H, W) are normalised for the
-    student; the teacher gets them normalised for itself. target: int64 (B,), smoothed here by the
-    recipe's label_smoothing, or probabilities (B, C), which Mixup has smoothed.
+    Args:
+        recipe: Its weights, temperature and label smoothing.
+        distill: "none", "soft" or "hard", see `deit_fast.kernels.distillation_loss`.
+        teacher: The model that is asked; None with "none".
+        student: The model that learns, for its normalisation.
 
-    Raises ValueError for a teacher without distillation or the reverse, and other channels.
+    Raises:
+        ValueError: A teacher without distillation or the reverse, or other channels.
     """
 
     def __init__(self, recipe: Recipe, distill: str, teacher: nn.Module | None, student: nn.Module):
         weight = recipe.weight(distill)
         if (teacher is None) != (distill == "none"):
-            came = "none" if teacher is None else type(teacher).__name__
-            raise ValueError(f"teacher: {came}, with distill {distill!r}")
+            given = "none" if teacher is None else type(teacher).__name__
+            raise ValueError(f"teacher: {given}, with distill {distill!r}")
         self.teacher, self.distill, self.weight = teacher, distill, weight
-        self.recipe, self.scale = recipe, None
+        self.recipe = recipe
+        self.scale: tuple[Tensor, Tensor] | None = None  # the student's pixels to the teacher's
         if teacher is not None:
             ours, theirs = data_config(student), data_config(teacher)
             if ours["input_size"][0] != theirs["input_size"][0]:
@@ -117,7 +127,20 @@ class Objective:
                 )
                 self.scale = std / std_t, (mean - mean_t) / std_t
 
-    def __call__(self, output, images: Tensor, target: Tensor) -> Tensor:
+    def __call__(
+        self, output: Tensor | tuple[Tensor, Tensor], images: Tensor, target: Tensor
+    ) -> Tensor:
+        """Return the loss, a scalar in fp32.
+
+        Args:
+            output: (class logits, distillation logits), each (B, C), of a model with a distillation
+                token, which then learns from the teacher; or the logits of a class token, which
+                learns from both ("usual distillation", Table 3).
+            images: (B, channels, H, W), normalised for the student. The teacher gets them
+                normalised for itself.
+            target: int64 (B,), smoothed here by the recipe's label_smoothing; or probabilities
+                (B, C), which Mixup has smoothed.
+        """
         class_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
         soft = target.is_floating_point()
         taught = self.distill != "none"
@@ -134,9 +157,10 @@ class Objective:
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
-        """The teacher's logits (B, C)."""
+        """Return the teacher's logits (B, C) for images that are normalised for the student."""
+        assert self.teacher is not None
         if self.scale is not None:
-            self.scale = [t.to(images) for t in self.scale]
-            factor, shift = self.scale
+            factor, shift = (t.to(images) for t in self.scale)
+            self.scale = factor, shift
             images = images * factor + shift
         return self.teacher(images)

@@ -8,14 +8,14 @@ import timm
 import torch
 from checking import assert_equal
 from modelling import randomize
-from small_runs import MODEL_ARGS, options_of, pictures, settings
+from small_runs import MODEL_ARGS, image_folders, options_of, settings
 from torch import nn
 
 import deit_fast
 from deit_fast.checkpoint import read_checkpoint
 from deit_fast.cli import main
 from deit_fast.distill import recipe
-from deit_fast.distill.student import student
+from deit_fast.distill.student import build_student
 from deit_fast.distill.teacher import load_teacher
 
 CAT = str(deit_fast.__path__[0]) + "/data/cat.jpg"
@@ -130,11 +130,11 @@ def two(tmp_path):
 def test_the_key_reaches_the_file(key, two, tmp_path):
     path, build, state = two
     expected = state[key or "model"]
-    pictures(tmp_path / "data", each=1)
+    image_folders(tmp_path / "data", each=1)
     built = settings(
         tmp_path / "data", "deit_tiny", MODEL_ARGS, start=str(path), start_key=key, img_size=16
     )
-    _, _, started = student(built, recipe.load("deit", drop_path=0.0))
+    _, _, started = build_student(built, recipe.load("deit", drop_path=0.0))
     for model in (
         deit_fast.create_model("deit_tiny", checkpoint=path, checkpoint_key=key, **build),
         deit_fast.deit_tiny(checkpoint=path, checkpoint_key=key, **build),
@@ -154,7 +154,7 @@ def test_teachers_by_key(key, tmp_path):
 
 
 def test_a_key_without_a_file(tmp_path, two):
-    pictures(tmp_path / "data", each=1)
+    image_folders(tmp_path / "data", each=1)
     deit_fast.save_pretrained(deit_fast.deit_tiny(**two[1]), tmp_path / "folder")
     with pytest.raises(ValueError, match="checkpoint_key: 'ema', but no checkpoint"):
         deit_fast.deit_tiny(checkpoint_key="ema")
@@ -163,7 +163,7 @@ def test_a_key_without_a_file(tmp_path, two):
     for start in (None, "pretrained", str(tmp_path / "folder")):
         chosen = settings(tmp_path / "data", "deit_tiny", start=start, start_key="ema")
         with pytest.raises(ValueError, match="start_key: 'ema', but no checkpoint file"):
-            student(chosen, recipe.load("deit"))
+            build_student(chosen, recipe.load("deit"))
     with pytest.raises(ValueError, match="model_args: checkpoint_key is decided by start_key"):
         settings(tmp_path / "data", model_args={"checkpoint_key": "ema"})
 
@@ -185,7 +185,7 @@ OPTIONS = {"start": "--from", "teacher": "--teacher-checkpoint", "store": "--tea
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_take_a_key(name, two, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "DATA")
+    image_folders(tmp_path / "DATA")
     option = OPTIONS.get(name, "--checkpoint")
     key = f"{option}-key"
     assert main([*COMMANDS[name], option, str(two[0]), key, "ema"]) == 2

@@ -35,11 +35,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models():
-    return tiny_pair(**SIZE)
-
-
-@pytest.fixture(scope="module")
 def saved(models, tmp_path_factory):
     """{"two": distilled, "one": not, "convnet": of another kind} -> folder"""
     root = tmp_path_factory.mktemp("models")
@@ -59,7 +54,11 @@ def disagreement(folder, *options):
     return [*command, *options]
 
 
-def assert_picture(path):
+def tokens(folder):
+    return ["analyse", "tokens", str(folder), "--workers", "0", "--dtype", "fp32"]
+
+
+def assert_figure(path):
     with Image.open(path) as image:
         assert image.format == "PNG" and min(image.size) > 200
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
@@ -84,7 +83,7 @@ def test_disagreement_by_brute_force():
         analyse.disagreement({"a": np.array([], int)})
 
 
-def test_decisions_over_what_all_could_read():
+def test_predicted_classes_over_what_all_could_read():
     def run(numbers, **top):
         top = {head: np.array([[c, 9] for c in classes]) for head, classes in top.items()}
         labels = np.array(numbers) + 100
@@ -92,7 +91,7 @@ def test_decisions_over_what_all_could_read():
 
     first = run([0, 1, 2, 4], **{"class": [5, 6, 7, 8], "distill": [1, 2, 3, 4]})
     second = run([1, 2, 3, 4], **{"class": [6, 0, 0, 1]})
-    found = analyse.decisions([({"A:distill": "distill", "A:class": "class"}, first),
+    found = analyse.predicted_classes([({"A:distill": "distill", "A:class": "class"}, first),
                                ({"B": "class"}, second)])  # fmt: skip
     assert {name: row.tolist() for name, row in found.items()} == {
         "truth": [101, 102, 104], "A:distill": [2, 3, 4], "A:class": [6, 7, 8], "B": [6, 0, 1],
@@ -101,17 +100,19 @@ def test_decisions_over_what_all_could_read():
 
 
 def test_specifications(models, tmp_path, monkeypatch):
-    assert analyse.classifiers(["a", "b:class", "a:joint_softmax", "b:distill"]) == {
+    assert analyse.parse_classifiers(["a", "b:class", "a:joint_softmax", "b:distill"]) == {
         "a": [None, "joint_softmax"], "b": ["class", "distill"],
     }  # fmt: skip
-    assert analyse.classifiers(["hf-hub:x/y", "hf-hub:x/y:class"]) == {
+    assert analyse.parse_classifiers(["hf-hub:x/y", "hf-hub:x/y:class"]) == {
         "hf-hub:x/y": [None, "class"],
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:name").mkdir()
-    assert analyse.classifiers(["odd:name", "odd:name:joint"]) == {"odd:name": [None, "joint"]}
+    assert analyse.parse_classifiers(["odd:name", "odd:name:joint"]) == {
+        "odd:name": [None, "joint"]
+    }
     with pytest.raises(ValueError, match="a:both: head 'both', expected one of"):
-        analyse.classifiers(["a:both"])
+        analyse.parse_classifiers(["a:both"])
     three = {"m:class": "class", "m:distill": "distill", "m:joint": "joint"}
     assert analyse.rows_of("m", models[0], [None]) == three
     assert analyse.rows_of("m", models[1], ["joint_softmax", None]) == three | {
@@ -158,9 +159,9 @@ def test_disagreement_command(folder, saved, tmp_path, capsys):
     assert np.array_equal(np.array([line[1:] for line in lines], float), expected)
     assert re.search(r"^ +classifier +0 +1 +2 +3 +4 +5 +6 *$", printed, re.M), printed
     for i, (name, row) in enumerate(zip(names, expected, strict=True)):
-        figures = " +".join(f"{rate:.3f}" for rate in row)
-        assert re.search(rf"^ ?{i} +{re.escape(name)} +{figures} *$", printed, re.M), printed
-    assert_picture(out / "disagreement.png")
+        numbers = " +".join(f"{rate:.3f}" for rate in row)
+        assert re.search(rf"^ ?{i} +{re.escape(name)} +{numbers} *$", printed, re.M), printed
+    assert_figure(out / "disagreement.png")
 
 
 def test_each_model_runs_once_and_skipped_images_are_told(folder, saved, capsys, monkeypatch):
@@ -265,17 +266,7 @@ def test_tokens_errors(folder, models, tmp_path):
 def test_tokens_command(folder, models, saved, tmp_path, capsys):
     selection.extra("train", "matplotlib")
     out = tmp_path / "tokens"
-    command = [
-        "analyse",
-        "tokens",
-        str(folder),
-        "--workers",
-        "0",
-        "--dtype",
-        "fp32",
-        "--count",
-        "10",
-    ]
+    command = [*tokens(folder), "--count", "10"]
     assert main([*command, "--model", saved["two"], "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     expected = by_hand(models[0], open_images(folder), range(0, 20, 2))
@@ -286,7 +277,7 @@ def test_tokens_command(folder, models, saved, tmp_path, capsys):
     assert_close(torch.tensor([float(row[1]) for row in rows[1:]]), torch.tensor(expected))
     for place, cosine in zip(places, expected, strict=True):
         assert re.search(rf"^ ?{place} +{cosine:.4f} *$", printed, re.M), printed
-    assert_picture(out / "tokens.png")
+    assert_figure(out / "tokens.png")
     assert main([*command, "--model", saved["one"]]) == 2
     assert "has no distillation token" in capsys.readouterr().err
 
@@ -295,17 +286,7 @@ def test_without_matplotlib_nothing_is_run(folder, saved, tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "deit_fast.distill.plots", raising=False)
     monkeypatch.delattr("deit_fast.distill.plots", raising=False)
-    command = [
-        "analyse",
-        "tokens",
-        str(folder),
-        "--workers",
-        "0",
-        "--dtype",
-        "fp32",
-        "--model",
-        saved["two"],
-    ]
+    command = [*tokens(folder), "--model", saved["two"]]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'deit_fast[train]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -314,20 +295,20 @@ def test_without_matplotlib_nothing_is_run(folder, saved, tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_plots_show_the_values(tmp_path):
-    """Other values, another picture; the same ones, the same."""
+    """Other values, another figure; the same ones, the same."""
     selection.extra("train", "matplotlib")
     from deit_fast.distill import plots
 
-    pictures = []
+    figures = []
     for i, high in enumerate((0.5, 0.5, 0.25)):
         plots.matrix(["a", "b"], np.array([[0, high], [high, 0]]), "t", tmp_path / f"{i}.png")
         plots.line({"x": 0.1, "y": 1 - high, "z": 1}, "t", "what", tmp_path / f"l{i}.png")
-        pictures.append([np.asarray(Image.open(tmp_path / f"{k}{i}.png")) for k in ("", "l")])
-    for same, other in zip(pictures[0], pictures[1], strict=True):
+        figures.append([np.asarray(Image.open(tmp_path / f"{k}{i}.png")) for k in ("", "l")])
+    for same, other in zip(figures[0], figures[1], strict=True):
         assert np.array_equal(same, other)
-    for same, other in zip(pictures[0], pictures[2], strict=True):
+    for same, other in zip(figures[0], figures[2], strict=True):
         assert same.shape == other.shape and not np.array_equal(same, other)
-    dark = (pictures[0][0][..., :3] == (8, 48, 107)).all(-1)  # the end of the scale
+    dark = (figures[0][0][..., :3] == (8, 48, 107)).all(-1)  # the end of the scale
     assert 0.1 < dark.mean() < 0.5  # two of four cells
 
 
@@ -368,7 +349,7 @@ def runs(tmp_path):
     return [made[0], write(tmp_path / "hard"), *made[1:]]
 
 
-WANT = [
+EXPECTED = [
     ("deit_tiny", "no distillation", "–", "class", "224", "300", "3", "72.30 ± 0.30",
      "91.00 ± 1.00"),
     ("deit_tiny_distilled", "hard, distillation token", "regnety_160 (82.9)", "class", "224", "300",
@@ -381,7 +362,7 @@ WANT = [
 
 
 def test_comparison_by_hand(runs):
-    assert analyse.comparison(runs) == WANT
+    assert analyse.comparison(runs) == EXPECTED
 
 
 def test_runs_that_differ_in_anything_are_apart(runs, tmp_path):
@@ -391,7 +372,7 @@ def test_runs_that_differ_in_anything_are_apart(runs, tmp_path):
     )):  # fmt: skip
         other = write(tmp_path / f"other{i}", PLAIN | {"seed": 3, key: value}, ONE)
         rows = analyse.comparison([*runs, other])
-        assert len(rows) == 5 and rows[:4] == WANT and rows[4][6] == "1", key
+        assert len(rows) == 5 and rows[:4] == EXPECTED and rows[4][6] == "1", key
     usual = write(tmp_path / "usual", {"distill": "soft", "distill_token": "class"}, ONE)
     ((_, method, *_, top1, top5),) = analyse.comparison([usual])
     assert (method, top1, top5) == ("soft", "70.00", "90.00")
@@ -416,7 +397,7 @@ def test_table_command(runs, tmp_path, capsys):
     assert main(["analyse", "table", *runs]) == 0
     printed = capsys.readouterr().out
     assert all(heading in printed for heading in analyse.COLUMNS)
-    for row in WANT:
+    for row in EXPECTED:
         cells = " +".join(map(re.escape, row))
         assert re.search(rf"^ ?{cells} *$", printed, re.M), printed
     out = tmp_path / "table.md"
@@ -424,9 +405,9 @@ def test_table_command(runs, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     lines = out.read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == list(analyse.COLUMNS) and [tuple(row) for row in cells[2:]] == WANT
+    assert cells[0] == list(analyse.COLUMNS) and [tuple(row) for row in cells[2:]] == EXPECTED
     assert [set(c) - {":"} for c in cells[1]] == [{"-"}] * 9 and len(lines) == 6
-    assert "a\\|b" in analyse.markdown([("a|b", *WANT[0][1:])])
+    assert "a\\|b" in analyse.markdown([("a|b", *EXPECTED[0][1:])])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""What a model sees in training: the same for the same seed, in whatever process."""
+"""What a model sees in training: the same for the same seed, on whatever rank or worker."""
 
 import numpy as np
 import pytest
 import torch
 from checking import seeded
 from PIL import Image
-from small_runs import pictures
+from small_runs import image_folders
 from timm.data import auto_augment
 from torchvision import transforms
 
@@ -19,10 +19,10 @@ CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return open_images(pictures(tmp_path_factory.mktemp("pictures"), each=10), "train")
+    return open_images(image_folders(tmp_path_factory.mktemp("images"), each=10), "train")
 
 
-def passes(images, workers, epochs=(0, 1), start=0, batch=8, repeats=1, **kwargs):
+def batches_of(images, workers, epochs=(0, 1), start=0, batch=8, repeats=1, **kwargs):
     batches = Batches(len(images), batch, repeats, seed=3, **kwargs)
     source = loader(Augmented(images, transform_of(load("deit"), CONFIG)), batches, workers)
     found = []
@@ -39,38 +39,44 @@ def equal(a, b):
 
 
 def test_workers_make_the_same_images(images):
-    alone = passes(images, 0)
-    assert len(alone) == 6 and equal(alone, passes(images, 2))
+    alone = batches_of(images, 0)
+    assert len(alone) == 6 and equal(alone, batches_of(images, 2))
     assert not equal(alone[:3], alone[3:])  # the next epoch has others, in another order
 
 
 def test_an_epoch_goes_on_where_it_stopped(images):
-    assert equal(passes(images, 0, epochs=(1,), start=2), passes(images, 0, epochs=(1,))[2:])
-    assert passes(images, 0, epochs=(1,), start=3) == []
+    assert equal(
+        batches_of(images, 0, epochs=(1,), start=2), batches_of(images, 0, epochs=(1,))[2:]
+    )
+    assert batches_of(images, 0, epochs=(1,), start=3) == []
 
 
 def test_nothing_else_draws(images):
     """Whatever others do with the global generators."""
-    alone = passes(images, 0, epochs=(0,))
+    alone = batches_of(images, 0, epochs=(0,))
     np.random.seed(seeded(7))
     torch.manual_seed(seeded(7))
-    assert equal(alone, passes(images, 0, epochs=(0,)))
+    assert equal(alone, batches_of(images, 0, epochs=(0,)))
 
 
-def test_processes_share_the_images(images):
-    """Two processes see, in each update, the images that one would."""
-    alone = passes(images, 0, epochs=(0,), batch=8)
-    first, second = (passes(images, 0, epochs=(0,), batch=4, rank=rank, world=2) for rank in (0, 1))
+def test_ranks_share_the_images(images):
+    """Two ranks see, in each update, the images that one would."""
+    alone = batches_of(images, 0, epochs=(0,), batch=8)
+    first, second = (
+        batches_of(images, 0, epochs=(0,), batch=4, rank=rank, world_size=2) for rank in (0, 1)
+    )
     for (x, y), (a, b), (c, d) in zip(alone, first, second, strict=True):
         assert torch.equal(x, torch.stack((a, c), 1).flatten(0, 1))
         assert torch.equal(y, torch.stack((b, d), 1).flatten(0, 1))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_repeated_augmentation(world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_repeated_augmentation(world_size):
     """An image comes three times, each with another seed; an epoch is as long as without."""
     count = 600
-    per_rank = [Batches(count, 8, 3, seed=0, rank=rank, world=world) for rank in range(world)]
+    per_rank = [
+        Batches(count, 8, 3, seed=0, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     drawn = [[pair for batch in batches for pair in batch] for batches in per_rank]
     joint = [pair for pairs in zip(*drawn, strict=True) for pair in pairs]
     assert len(joint) == 512  # timm, as the official code, takes whole 256s
@@ -156,9 +162,9 @@ def test_posterizing_to_no_bits_is_black():
 
 
 def test_an_unreadable_image_gives_way_to_the_next(tmp_path):
-    folder = pictures(tmp_path, classes=2, each=3)
+    folder = image_folders(tmp_path, classes=2, each=3)
     for name in ("class0/1.png", "class0/2.png"):
-        (folder / "train" / name).write_bytes(b"no picture")
+        (folder / "train" / name).write_bytes(b"no image")
     images = open_images(folder, "train")
     data = Augmented(images, transform_of(load("deit"), CONFIG))
     x, label, unreadable = data[1, 5]

@@ -36,11 +36,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models():
-    return tiny_pair(**SIZE)
-
-
-@pytest.fixture(scope="module")
 def saved(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     deit_fast.save_pretrained(models[1], path)

@@ -20,7 +20,7 @@ def student(name="deit_tiny_distilled", **kwargs):
     return deit_fast.create_model(name, num_classes=CLASSES, **size | kwargs).eval()
 
 
-class Answers(torch.nn.Module):
+class FixedLogits(torch.nn.Module):
     """A teacher that gives the same logits whatever it sees, and remembers what that was."""
 
     num_classes = CLASSES
@@ -54,7 +54,7 @@ def test_the_papers_equations(method, token):
     seed(1)
     z, d, t = torch.randn(3, 7, CLASSES).unbind()
     y, images = torch.randint(CLASSES, (7,)), torch.randn(7, 3, 16, 16)
-    objective = Objective(RECIPE, method, Answers(t), student())
+    objective = Objective(RECIPE, method, FixedLogits(t), student())
     output, heads = ((z, d), (z, d)) if token == "distill" else (z, (z, z))
     got = objective(output, images, y)
     assert_close(got, equations(method, *heads, y, t).float())
@@ -69,7 +69,7 @@ def test_mixed_targets_are_not_smoothed_again():
 
 
 def test_the_teacher_sees_its_own_normalisation():
-    model, teacher = student(), Answers(torch.zeros(2, CLASSES))
+    model, teacher = student(), FixedLogits(torch.zeros(2, CLASSES))
     pixels = torch.rand(2, 3, 16, 16)
 
     def normalised(config):
@@ -77,11 +77,11 @@ def test_the_teacher_sees_its_own_normalisation():
         return (pixels - mean) / std
 
     Objective(RECIPE, "hard", teacher, model).teach(normalised(model.pretrained_cfg))
-    assert_close(teacher.seen, normalised(Answers.pretrained_cfg))
+    assert_close(teacher.seen, normalised(FixedLogits.pretrained_cfg))
     same = student()
     images = torch.randn(2, 3, 16, 16)
     Objective(RECIPE, "hard", same, model).teach(images)
-    twin = Answers(torch.zeros(2, CLASSES))
+    twin = FixedLogits(torch.zeros(2, CLASSES))
     twin.pretrained_cfg = twin.pretrained_cfg | {
         k: model.pretrained_cfg[k] for k in ("mean", "std")
     }
@@ -102,15 +102,15 @@ def test_no_gradient_reaches_the_teacher():
 
 
 def test_what_does_not_fit():
-    answers = Answers(torch.zeros(1, CLASSES))
+    teacher = FixedLogits(torch.zeros(1, CLASSES))
     with pytest.raises(ValueError, match="teacher: none, with distill 'hard'"):
         Objective(RECIPE, "hard", None, student())
-    with pytest.raises(ValueError, match="teacher: Answers, with distill 'none'"):
-        Objective(RECIPE, "none", answers, student())
+    with pytest.raises(ValueError, match="teacher: FixedLogits, with distill 'none'"):
+        Objective(RECIPE, "none", teacher, student())
     with pytest.raises(ValueError, match="distill: 'warm', expected one of"):
-        Objective(RECIPE, "warm", answers, student())
+        Objective(RECIPE, "warm", teacher, student())
     with pytest.raises(ValueError, match="teacher: 3 channels, expected the student's 1"):
-        Objective(RECIPE, "hard", answers, student(in_chans=1))
+        Objective(RECIPE, "hard", teacher, student(in_chans=1))
 
 
 def test_teachers_from_folders(tmp_path):

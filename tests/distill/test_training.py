@@ -1,4 +1,4 @@
-"""Gradients of whole models against timm's on the same weights, and what is kept to make them.
+"""Gradients of whole models against timm's on the same weights, and the tensors saved for them.
 
 The judge is timm in fp64. Triton runs in the interpreter on shallow and narrow models whose heads
 have 64 features as DeiT's do; the PyTorch backend runs the models themselves.
@@ -21,7 +21,8 @@ from tiers import slow, slow_but
 import deit_fast
 
 BACKENDS = ["torch", "triton"]
-# The first block never drops and the last runs in parts: the second shows stochastic depth.
+# The first block never drops a path and the last runs for some tokens alone: the second shows
+# stochastic depth.
 DEEPER = {"depth": 3, "num_heads": 1, "img_size": 48, "init_values": 0.5}
 LOW = [(backend, dtype) for backend in BACKENDS for dtype in (FP16, BF16)]
 
@@ -94,7 +95,7 @@ def test_gradients_without_qkv_bias_for_a_pooled_mean(device):
 
 
 def test_autocast_rounds_no_gradient_of_a_bias(device):
-    """Weights are cast for the products, and their gradients come back through that."""
+    """Weights are cast for the matmuls, and their gradients come back through that."""
     _, fast = tiny_pair("triton", **DEEPER)
     fast = fast.to(device).train()
     found = gradients(fast, images(fast, batch=4).to(device), FP16)
@@ -108,17 +109,17 @@ def test_autocast_rounds_no_gradient_of_a_bias(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend, dtype", LOW)
 def test_autocast_gradients(backend, dtype, device):
-    """Weights, their gradients and the stream between blocks stay fp32."""
+    """Weights, their gradients and the residual stream between blocks stay fp32."""
     reference, fast = tiny_pair(backend, depth=3, init_values=0.5)
     reference, fast = reference.to(device), fast.to(device)
     set_mode((reference, fast), "distilled training")
     x = images(reference, batch=4).to(device)
     assert_training_as_accurate(reference, fast, x, dtype)
-    streams = []
-    fast.blocks[1].register_forward_hook(lambda module, args, y: streams.append((args[0], y)))
+    residuals = []
+    fast.blocks[1].register_forward_hook(lambda module, args, y: residuals.append((args[0], y)))
     got = gradients(fast, x, dtype)
     assert all(got[n].dtype == torch.float32 for n, _ in fast.named_parameters())
-    assert [[t.dtype for t in pair] for pair in streams] == [[torch.float32] * 2]
+    assert [[t.dtype for t in pair] for pair in residuals] == [[torch.float32] * 2]
 
 
 @pytest.mark.parametrize("backend, dtype", LOW)
@@ -144,7 +145,7 @@ def test_stochastic_depth_and_head_dropout_draw_timms_numbers(backend, device):
 
 
 def saved_bytes(model, x, dtype=None):
-    """What autograd keeps between forward and backward, each storage once, without parameters."""
+    """Bytes of the saved tensors, each storage once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}  # held, so that no address is given twice
 
@@ -202,7 +203,7 @@ def test_recompute_saves_memory_for_the_same_gradients(dtype, device):
     for name in expected:
         if dtype is None or not name.endswith("fc2.weight"):
             assert torch.equal(got[name], expected[name]), name
-        else:  # GELU is made again of what was rounded to fp16
+        else:  # GELU is recomputed from what was rounded to fp16
             assert_close(got[name], expected[name], name, dtype=FP16)
 
 

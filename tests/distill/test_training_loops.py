@@ -1,4 +1,4 @@
-"""Training as people do it: loss curves, loss scaling, distillation, several processes."""
+"""Training as people do it: loss curves, loss scaling, distillation, several ranks."""
 
 import copy
 import functools
@@ -127,7 +127,7 @@ def test_a_step_of_distillation(distillation, device):
 
 
 def trained_together(folder):
-    """Two processes train, each with half of every batch, and the first alone, into the folder."""
+    """Two ranks train, each with half of every batch, and the first alone, into the folder."""
     script = Path(parallel_training.__file__)
     env = os.environ | {"TRITON_INTERPRET": "1"}  # gloo is for CPU tensors
     started = [
@@ -146,9 +146,9 @@ def trained_together(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_ranks_train_what_one_does(tmp_path):
     """DistributedDataParallel; fully_shard of every block and of the model, which changes their
-    classes. The model is then one process's with the joint batch, and the same on both; so are
+    classes. The model is then one rank's with the joint batch, and the same on both; so are
     its gradients and, without any, its logits."""
     trained_together(tmp_path)
     start = dict(parallel_training.model_of("torch").named_parameters())

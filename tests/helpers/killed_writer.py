@@ -1,4 +1,4 @@
-"""A store that is being written and killed again and again, for test_store.py:
+"""A soft-label store that is being written and killed again and again, for test_store_writer.py:
 
 python killed_writer.py DATA TEACHER STORE KILLS SEED
 """

@@ -1,4 +1,4 @@
-"""Small training runs on made-up pictures. As a script: a run that is killed again and again."""
+"""Small training runs on made-up images. As a script: a run that is killed again and again."""
 
 import os
 import random
@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
+import timm
 import torch
 from checking import seeded
 from PIL import Image
 
+import deit_fast
 from deit_fast.distill import checkpoints, recipe
+from deit_fast.distill.datasets import open_images
 from deit_fast.distill.student import Settings
 from deit_fast.distill.train import train
 
@@ -24,7 +28,7 @@ RECIPE = {
 MODEL_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": 8}
 
 
-def pictures(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) -> Path:
+def image_folders(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) -> Path:
     """Folders of classes: noise around a colour that tells the class."""
     draw = np.random.default_rng(seeded(0))
     for split in splits:
@@ -35,6 +39,24 @@ def pictures(folder: Path, classes=3, each=8, size=16, splits=("train", "val")) 
                 colour = np.array([60, 120, 190])[(np.arange(3) + c) % 3]
                 pixels = (colour + noise).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / split / f"class{c}" / f"{i}.png")
+    return folder
+
+
+def small_teacher(folder: Path, classes=3, seed=0, in_chans=3, data=None) -> Path:
+    """A convnet in a folder, whose outputs are neither sure nor all alike. Of images in `data` no
+    class gets all."""
+    torch.manual_seed(seeded(seed))
+    model = timm.create_model("test_resnet", num_classes=classes, in_chans=in_chans)
+    if in_chans == 1:
+        model.pretrained_cfg = dict(model.pretrained_cfg) | {"mean": (0.286,), "std": (0.353,)}
+    model.fc.weight.data.mul_(30)
+    if data is not None:
+        images = open_images(data, "train")
+        pixels = np.stack([np.asarray(images.image(i)) for i in range(len(images))])
+        with torch.no_grad():
+            said = model.eval()((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
+            model.fc.bias -= said.mean(0)
+    deit_fast.save_pretrained(model, folder)
     return folder
 
 
@@ -62,6 +84,26 @@ def run(data, out, save_every=1000, workers=0, report=lambda event: None, restar
         report=report, restart=restart,
     )  # fmt: skip
     return checkpoints.load(Path(out, "checkpoint.pt"))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(epoch, update):
+    """A `report` that ends a run just after that update and before saving it."""
+
+    def report(event):
+        if event["event"] == "update" and (event["epoch"], event["update"]) == (epoch, update):
+            raise Stop
+
+    return report
+
+
+def start(data, out, epoch=1, update=2, **kwargs):
+    """A run that ends there, each update before it saved."""
+    with pytest.raises(Stop):
+        run(data, out, report=stop_at(epoch, update), save_every=1, **kwargs)
 
 
 def same(a, b) -> bool:

@@ -1,4 +1,4 @@
-"""The studies' pages say what their data says. That they run, in little, are steps of .ci/run."""
+"""The studies' pages say what their data says. Smoke runs of them are steps of .ci/run."""
 
 import argparse
 import copy
@@ -13,7 +13,15 @@ from modelling import images, tiny_pair
 
 import deit_fast
 from deit_fast.cli import distill_store, train
-from studies import fashion_mnist, quantization, store
+from studies import (
+    fashion_mnist,
+    quantization,
+    quantization_page,
+    quantization_schemes,
+    store,
+    store_page,
+    store_plan,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
 
@@ -64,16 +72,16 @@ def test_the_page_of_stores_is_what_the_data_says():
 
 def test_the_study_of_stores_is_complete():
     found = study_of_stores()
-    assert found["plan"] == json.loads(json.dumps(store.FULL))
-    names = ["labels", *(f"k{k}" for k in store.FULL["ks"]), "live"]
+    assert found["plan"] == json.loads(json.dumps(store_plan.FULL))
+    names = ["labels", *(f"k{k}" for k in store_plan.FULL["ks"]), "live"]
     assert [row["run"] for row in found["rows"]] == names
     for row in found["rows"]:
-        assert len(row["top1"]) == len(store.FULL["seeds"])
+        assert len(row["top1"]) == len(store_plan.FULL["seeds"])
         if row["run"].startswith("k"):
             assert row["bytes"] == row["predicted"]
-            assert row["check"]["records"] >= store.FULL["count"]
-    for way in store.WAYS:
-        assert len(found["steps"][way]["ms"]) == store.FULL["repeats"]
+            assert row["check"]["records"] >= store_plan.FULL["count"]
+    for way in store_page.WAYS:
+        assert len(found["steps"][way]["ms"]) == store_plan.FULL["repeats"]
 
 
 def test_findings_on_stores_follow_from_the_figures():
@@ -86,12 +94,12 @@ def test_findings_on_stores_follow_from_the_figures():
         {"run": "labels", "top1": [80.0]}, {"run": "k1", "top1": [81.0, 82.0]},
         {"run": "k10", "top1": [81.0]}, {"run": "live", "top1": [82.0]},
     ]  # fmt: skip
-    said = store.findings({"steps": steps, "rows": rows})
+    said = store_page.findings({"steps": steps, "rows": rows})
     assert said[0] == (
-        "- From the store a step takes 50% less time of a core and the process 5 MiB MORE than "
+        "- From the store a step takes 50% less CPU time and the process 5 MiB MORE than "
         "with the ResNet of this study live."
     )
-    assert "takes 100% MORE time of a core and the process 195 MiB less than" in said[1]
+    assert "takes 100% MORE CPU time and the process 195 MiB less than" in said[1]
     assert (
         "K tried, 1 has the highest mean; the largest difference between two K is 0.50" in said[2]
     )
@@ -99,7 +107,7 @@ def test_findings_on_stores_follow_from_the_figures():
 
 
 def test_the_commands_shown_on_stores_are_commands():
-    shown = [shlex.split(line)[1:] for line in store.shown_commands(Path("runs"))]
+    shown = [shlex.split(line)[1:] for line in store_plan.shown_commands(Path("runs"))]
     parsers = {"train": train, "distill-store": distill_store}
     found = []
     for name, *options in shown:
@@ -117,20 +125,22 @@ def test_the_commands_shown_on_stores_are_commands():
         assert getattr(labels, name) == getattr(live, name) == getattr(stored, name)
 
 
-def study_of_eight_bits():
+def study_of_quantization():
     return json.loads((DOCS.parent / "quantization.json").read_text())
 
 
-def test_the_page_of_eight_bits_is_what_the_data_says():
-    assert (DOCS.parent / "quantization.md").read_text() == quantization.page(study_of_eight_bits())
+def test_the_page_of_quantization_is_what_the_data_says():
+    assert (DOCS.parent / "quantization.md").read_text() == quantization.page(
+        study_of_quantization()
+    )
 
 
-def test_the_study_of_eight_bits_is_complete():
-    found = study_of_eight_bits()
+def test_the_study_of_quantization_is_complete():
+    found = study_of_quantization()
     assert found["plan"] == quantization.FULL
     for subject in found["subjects"].values():
         assert [row["name"] for row in subject["served"]] == list(quantization.SERVED)
-        assert len(subject["scales"]) == 2 * len(quantization.SCHEMES)
+        assert len(subject["scales"]) == 2 * len(quantization_schemes.SCHEMES)
         for row in (*subject["served"], *subject["scales"], *subject["attention"]):
             assert row["comparison"]["images"] in (subject["images"], subject["compared"])
     fashion = found["subjects"]["fashion"]
@@ -140,47 +150,47 @@ def test_the_study_of_eight_bits_is_complete():
         assert abs(top1[0] - top1[1]) <= 0.1
 
 
-def test_findings_on_eight_bits_follow_from_the_figures():
-    schemes = zip(quantization.SCHEMES, (0.02, 0.01, 0.03, 0.08), strict=True)
+def test_findings_on_quantization_follow_from_the_figures():
+    schemes = zip(quantization_schemes.SCHEMES, (0.02, 0.01, 0.03, 0.08), strict=True)
     rows = [
         {"format": format, "scheme": scheme, "comparison": {"logits_error": times * error}}
         for scheme, error in schemes
         for format, times in (("fp8", 1), ("int8", 1 + (scheme == "bound")))
     ]
-    products = [
-        {"name": "the four products of the block", "comparison": {"logits_error": 0.02}},
-        {"name": "the four products, and both", "comparison": {"logits_error": 0.025}},
+    matmuls = [
+        {"name": "the four matmuls of the block", "comparison": {"logits_error": 0.02}},
+        {"name": "the four matmuls, and both", "comparison": {"logits_error": 0.025}},
     ]
-    subject = {"scales": rows, "attention": products}
+    subject = {"scales": rows, "attention": matmuls}
     found = {"subjects": {"fashion": subject, "photographs": subject}}
-    said = quantization.findings(found)
+    said = quantization_page.findings(found)
     assert len(said) == 4 and said[0].startswith("- Fashion-MNIST, fp8")
     assert (
-        "64 features 0.50, one for all, calibrated 1.50, one for all, from a bound 4.00" in said[0]
+        "64 features 0.50; per-tensor, calibrated 1.50; per-tensor, bound-derived 4.00" in said[0]
     )
-    assert said[3].startswith("- photographs, int8") and "from a bound 8.00." in said[3]
-    assert "is 1.25 times" in quantization.attention_findings(found)[0]
+    assert said[3].startswith("- photographs, int8") and "bound-derived 8.00." in said[3]
+    assert "is 1.25 times" in quantization_page.attention_findings(found)[0]
 
 
 @pytest.fixture
 def subject():
     model = tiny_pair(img_size=32)[1]
     x = images(model, 6)
-    return quantization.Subject(model, x, None, 6, x[:2])
+    return quantization_schemes.Subject(model, x, None, 6, x[:2])
 
 
 @pytest.mark.parametrize(
-    "format, scheme", [("fp8", "bound"), ("fp8", "calibrated"), ("int8", "parts")]
+    "format, scheme", [("fp8", "bound"), ("fp8", "calibrated"), ("int8", "group")]
 )
-def test_what_is_simulated_is_what_is_served(subject, format, scheme):
+def test_simulated_quantization_is_what_is_served(subject, format, scheme):
     model, x = subject.model, subject.images
-    simulated = quantization._simulated(subject, format, scheme)
+    simulated = quantization_schemes.simulated(subject, format, scheme)
     served = copy.deepcopy(model)
     deit_fast.quantize(served, format, subject.calibration if scheme == "calibrated" else None)
     with torch.inference_mode():
         expected, got, exact = served(x), simulated(x), model(x)
     assert_differ(expected, exact)
-    # a number between two of eight bits may go either way
+    # a number between two quantized ones may go either way
     assert_at_most(size(got - expected), NEIGHBOURS * size(expected - exact))
 
 
@@ -192,7 +202,7 @@ def test_attention_in_fp8_by_hand():
         x = torch.randn(2, 9, 64)
         with torch.no_grad():
             qkv = attn.qkv(x)
-            quantization._round_attention(attn, "qkpv", how)
+            quantization_schemes.round_attention(attn, "qkpv", how)
             found = attn(x)
             out = torch.empty(2, 9, 64)
             for i in range(2):

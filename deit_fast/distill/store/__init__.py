@@ -1,7 +1,8 @@
-"""Fast pretraining distillation (TinyViT paper, section 3): a teacher's answers, stored once, from
-which any number of students learn without it.
+"""Soft-label stores: a teacher's probabilities, written once, from which students learn without it.
 
-    write(...)       the teacher's K largest probabilities for every picture of some epochs
+This is TinyViT's fast pretraining distillation (section 3 of that paper).
+
+    write(...)       the teacher's K largest probabilities for every view of some epochs
     Store(folder)    what is there, whole or damaged
     check(...)       the teacher again, on a sample
 
@@ -9,7 +10,8 @@ Training from a store is `deit_fast.distill.train.train` with `Settings(store=fo
 """
 
 from .check import check
-from .files import Damaged, Store
+from .format import Damaged
+from .reader import Store
 from .write import write
 
 __all__ = ["Damaged", "Store", "check", "write"]

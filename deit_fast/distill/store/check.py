@@ -1,4 +1,4 @@
-"""Asking the teacher again."""
+"""Checking a soft-label store against its teacher."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from .. import recipe
 from ..datasets import open_images
 from ..student import AMP
 from ..teacher import load_teacher
-from .files import Store
-from .pictures import require_readable
-from .read import Taught, pictures_of, settings_of
-from .write import answer, config_of, teacher_of
+from .compatibility import recipe_settings, views_of
+from .reader import Store
+from .soft_labels import SoftLabelDataset
+from .teacher_outputs import image_mode, teacher_identity, top_k_probabilities, view_config
+from .views import require_readable
 
 
 def check(
@@ -30,19 +31,36 @@ def check(
     backend: str = "auto",
     image_key: str = "image",
     label_key: str = "label",
-    report: Callable[[dict], None] = lambda event: None,
+    report: Callable[[dict], object] = lambda event: None,
 ) -> dict:
-    """Make pictures of a store again, ask its teacher again, and compare (TinyViT's check mode).
+    """Recompute views of a store, ask its teacher again, and compare (TinyViT's check mode).
 
-    data, teacher, teacher_checkpoint and its key: as for `write`. samples: at least so many
-    records, in whole passes of the teacher as they were written, drawn by `seed` from the epochs
-    that are whole. amp: None for the store's. report: gets dicts with "event": "note".
+    On the same kind of machine, of the same device and versions, as wrote the store there is no
+    difference.
 
-    Returns "records", how many were compared; "mean_difference", the mean absolute difference of
-    the probabilities, largest with largest; "different_indices", the rate of classes that are not
-    the same in their place. On the same kind of machine, of the same device and versions, as wrote
-    the store both are 0. Raises ValueError for another teacher or data set, an image that cannot
-    be read, and where no epoch is whole.
+    Args:
+        data: As for `write`.
+        store: The folder.
+        teacher: As for `write`.
+        samples: At least so many records, in the teacher's batches as they were written, drawn from
+            the epochs that are whole.
+        seed: That draws them.
+        teacher_checkpoint: As for `write`.
+        teacher_checkpoint_key: As for `write`.
+        amp: The teacher's precision; None for the store's.
+        backend: See `deit_fast.accelerate`.
+        image_key: Column of a Hugging Face dataset.
+        label_key: Column of a Hugging Face dataset.
+        report: Gets dicts with "event": "note" and "text".
+
+    Returns:
+        "records", how many were compared; "mean_difference", the mean absolute difference of the
+        probabilities, largest with largest; "different_indices", the rate of classes that are not
+        the same in their place.
+
+    Raises:
+        ValueError: It is another teacher or data set, an image cannot be read, or no epoch is
+            whole.
     """
     if samples < 1:
         raise ValueError(f"samples: {samples}, expected 1 or more")
@@ -55,13 +73,13 @@ def check(
     model = load_teacher(
         teacher, len(images.classes), size, teacher_checkpoint, backend, teacher_checkpoint_key
     )
-    if (now := teacher_of(model)) != manifest.teacher:
+    if (now := teacher_identity(model)) != manifest.teacher:
         raise ValueError(f"teacher: {teacher} is {now}, expected that of {found.folder}, "
                          f"{manifest.teacher}")  # fmt: skip
-    config = config_of(model, size)
-    images.mode = {1: "L", 3: "RGB"}[config["input_size"][0]]
-    making = recipe.load("deit", **settings_of(found))  # of which nothing else is looked at
-    pictures, notes = pictures_of(found, images, making, config)
+    config = view_config(model, size)
+    images.mode = image_mode(config)
+    augmentation = recipe.load("deit", **recipe_settings(found))  # nothing else of it is looked at
+    views, notes = views_of(found, images, augmentation, config)
     for text in notes:
         report({"event": "note", "text": text})
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,15 +96,15 @@ def check(
     draw = np.random.default_rng(seed)
     count = min(math.ceil(samples / manifest.batch), len(blocks))
     total = differences = others = 0
-    taught = Taught(found, pictures)
+    dataset = SoftLabelDataset(found, views)
     for i in sorted(draw.choice(len(blocks), count, replace=False).tolist()):
         epoch, number, block = blocks[i]
         records = epochs[epoch].block(number, block)
         first = epochs[epoch].firsts[number] + block * manifest.batch
         places = range(first, first + len(records))
-        batch, _, unreadable = taught.collate([taught[epoch, place] for place in places])
-        require_readable(batch, unreadable)
-        classes, probs = answer(model, batch, amp or manifest.amp, manifest.k)
+        batch, _, unreadable = dataset.collate([dataset[epoch, place] for place in places])
+        batch = require_readable(batch, unreadable)
+        classes, probs = top_k_probabilities(model, batch, amp or manifest.amp, manifest.k)
         differences += np.abs(probs.astype(np.float64) - records["probs"]).sum()
         others += (classes != records["classes"]).sum()
         total += len(records)

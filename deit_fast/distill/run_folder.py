@@ -7,7 +7,9 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from . import checkpoints
 
@@ -18,8 +20,12 @@ PATIENCE = 10  # seconds
 
 
 @contextlib.contextmanager
-def locked(out: Path):
-    """One run at a time writes into a folder."""
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder, and let one run at a time write into it.
+
+    Raises:
+        ValueError: Another run holds it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as file:
         if not lock(file):
@@ -27,9 +33,13 @@ def locked(out: Path):
         yield
 
 
-def lock(file) -> bool:
-    """Lock an open file, until it is closed, against other processes. False where another holds it
-    for longer than the workers of a killed run do, which have inherited its lock."""
+def lock(file: IO) -> bool:
+    """Lock an open file against other processes, until it is closed.
+
+    Returns:
+        False where another process holds it for longer than the workers of a killed run do, which
+        have inherited its lock.
+    """
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -42,12 +52,12 @@ def lock(file) -> bool:
 
 
 @contextlib.contextmanager
-def tensorboard(out: Path, epoch: int):
-    """A function that takes a row of the log; `epoch` is the first that is to come."""
+def tensorboard(out: Path, epoch: int) -> Iterator[Callable[[dict], None]]:
+    """Yield a function that logs a row of log.csv; `epoch` is the first that is to come."""
     # what a killed run logged after its checkpoint is not shown
     with summary_writer()(str(out / TENSORBOARD), purge_step=epoch) as writer:
 
-        def log(row):
+        def log(row: dict) -> None:
             for name, value in flat(row).items():
                 if name != "epoch":
                     writer.add_scalar(name, value, row["epoch"])
@@ -56,8 +66,12 @@ def tensorboard(out: Path, epoch: int):
         yield log
 
 
-def summary_writer():
-    """TensorBoard's class. RuntimeError where it is not installed."""
+def summary_writer() -> type:
+    """Import TensorBoard's SummaryWriter.
+
+    Raises:
+        RuntimeError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -68,32 +82,15 @@ def summary_writer():
 
 
 def empty(out: Path) -> None:
-    """Throw away what a run wrote."""
+    """Delete what a run wrote, and nothing else."""
     for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
         (out / name).unlink(missing_ok=True)
     for name in (MODEL, EMA_MODEL, TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def compare(path: Path, was: dict, now: dict) -> None:
-    """Raise ValueError where a checkpoint's run is another than this one."""
-    differences = [
-        f"{key} {old.get(key)!r}, now {value!r}"
-        for old, new in [(was, {"processes": now["processes"]})]
-        + [(was.get(part, {}), now[part]) for part in ("settings", "recipe", "images")]
-        for key, value in new.items()
-        if old.get(key) != value
-    ]
-    if differences:
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            f"out: {path} is of a run with other settings: {'; '.join(differences[:4])}{more} "
-            "(restart throws it away)"
-        )
-
-
 def flat(row: dict) -> dict[str, float]:
-    """A row of log.csv: "top1/class", "ema/top5/joint" and the like as columns."""
+    """Flatten a row of the log: "top1/class", "ema/top5/joint" and the like become columns."""
     flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
     for prefix, scores in (("", row.get("scores", {})), ("ema/", row.get("ema", {}))):
         for top in ("top1", "top5"):
@@ -103,14 +100,16 @@ def flat(row: dict) -> dict[str, float]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows whose keys may differ; a name that is no UTF-8 is escaped."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
     content = text.getvalue().encode(errors="backslashreplace")  # names of files may be no UTF-8
-    checkpoints.write(path, lambda file: file.write(content))
+    checkpoints.write_atomically(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write indented JSON, whole or not at all."""
     text = json.dumps(content, indent=1) + "\n"
-    checkpoints.write(path, lambda file: file.write(text.encode()))
+    checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
