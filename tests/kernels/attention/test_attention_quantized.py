@@ -135,7 +135,7 @@ def in_fp8(case, device, scale=0.02):
 @pytest.mark.parametrize("out_scale", [None, 0.02])
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
 def test_fp8_operands(case, out_scale, device):
-    """Softmax weights and result are rounded to e4m3, by 2^-4 of a number at most, 0.026 on average.
+    """Softmax weights and result are rounded to e4m3: 2^-4 of a number at most, 0.026 on average.
 
     A tenth more than both is allowed. The reference rounds once; with the few numbers of a single
     query that is up to 0.035 in forty draws.
@@ -197,7 +197,7 @@ def test_fp8_operands_that_do_not_fit(device):
     assert torch.equal(o.values.float(), plain.values.float())
     torch.library.opcheck(
         _fwd.op, (*values.values(), 0.2, FORMATS["fp8"], None, scale),
-        test_utils=("test_faketensor", "test_autograd_registration"),  # PyTorch has no e4m3 matmul here
+        test_utils=("test_faketensor", "test_autograd_registration"),  # no e4m3 matmul in PyTorch
     )  # fmt: skip
 
 
