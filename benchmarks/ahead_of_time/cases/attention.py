@@ -88,7 +88,7 @@ def quantized(arch: int, dtype: torch.dtype) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _attention(arch, config, shape, signature, suffix, moved, by_head=False):
+def _attention(arch, config, shape, signature, suffix, moved, per_head=False):
     N, L, H, d = shape
     module = kernel_module("attention")
     kind = ""
@@ -106,7 +106,7 @@ def _attention(arch, config, shape, signature, suffix, moved, by_head=False):
         op="attention", kernel=f"_attention_{kind}kernel", arch=arch,
         label=f"{kind[:-1]} N = {N}, L = {L}, {tile}{suffix}".strip(),
         signature=signature | floats("scale") | integers(f"{STRIDES} B N H"),
-        constexprs={"L": L, "HEAD_DIM": d, "BY_HEAD": by_head}, meta=meta,
+        constexprs={"L": L, "HEAD_DIM": d, "PER_HEAD": per_head}, meta=meta,
         bytes=moved, flops=4 * BATCH * H * N * L * d,
     )  # fmt: skip
 
