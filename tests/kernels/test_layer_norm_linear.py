@@ -30,7 +30,7 @@ from deit_fast.kernels import (
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import layer_norm_linear_inputs as make_inputs
 from deit_fast.kernels.layer_norm_linear import _fwd
-from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
+from deit_fast.kernels.linear.configs import AMPERE_CONFIGS, HOPPER_CONFIGS
 
 folded = partial(layer_norm_linear, implementation="fold")
 separate = partial(layer_norm_linear, implementation="cublas")
