@@ -75,7 +75,6 @@ class Choice(NamedTuple):
 
 
 EXCLUDED = "excluded: see deit_fast.kernels.exclude"
-_TRANSFORMED = "torch.func and forward-mode differentiation know PyTorch's operations only"
 _NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
 _FP32 = "fp32 matmuls run on the FMA units in Triton"
 
@@ -83,6 +82,9 @@ _CPU = Choice("torch", "no CUDA device: plain PyTorch")
 _OLD = Choice("torch", "Triton needs compute capability 7.0")
 _OTHER_DTYPE = Choice("torch", "the kernels compute in fp32: fp32, fp16 and bf16 only")
 _EXCLUDED = Choice("torch", EXCLUDED)
+_TRANSFORMED = Choice(
+    "torch", "torch.func and forward-mode differentiation know PyTorch's operations only"
+)
 _ROWS = Choice("triton", "memory-bound: one kernel over the tensor instead of several")
 _FUSED = Choice("triton", "tensor cores, prologue and epilogue fused; not yet measured")
 _QUANTIZED = Choice("triton", "quantized operands, prologue and epilogue fused")
@@ -158,16 +160,16 @@ def resolve(
         return "torch"
     on = _chips.capability(x.device.type, x.device.index)
     if dtype is not None and on is not None:
-        choice = choose(op, on, dtype)
-        if choice.implementation == "none":
-            raise RuntimeError(f"{op}: {choice.reason}, x is on a chip of {on[0]}.{on[1]}")
-    under_autocast = None
+        quantized = choose(op, on, dtype)
+        if quantized.implementation == "none":
+            raise RuntimeError(f"{op}: {quantized.reason}, x is on a chip of {on[0]}.{on[1]}")
+    choice = under_autocast = None
     if implementation == "auto":
         if dtype is None and op in MATMUL_OPS:
             under_autocast = autocast_dtype(x)
-        implementation, reason = choose(op, on, dtype or under_autocast or x.dtype)
+        choice = choose(op, on, dtype or under_autocast or x.dtype)
+        implementation = choice.implementation
     else:
-        reason = _explain.ASKED
         if implementation not in allowed:
             names = ", ".join(repr(name) for name in ("auto", *allowed))
             raise ValueError(
@@ -184,8 +186,9 @@ def resolve(
         if dtype is not None:
             raise RuntimeError(f"{op}: quantized under torch.func, expected implementation='torch'")
         _dispatch.warn_of_transforms()
-        implementation, reason = "torch", _TRANSFORMED
+        implementation, choice = "torch", _TRANSFORMED
     if record and _explain.decisions is not None:
+        reason = _explain.ASKED if choice is None else choice.reason
         if under_autocast is not None:
             reason = f"{reason}; autocast to {str(under_autocast)[6:]}"
         _explain.record(op, implementation, reason)
