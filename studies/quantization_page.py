@@ -14,6 +14,7 @@ def page(study) -> str:
     found, plan = study["subjects"], study["plan"]
     fashion, photos = found["fashion"], found["photographs"]
     titles = TITLES | {"photographs": f"photographs, {plan['photographs']}, random"}
+    served = [(title, row) for name, title in titles.items() for row in found[name]["served"]]
     lines = [
         "# Quantization: FP8 and INT8",
         "",
@@ -69,14 +70,13 @@ def page(study) -> str:
         "| model | | top-1, % | fp32, % | points | agreement, % | relative error of the logits |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for name, title in titles.items():
-        for row in found[name]["served"]:
-            of = row["comparison"]
-            top1 = ["–"] * 3
-            if of["top1"] is not None:
-                points = of["top1_quantized"] - of["top1"]
-                top1 = [f"{of['top1_quantized']:.2f}", f"{of['top1']:.2f}", f"{points:+.2f}"]
-            lines.append(table_row(title, row["name"], *top1, *_compared(of)))
+    for title, row in served:
+        of = row["comparison"]
+        top1 = ["–"] * 3
+        if of["top1"] is not None:
+            points = of["top1_quantized"] - of["top1"]
+            top1 = [f"{of['top1_quantized']:.2f}", f"{of['top1']:.2f}", f"{points:+.2f}"]
+        lines.append(table_row(title, row["name"], *top1, *_compared(of)))
     lines += [
         "",
         "## Each layer alone",
@@ -93,11 +93,10 @@ def page(study) -> str:
         "| model | | layer | images | random | outliers |",
         "|---|---|---|--:|--:|--:|",
     ]
-    for name, title in titles.items():
-        for row in found[name]["served"]:
-            for kind, errors in row["layers"].items():
-                cells = (f"{a:.4f} ({b:.4f})" for a, b in errors.values())
-                lines.append(table_row(title, row["name"], kind.partition(".")[2], *cells))
+    for title, row in served:
+        for kind, errors in row["layers"].items():
+            cells = (f"{a:.4f} ({b:.4f})" for a, b in errors.values())
+            lines.append(table_row(title, row["name"], kind.partition(".")[2], *cells))
     lines += [
         "",
         "The layers of Fashion-MNIST's model that add most to the relative error of the logits: "
