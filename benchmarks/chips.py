@@ -8,7 +8,7 @@ from deit_fast.kernels import _chips, _tuned
 @dataclass(frozen=True)
 class Gpu:
     """A GPU as its driver names it, and peak rates that were measured on another one of its kind:
-    bf16_tflops and copy_tb_per_s, as `deit_fast.bench.timing.peak_rates` gives them."""
+    bf16_tflops and copy_tb_per_s, as `deit_fast.bench.peak_rates.peak_rates` gives them."""
 
     chip: _chips.Chip
     peak_rates: dict

@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from deit_fast.bench.correctness import Mismatch
 from deit_fast.bench.modes import PRECISIONS
-from deit_fast.bench.networks import Disagreement
 from deit_fast.kernels import Quantized, dequantize
 from deit_fast.kernels.quantize import FORMATS
 from deit_fast.tune import allowance
@@ -126,13 +126,13 @@ def nbytes(values):
 
 
 def agree(got, plain, exact, inputs):
-    """The relative error of `got` against `exact` in fp32; raises Disagreement above twice
+    """The relative error of `got` against `exact` in fp32; raises Mismatch above twice
     that of `plain`, the reference in the same dtype."""
     truth = exact(**cast(inputs, torch.float32))
     error, allowed = error_of(got, truth), 2 * error_of(plain, truth)
     allowed += allowance(inputs)
     if not error <= allowed:  # NaN too
-        raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
+        raise Mismatch(f"relative error {error:.1e}, allowed {allowed:.1e}")
     return error
 
 

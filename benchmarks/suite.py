@@ -9,15 +9,12 @@ import torch
 
 from benchmarks import kernel_rows, table5
 from benchmarks.operations import EIGHT_BITS, NO_BACKWARD, Operation
-from deit_fast.bench import profiling, results, timing
+from deit_fast.bench import device as devices
+from deit_fast.bench import peak_rates, profiling, results, timing
+from deit_fast.bench.failures import LOST
+from deit_fast.bench.measure import PROTOCOLS, Plan, TooSlow, measure
 from deit_fast.bench.modes import MODES, PRECISIONS, Mode, pick
-from deit_fast.bench.networks import (
-    LOST,
-    PROTOCOLS,
-    Network,
-    Plan,
-    TooSlow,
-)
+from deit_fast.bench.network import Network
 from deit_fast.kernels.cases import DEIT
 
 LATENCY_BATCHES = (1, 8, 32)
@@ -163,9 +160,9 @@ class Suite:
     @classmethod
     def start(cls, options: Options) -> "Suite":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        hardware = timing.hardware(device)
+        hardware = devices.hardware(device)
         stamp = {"commit": results.commit(), "build": results.build(hardware)}
-        return cls(options, device, hardware, stamp, options.out / timing.slug(device))
+        return cls(options, device, hardware, stamp, options.out / devices.slug(device))
 
     @property
     def protocol(self):
@@ -177,11 +174,11 @@ class Suite:
         path = self.folder / "peak_rates.json"
         if self.limits is None and path.exists() and not again:
             kept = results.load(path)
-            runs = min(self.options.runs, timing.PEAK_RATE_RUNS)
+            runs = min(self.options.runs, peak_rates.PEAK_RATE_RUNS)
             if kept.hardware == self.hardware and kept.protocol["runs"] >= runs:
                 self.limits = kept.peak_rates
         if self.limits is None or again:
-            self.limits = timing.peak_rates(self.device, self.options.runs)
+            self.limits = peak_rates.peak_rates(self.device, self.options.runs)
             results.open_results(path, self.hardware, self.protocol, self.limits).save(path)
         return self.limits
 
@@ -242,7 +239,7 @@ class Suite:
         network = self.network(entry)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
-            row, times = network.measure(mode, plan, self.peak_rates(), self.stamp)
+            row, times = measure(network, mode, plan, self.peak_rates(), self.stamp)
         except TooSlow as error:
             pytest.skip(f"--minutes do not suffice: {error}")
         self.record(benchmark, name, row, times)
