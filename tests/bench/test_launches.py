@@ -89,7 +89,7 @@ QUANTIZED_BLOCK = [
     ],
 )
 def test_no_kernel_only_quantizes(name, options, format):
-    """One LayerNorm a half block, which quantizes its output; so do attention and the GELU epilogue.
+    """One LayerNorm a half block, which quantizes its output, as attention and GELU's epilogue do.
     PyTorch's own kernels are those of the model in bf16."""
     model = deit_fast.create_model(name, depth=3, **options)
     plain = record(copy.deepcopy(model), 256, BF16, H200)
