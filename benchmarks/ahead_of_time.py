@@ -13,11 +13,13 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
@@ -25,8 +27,22 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+
+def _operation(name):
+    """The module of an operation; of a package, one namespace of its submodules."""
+    module = importlib.import_module(f"deit_fast.kernels.{name}")
+    if not hasattr(module, "__path__"):
+        return module
+    parts = [
+        importlib.import_module(f"{module.__name__}.{part.name}")
+        for part in pkgutil.iter_modules(module.__path__)
+    ]
+    found = [pair for part in parts for pair in vars(part).items()]
+    return SimpleNamespace(**{k: v for k, v in found if not isinstance(v, ModuleType)})
+
+
 OPS = {  # the modules: the functions of the same names hide them as attributes of the package
-    name: importlib.import_module(f"deit_fast.kernels.{name}")
+    name: _operation(name)
     for name in (
         "layer_norm",
         "linear",
@@ -217,8 +233,8 @@ def _quantized_linear(arch, dtype):
             pointers |= dict.fromkeys(scales, FP32) | dict.fromkeys(present, around)
             sizes = dict.fromkeys(("M", "N", "K", "rows_per_sample"), "i32")
             constexprs = {
-                "ACTIVATION": activation, "EXACT": around == FP32, "PARTS": parts,
-                "BY_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
+                "ACTIVATION": activation, "EXACT": around == FP32, "GROUPS": parts,
+                "PER_ROW": shared != "all", "OWN_SCALE": own_scales, "EVEN_K": True,
                 "INT8": dtype == INT8,
             }  # fmt: skip
             width = 1 if quantized else around.itemsize * (1 + ("res_ptr" in present))
@@ -230,7 +246,7 @@ def _quantized_linear(arch, dtype):
             )  # fmt: skip
             if config == rule[1] and name == HEAVIEST_QUANTIZED[0]:
                 pointers = pointers | {"x_ptr": dtype, "w_ptr": dtype, "N": "i32", "K": "i32"}
-                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "PARTS": 3}
+                one_row = {"M": 1, "rows_per_sample": 1, "EVEN_K": False, "GROUPS": 3}
                 yield Case(
                     "quantized_linear", f"one row, parts, {name}, {FORMAT[dtype]}",
                     "_quantized_linear_kernel", arch, pointers, constexprs | one_row,
@@ -362,7 +378,7 @@ def _epilogue(arch):
         activation, present = EPILOGUES[name]
         for dtype in (BF16, FP32):
             pointers = _optional(present, dtype)
-            signature = {"product_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
+            signature = {"xw_ptr": dtype, "y_ptr": dtype, "M": "i32", "N": "i32"}
             signature |= pointers | {"rows_per_sample": "i32"}
             N = 1536 if activation == "gelu" else 384
             passes = 2 + (pointers["res_ptr"] is not None)
@@ -499,12 +515,12 @@ def _attention(arch):
                 )  # fmt: skip
 
 
-def _attention_case(arch, config, shape, signature, of, moved, by_head=False):
+def _attention_case(arch, config, shape, signature, of, moved, per_head=False):
     N, L, H, d = shape
     module = OPS["attention"]
     strides = [f"{t}_{s}" for t in "qkv" for s in ("batch", "row", "head")]
     signature = signature | {"scale": "fp32"} | dict.fromkeys((*strides, "B", "N", "H"), "i32")
-    kind, constexprs = "", {"L": L, "HEAD_DIM": d, "BY_HEAD": by_head}
+    kind, constexprs = "", {"L": L, "HEAD_DIM": d, "PER_HEAD": per_head}
     meta = {k: config[k] for k in ("BLOCK_M", "num_warps", "num_stages")}
     least = module.LEAST_KEYS[signature["q_ptr"].itemsize]
     if config["RESIDENT"]:

@@ -1,4 +1,4 @@
-"""attention."""
+"""attention on DeiT's shapes."""
 
 from deit_fast.kernels import attention, attention_reference
 from deit_fast.kernels.cases import attention_inputs

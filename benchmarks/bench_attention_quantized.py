@@ -1,8 +1,14 @@
-"""attention_quantized: the result in fp8 by one scale or in int8 by row and head; q, k and v in the
-model's dtype, or ("fp8 operands") in fp8."""
+"""attention_quantized: o in FP8 (per-tensor scale) or INT8 (per-row and head scales).
 
-from deit_fast.kernels import attention_quantized, attention_quantized_reference, dequantize
-from deit_fast.kernels.attention import attention_reference
+q, k and v are in the model's dtype or, in the cases "fp8 operands", in FP8.
+"""
+
+from deit_fast.kernels import (
+    attention_quantized,
+    attention_quantized_reference,
+    attention_reference,
+    dequantize,
+)
 from deit_fast.kernels.cases import attention_quantized_inputs
 
 

@@ -1,4 +1,4 @@
-"""linear: qkv, proj, fc1 with GELU, fc2, the last three with all that follows the product."""
+"""linear: qkv, proj, fc1 with GELU, fc2, the last three with their epilogues."""
 
 from deit_fast.kernels import linear, linear_reference
 from deit_fast.kernels.cases import linear_inputs

@@ -1,4 +1,4 @@
-"""quantize: rows in fp8 and int8 as a pass of its own."""
+"""quantize: rows in fp8 and int8, by a kernel of its own."""
 
 from deit_fast.kernels import quantize, quantize_reference
 from deit_fast.kernels.cases import quantize_inputs

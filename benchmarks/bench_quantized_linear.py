@@ -1,8 +1,10 @@
-"""quantized_linear: qkv, proj, fc1 with GELU, fc2 in fp8 and int8, with all that follows the
-product. "eager" and "compiled" multiply dequantised operands in fp32: yardsticks of accuracy, not
-of speed. Beside them `linear` on the same numbers in bf16 (fp16 on a GPU without it), and "cublas":
-PyTorch's product in eight bits, torch._scaled_mm or torch._int_mm, with what follows it compiled.
-Those know no parts of a row: int8's parts have one scale here, so that all compute the same."""
+"""quantized_linear: qkv, proj, fc1 with GELU, fc2 in FP8 and INT8, with their epilogues.
+
+"eager" and "compiled" multiply dequantized operands in fp32: baselines of accuracy, not of speed.
+"bf16" is `linear` on the same numbers in bf16 (fp16 on a GPU without it). "cublas" is PyTorch's
+quantized matmul, torch._scaled_mm or torch._int_mm, with a compiled epilogue. Those take no
+per-group scales: the groups of an INT8 row share one scale here, so that all compute the same.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -16,18 +18,17 @@ from deit_fast.kernels import (
     quantized_linear_reference,
 )
 from deit_fast.kernels.cases import quantized_linear_inputs
-from deit_fast.kernels.quantize import quantize_statically_reference
-from deit_fast.kernels.quantized_linear import PART
+from deit_fast.kernels.quantized_linear.reference import quantize_result
 
 OTHERS = ("bf16", "cublas")
 
 
 def inputs(**case):
     made = quantized_linear_inputs(**case)
-    x, parts = made["x"], len(made["x"].scales)
-    if parts > 1:
+    x, groups = made["x"], len(made["x"].scales)
+    if groups > 1:
         x = quantize_reference(dequantize(x), case["of"])
-        made["x"] = Quantized(x.values, x.scales.expand(parts, -1).contiguous())
+        made["x"] = Quantized(x.values, x.scales.expand(groups, -1).contiguous())
     return made | {"wide_x": dequantize(x), "wide_weight": dequantize(made["weight"])}
 
 
@@ -45,17 +46,15 @@ def cublas(
     y = y.unflatten(0, x.values.shape[:-1]).float()
     if activation == "gelu":
         y = F.gelu(y)
-    if out_scale is not None:
-        return quantize_statically_reference(y, out_scale)
-    if format is not None:
-        return quantize_reference(y, format, y.shape[-1] // PART)
+    if out_scale is not None or format is not None:
+        return quantize_result(y, format, out_scale)
     return (y if residual is None else y + residual).to(dtype)
 
 
 compiled_cublas = torch.compile(cublas, dynamic=False)
 
 
-def product(wide_x, wide_weight, implementation="auto", **rest):
+def matmul(wide_x, wide_weight, implementation="auto", **rest):
     if implementation == "bf16":
         bias, activation, residual = (rest.get(k) for k in ("bias", "activation", "residual"))
         return linear(wide_x, wide_weight, bias, activation, residual)
@@ -76,4 +75,4 @@ def test_quantized_linear(race):
     def reads(made):
         return {"wide_x": None, "wide_weight": None}
 
-    race(product, reference, inputs, reads=reads, exact=exact)
+    race(matmul, reference, inputs, reads=reads, exact=exact)

@@ -1,5 +1,7 @@
-"""sparse_cross_entropy, with the gradient: what a step of training from a store asks for. The
-reference makes the dense target."""
+"""sparse_cross_entropy with its gradient: what a training step from a soft-label store computes.
+
+The reference writes the dense target.
+"""
 
 import torch
 

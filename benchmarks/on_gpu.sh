@@ -98,8 +98,8 @@ run_stage() {
         # Real allocations, so that the tool sees the true bounds; compile first, it slows all.
         local tests='no_less_accurate or every_configuration or test_layer_norm or test_add_layer_norm'
         # those in eight bits: their names have no dtype, or one of several
-        local quantized_tests='test_round_trip and float16 or test_result_in_eight_bits'
-        quantized_tests="$quantized_tests or test_one_scale_for_all_of_x or test_quantized_in_every"
+        local quantized_tests='test_round_trip and float16 or test_quantized_result'
+        quantized_tests="$quantized_tests or test_per_tensor_scales_of_x or test_quantized_in_every"
         quantized_tests="$quantized_tests or test_products_in_fp8 or test_what_the_rule_takes"
         for tool in memcheck initcheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels.quantize import Quantized, quantize_statically_reference
-from .kernels.quantized_linear import PART
+from .kernels.quantized_linear import GROUP_SIZE
 from .layers.quantized import undo
 from .layers.quantized_linear import is_quantized, quantize_
 from .quantization import _eager, quantize, quantized_layers
@@ -274,5 +274,5 @@ def _operand(block, part, linear, x, backend) -> Quantized:
         return kernels.quantize(x, linear.format, implementation=backend)
     if linear.input_scale is not None:
         return quantize_statically_reference(x, linear.input_scale)
-    parts = block.attn.num_heads if part == "proj" else x.shape[-1] // PART
+    parts = block.attn.num_heads if part == "proj" else x.shape[-1] // GROUP_SIZE
     return kernels.quantize(x, linear.format, parts, backend)

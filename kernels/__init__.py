@@ -1,9 +1,15 @@
-"""DeiT's operations as single GPU kernels, each with its plain PyTorch reference beside it."""
+"""DeiT's operations as single GPU kernels, each with its plain PyTorch reference beside it.
+
+`explain(model, images)` lists which implementation served each operation of a call, and why;
+`exclude("attention")` leaves an operation to PyTorch.
+"""
 
 # Where a checkout's root is on sys.path, another package's `import kernels` finds this folder
 # (transformers asks for one). It gets an empty module: a second registration of the operators would
 # leave those in use with freed schemas, and their calls would fail at random.
 if __name__ == "deit_fast.kernels":
+    from ._explain import Decision, explain
+    from ._policy import Choice, exclude, excluded
     from .attention import (
         attention,
         attention_quantized,
@@ -17,13 +23,12 @@ if __name__ == "deit_fast.kernels":
         add_layer_norm,
         add_layer_norm_reference,
         layer_norm,
-        layer_norm_quantized,
-        layer_norm_quantized_reference,
         layer_norm_reference,
     )
     from .layer_norm_attention import layer_norm_attention, layer_norm_attention_reference
     from .layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
     from .layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
+    from .layer_norm_quantized import layer_norm_quantized, layer_norm_quantized_reference
     from .linear import linear, linear_reference
     from .patch_embed import patch_embed, patch_embed_reference
     from .quantize import Quantized, dequantize, quantize, quantize_reference
@@ -33,6 +38,8 @@ if __name__ == "deit_fast.kernels":
     from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
+    "Choice",
+    "Decision",
     "Quantized",
     "add_layer_norm",
     "add_layer_norm_reference",
@@ -47,6 +54,9 @@ __all__ = [
     "dequantize",
     "distillation_loss",
     "distillation_loss_reference",
+    "exclude",
+    "excluded",
+    "explain",
     "layer_norm",
     "layer_norm_attention",
     "layer_norm_attention_reference",

@@ -1,8 +1,10 @@
-"""How operators meet PyTorch: registration, the dispatcher bypass, autograd, tracing, transforms."""
+"""How operators meet PyTorch: registration, dispatcher bypass, transforms, tracing, autograd."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -12,32 +14,52 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Formula = TypeVar("Formula", bound=Callable[..., object])
 
-class Op:
-    """An operator registered with PyTorch, for torch.compile, export and autograd; and its body,
-    called straight where none of them watches. The dispatcher costs a custom operator more time on
-    the host than a small kernel takes on a GPU."""
 
-    def __init__(self, name: str, body):
+class Op(Generic[R]):
+    """An operator: registered with PyTorch, and called without the dispatcher where that is safe.
+
+    torch.compile, export and autograd see the registered operator. Where none of them records the
+    call, the body is called directly: the dispatcher costs a custom operator more time on the host
+    than a small kernel takes on a GPU.
+    """
+
+    def __init__(self, name: str, body: Callable[..., R]):
         self.body = body
         self.op = torch.library.custom_op(name, body, mutates_args=())
         self.register_fake = self.op.register_fake
         self.register_autograd = self.op.register_autograd
 
-    def register_flops(self, formula):
-        """Decorator: what PyTorch's FlopCounterMode counts for a call, given its arguments with
-        shapes for tensors, and out_shape: two for each multiply-add of the products and
-        convolutions that the mathematics has, so none for those that backward makes again."""
+    def register_flops(self, formula: Formula) -> Formula:
+        """Decorator: what PyTorch's FlopCounterMode counts for a call.
+
+        The formula gets the call's arguments, with shapes in place of tensors, and `out_shape`. It
+        counts two FLOPs per multiply-add of the matmuls and convolutions in the definition of the
+        operation. Those that backward recomputes are not counted.
+        """
         register_flop_formula(self.op._opoverload.overloadpacket)(formula)
         return formula
 
-    def __call__(self, *args):
+    def __call__(self, *args: object) -> R:
         tensors = [t for t in args if isinstance(t, torch.Tensor)]
         return (self.op if needs_dispatcher(*tensors) else self.body)(*args)
 
 
+def custom_op(name: str) -> Callable[[Callable[..., R]], Op[R]]:
+    """Decorator: the function as the `Op` of that name."""
+    return lambda body: Op(name, body)
+
+
+def no_flops(*args: object, **kwargs: object) -> int:
+    """FLOP formula of an operator without matmuls, for `Op.register_flops`."""
+    return 0
+
+
 def needs_dispatcher(*tensors: torch.Tensor) -> bool:
-    """Whether autograd, a compiler or a tracer has to see what happens to these tensors."""
+    """Whether autograd, a compiler or a tracer has to see a call with these tensors."""
     return (
         torch.compiler.is_compiling()
         or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
@@ -50,25 +72,26 @@ def needs_dispatcher(*tensors: torch.Tensor) -> bool:
     )
 
 
-def no_flops(*args, **kwargs) -> int:
-    """For `Op.register_flops`: an operator without any."""
-    return 0
-
-
-def custom_op(name: str):
-    """Decorator: the function as the `Op` of that name."""
-    return lambda body: Op(name, body)
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active. They know
-    PyTorch's operations and no custom operator, so those serve."""
+    """Whether a transform of torch.func or forward-mode differentiation is active.
+
+    They know PyTorch's operations and no custom operator, so PyTorch's serve under them.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_warned: list[bool] = []
 
 
 @torch.compiler.assume_constant_result
 def warn_of_transforms() -> None:
+    """Warn, once per process, that no kernel runs under a transform."""
     if not _warned:
         _warned.append(True)
         warnings.warn(
@@ -77,18 +100,21 @@ def warn_of_transforms() -> None:
         )
 
 
-_warned = []
-
-
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale) -> torch.Tensor:
-    """PyTorch's attention; of its ways only the plain one has a forward-mode derivative."""
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """PyTorch's attention; only its math backend has a forward-mode derivative."""
     with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def at_least(rows: int, least: int) -> bool:
-    """`rows >= least`, for choices that cost time and never change the result. A program exported
-    with a dynamic batch serves any number of rows: there it is False, and leaves no guard."""
+    """`rows >= least`, for choices that change the time and never the result.
+
+    A program exported with a dynamic batch serves any number of rows: there it is False, and leaves
+    no guard.
+    """
     return statically_known_true(rows >= least) if _is_exporting() else rows >= least
 
 
@@ -97,18 +123,16 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()  # traced, torch 2.11 takes every compilation for one
 
 
-def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def inference_only(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: what the function returns carries no gradient, and backward says so.
 
-
-def inference_only(function):
-    """Decorator: what the function returns carries no gradient, and says so. Where an argument
-    wants one the results require one too, and backward raises RuntimeError: rounding to eight bits
-    would stop it in silence, and of a float result only some arguments would get theirs. Under
-    torch.func the call raises."""
+    Where an argument requires a gradient the results require one too, and backward raises
+    RuntimeError: rounding to a quantized format would stop the gradient silently, and of a float
+    result only some arguments would get theirs. Under torch.func the call itself raises.
+    """
 
     @wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         wanting = [t for t in _pytree.tree_leaves((args, kwargs)) if _requires_grad(t)]
@@ -130,8 +154,8 @@ def _requires_grad(value):
 
 
 _NO_GRADIENT = (
-    "{}: eight bits are for inference, no gradient passes through them; "
-    "call it under torch.no_grad(), or train the model before it is quantised"
+    "{}: quantized operations are for inference, no gradient passes through them; "
+    "call it under torch.no_grad(), or train the model before it is quantized"
 )
 
 
@@ -152,7 +176,7 @@ class _NoBackward(torch.autograd.Function):
 def _no_gradient(
     op: str, size: list[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """An operator, so that a graph with its backward compiles, and only running that raises."""
+    """Raise: as an operator, so that a graph with its backward compiles and only running raises."""
     raise RuntimeError(_NO_GRADIENT.format(op))
 
 
@@ -164,10 +188,22 @@ def _(op, size, dtype, device):
 register_flop_formula(torch.ops.deit_fast.no_gradient)(no_flops)
 
 
-def differentiable(forward, tensors, upstream):
-    """Gradients of forward(*tensors) that can be differentiated again, as the kernels' cannot: for
-    create_graph=True. Only the path through this operation counts: `tensors` may depend on each
-    other."""
+def differentiable(
+    forward: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
+    upstream: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """Gradients that can be differentiated again, as the kernels' cannot: for create_graph=True.
+
+    Args:
+        forward: The operation in PyTorch's operations, called with `tensors`.
+        tensors: Its arguments. They may depend on each other: only the path through this operation
+            counts.
+        upstream: The gradient of its result.
+
+    Returns:
+        The gradient of each tensor; None where it has none.
+    """
     with torch.enable_grad():
         aliases = [None if t is None else t.view_as(t) for t in tensors]
         present = [t for t in aliases if t is not None and t.requires_grad]
@@ -176,9 +212,10 @@ def differentiable(forward, tensors, upstream):
         grads = torch.autograd.grad(
             forward(*aliases), present, upstream, create_graph=True, allow_unused=True
         )
-    left = dict(zip(map(id, present), grads, strict=True))
-    return [None if t is None else left.get(id(t)) for t in aliases]
+    found = dict(zip(map(id, present), grads, strict=True))
+    return [None if t is None else found.get(id(t)) for t in aliases]
 
 
 def cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv is made for kernels, and takes its time on the host
+    """Ceiling division on the host; triton.cdiv is made for kernels and is slow there."""
+    return -(-a // b)

@@ -6,6 +6,8 @@
     "triton"  the Triton kernel; raises where it cannot run
     "cublas"  `linear` only: cuBLAS followed by one fused elementwise kernel
     "torch"   the plain PyTorch reference
+
+`deit_fast.kernels.explain` lists what was resolved in a call.
 """
 
 import os
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _chips, _dispatch
+from . import _chips, _dispatch, _explain
 from ._checks import DTYPES, FORMAT_NAMES, autocast_dtype
 
 MATMUL_OPS = (  # these need tensor cores
@@ -24,7 +26,7 @@ MATMUL_OPS = (  # these need tensor cores
     "talking_heads",
     "window_attention",
 )
-ROW_OPS = (
+ROW_OPS = (  # memory-bound: a row, or a few neighbouring pixels, at a time
     "layer_norm",
     "add_layer_norm",
     "distillation_loss",
@@ -45,7 +47,7 @@ def exclude(*names: str) -> None:
     replaces a quantized format: using an excluded one raises RuntimeError.
 
     Args:
-        names: Some of `EXCLUDABLE`; none ends the exclusion.
+        *names: Some of `EXCLUDABLE`; none ends the exclusion.
 
     Raises:
         ValueError: For unknown names.
@@ -72,14 +74,18 @@ class Choice(NamedTuple):
     reason: str
 
 
+EXCLUDED = "excluded: see deit_fast.kernels.exclude"
+_TRANSFORMED = "torch.func and forward-mode differentiation know PyTorch's operations only"
+_NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
+_FP32 = "fp32 matmuls run on the FMA units in Triton"
+
 _CPU = Choice("torch", "no CUDA device: plain PyTorch")
 _OLD = Choice("torch", "Triton needs compute capability 7.0")
 _OTHER_DTYPE = Choice("torch", "the kernels compute in fp32: fp32, fp16 and bf16 only")
-_EXCLUDED = Choice("torch", "excluded: see deit_fast.kernels.exclude")
+_EXCLUDED = Choice("torch", EXCLUDED)
 _ROWS = Choice("triton", "memory-bound: one kernel over the tensor instead of several")
-_NO_TENSOR_CORES = "Triton uses no tensor cores below compute capability 8.0"
-_FP32 = "fp32 matmuls run on the FMA units in Triton"
 _FUSED = Choice("triton", "tensor cores, prologue and epilogue fused; not yet measured")
+_QUANTIZED = Choice("triton", "quantized operands, prologue and epilogue fused")
 _WITHOUT_TENSOR_CORES = {
     "linear": ("cublas", "; cuBLAS with bias, GELU and residual in one Triton kernel"),
     "attention": ("torch", "; PyTorch's scaled_dot_product_attention"),
@@ -88,7 +94,6 @@ _WITHOUT_TENSOR_CORES = {
     "classifier": ("torch", "; cuBLAS"),
     "talking_heads": ("torch", "; PyTorch's matmuls and softmax"),
 }
-_QUANTIZED = Choice("triton", "quantized operands, prologue and epilogue fused")
 
 
 def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> Choice:
@@ -128,8 +133,8 @@ def choose(op: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> C
 
 
 def resolve(
-    op: str, x: torch.Tensor, implementation: str, allowed=("triton", "torch"),
-    dtype: torch.dtype | None = None,
+    op: str, x: torch.Tensor, implementation: str, allowed: tuple[str, ...] = ("triton", "torch"),
+    dtype: torch.dtype | None = None, *, record: bool = True,
 ) -> str:  # fmt: skip
     """The implementation that will run `op` on `x`.
 
@@ -139,6 +144,8 @@ def resolve(
         implementation: What the caller asked for.
         allowed: What may be asked for besides "auto".
         dtype: The quantized dtype that is read or written, if any.
+        record: Whether `deit_fast.kernels.explain` lists it; False for a question that no call of
+            `op` on `x` follows.
 
     Raises:
         ValueError: For an unknown implementation.
@@ -146,16 +153,21 @@ def resolve(
         TypeError: For a dtype that the kernels do not take.
     """
     if implementation == "torch":
+        if record and _explain.decisions is not None:
+            _explain.record(op, "torch", _explain.ASKED)
         return "torch"
-    on, quantized = _chips.capability(x.device.type, x.device.index), dtype is not None
-    if quantized and on is not None:
+    on = _chips.capability(x.device.type, x.device.index)
+    if dtype is not None and on is not None:
         choice = choose(op, on, dtype)
         if choice.implementation == "none":
             raise RuntimeError(f"{op}: {choice.reason}, x is on a chip of {on[0]}.{on[1]}")
+    under_autocast = None
     if implementation == "auto":
-        dtype = dtype or (autocast_dtype(x) if op in MATMUL_OPS else None)
-        implementation = choose(op, on, dtype or x.dtype).implementation
+        if dtype is None and op in MATMUL_OPS:
+            under_autocast = autocast_dtype(x)
+        implementation, reason = choose(op, on, dtype or under_autocast or x.dtype)
     else:
+        reason = _explain.ASKED
         if implementation not in allowed:
             names = ", ".join(repr(name) for name in ("auto", *allowed))
             raise ValueError(
@@ -168,9 +180,13 @@ def resolve(
             )
         if x.dtype not in DTYPES and x.dtype not in (torch.uint8, dtype):
             raise TypeError(f"{op}: dtype {x.dtype}, expected float32, float16 or bfloat16")
-    if implementation == "torch" or not _dispatch.is_transformed():
-        return implementation
-    if quantized:
-        raise RuntimeError(f"{op}: quantized under torch.func, expected implementation='torch'")
-    _dispatch.warn_of_transforms()
-    return "torch"
+    if implementation != "torch" and _dispatch.is_transformed():
+        if dtype is not None:
+            raise RuntimeError(f"{op}: quantized under torch.func, expected implementation='torch'")
+        _dispatch.warn_of_transforms()
+        implementation, reason = "torch", _TRANSFORMED
+    if record and _explain.decisions is not None:
+        if under_autocast is not None:
+            reason = f"{reason}; autocast to {str(under_autocast)[6:]}"
+        _explain.record(op, implementation, reason)
+    return implementation

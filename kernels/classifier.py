@@ -5,9 +5,10 @@
     joint_softmax  softmax(z_0) + softmax(z_1)         DeiT paper, section 4; sums to 2
     class          z_0          distill          z_1
 
-Only T rows a sample are normalised, not N. x (B, N, D), W_t (classes, D). Norm and sums are fp32,
-the normalised row is rounded to W's dtype as the input of a product is, the result once to W's
-dtype. With gradients it is made of its parts, layer_norm and linear on those rows, with theirs.
+Only T rows per sample are normalised, not N. x (B, N, D), W_t (classes, D). LayerNorm and sums are
+fp32. The normalised row is rounded to W's dtype, as the input of any GEMM is; the result is rounded
+once, to W's dtype. With gradients the parts run, layer_norm and linear on those rows, with their
+backward.
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _explain, _policy
 from .layer_norm import layer_norm, layer_norm_reference
 from .linear import linear, linear_reference
 
@@ -23,9 +24,11 @@ FUSIONS = ("joint", "joint_softmax", "class", "distill")
 
 
 def classifier_reference(
-    x, norm_weight, norm_bias, head_weight, head_bias=None, dist_weight=None, dist_bias=None,
-    fusion="joint", eps=1e-6,
-):  # fmt: skip
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, head_weight: Tensor,
+    head_bias: Tensor | None = None, dist_weight: Tensor | None = None,
+    dist_bias: Tensor | None = None, fusion: str = "joint", eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """`classifier` in PyTorch's operations: the definition of right."""
     y = layer_norm_reference(x[:, :2], norm_weight, norm_bias, eps)
     heads = [(head_weight, head_bias), (dist_weight, dist_bias)]
     tokens = _tokens(fusion, dist_weight is not None)
@@ -33,7 +36,7 @@ def classifier_reference(
 
 
 def fuse(fusion: str, logits: list[Tensor]) -> Tensor:
-    """One prediction from the heads' logits, (B, classes) each."""
+    """One prediction (B, classes) from the logits of each head, (B, classes) each."""
     if len(logits) == 1:
         return logits[0]
     if fusion == "joint_softmax":
@@ -42,7 +45,7 @@ def fuse(fusion: str, logits: list[Tensor]) -> Tensor:
 
 
 def _tokens(fusion: str, distilled: bool) -> range:
-    """The tokens, and so the heads, that a fusion reads."""
+    """The prefix tokens, and so the heads, that a fusion reads."""
     if not distilled:
         return range(1)
     return {"class": range(1), "distill": range(1, 2)}.get(fusion, range(2))
@@ -57,7 +60,7 @@ def _classifier_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(C, BLOCK_N)
-    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: B * N * D may pass 2**31
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)  # int64: B * N * D may exceed 2**31
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -69,19 +72,19 @@ def _classifier_kernel(
         w_ptr = w0_ptr if t == 0 else w1_ptr
         b_ptr = b0_ptr if t == 0 else b1_ptr
         x_ptrs = x_ptr + (rows * x_batch)[:, None] + t * D + ks[None, :]
-        # statistics first; the row is in the cache for the product
-        total = tl.zeros((BLOCK_M,), tl.float32)
+        # row statistics first; the row is in the cache for the matmul
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for k in range(0, D, BLOCK_K):
             mask = in_rows[:, None] & (k + ks < D)[None, :]
-            total += tl.sum(tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32), axis=1)
-        mean = total / D
-        total = tl.zeros((BLOCK_M,), tl.float32)
+            row_sum += tl.sum(tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32), axis=1)
+        mean = row_sum / D
+        squares = tl.zeros((BLOCK_M,), tl.float32)
         for k in range(0, D, BLOCK_K):
             mask = in_rows[:, None] & (k + ks < D)[None, :]
             x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
             diff = tl.where(mask, x - mean[:, None], 0.0)
-            total += tl.sum(diff * diff, axis=1)
-        rstd = tl.rsqrt(total / D + eps)
+            squares += tl.sum(diff * diff, axis=1)
+        rstd = tl.rsqrt(squares / D + eps)
 
         for k in range(0, D, BLOCK_K):
             in_k = k + ks < D
@@ -106,13 +109,13 @@ def _classifier_kernel(
 
 
 def meta(dtype: torch.dtype) -> dict:
-    """Small tiles: 256 images x 1000 classes are then 256 programs, and latency is all there is."""
+    """Tiles by rule: small, so that 256 images x 1000 classes are 256 programs; latency decides."""
     N, K = (32, 32) if dtype == torch.float32 else (64, 64)  # fp32 operands take registers too
     return {"BLOCK_M": 16, "BLOCK_N": N, "BLOCK_K": K, "num_warps": 4, "num_stages": 3}
 
 
 def _alloc(x, head_weight):
-    """What forward returns. Also its fake, so the two cannot disagree."""
+    """What forward returns; also its fake, so the two cannot differ."""
     return head_weight.new_empty(x.shape[0], head_weight.shape[0])
 
 
@@ -171,12 +174,28 @@ def classifier(
 ) -> Tensor:
     """Logits (or, for "joint_softmax", summed probabilities) from the prefix tokens of x.
 
-    x (B, N, D) before the final norm: row 0 the class token, row 1 the distillation token where
-    dist_weight is given. norm_weight, norm_bias (D,); head_weight, dist_weight (classes, D);
-    biases (classes,). `fusion`: "joint" | "joint_softmax" | "class" | "distill"; one head leaves
-    "joint" and "class". Returns (B, classes) in head_weight's dtype (under autocast, autocast's;
-    softmax then is fp32 in "torch"). `implementation`: "auto" | "triton" | "torch". Raises
-    ValueError for shapes, devices and fusions, TypeError for dtypes that do not fit.
+    DeiT paper, section 4, "Classification with our approach".
+
+    Args:
+        x: (B, N, D), before the final norm. Row 0 is the class token, row 1 the distillation token
+            where `dist_weight` is given.
+        norm_weight: (D,).
+        norm_bias: (D,).
+        head_weight: (classes, D).
+        head_bias: (classes,).
+        dist_weight: (classes, D), of the distillation head.
+        dist_bias: (classes,).
+        fusion: "joint" | "joint_softmax" | "class" | "distill". With one head "joint" or "class".
+        eps: Added to the variance.
+        implementation: "auto" | "triton" | "torch".
+
+    Returns:
+        (B, classes) in head_weight's dtype; under autocast in autocast's (then the softmax of
+        "torch" is fp32).
+
+    Raises:
+        ValueError: For shapes, devices and fusions that do not fit.
+        TypeError: For a dtype that the kernel does not take.
     """
     chosen = _policy.resolve("classifier", x, implementation)
     distilled = dist_weight is not None
@@ -202,13 +221,17 @@ def classifier(
         )
     heads = _checks.cast(_checks.autocast_dtype(x), head_weight, head_bias, dist_weight, dist_bias)
     if _dispatch.wants_grad(x, norm_weight, norm_bias, *heads):
-        use = {"implementation": implementation}
+        if _explain.decisions is not None:
+            _explain.record("classifier", "parts", "gradients are wanted: the kernel has none")
         tokens = _tokens(fusion, distilled)
         y = x[:, tokens[0] : tokens[-1] + 1]
-        y = layer_norm(y, norm_weight, norm_bias, eps, heads[0].dtype, **use)
-        of = [heads[2 * t : 2 * t + 2] for t in tokens]
-        logits = [linear(y[:, i], *h, **use) for i, h in enumerate(of)]
-        return fuse(fusion, logits).to(heads[0].dtype)  # softmax under autocast is fp32
+        y = layer_norm(y, norm_weight, norm_bias, eps, heads[0].dtype, implementation)
+        logits = [
+            linear(y[:, i], heads[2 * t], heads[2 * t + 1], implementation=implementation)
+            for i, t in enumerate(tokens)
+        ]
+        # linear gives tensors without return_row_stats; softmax under autocast gives fp32
+        return fuse(fusion, logits).to(heads[0].dtype)  # type: ignore[arg-type]
     rest = [t if t is None else t.contiguous() for t in (norm_weight, norm_bias, *heads)]
     if x.stride(2) != 1 or x.stride(1) != D:  # the prefix rows of a wider buffer need no copy
         x = x[:, : 1 + distilled].contiguous()

@@ -1,20 +1,19 @@
-"""Convolution, batch normalisation with fixed statistics, residual and GELU: inference of TinyViT's
-convolutional parts (ConvNorm).
+"""Convolution, batch norm with running statistics, residual and GELU: TinyViT's ConvNorm.
 
     y = act(BN(conv(x)) [+ residual])      BN(z) = z * s + t
-    s = weight / sqrt(var + eps)           t = bias - mean * s      one of each an output channel
+    s = weight / sqrt(var + eps)           t = bias - mean * s      one of each per output channel
 
-Three ways, by the convolution, all on maps whose channels lie side by side (channels_last):
-    1 x 1, stride 1   a matrix product of the rows with s * W, all else in its epilogue (`linear`)
-    depthwise 3 x 3   a kernel bound by memory: a square of outputs of some channels, all else too
+The convolution decides between three ways. All work on channels_last maps:
+    1 x 1, stride 1   a GEMM of the pixels with s * W, everything else in its epilogue (`linear`)
+    depthwise 3 x 3   one memory-bound kernel: a square of outputs of some channels, all fused
     any other         PyTorch's convolution with s * W and t; then residual and GELU
-s * W is made anew at each call, by one small kernel: W is small beside the maps, and nothing has to
-be told when a weight changes.
+A small kernel folds s into W at each call. W is small beside the maps, and this way a weight may
+change at any time.
 
 B images, C channels of Y x X pixels, D output channels of Y' x X'. x (B, C, Y, X), W (D, C /
-groups, k, k), norm's four vectors (D,), residual and y (B, D, Y', X'), y channels_last. Sums are
-fp32 and round once, to y's dtype; GELU is that of `linear`. PyTorch rounds behind the convolution
-too. Only for inference: where a gradient is wanted the reference runs.
+groups, k, k), the norm's four vectors (D,), residual and y (B, D, Y', X'), y channels_last. Sums
+are fp32 and round once, to y's dtype; GELU is that of `linear`. PyTorch rounds after the
+convolution too. For inference only: where a gradient is wanted the reference runs.
 """
 
 import math
@@ -25,16 +24,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _dispatch, _policy
-from .linear import ACTIVATIONS, _gelu, run
+from . import _checks, _dispatch, _explain, _policy
+from .linear import ACTIVATIONS, run
+from .linear.epilogue import _gelu
 
-LAST = torch.channels_last
+CHANNELS_LAST = torch.channels_last
 
 
 def conv_norm_reference(
-    x, weight, norm_weight, norm_bias, mean, var, eps=1e-5, stride=1, padding=0, groups=1,
-    activation="none", residual=None,
-):  # fmt: skip
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor,
+    eps: float = 1e-5, stride: int = 1, padding: int = 0, groups: int = 1,
+    activation: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`conv_norm` in PyTorch's operations: the definition of right."""
     y = F.conv2d(x, weight, None, stride, padding, 1, groups)
     y = F.batch_norm(y, mean, var, norm_weight, norm_bias, False, 0.0, eps)
     y = y if residual is None else y + residual.to(y.dtype)
@@ -42,8 +44,8 @@ def conv_norm_reference(
 
 
 @triton.jit
-def _norm(norm, cols, mask, eps):
-    """s and t of some output channels."""
+def _scale_and_shift(norm, cols, mask, eps):
+    """Scale s and shift t of some output channels."""
     weight_ptr, bias_ptr, mean_ptr, var_ptr = norm
     var = tl.load(var_ptr + cols, mask=mask, other=1.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -59,7 +61,8 @@ def _fold_batch_norm_kernel(
     K, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(0)
-    scale, shift = _norm((weight_ptr, bias_ptr, mean_ptr, var_ptr), d, d >= 0, eps)
+    norm = (weight_ptr, bias_ptr, mean_ptr, var_ptr)
+    scale, shift = _scale_and_shift(norm, d, d >= 0, eps)
     tl.store(shift_ptr + d, shift)
     for first in range(0, K, BLOCK):
         ks = first + tl.arange(0, BLOCK)
@@ -76,8 +79,10 @@ def _depthwise_conv_kernel(
     STRIDE: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """TILE x TILE outputs of BLOCK_C channels. The nine inputs of neighbours are mostly the same:
-    they come from the cache."""
+    """TILE x TILE outputs of BLOCK_C channels.
+
+    Neighbours share most of their nine inputs, which then come from the cache.
+    """
     pid = tl.program_id(0)
     blocks, across, down = tl.cdiv(C, BLOCK_C), tl.cdiv(X_OUT, TILE), tl.cdiv(Y_OUT, TILE)
     channels = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -85,7 +90,7 @@ def _depthwise_conv_kernel(
     pixel = tl.arange(0, TILE * TILE)
     x_out = tile % across * TILE + pixel % TILE
     y_out = tile // across % down * TILE + pixel // TILE
-    sample = (tile // (across * down)).to(tl.int64)  # a batch may pass 2**31 elements
+    sample = (tile // (across * down)).to(tl.int64)  # a batch may exceed 2**31 elements
     x_ptr += sample * Y * X * C
     in_channels = channels < C
     acc = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)
@@ -99,7 +104,7 @@ def _depthwise_conv_kernel(
         w = tl.load(w_ptr + channels * 9 + tap, mask=in_channels, other=0.0)
         acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
     norm = (weight_ptr, bias_ptr, mean_ptr, var_ptr)
-    scale, shift = _norm(norm, channels, in_channels, eps)
+    scale, shift = _scale_and_shift(norm, channels, in_channels, eps)
     acc = acc * scale[None, :] + shift[None, :]
     offs = sample * Y_OUT * X_OUT * C + ((y_out * X_OUT + x_out) * C)[:, None] + channels[None, :]
     mask = ((y_out < Y_OUT) & (x_out < X_OUT))[:, None] & in_channels[None, :]
@@ -111,12 +116,12 @@ def _depthwise_conv_kernel(
 
 
 FOLD_META = {"BLOCK": 256, "num_warps": 1}
-# 64 pixels x 32 channels, which are whole sectors in any dtype; TinyViT's all are multiples of 32
+# 64 pixels x 32 channels: whole 32-byte sectors in any dtype, and TinyViT's are all multiples of 32
 DEPTHWISE_META = {"TILE": 8, "BLOCK_C": 32, "num_warps": 4}
 
 
 def _alloc(x, weight, stride, padding):
-    """y, channels_last. Also its fake."""
+    """y, channels_last; also its fake."""
     B, _, Y, X = x.shape
     D, _, k, _ = weight.shape
     Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
@@ -139,7 +144,8 @@ def _fwd(
     activation: str,
     implementation: str,
 ) -> Tensor:
-    y, norm = _alloc(x, weight, stride, padding), (norm_weight, norm_bias, mean, var)
+    y = _alloc(x, weight, stride, padding)
+    norm = (norm_weight, norm_bias, mean, var)
     if not y.numel():
         return y
     B, C, Y, X = x.shape
@@ -156,14 +162,14 @@ def _fwd(
                 GELU=activation == "gelu", EXACT=exact, **DEPTHWISE_META,
             )  # fmt: skip
         return y
-    is_product = k == stride == groups == 1 and padding == 0
+    is_gemm = k == stride == groups == 1 and padding == 0
     folded = weight.new_empty(weight.shape, dtype=x.dtype)
-    shift = x.new_empty(D, dtype=torch.float32 if is_product else x.dtype)
+    shift = x.new_empty(D, dtype=torch.float32 if is_gemm else x.dtype)
     with torch.cuda.device_of(x):
         _fold_batch_norm_kernel[(D,)](
             weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META
         )
-    if is_product:
+    if is_gemm:
         last = "gelu_last" if residual is not None and activation == "gelu" else activation
         rows = None if residual is None else _rows(residual)
         run(
@@ -171,8 +177,10 @@ def _fwd(
             implementation=implementation,
         )  # fmt: skip
         return y
-    folded = folded.contiguous(memory_format=LAST)
-    y = F.conv2d(x, folded, shift, stride, padding, 1, groups).contiguous(memory_format=LAST)
+    folded = folded.contiguous(memory_format=CHANNELS_LAST)
+    y = F.conv2d(x, folded, shift, stride, padding, 1, groups).contiguous(
+        memory_format=CHANNELS_LAST
+    )
     y = y if residual is None else y.add_(residual)
     return torch.ops.aten.gelu_(y) if activation == "gelu" else y
 
@@ -209,13 +217,29 @@ def conv_norm(
 ) -> Tensor:
     """`activation(batch_norm(conv2d(x, weight)) + residual)` with the running statistics.
 
-    x (B, C, Y, X), best channels_last, and weight (D, C / groups, k, k) share one of fp32, fp16,
-    bf16; under autocast both are cast to its dtype. norm_weight, norm_bias, mean, var (D,) in any
-    of them; residual of the result's shape. stride, padding: pixels, the same in both directions.
-    `activation`: "none" | "gelu", as in `linear`, behind the residual. Returns (B, D, Y', X') in
-    x's dtype, channels_last from the kernels. `implementation`: "auto" | "triton" | "torch";
-    inputs that require gradients get the reference. Raises ValueError for shapes, devices and names,
-    TypeError for dtypes that do not fit.
+    Inputs that require gradients get the reference.
+
+    Args:
+        x: (B, C, Y, X), best channels_last; fp32, fp16 or bf16.
+        weight: (D, C / groups, k, k) in x's dtype; under autocast both are cast to its dtype.
+        norm_weight: (D,), here and below in any of these dtypes.
+        norm_bias: (D,).
+        mean: (D,), the running mean.
+        var: (D,), the running variance.
+        eps: Added to the variance.
+        stride: In pixels, the same in both directions.
+        padding: In pixels, the same in both directions.
+        groups: Of channels.
+        activation: "none" | "gelu", as in `linear`, after the residual.
+        residual: Of the result's shape.
+        implementation: "auto" | "triton" | "torch".
+
+    Returns:
+        (B, D, Y', X') in x's dtype; channels_last from the kernels.
+
+    Raises:
+        ValueError: For shapes, devices and names that do not fit.
+        TypeError: For dtypes that do not fit.
     """
     chosen = _policy.resolve("conv_norm", x, implementation)
     if activation not in ACTIVATIONS:
@@ -243,14 +267,16 @@ def conv_norm(
         Y, X = ((n + 2 * padding - k) // stride + 1 for n in (Y, X))
         _checks.expect("conv_norm", x, residual=(residual, (B, D, Y, X)))
     if chosen == "torch" or _dispatch.wants_grad(x, weight, *vectors, residual):
+        if _explain.decisions is not None and chosen != "torch":
+            _explain.record("conv_norm", "torch", "gradients are wanted: the kernels have none")
         return conv_norm_reference(
-            x, weight, *vectors, eps, stride, padding, groups, activation, residual
-        )
-    x = x.contiguous(memory_format=LAST)
+            x, weight, norm_weight, norm_bias, mean, var, eps, stride, padding, groups, activation,
+            residual,
+        )  # fmt: skip
+    x = x.contiguous(memory_format=CHANNELS_LAST)
     if residual is not None:
-        residual = residual.to(x.dtype).contiguous(memory_format=LAST)
-    vectors = (t.contiguous() for t in vectors)
+        residual = residual.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
     return _fwd(
-        x, weight.contiguous(), *vectors, residual, eps, stride, padding, groups, activation,
-        implementation,
+        x, weight.contiguous(), *(t.contiguous() for t in vectors), residual, eps, stride, padding,
+        groups, activation, implementation,
     )  # fmt: skip

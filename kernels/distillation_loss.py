@@ -1,4 +1,4 @@
-"""DeiT's training loss, with true labels and a teacher, and both its gradients in one pass.
+"""DeiT's training loss, with true labels and a teacher, and both its gradients in one kernel.
 
     p = softmax(z)     CE = -sum_c q_c log p_c                          z: class_logits, q: target
     none               L = CE
@@ -14,7 +14,7 @@ smoothing e: q_c = (1 - e) [c = y] + e / C. Backward, per row, times dL / B:
 B rows, C classes. Arithmetic is fp32 whatever the dtypes, which may all differ. 0 log 0 is 0: a
 class of logit -inf costs nothing where its target is 0. A label outside 0..C-1 makes the row NaN,
 loss and gradient, and so does a NaN among its logits, the teacher's included. No rows: NaN, as in
-PyTorch. Saved for backward: dz and dd in fp32, to be rounded after the product with dL: a loss
+PyTorch. Saved tensors: dz and dd in fp32. They are rounded after the multiplication with dL: a loss
 scale, which arrives with dL, could not bring back what fp16 had flushed to zero.
 """
 
@@ -30,20 +30,19 @@ from . import _checks, _dispatch, _policy
 
 DISTILLATIONS = ("none", "soft", "hard")
 ALPHA = {"none": 0.0, "soft": 0.1, "hard": 0.5}  # the paper's weight of the teacher
-_IGNORE_NONE = torch.iinfo(torch.int64).min  # PyTorch would leave out rows labelled -100
+_IGNORE_NONE = torch.iinfo(torch.int64).min  # by default PyTorch ignores rows labelled -100
 
 
 def distillation_loss_reference(
-    class_logits, dist_logits, target, teacher_logits=None, distillation="hard", alpha=None,
-    temperature=3.0, label_smoothing=0.0,
-):  # fmt: skip
+    class_logits: Tensor, dist_logits: Tensor | None, target: Tensor,
+    teacher_logits: Tensor | None = None, distillation: str = "hard", alpha: float | None = None,
+    temperature: float = 3.0, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`distillation_loss` in PyTorch's operations: the definition of right."""
     alpha = ALPHA[distillation] if alpha is None else alpha
-    z, d, t = (
-        x if x is None or x.dtype == torch.float64 else x.float()  # half precision as autocast does
-        for x in (class_logits, dist_logits, teacher_logits)
-    )
+    z, d, t = (_at_least_fp32(x) for x in (class_logits, dist_logits, teacher_logits))
     if target.is_floating_point():
-        ce = -_sum_of_products(target.detach().to(z.dtype), F.log_softmax(z, 1)).mean()
+        ce = -_sum_q_log_p(target.detach().to(z.dtype), F.log_softmax(z, 1)).mean()
     else:
         ce = F.cross_entropy(
             z, target, ignore_index=_IGNORE_NONE, label_smoothing=label_smoothing
@@ -61,22 +60,27 @@ def distillation_loss_reference(
     return (1 - alpha) * ce + alpha * taught.mean()
 
 
-def _sum_of_products(q, log_p):
-    """sum_c q_c log p_c, where 0 log 0 is 0; F.cross_entropy would make it NaN."""
+def _at_least_fp32(x):
+    """Half precision in fp32, as autocast does for a loss; None stays None."""
+    return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+def _sum_q_log_p(q, log_p):
+    """Sum q_c log p_c over c, where 0 log 0 is 0; F.cross_entropy would make it NaN."""
     return (q * log_p.masked_fill((q == 0) & (log_p == -torch.inf), 0.0)).sum(1)
 
 
 @triton.jit
 def _add_block(x, x_max, x_sum):
-    """Maximum, and sum of exponentials below it, with one block more."""
+    """Online softmax: the maximum, and the sum of exp(x - maximum), with one more block."""
     new = tl.maximum(x_max, tl.max(x, axis=0))
     shift = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far
     return new, x_sum * tl.exp(x_max - shift) + tl.sum(tl.exp(x - shift), axis=0)
 
 
 @triton.jit
-def _product(q, log_p):
-    """0 log 0 is 0, and NaN stays NaN."""
+def _q_log_p(q, log_p):
+    """Compute q log p, where 0 log 0 is 0 and NaN stays NaN."""
     return q * tl.where((q == 0.0) & (log_p == float("-inf")), 0.0, log_p)
 
 
@@ -89,13 +93,13 @@ def _distillation_loss_kernel(
     T_ROW: tl.constexpr, SOFT_TARGET: tl.constexpr, DISTILLATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # int64: B * C may pass 2**31
+    row = tl.program_id(0).to(tl.int64)  # int64: B * C may exceed 2**31
     cols = tl.arange(0, BLOCK)
     lowest = tl.full((), float("-inf"), tl.float32)
     zero = tl.full((), 0.0, tl.float32)
 
-    # Statistics first. A row that fits in one block stays in registers: both loops are unrolled
-    # then, and their loads are the same. A wider one comes from the cache the second time.
+    # Row statistics first. A row that fits in one block stays in registers: both loops are unrolled
+    # then, and the compiler merges their loads. A wider row comes from the cache the second time.
     z_max, z_sum, q_sum = lowest, zero, zero
     d_max, d_sum, t_max, t_sum = lowest, zero, lowest, zero
     k = tl.full((), 0, tl.int32)
@@ -121,7 +125,8 @@ def _distillation_loss_kernel(
                 t_sum += tl.sum(tl.where(t != t, t, 0.0), axis=0)  # NaN where there is one
             d_max, d_sum = _add_block(d, d_max, d_sum)
 
-    # x - max - log(sum), in this order: max + log(sum) would round away the loss of a sure row
+    # log p = x - max - log(sum), in this order: max + log(sum), the LSE, would round away the loss
+    # of a confident row
     z_log = tl.log(z_sum)
     if not SOFT_TARGET:
         label = tl.load(y_ptr + row * Y_ROW)
@@ -130,10 +135,10 @@ def _distillation_loss_kernel(
     if DISTILLATION == "soft":
         d_log, t_log = tl.log(d_sum), tl.log(t_sum)
     elif DISTILLATION == "hard":
-        d_log = tl.log(d_sum) + t_sum  # which is 0 or NaN
+        d_log = tl.log(d_sum) + t_sum  # t_sum is 0 or NaN here
 
     loss = zero
-    for start in range(0, C, BLOCK):  # no store before the last load: it would part the two loops'
+    for start in range(0, C, BLOCK):  # stores come last: one before a load would keep it unmerged
         c = start + cols
         mask = c < C
         z = tl.load(z_ptr + row * Z_ROW + c, mask=mask, other=float("-inf")).to(tl.float32)
@@ -144,7 +149,7 @@ def _distillation_loss_kernel(
         else:
             q = tl.where(c == y, 1.0 - smoothing, 0.0) + tl.where(mask, smoothing / C, 0.0)
             p = tl.exp(log_p)
-        loss -= z_scale * tl.sum(_product(q, log_p), axis=0)
+        loss -= z_scale * tl.sum(_q_log_p(q, log_p), axis=0)
         if DISTILLATION != "none":
             d = tl.load(d_ptr + row * D_ROW + c, mask=mask, other=float("-inf")).to(tl.float32)
             if DISTILLATION == "soft":
@@ -157,7 +162,7 @@ def _distillation_loss_kernel(
             else:
                 u = tl.where(c == k, 1.0, 0.0)
                 log_v = d - d_max - d_log
-                loss -= t_scale * tl.sum(_product(u, log_v), axis=0)
+                loss -= t_scale * tl.sum(_q_log_p(u, log_v), axis=0)
             if dd_ptr is not None:
                 dd = (tl.exp(log_v) - u) * (d_scale * inv_B)
                 tl.store(dd_ptr + row * C + c, dd, mask=mask)
@@ -168,15 +173,18 @@ def _distillation_loss_kernel(
 
 @cache
 def meta(C: int) -> dict:
-    """Tile and warps by rule: a thread holds 4 classes of up to four tensors (with 8 of a thousand
-    Triton 3.6's ptxas spills), 8 of wide rows. A row of more than 4096 is read twice, by then from
-    the cache: whole, it would leave too few registers."""
+    """Tile and warps by rule.
+
+    A thread holds 4 classes of up to four tensors, 8 of wide rows. (With 8 of a thousand classes
+    Triton 3.6's ptxas spills.) A row of more than 4096 classes would take too many registers: it is
+    read twice, the second time from the cache.
+    """
     BLOCK = min(triton.next_power_of_2(C), 4096)
     return {"BLOCK": BLOCK, "num_warps": min(max(BLOCK // 128, 1), 16)}
 
 
 def _alloc(class_logits, class_grad, dist_grad):
-    """What forward returns. Also its fake, so the two cannot disagree."""
+    """What forward returns; also its fake, so the two cannot differ."""
     shapes = ((), *(class_logits.shape if wanted else (0,) for wanted in (class_grad, dist_grad)))
     return tuple(class_logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -212,7 +220,7 @@ def _fwd(
 
 
 def _rows(x):
-    """As the kernel reads them: rows without gaps, which may be part of wider ones."""
+    """The rows as the kernel reads them: unit stride in a row, any between rows."""
     return x if x is None or x.dim() == 1 or x.stride(1) == 1 else x.contiguous()
 
 
@@ -232,7 +240,7 @@ def _save(ctx, inputs, output):
         x.dtype if wanted else None
         for x, wanted in zip((class_logits, dist_logits), inputs[-2:], strict=True)
     ]
-    ctx.set_materialize_grads(False)  # no zeros for dz and dd, which are nobody's results
+    ctx.set_materialize_grads(False)  # no zeros for dz and dd, which the caller never sees
 
 
 def _backward(ctx, dloss, *_):
@@ -258,9 +266,9 @@ def _check(class_logits, dist_logits, target, teacher_logits, distillation, alph
         raise ValueError(f"{op}: distillation {distillation!r}, expected one of {DISTILLATIONS}")
     for name, t in (("dist_logits", dist_logits), ("teacher_logits", teacher_logits)):
         if (t is None) != (distillation == "none"):
-            came, wanted = ("None", "a tensor") if t is None else ("a tensor", "None")
+            got, expected = ("None", "a tensor") if t is None else ("a tensor", "None")
             raise ValueError(
-                f"{op}: {name} is {came}, expected {wanted} with distillation {distillation!r}"
+                f"{op}: {name} is {got}, expected {expected} with distillation {distillation!r}"
             )
     if class_logits.dim() != 2 or class_logits.shape[1] < 1:
         raise ValueError(
@@ -288,7 +296,8 @@ def _check(class_logits, dist_logits, target, teacher_logits, distillation, alph
         raise ValueError(f"{op}: label_smoothing {label_smoothing}, expected 0 to 1")
     if soft and label_smoothing != 0:
         raise ValueError(
-            f"{op}: label_smoothing {label_smoothing} with soft targets, expected 0: Mixup smooths them"
+            f"{op}: label_smoothing {label_smoothing} with soft targets, expected 0: "
+            "Mixup smooths them"
         )
 
 
@@ -310,18 +319,29 @@ def distillation_loss(
         "soft"   (1 - alpha) CE(class_logits, target) + alpha temperature^2
                      KL(softmax(teacher_logits / temperature) | softmax(dist_logits / temperature))
 
-    class_logits (B, C). dist_logits (B, C): the distillation head's, or class_logits once more for
-    the paper's "usual" distillation through the class token; None for "none", as teacher_logits.
-    teacher_logits (B, C). Logits fp32, fp16 or bf16, mixed freely; rows may be parts of wider ones.
-    target: int64 labels (B,) in 0..C-1, or probabilities (B, C) in floating point, as Mixup makes
-    them. Another label, -100 too, makes the loss NaN ("torch" raises as PyTorch does): nothing is
-    ignored. Gradients go to the two logits; target and teacher_logits are constants.
+    Gradients go to the two logits; target and teacher_logits are constants. Second derivatives need
+    "torch". B = 0 gives NaN, the mean of nothing, as in PyTorch.
 
-    `alpha`: the teacher's weight; None: the paper's, 0.5 for "hard", 0.1 for "soft" (lambda).
-    `temperature`: tau of "soft". `label_smoothing`: of labels, as F.cross_entropy's; the teacher's
-    label is not smoothed, and with probabilities it must be 0. `implementation`: "auto" | "triton"
-    | "torch"; second derivatives need "torch", RuntimeError otherwise. Raises ValueError or
-    TypeError for arguments that do not fit. B = 0 gives NaN, the mean of nothing, as in PyTorch.
+    Args:
+        class_logits: (B, C). Logits in fp32, fp16 or bf16, mixed freely; rows may be slices of
+            wider ones.
+        dist_logits: (B, C), the distillation head's, or class_logits again for the paper's "usual"
+            distillation through the class token; None for "none".
+        target: int64 labels (B,) in 0..C-1, or probabilities (B, C) in floating point, as Mixup
+            makes them. Any other label makes the loss NaN, -100 too ("torch" raises as PyTorch
+            does): nothing is ignored.
+        teacher_logits: (B, C); None for "none".
+        distillation: "none" | "soft" | "hard".
+        alpha: The teacher's weight; None: the paper's, 0.5 for "hard", 0.1 for "soft" (lambda).
+        temperature: tau of "soft".
+        label_smoothing: Of labels, as in F.cross_entropy; 0 with probabilities. The teacher's label
+            is not smoothed.
+        implementation: "auto" | "triton" | "torch".
+
+    Raises:
+        ValueError: For shapes, devices, names and numbers that do not fit.
+        TypeError: For dtypes that do not fit.
+        RuntimeError: By backward, for a second derivative of the kernel.
     """
     chosen = _policy.resolve("distillation_loss", class_logits, implementation)
     _check(class_logits, dist_logits, target, teacher_logits, distillation, alpha, temperature,

@@ -8,12 +8,11 @@ Backward, per row, with g = dy * w and dh the gradient arriving at h:
     dw = sum_rows(dy * xhat)        db = sum_rows(dy)
 
 M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
-output may differ in dtype (autocast: fp32 stream in, bf16 out). Saved for backward: h (x where
-there is no residual), weight and bias; mean and rstd are recomputed from the row, which backward
-reads anyway. dw and db are summed over the rows of a program in fp32, then over the programs.
+output may differ in dtype (autocast: fp32 residual stream in, bf16 out). Saved tensors: h (x where
+there is no residual), weight and bias. Backward reads the row anyway, so it recomputes mean and
+rstd. dw and db are summed over the rows of a program in fp32, then over the programs.
 
-In inference y may be written in eight bits, each row with a scale: see quantize. It is made of the
-fp32 y, so it is rounded once.
+In inference the same kernel may quantize y, with per-row scales: layer_norm_quantized.
 """
 
 import torch
@@ -23,21 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _checks, _chips, _dispatch, _policy
-from .quantize import (
-    Quantized,
-    _round,
-    _scales,
-    expect_float,
-    meta,
-    quantize_reference,
-    storage,
-)
-from .quantize import _alloc as _alloc_rows
+from .quantize import _round, _scales, meta
 
 MAX_N = 8192  # one row is held in registers
 
 
-def layer_norm_reference(x, weight, bias, eps=1e-6):
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """`layer_norm` in PyTorch's operations: the definition of right."""
     dtype = x.dtype
     if weight.dtype != dtype and _checks.autocast_dtype(x) is None:  # torch wants one dtype
         wide = torch.promote_types(dtype, weight.dtype)
@@ -46,13 +37,10 @@ def layer_norm_reference(x, weight, bias, eps=1e-6):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def layer_norm_quantized_reference(x, weight, bias, eps=1e-6, format="fp8"):
-    return quantize_reference(
-        layer_norm_reference(x.float(), weight.float(), bias.float(), eps), format
-    )
-
-
-def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in PyTorch's operations: the definition of right."""
     h = x + residual
     return layer_norm_reference(h, weight, bias, eps), h
 
@@ -61,10 +49,10 @@ def add_layer_norm_reference(x, residual, weight, bias, eps=1e-6):
 def _layer_norm_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr,  # in:  (M, N) (M, N) or None (N,) (N,)
     y_ptr, h_ptr,  # out: (M, N) (M, N) or None
-    scales_ptr,  # out: (M,) where y is in eight bits, else None
+    scales_ptr,  # out: (M,) where y is quantized, else None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # int64: M * N may pass 2**31
+    # int64: M * N may exceed 2**31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
@@ -103,7 +91,7 @@ def _layer_norm_backward_kernel(
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        # int64: M * N may pass 2**31
+        # int64: M * N may exceed 2**31
         rows = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & in_cols[None, :]
         offs = rows[:, None] * N + cols[None, :]
@@ -126,12 +114,13 @@ def _layer_norm_backward_kernel(
     tl.store(sums_ptr + N + cols, tl.sum(db, axis=0), mask=in_cols)
 
 
-# Of backward, on a multiprocessor: what is resident at once, as 6 programs. Each leaves sums.
+# Of backward, per SM: what is resident at once, such as 6 programs of 4 warps. Each program writes
+# one partial sum.
 BACKWARD_WARPS = 24
 
 
 def _alloc(x, residual, out_dtype):
-    """What forward returns. Also its fake, so the two cannot disagree."""
+    """What forward returns; also its fake, so the two cannot differ."""
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
     return x.new_empty(x.shape, dtype=out_dtype), h
@@ -151,9 +140,22 @@ def _fwd(
     return y, h
 
 
-def run(y, x, weight, bias, eps, residual=None, h=None, scales=None):
-    """Launch what computes y (M, N) of contiguous operands; h (M, N) with a residual only, scales
-    (1, M) with a y in eight bits."""
+def run(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None,
+    h: Tensor | None = None, scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the kernel on contiguous operands.
+
+    Args:
+        y: Output (M, N).
+        x: (M, N).
+        weight: (N,).
+        bias: (N,).
+        eps: Added to the variance.
+        residual: (M, N).
+        h: Output (M, N), with a residual only.
+        scales: Output (1, M), with a quantized y only.
+    """
     M, N = x.shape
     config = meta(N)
     if M > 0:
@@ -170,28 +172,23 @@ def _(x, residual, weight, bias, eps, out_dtype):
 _fwd.register_flops(_dispatch.no_flops)
 
 
-@_dispatch.custom_op("deit_fast::layer_norm_quantized")
-def _fwd_quantized(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    y, scales = _alloc_rows(x, dtype, 1)
-    run(y, x, weight, bias, eps, scales=scales)
-    return y, scales
-
-
-@_fwd_quantized.register_fake
-def _(x, weight, bias, eps, dtype):
-    return _alloc_rows(x, dtype, 1)
-
-
-_fwd_quantized.register_flops(_dispatch.no_flops)
-
-
 @_dispatch.custom_op("deit_fast::layer_norm_backward")
 def layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """dx (M, N) in `dtype`, dh included, and (2, N) in fp32: dweight, dbias. All contiguous."""
+    """Backward of LayerNorm, on contiguous operands.
+
+    Args:
+        dy: (M, N), the gradient of the normalised rows.
+        dh: (M, N), the gradient that reaches h otherwise; None: none.
+        h: (M, N), the rows that were normalised.
+        weight: (N,).
+        eps: Added to the variance.
+        dtype: Of dx.
+
+    Returns:
+        dx (M, N), which includes dh; dweight and dbias as (2, N) in fp32.
+    """
     M, N = h.shape
     dx = h.new_empty(M, N, dtype=dtype)
     if M == 0:
@@ -219,13 +216,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x if residual is None else output[1], weight, bias)
     ctx.res_dtype = None if residual is None else residual.dtype
     ctx.dtype = x.dtype
-    ctx.set_materialize_grads(False)  # no zeros for h where nothing reads it
+    ctx.set_materialize_grads(False)  # no zeros for an h that nothing reads
 
 
 def _backward(ctx, dy, dh):
     h, weight, bias = ctx.saved_tensors
-    dh = None if ctx.res_dtype is None else dh  # of the empty h, if anyone asks
-    if dy is None:  # nothing comes back through the normalisation
+    dh = None if ctx.res_dtype is None else dh  # without a residual h is empty
+    if dy is None:  # no gradient reaches the normalisation
         grads = (None if dh is None else dh.to(dtype) for dtype in (ctx.dtype, ctx.res_dtype))
         return *grads, *(None,) * 4
     if torch.is_grad_enabled():  # a second derivative is wanted
@@ -240,15 +237,20 @@ def _backward(ctx, dy, dh):
         dtype = torch.promote_types(ctx.dtype, ctx.res_dtype or ctx.dtype)
         dx, (dw, db) = layer_norm_backward(dy, dh, h, weight, ctx.eps, dtype)
     dres = None if ctx.res_dtype is None or dx is None else dx.to(ctx.res_dtype)
-    grads = zip((dx, dw, db), (ctx.dtype, weight.dtype, bias.dtype), strict=True)
-    dx, dw, db = (t if t is None else t.to(dtype) for t, dtype in grads)
+    dtypes = (ctx.dtype, weight.dtype, bias.dtype)
+    dx, dw, db = (
+        t if t is None else t.to(dtype) for t, dtype in zip((dx, dw, db), dtypes, strict=True)
+    )
     return dx, dres, dw, db, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _check(op, x, residual, weight, bias):
+def check_operands(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+) -> None:
+    """Raise ValueError unless shapes and devices fit."""
     N = x.shape[-1] if x.dim() else 0
     if not 0 < N <= MAX_N:
         raise ValueError(
@@ -257,11 +259,13 @@ def _check(op, x, residual, weight, bias):
     _checks.expect(op, x, residual=(residual, x.shape), weight=(weight, (N,)), bias=(bias, (N,)))
 
 
-def _operands(x, residual, weight, bias):
-    """As the kernel reads them: rows and vectors without gaps."""
+def contiguous_operands(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The operands as the kernel reads them: contiguous rows and vectors."""
     N = x.shape[-1]
-    rows = [None if t is None else t.reshape(-1, N).contiguous() for t in (x, residual)]
-    return *rows, weight.contiguous(), bias.contiguous()
+    residual = None if residual is None else residual.reshape(-1, N).contiguous()
+    return x.reshape(-1, N).contiguous(), residual, weight.contiguous(), bias.contiguous()
 
 
 def layer_norm(
@@ -274,44 +278,29 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension.
 
-    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns (...,
-    N) in `out_dtype`; by default in x's dtype (fp32 under autocast, as torch). Raises ValueError
-    for shapes and devices that do not fit. `implementation`: "auto" | "triton" | "torch".
+    Args:
+        x: (..., N), N <= 8192. It and the others in fp32, fp16 or bf16, mixed freely.
+        weight: (N,).
+        bias: (N,).
+        eps: Added to the variance.
+        out_dtype: Of the result; None: x's dtype (fp32 under autocast, as in PyTorch).
+        implementation: "auto" | "triton" | "torch".
+
+    Returns:
+        (..., N) in `out_dtype`.
+
+    Raises:
+        ValueError: For shapes and devices that do not fit.
+        TypeError: For a dtype that the kernel does not take.
     """
     chosen = _policy.resolve("layer_norm", x, implementation)
-    _check("layer_norm", x, None, weight, bias)
+    check_operands("layer_norm", x, None, weight, bias)
     if chosen == "torch":
         y = layer_norm_reference(x, weight, bias, eps)
         return y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         out_dtype = x.dtype if _checks.autocast_dtype(x) is None else torch.float32
-    return _fwd(*_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
-
-
-@_dispatch.inference_only
-def layer_norm_quantized(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-6,
-    format: str = "fp8",
-    implementation: str = "auto",
-) -> Quantized:
-    """`quantize(layer_norm(x), format)` in one pass: what `quantized_linear` reads.
-
-    x (..., N), N <= 8192; weight, bias (N,); any of fp32, fp16, bf16, mixed freely. Returns values
-    (..., N) and scales (1, rows) in fp32. No gradient: backward raises. Errors as `layer_norm`;
-    TypeError for other dtypes of x, RuntimeError where the chip has no such numbers.
-    """
-    dtype = storage("layer_norm_quantized", format)
-    expect_float("layer_norm_quantized", "x", x)
-    chosen = _policy.resolve("layer_norm_quantized", x, implementation, dtype=dtype)
-    _check("layer_norm_quantized", x, None, weight, bias)
-    if chosen == "torch":
-        return layer_norm_quantized_reference(x, weight, bias, eps, format)
-    x2, _, *vectors = _operands(x, None, weight, bias)
-    values, scales = _fwd_quantized(x2, *vectors, eps, dtype)
-    return Quantized(values.view(x.shape), scales)
+    return _fwd(*contiguous_operands(x, None, weight, bias), eps, out_dtype)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -322,18 +311,30 @@ def add_layer_norm(
     eps: float = 1e-6,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`(layer_norm(x + residual), x + residual)` in one pass.
+    """`(layer_norm(x + residual), x + residual)` in one kernel.
 
-    x, residual (..., N), N <= 8192; weight, bias (N,). Both results have shape (..., N); the sum
-    has the promoted dtype of x and residual and is rounded before it is normalised; the first
-    result has the sum's dtype (fp32 under autocast, as torch). Errors as `layer_norm`.
+    Args:
+        x: (..., N), N <= 8192. It and the others in fp32, fp16 or bf16, mixed freely.
+        residual: (..., N).
+        weight: (N,).
+        bias: (N,).
+        eps: Added to the variance.
+        implementation: "auto" | "triton" | "torch".
+
+    Returns:
+        Both (..., N). The sum has the promoted dtype of x and residual, and is rounded before it is
+        normalised. The normalised rows have the sum's dtype (fp32 under autocast, as in PyTorch).
+
+    Raises:
+        ValueError: For shapes and devices that do not fit.
+        TypeError: For a dtype that the kernel does not take.
     """
     chosen = _policy.resolve("add_layer_norm", x, implementation)
-    _check("add_layer_norm", x, residual, weight, bias)
+    check_operands("add_layer_norm", x, residual, weight, bias)
     if chosen == "torch":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     out_dtype = torch.promote_types(x.dtype, residual.dtype)
     if _checks.autocast_dtype(x) is not None:
         out_dtype = torch.float32
-    y, h = _fwd(*_operands(x, residual, weight, bias), eps, out_dtype)
+    y, h = _fwd(*contiguous_operands(x, residual, weight, bias), eps, out_dtype)
     return y.view(x.shape), h.view(x.shape)

@@ -4,52 +4,55 @@
     o         = softmax(scale * q k^T) v                      for each sample and head
     y         = residual + row_scale * layer_scale * (o @ Wproj^T + bproj)
 
-It is made of its parts: layer_norm_linear, attention, linear. Training, with residual = x (or
-none), is one node of the graph:
+It calls its parts: layer_norm_linear, attention, linear. Training, with residual = x (or none), is
+one autograd node:
 
     dy'  = dy * layer_scale * row_scale      dbproj = sum_rows(dy')     dWproj = dy'^T @ o
     dqkv = dattention(dy' @ Wproj)           dbqkv = sum_rows(dqkv)     dWqkv = dqkv^T @ LN(x)
-    dx   = dLN(dqkv @ Wqkv) + dy             both in the LayerNorm's backward pass
+    dx   = dLN(dqkv @ Wqkv) + dy             both in the LayerNorm's backward kernel
 
-dq, dk and dv are written where qkv's gradient has them and leave the sums of their rows. Saved for
-backward: x, qkv, o, the logarithms of the softmax's sums (B, H, N) in fp32, the weights; with a
-layer_scale what it scales. LN(x) is made again, unless recompute=False asks to save it too.
+dq, dk and dv are written in place in qkv's gradient, with the sums of their rows. Saved tensors: x,
+qkv, o, the log-sum-exp of the softmax (B, H, N) in fp32, the weights; with a layer_scale its input.
+LN(x) is recomputed, unless recompute=False asks to save it too.
 
 B samples, N tokens, D features, H heads of d: x, residual (B, N, D), Wqkv (3 H d, D), Wproj (D_out,
-H d), biases (3 H d,) and (D_out,), layer_scale (D_out,), row_scale (B,). Precision is that of the
-parts: under autocast x stays fp32; LN(x), qkv and o have the products' dtype.
+H d), biases (3 H d,) and (D_out,), layer_scale (D_out,), row_scale (B,), the drop-path mask.
+Precision is that of the parts: under autocast x stays fp32; LN(x), qkv and o have the GEMMs' dtype.
 """
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _policy
-from .attention import (
-    TRAINED_HEAD_DIMS,
-    attention,
-    attention_backward_packed,
-    attention_reference,
-)
-from .attention import run as attend
+from . import _checks, _dispatch, _explain, _policy, _training
+from .attention import TRAINED_HEAD_DIMS, attention, attention_reference
+from .attention.forward import run as attend
+from .attention.op import attention_backward_packed
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
-from .linear import linear, linear_backward, linear_reference, run
+from .linear import linear, linear_reference, run
 
 
 def layer_norm_attention_reference(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps=1e-6,
-    scale=None, residual=None, layer_scale=None, row_scale=None,
-):  # fmt: skip
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
+    qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, num_heads: int,
+    eps: float = 1e-6, scale: float | None = None, residual: Tensor | None = None,
+    layer_scale: Tensor | None = None, row_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`layer_norm_attention` in PyTorch's operations: the definition of right."""
     y = layer_norm_reference(x, norm_weight, norm_bias, eps)
     qkv = linear_reference(y, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
-    o = attention_reference(*qkv.unbind(2), scale).flatten(2)
+    q, k, v = qkv.unbind(2)
+    o = attention_reference(q, k, v, scale).flatten(2)
     return linear_reference(o, proj_weight, proj_bias, "none", residual, layer_scale, row_scale)
 
 
 def _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute):
-    """What forward returns in training: y, and for backward qkv, o, the logarithms, LN(x) and what
-    layer_scale scales; the last two are empty where they are not saved. Also its fake."""
+    """What forward returns in training; also its fake.
+
+    y, and the saved tensors: qkv, o, LSE, LN(x) and the input of layer_scale. The last two are
+    empty where they are not saved.
+    """
     (B, N, D), D_out, dtype = x.shape, proj_weight.shape[0], qkv_weight.dtype
     d = qkv_weight.shape[0] // (3 * num_heads)
     return (
@@ -85,12 +88,13 @@ def _train(
     if not y.numel():
         return made
     x = x.flatten(0, 1)
-    if recompute:  # what backward makes again lives as long as it is read
+    if recompute:  # what backward recomputes is freed as soon as it was read
         normed = qkv.new_empty(x.shape)
     normalise(normed, x, norm_weight, norm_bias, eps)
     run(qkv.view(len(x), -1), normed, qkv_weight, qkv_bias, implementation=implementation)
     del normed
-    attend(o, *qkv.unbind(2), scale, lse=lse)
+    q, k, v = qkv.unbind(2)
+    attend(o, q, k, v, scale, lse=lse)
     run(
         y.flatten(0, 1), o.view(len(x), -1), proj_weight, proj_bias, x if add else None,
         layer_scale, row_scale, z=None if layer_scale is None else scaled,
@@ -106,15 +110,13 @@ def _(x, g, h, qkv_weight, b1, proj_weight, b2, layer_scale, rs, num_heads, e, s
 
 @_train.register_flops
 def _(x, g, h, qkv_weight, b1, proj_weight, *args, **kwargs):
-    (B, N, D), (D_out, width) = x, proj_weight  # H heads of d are as wide as that
+    (B, N, D), (D_out, width) = x, proj_weight  # width = H * d
     return 2 * B * N * width * (3 * D + 2 * N + D_out)
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.num_heads, ctx.eps, ctx.scale, ctx.add, _, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is only saved
+    _training.save(ctx, tensors, output)
 
 
 def _backward(ctx, dy, *_):
@@ -122,25 +124,24 @@ def _backward(ctx, dy, *_):
         return (None,) * 15
     *tensors, qkv, o, lse, normed, scaled = ctx.saved_tensors
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, ls, rs = tensors
-    nothing = (None,) * 7  # row_scale and what is no tensor
+    nothing = (None,) * 7  # of row_scale and the arguments that are no tensors
     if torch.is_grad_enabled():  # a second derivative is wanted
 
-        def forward(x, *rest):
-            *operands, layer_scale = rest
-            y = layer_norm_reference(x.float(), *(t.float() for t in operands[:2]), ctx.eps)
-            operands = _checks.cast(qkv.dtype, *operands)
-            split = linear_reference(y.to(qkv.dtype), *operands[2:4])
+        def forward(x, norm_weight, norm_bias, *rest):
+            *weights, layer_scale = rest
+            y = layer_norm_reference(x.float(), norm_weight.float(), norm_bias.float(), ctx.eps)
+            w1, b1, w2, b2 = _checks.cast(qkv.dtype, *weights)
+            split = linear_reference(y.to(qkv.dtype), w1, b1)
             q, k, v = split.unflatten(-1, (3, ctx.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-            attended = (ctx.scale * q @ k.transpose(-2, -1)).softmax(-1) @ v  # SDPA has no second
+            # SDPA has no second derivative
+            attended = (ctx.scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
             attended = attended.transpose(1, 2).flatten(2)
             residual = x if ctx.add else None
-            return linear_reference(attended, *operands[4:], "none", residual, layer_scale, rs)
+            return linear_reference(attended, w2, b2, "none", residual, layer_scale, rs)
 
         return *_dispatch.differentiable(forward, tensors[:8], dy), *nothing
     dy = dy.contiguous().flatten(0, 1)
-    scaled = scaled if scaled.numel() else None
-    dz, dbproj, dls = linear_backward(dy, scaled, ls, rs, "none", o.dtype, proj_bias is not None)
-    dz = dz if dz.numel() else dy
+    dz, dbproj, dls = _training.through_scales(dy, scaled, ls, rs, o.dtype, proj_bias is not None)
     dproj = dz.t() @ o.flatten(2).flatten(0, 1) if ctx.needs_input_grad[5] else None
     do = (dz @ proj_weight).view(o.shape)
     dqkv, dbqkv = attention_backward_packed(do, qkv, o, lse, ctx.scale)
@@ -149,10 +150,10 @@ def _backward(ctx, dy, *_):
         dqkv.flatten(2).flatten(0, 1), x.flatten(0, 1), norm_weight, norm_bias, qkv_weight, normed,
         ctx.eps, dy if ctx.add else None, ctx.needs_input_grad[3],
     )  # fmt: skip
-    sums = (dg, dh, dbqkv.flatten(), dbproj, dls)
-    sums = zip(sums, (norm_weight, norm_bias, qkv_bias, proj_bias, ls), strict=True)
-    dg, dh, dbqkv, dbproj, dls = (None if t is None else s.to(t.dtype) for s, t in sums)
-    return dx.view(x.shape), dg, dh, dweight, dbqkv, dproj, dbproj, dls, *nothing
+    vectors = (norm_weight, norm_bias, qkv_bias, proj_bias, ls)
+    grads = (dg, dh, dbqkv.flatten(), dbproj, dls)
+    g, h, b1, b2, layer_scale = _training.in_dtypes_of(vectors, grads)
+    return dx.view(x.shape), g, h, dweight, b1, dproj, b2, layer_scale, *nothing
 
 
 _train.register_autograd(_backward, setup_context=_save)
@@ -177,17 +178,35 @@ def layer_norm_attention(
     return_row_stats: bool = False,
     recompute: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """LayerNorm -> qkv -> attention -> projection [-> layer scale, row scale, + residual].
+    """LayerNorm -> qkv -> attention -> projection [-> layer scale, drop-path mask, + residual].
 
-    x (B, N, D); norm_weight, norm_bias (D,); qkv_weight (3 num_heads d, D), qkv_bias (3 num_heads
-    d,), the heads of q, then of k, then of v; proj_weight (D_out, num_heads d); proj_bias and
-    layer_scale (D_out,); row_scale (B,); residual (B, N, D_out), `x` itself for a pre-norm block.
-    Weights in x's dtype (under autocast in any). `scale` defaults to 1 / sqrt(d). Returns (B, N,
-    D_out) in the promoted dtype of the product and the residual. `row_stats` of x's rows and
-    `return_row_stats` of the result's: as `layer_norm_linear` and `linear`. `implementation`: "auto"
-    | "triton" | "cublas" | "torch", of the products; attention then runs as "torch" or "auto".
-    `recompute` says whether backward makes LN(x) again or finds it saved. Raises ValueError for
-    shapes and devices that do not fit, TypeError for dtypes; errors name the part that raised them.
+    Args:
+        x: (B, N, D). Weights share its dtype; under autocast they may have any.
+        norm_weight: (D,).
+        norm_bias: (D,).
+        qkv_weight: (3 num_heads d, D): the heads of q, then of k, then of v.
+        qkv_bias: (3 num_heads d,).
+        proj_weight: (D_out, num_heads d).
+        proj_bias: (D_out,).
+        num_heads: Heads of d features each.
+        eps: Added to the variance.
+        scale: Of q k^T; None: 1 / sqrt(d).
+        residual: (B, N, D_out); x itself for a pre-norm block.
+        layer_scale: (D_out,).
+        row_scale: (B,), the drop-path mask: 0 or 1 / keep probability. It gets no gradient.
+        row_stats: Row statistics of x, as for `layer_norm_linear`.
+        implementation: "auto" | "triton" | "cublas" | "torch", of the GEMMs. Attention takes it
+            too; "cublas" leaves it "auto".
+        return_row_stats: Return the row statistics of the result too, as `linear` does.
+        recompute: Whether backward recomputes LN(x); otherwise it is saved.
+
+    Returns:
+        (B, N, D_out) in the promoted dtype of the GEMM and the residual. With `return_row_stats`
+        also the row statistics of its rows, or None.
+
+    Raises:
+        ValueError: For shapes and devices that do not fit. Errors name the part that raised them.
+        TypeError: For dtypes that do not fit.
     """
     rows = qkv_weight.shape[0]
     if x.dim() != 3 or num_heads < 1 or rows % (3 * num_heads):
@@ -197,10 +216,15 @@ def layer_norm_attention(
         )
     d = rows // (3 * num_heads)
     scale = d**-0.5 if scale is None else float(scale)
-    by = {"cublas": "auto"}.get(implementation, implementation)
+    attention_by = {"cublas": "auto"}.get(implementation, implementation)
     weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    if scale > 0 and d in TRAINED_HEAD_DIMS and _trains(x, (*weights, layer_scale), residual, by):
-        y = _training(
+    one_node = scale > 0 and d in TRAINED_HEAD_DIMS
+    if one_node and _trains(x, (*weights, layer_scale), residual, attention_by):
+        if _explain.decisions is not None:
+            _explain.record("layer_norm_attention", "triton", "training: one autograd node")
+            _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
+            _policy.resolve("attention", x, attention_by)
+        y = _training_node(
             x, (*weights, layer_scale, row_scale), num_heads, eps, scale, residual is not None,
             recompute, implementation,
         )  # fmt: skip
@@ -208,35 +232,27 @@ def layer_norm_attention(
     qkv = layer_norm_linear(
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, "none", row_stats, implementation
     )
-    o = attention(*qkv.unflatten(2, (3, num_heads, d)).unbind(2), scale, implementation=by)
+    q, k, v = qkv.unflatten(2, (3, num_heads, d)).unbind(2)
+    o = attention(q, k, v, scale, implementation=attention_by)
     return linear(
         o.flatten(2), proj_weight, proj_bias, "none", residual, layer_scale, row_scale,
         implementation, return_row_stats,
     )  # fmt: skip
 
 
-def _trains(x, tensors, residual, implementation) -> bool:
-    """Whether one node of the graph serves; otherwise the parts, each with its own."""
-    if not _dispatch.wants_grad(x, *tensors) or residual is not None and residual is not x:
+def _trains(
+    x: Tensor, tensors: tuple[Tensor | None, ...], residual: Tensor | None, implementation: str
+) -> bool:
+    """Whether one autograd node serves; otherwise the parts do, each with its own."""
+    if not _training.wants_node(x, tensors, residual):
         return False
-    return _policy.resolve("attention", x, implementation) != "torch"
+    return _policy.resolve("attention", x, implementation, record=False) != "torch"
 
 
-def _training(x, operands, num_heads, eps, scale, add, recompute, implementation):
-    *norm, w1, b1, w2, b2, layer_scale, row_scale = operands
-    dtype = _checks.autocast_dtype(x)
-    w1, w2 = _checks.cast(dtype, w1, w2)  # biases are added in fp32 as they are
-    weights = (*norm, w1, b1, w2, b2)
-    (rows, _), D, D_out = weights[2].shape, x.shape[2], weights[4].shape[0]
+def _training_node(x, tensors, num_heads, eps, scale, add, recompute, implementation):
     names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
-    shapes = ((D,), (D,), (rows, D), (rows,), (D_out, rows // 3), (D_out,))
-    named = dict(zip(names, zip(weights, shapes, strict=True), strict=True))
-    scales = {"layer_scale": (layer_scale, (D_out,)), "row_scale": (row_scale, x.shape[:1])}
-    residual = (x if add else None, (*x.shape[:2], D_out))
-    _checks.expect("layer_norm_attention", x, **named, **scales, residual=residual)
-    if dtype is None:
-        _checks.expect("layer_norm_attention", x, x.dtype, **{k: named[k] for k in names[2:]})
-    rest = [t if t is None else t.contiguous() for t in (*weights, layer_scale, row_scale)]
+    width = tensors[2].shape[0] // 3
+    rest = _training.operands("layer_norm_attention", names, x, tensors, width, add)
     return _train(
         x.contiguous(), *rest, num_heads, eps, scale, add, recompute, implementation
     )[0]  # fmt: skip

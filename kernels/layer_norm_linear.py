@@ -1,21 +1,22 @@
-"""LayerNorm followed by a linear layer, with the normalisation folded into the product.
+"""LayerNorm followed by a linear layer, with the normalisation folded into the GEMM.
 
     y = act(LN(x) @ W^T + b)   with   LN(x) = (x - mean) * rstd * g + h
       = act(rstd * u * (x @ W'^T - mean * s) + b')
     W' = round(W * g / u)      s = rowsum(W')      b' = b + W @ h
 
-g and h are LayerNorm's weight and bias. The product reads x itself, its epilogue does the rest, and
-the normalised x is never written. W' and s are made anew at each call, so that a change of the
+g and h are LayerNorm's weight and bias. The GEMM reads x itself, its epilogue does the rest, and
+the normalised x is never written. W' and s are computed at each call, so that a change of the
 weights is seen: 4 N K bytes, where a LayerNorm moves 4 M K. The unit u, the power of two below the
-largest of g, keeps W' of a small g out of fp16's subnormal numbers. s sums the *rounded* W', and
-the mean comes off the fp32 product: x is rounded once instead of twice, so the error is below that
-of the separate operations also where channels or means are far from zero (docs/performance.md).
+largest of |g|, keeps W' of a small g out of fp16's subnormal numbers. s sums the *rounded* W', and
+the mean is subtracted from the fp32 accumulator. x is rounded once instead of twice, so the error
+is below that of the separate operations, also where channels or means are far from zero
+(docs/performance.md).
 
-mean and rstd come from the row statistics that `linear(..., return_row_stats=True)` leaves beside x, or from
-a pass over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); row statistics (P, 2, M)
-in fp32: mean and sum of squared differences from it, of each of P equal parts of a row. Half
-precision and inference only: with gradients, in fp32, under autocast with an fp32 x, and where rows
-are few beside N, the two operations run one after the other.
+mean and rstd come from the row statistics that `linear(..., return_row_stats=True)` returns beside
+x, or from a kernel over x. M rows, K -> N features: x (M, K), W (N, K), g and h (K,), b (N,); row
+statistics (P, 2, M) in fp32: mean and sum of squared differences from it, of each of P equal parts
+of a row. Half precision and inference only. With gradients, in fp32, under autocast with an fp32 x,
+and where M is small beside N, the two operations run one after the other.
 """
 
 import math
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _dispatch, _policy, _tuned
+from . import _checks, _dispatch, _explain, _policy, _tuned
 from .layer_norm import MAX_N, layer_norm, layer_norm_backward, layer_norm_reference, meta
 from .layer_norm import _fwd as normalise
 from .linear import ACTIVATIONS, linear, linear_reference, run
@@ -34,8 +35,10 @@ IMPLEMENTATIONS = ("auto", "fold", "triton", "cublas", "torch")
 
 
 def layer_norm_linear_reference(
-    x, norm_weight, norm_bias, weight, bias=None, eps=1e-6, activation="none"
-):
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None,
+    eps: float = 1e-6, activation: str = "none",
+) -> Tensor:  # fmt: skip
+    """`layer_norm_linear` in PyTorch's operations: the definition of right."""
     y = layer_norm_reference(x, norm_weight, norm_bias, eps)
     return linear_reference(y, weight, bias, activation)
 
@@ -43,7 +46,7 @@ def layer_norm_linear_reference(
 @triton.jit
 def _fold_layer_norm_kernel(
     w_ptr, b_ptr, g_ptr, h_ptr,  # in: (N, K) (N,) or None (K,) (K,)
-    w_out_ptr, b_out_ptr, s_ptr,  # out: (N, K) (N,) (N + 1,), the last two fp32; u behind s
+    w_out_ptr, b_out_ptr, s_ptr,  # out: (N, K) (N,) (N + 1,), the last two fp32; s[N] is u
     N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -73,7 +76,7 @@ def _row_stats_kernel(
     row_stats_ptr,  # out: (1, 2, M)
     M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # int64: M * K may pass 2**31
+    # int64: M * K may exceed 2**31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < K)[None, :]
@@ -125,11 +128,25 @@ def _(x, norm_weight, norm_bias, weight, *args, **kwargs):
 
 
 def layer_norm_linear_backward(
-    dz, x, norm_weight, norm_bias, weight, normed, eps, dresidual=None, wants_weight=True
-):
-    """Gradients of x (dresidual included, x's dtype), norm_weight, norm_bias (fp32) and weight
-    (None unless wanted) from dz (M, N). normed: LN(x) (M, K) in dz's dtype, empty to make it
-    again."""
+    dz: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, normed: Tensor,
+    eps: float, dresidual: Tensor | None = None, wants_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Backward through linear and LayerNorm, on contiguous operands.
+
+    Args:
+        dz: (M, N), the gradient of the linear layer's result.
+        x: (M, K), the rows that were normalised.
+        norm_weight: (K,).
+        norm_bias: (K,).
+        weight: (N, K).
+        normed: LN(x), (M, K) in dz's dtype; empty to recompute it.
+        eps: Added to the variance.
+        dresidual: (M, K), a gradient that is added to dx.
+        wants_weight: Whether weight has a gradient.
+
+    Returns:
+        dx (M, K) in x's dtype, dnorm_weight and dnorm_bias (K,) in fp32, dweight (N, K) or None.
+    """
     dweight = None
     if wants_weight:
         if not normed.numel():
@@ -145,8 +162,12 @@ def _why_not(shape, choice, capability):
 
 
 def uses_row_stats(x: Tensor, weight: Tensor) -> bool:
-    """Whether a fold of rows like x's into `weight` (N, K) is not ruled out by a tuned table, or by
-    its exclusion."""
+    """Whether neither a tuned table nor an exclusion rules out folding LayerNorm into `weight`.
+
+    Args:
+        x: Rows of the dtype and device that would be folded.
+        weight: (N, K).
+    """
     if "layer_norm_linear" in _policy.excluded():
         return False
     N, K = weight.shape
@@ -154,23 +175,38 @@ def uses_row_stats(x: Tensor, weight: Tensor) -> bool:
     return _tuned.implementation("layer_norm_linear", weight, x, dtype, K=K, N=N) != "separate"
 
 
-def _why_not_fold(x, tensors, rows, row_stats, implementation) -> str | None:
-    """Why the normalisation can't or shouldn't be folded here; None: it is."""
+def _why_not_fold(
+    x: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], rows: int,
+    row_stats: Tensor | None, implementation: str,
+) -> str | None:  # fmt: skip
+    """Why the normalisation cannot or should not be folded here; None: it is."""
     if _dispatch.wants_grad(x, *tensors):
         return "gradients are wanted: it has none"
     dtype = _checks.autocast_dtype(x) or x.dtype
     if x.dtype not in (torch.float16, torch.bfloat16) or dtype != x.dtype:
-        return f"x is {x.dtype} and the product {dtype}: it takes one half precision"
+        return f"x is {x.dtype} and the GEMM {dtype}: it takes one half precision"
     if implementation == "fold":
         return None
-    if _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch")) != "triton":
-        return "Triton does not serve the product"
+    allowed = ("triton", "cublas", "torch")
+    if _policy.resolve("linear", x, implementation, allowed, record=False) != "triton":
+        return "Triton does not serve the GEMM"
+    if "layer_norm_linear" in _policy.excluded():
+        return _policy.EXCLUDED
     if not uses_row_stats(x, tensors[2]):
         return "measured slower on this chip"
     features = tensors[2].shape[0]
     if not _dispatch.at_least(rows, (8 if row_stats is None else 2) * features):
         return "rows are few: folding W would cost more than normalising x"
     return None
+
+
+def _record(reason: str | None, implementation: str) -> None:
+    """The decision for `deit_fast.kernels.explain`; `reason` is `_why_not_fold`'s."""
+    if reason is None:
+        reason = _explain.ASKED if implementation == "fold" else "folded into the GEMM"
+        _explain.record("layer_norm_linear", "fold", reason)
+    else:
+        _explain.record("layer_norm_linear", "separate", reason)
 
 
 def layer_norm_linear(
@@ -186,12 +222,25 @@ def layer_norm_linear(
 ) -> Tensor:
     """`activation(layer_norm(x) @ weight.T + bias)`.
 
-    x (..., K), K <= 8192; norm_weight, norm_bias (K,); weight (N, K), bias (N,); dtypes as for
-    `linear`. `row_stats` (P, 2, rows) in fp32: what `linear(..., return_row_stats=True)` gave with x;
-    they are believed. Returns (..., N) in x's dtype. `implementation`: "auto" and "triton" fold the
-    normalisation into the product where the module's docstring and tuned tables say so, "fold"
-    insists, "cublas" and "torch" run the two operations. Raises ValueError for shapes, devices and
-    names that do not fit, or for "fold" where it can't be; TypeError for dtypes.
+    Args:
+        x: (..., K), K <= 8192; dtypes as for `linear`.
+        norm_weight: (K,).
+        norm_bias: (K,).
+        weight: (N, K).
+        bias: (N,).
+        eps: Added to the variance.
+        activation: "none" | "gelu", as in `linear`.
+        row_stats: (P, 2, rows) in fp32, as `linear(..., return_row_stats=True)` returned them with
+            x. They are trusted.
+        implementation: "auto" and "triton" fold the normalisation into the GEMM where the module's
+            docstring and tuned tables say so, "fold" always, "cublas" and "torch" never.
+
+    Returns:
+        (..., N) in x's dtype.
+
+    Raises:
+        ValueError: For shapes, devices and names that do not fit, or for "fold" where it cannot be.
+        TypeError: For dtypes that do not fit.
     """
     if weight.dim() != 2 or x.dim() < 1 or not 0 < weight.shape[1] <= MAX_N:
         raise ValueError(
@@ -201,7 +250,8 @@ def layer_norm_linear(
     (N, K), lead = weight.shape, x.shape[:-1]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"layer_norm_linear: implementation {implementation!r}, expected one of {IMPLEMENTATIONS}"
+            f"layer_norm_linear: implementation {implementation!r}, "
+            f"expected one of {IMPLEMENTATIONS}"
         )
     if N * K >= 2**31:
         raise ValueError(
@@ -227,18 +277,21 @@ def layer_norm_linear(
             )
     tensors = (norm_weight, norm_bias, weight, bias)
     reason = _why_not_fold(x, tensors, rows, row_stats, implementation)
+    if _explain.decisions is not None:
+        _record(reason, implementation)
     if reason is None:
         dtype = _checks.autocast_dtype(x)
         weight, bias = _checks.cast(dtype, weight, bias)
         _checks.expect("layer_norm_linear", x, x.dtype, weight=(weight, (N, K)), bias=(bias, (N,)))
         if implementation == "fold":
             _policy.resolve("linear", x, "triton")
-        tensors = (norm_weight, norm_bias, weight, bias, row_stats)
-        tensors = (t if t is None else t.contiguous() for t in tensors)
-        return _fwd(x.reshape(-1, K).contiguous(), *tensors, eps, activation).view(*lead, N)
+        operands = (norm_weight, norm_bias, weight, bias, row_stats)
+        contiguous = (t if t is None else t.contiguous() for t in operands)
+        return _fwd(x.reshape(-1, K).contiguous(), *contiguous, eps, activation).view(*lead, N)
     if implementation == "fold":
         raise ValueError(f"layer_norm_linear: implementation 'fold', but {reason}")
-    # under autocast the product rounds its input anyway: let the LayerNorm write that
-    normalise = "triton" if implementation == "cublas" else implementation
-    y = layer_norm(x, norm_weight, norm_bias, eps, _checks.autocast_dtype(x), normalise)
-    return linear(y, weight, bias, activation, implementation=implementation)
+    # under autocast the GEMM rounds its input anyway: the LayerNorm writes it rounded
+    norm_by = "triton" if implementation == "cublas" else implementation
+    y = layer_norm(x, norm_weight, norm_bias, eps, _checks.autocast_dtype(x), norm_by)
+    # without return_row_stats a tensor
+    return linear(y, weight, bias, activation, implementation=implementation)  # type: ignore[return-value]

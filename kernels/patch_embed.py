@@ -4,7 +4,8 @@
     tokens[b, T + n] = W . patch(b, n) + bias + pos[T + n or n]
 
 Patches are read straight from the image: no im2col tensor, no transposed copy, no concatenation.
-uint8 images are NHWC and normalised on the way: with u the byte, W' = W / (255 std) and
+uint8 images are NHWC. Their normalisation is folded into the weights: with u the byte,
+W' = W / (255 std) and
 
     W . (u / 255 - mean) / std  =  W' . (u - 128)  +  W . (128 / 255 - mean) / std
 
@@ -14,15 +15,16 @@ Backward, with X (B, T + n, K) the patches behind T rows of zeros:
     dW = dtokens^T @ X      dtokens summed over the batch, in fp32, is dprefix and dpos, and
                             summed over the patches too dbias
     dpatches = dtokens @ W  for a float image that wants its gradient
-The rows of zeros cost 1% of the product and save a copy of dtokens. The products and the sum are
-PyTorch's: nothing precedes or follows them.
+The rows of zeros cost 1% of the GEMM and save a copy of dtokens. The GEMMs and the sum are
+PyTorch's: there is nothing to fuse with them.
 
 B images of C channels in a grid of GH x GW patches of PH x PW pixels, D features, T prefix tokens;
 M = B * GH * GW rows, K = C * PH * PW. Sums are fp32, rounded once, to the promoted dtype of weight,
-positions and prefix. Saved for backward: image and weight.
+positions and prefix. Saved tensors: image and weight.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -39,26 +41,42 @@ def _channels(values, like):
     return torch.stack(fills)
 
 
-def normalize_reference(image, mean, std, dtype=torch.float32):
-    """uint8 (B, H, W, C) -> float (B, C, H, W): (image / 255 - mean) / std, in fp32 or better."""
+def normalize_reference(
+    image: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normalise images: `(image / 255 - mean) / std`, computed in fp32 or better.
+
+    Args:
+        image: uint8 (B, H, W, C).
+        mean: C values, in units of [0, 1] images.
+        std: C values, in units of [0, 1] images.
+        dtype: Of the result.
+
+    Returns:
+        (B, C, H, W).
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    mean, std = _channels(mean, image), _channels(std, image)
-    return ((image.to(wide) / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
+    shift, scale = _channels(mean, image), _channels(std, image)
+    return ((image.to(wide) / 255 - shift) / scale).permute(0, 3, 1, 2).to(dtype)
 
 
 def patch_embed_reference(
-    image, weight, bias=None, pos_embed=None, prefix_tokens=None, mean=None, std=None
-):
+    image: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:  # fmt: skip
+    """`patch_embed` in PyTorch's operations: the definition of right."""
     if image.dtype == torch.uint8:
-        image = normalize_reference(image, mean, std, weight.dtype)
+        # a uint8 image comes with both
+        image = normalize_reference(image, mean, std, weight.dtype)  # type: ignore[arg-type]
     tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     T = 0 if prefix_tokens is None else prefix_tokens.shape[0]
     covers_prefix = pos_embed is not None and pos_embed.shape[0] == T + tokens.shape[1]
     if pos_embed is not None and not covers_prefix:
         tokens = tokens + pos_embed
-    if T:
+    if prefix_tokens is not None and T:
         tokens = torch.cat((prefix_tokens.expand(image.shape[0], -1, -1), tokens), dim=1)
-    return tokens + pos_embed if covers_prefix else tokens
+    return tokens + pos_embed if pos_embed is not None and covers_prefix else tokens
 
 
 @triton.jit
@@ -74,8 +92,8 @@ def _patch_embed_kernel(
     tiles_n = tl.cdiv(D, BLOCK_N)
     first_row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Samples are counted from the tile's first: only that one needs int64 (image and output may
-    # pass 2**31 elements), and 32-bit offsets inside the tile take half the registers.
+    # Samples are counted from the tile's first one. Only that one needs int64 (image and output may
+    # pass 2**31 elements); 32-bit offsets inside the tile take half the registers.
     first_sample = first_row // patches
     rows = (first_row % patches).to(tl.int32) + tl.arange(0, BLOCK_M)
     sample, patch = rows // patches, rows % patches
@@ -85,8 +103,8 @@ def _patch_embed_kernel(
     image_ptr += first_sample * (C * PH * PW) * patches
     y_ptr += first_sample * (T + patches) * D
 
-    # RUN neighbouring elements of k are neighbours in memory, and the image is GW runs wide. Only
-    # written as (...) * RUN does the compiler see the alignment and load 16 bytes at a time.
+    # RUN consecutive elements of k are consecutive in memory, and the image is GW runs wide. The
+    # compiler sees the alignment, and loads 16 bytes at a time, only in the form (...) * RUN.
     RUN: tl.constexpr = PW * C if NHWC else PW
     PLANES: tl.constexpr = 1 if NHWC else C
     first = (safe_sample * PLANES * GH * PH + patch // GW * PH) * GW + patch % GW
@@ -118,7 +136,7 @@ def _patch_embed_kernel(
     y_rows = sample * (T + patches) + T + patch
     tl.store(y_ptr + y_rows[:, None] * D + cols[None, :], acc, mask=mask)
 
-    # Whoever holds an image's first patch writes its prefix rows.
+    # The program that holds an image's first patch writes its prefix rows.
     first_rows = mask & (patch == 0)[:, None]
     for t in tl.static_range(T):
         value = tl.load(prefix_ptr + t * D + cols, mask=in_cols, other=0.0).to(tl.float32)
@@ -135,7 +153,7 @@ def _fold_pixels_kernel(
     folded_ptr, shift_ptr,  # out: (D, PIXELS, C) (D,)
     C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The normalisation of bytes, made part of one feature's weights."""
+    """Fold the normalisation of bytes into the weights of one feature."""
     d = tl.program_id(0)
     means, stds = (mean_0, mean_1, mean_2, mean_3), (std_0, std_1, std_2, std_3)
     pixels = tl.arange(0, BLOCK)
@@ -146,14 +164,14 @@ def _fold_pixels_kernel(
         w /= stds[c]
         shift += w * (128 / 255 - means[c])
         tl.store(folded_ptr + (d * PIXELS + pixels) * C + c, w / 255, mask=inside)
-    total = tl.sum(shift, axis=0)
+    bias = tl.sum(shift, axis=0)
     if b_ptr is not None:
-        total += tl.load(b_ptr + d).to(tl.float32)
-    tl.store(shift_ptr + d, total)
+        bias += tl.load(b_ptr + d).to(tl.float32)
+    tl.store(shift_ptr + d, bias)
 
 
 def meta(D: int, dtype: torch.dtype, nhwc: bool) -> dict:
-    """Tiles by rule: 128 x 128 in 8 warps, half as wide where that would idle part of a tile."""
+    """Tiles by rule: 128 x 128 in 8 warps; half as wide where D does not fill such tiles."""
     if dtype == torch.float32:  # FMA units: registers hold the operands too
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     wide = D % 128 == 0
@@ -174,7 +192,7 @@ def _sizes(image, weight, prefix_tokens):
 
 
 def _alloc(image, weight, pos_embed, prefix_tokens):
-    """What forward returns. Also its fake, so the two cannot disagree."""
+    """What forward returns; also its fake, so the two cannot differ."""
     B, _, GH, GW, T = _sizes(image, weight, prefix_tokens)
     dtype = weight.dtype
     for added in (pos_embed, prefix_tokens):
@@ -246,7 +264,7 @@ def _save(ctx, inputs, output):
 
 
 def _patches(image, weight, T):
-    """(B, T + n, C * PH * PW): the patches of each image behind T rows of zeros."""
+    """X of the docstring, (B, T + n, C * PH * PW): an image's patches after T rows of zeros."""
     B, C, GH, GW, _ = _sizes(image, weight, None)
     PH, PW = weight.shape[2:]
     patches = image.new_zeros(B, T + GH * GW, C, PH, PW)
@@ -296,13 +314,25 @@ def patch_embed(
 ) -> Tensor:
     """Tokens of a batch of images, prefix rows included (DeiT paper, section 3; ViT, equation 1).
 
-    image: float (B, C, H, W) in weight's dtype (under autocast both are cast), or uint8 (B, H, W,
-    C) normalised with `mean` and `std` (C values each, in units of [0, 1] images; required then).
-    weight (D, C, PH, PW), 1 <= C <= 4; H and W are multiples of PH and PW. bias (D,).
-    prefix_tokens (T, D). pos_embed (T + n, D), or (n, D) where the prefix tokens have no position;
-    n = H W / (PH PW). Returns (B, T + n, D) in the promoted dtype of weight, pos_embed and prefix.
-    `implementation`: "auto" | "triton" | "torch". Raises ValueError for shapes, devices and
-    missing mean or std, TypeError for dtypes that do not fit.
+    n = H W / (PH PW) patches per image.
+
+    Args:
+        image: Float (B, C, H, W) in weight's dtype (under autocast both are cast); or uint8 (B, H,
+            W, C), which `mean` and `std` normalise. H and W are multiples of PH and PW.
+        weight: (D, C, PH, PW), 1 <= C <= 4.
+        bias: (D,).
+        pos_embed: (T + n, D), or (n, D) where the prefix tokens have no position.
+        prefix_tokens: (T, D): class token, distillation token.
+        mean: C values, in units of [0, 1] images; for uint8 images only, and required there.
+        std: As `mean`.
+        implementation: "auto" | "triton" | "torch".
+
+    Returns:
+        (B, T + n, D) in the promoted dtype of weight, pos_embed and prefix_tokens.
+
+    Raises:
+        ValueError: For shapes and devices that do not fit, and for a missing mean or std.
+        TypeError: For dtypes that do not fit.
     """
     if image.dtype == torch.uint8:
         layout, channel_dim = "uint8 (B, H, W, C)", 3

@@ -38,7 +38,7 @@ from deit_fast.kernels.quantize import (
     quantize_reference,
     round_reference,
 )
-from deit_fast.kernels.quantized_linear import PART
+from deit_fast.kernels.quantized_linear import GROUP_SIZE
 from deit_fast.quantization_report import compare, layer_errors, worst_layers
 
 HERE = Path(__file__).parent
@@ -215,7 +215,7 @@ def _simulated(subject, format, scheme):
                 scale = ranges[name] * LIMITS[torch.float8_e4m3fn] / LIMITS[FORMATS[format]]
             elif scheme == "parts":
                 heads = model.blocks[0].attn.num_heads
-                parts = heads if name.endswith("proj") else module.in_features // PART
+                parts = heads if name.endswith("proj") else module.in_features // GROUP_SIZE
 
         def hook(module, args, scale=scale, parts=parts):
             if scale is None:
@@ -315,7 +315,7 @@ def page(study) -> str:
         "| proj | attention, of which a program has one head | one scale for all | a scale for "
         "each row and head |",
         "| fc2 | GELU in fc1's epilogue, of which a tile has some columns | one scale for all | "
-        f"a scale for each row and {PART} features |",
+        f"a scale for each row and {GROUP_SIZE} features |",
         "",
         "The one scale of fp8 is made for twice the largest value that `calibration` showed; or, "
         "without images, for a bound that nothing passes: LayerNorm's rows have a length of at "

@@ -540,7 +540,7 @@ def test_gradients_are_refused_when_they_are_asked_for():
         y = model(x)
         assert y.requires_grad
         assert_close(y, expected)
-        with pytest.raises(RuntimeError, match="eight bits are for inference"):
+        with pytest.raises(RuntimeError, match="quantized operations are for inference"):
             y.sum().backward()
 
 

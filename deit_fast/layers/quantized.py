@@ -8,7 +8,7 @@ from torch import nn
 
 from deit_fast import kernels
 from deit_fast.kernels.quantize import MAX_WIDTH, Quantized
-from deit_fast.kernels.quantized_linear import PART
+from deit_fast.kernels.quantized_linear import GROUP_SIZE
 
 from ._base import attention_scale, weights
 from ._bypass import is_plain, why_watched
@@ -28,8 +28,8 @@ def why_not(block, name: str, format: str) -> str | None:
         return f"{linear.in_features} input features, more than {MAX_WIDTH}"
     if format == "int8" and name == "proj" and block.attn.head_dim % 32:
         return f"heads of {block.attn.head_dim} features, int8 wants a multiple of 32"
-    if format == "int8" and name == "fc2" and linear.in_features % PART:
-        return f"{linear.in_features} hidden features, int8 wants a multiple of {PART}"
+    if format == "int8" and name == "fc2" and linear.in_features % GROUP_SIZE:
+        return f"{linear.in_features} hidden features, int8 wants a multiple of {GROUP_SIZE}"
     return None
 
 

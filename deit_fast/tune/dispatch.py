@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from deit_fast.kernels.attention import _choose as choose_attention
-from deit_fast.kernels.linear import _choose as choose_linear
-from deit_fast.kernels.linear import epilogue_name
+from deit_fast.kernels.attention.configs import choose as choose_attention
+from deit_fast.kernels.linear.configs import choose as choose_linear
+from deit_fast.kernels.linear.configs import epilogue_name
 
 
 def served_by(op: str, inputs: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from deit_fast.bench import launches
 from deit_fast.kernels import _tuned
 from deit_fast.kernels._chips import Chip
 from deit_fast.kernels.cases import DEIT, deit_cases
-from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
+from deit_fast.kernels.layer_norm_mlp.configs import HOPPER_CONFIGS as FUSED_CONFIGS
 
 V100, A100 = Chip("Tesla V100", (7, 0), 80), Chip("A100", (8, 0), 108)
 H200, B200 = chips.H200.chip, Chip("B200", (10, 0), 148)

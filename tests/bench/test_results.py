@@ -146,7 +146,7 @@ def test_fresh_rows_are_those_of_this_build_with_enough_runs():
 def copied(tmp_path, monkeypatch):
     """The package as a tree of a few files, and a folder of tuned tables."""
     package = tmp_path / "deit_fast"
-    for folder in ("kernels/tuned", "layers", "bench"):
+    for folder in ("kernels/tuned", "kernels/linear", "layers", "bench"):
         (package / folder).mkdir(parents=True)
     for path in ("__init__.py", "kernels/__init__.py", "layers/block.py", "bench/timing.py"):
         (package / path).write_text(f"# {path}")

@@ -358,7 +358,7 @@ def test_rivals_in_eight_bits_compute_the_same(case):
         bench_quantized_linear.reference, backend="eager", fullgraph=True, dynamic=False
     )
     rest = {name: t for name, t in made.items() if not name.startswith("wide")}
-    found = [bench_quantized_linear.product(**made, implementation="bf16"), traced(**made)]
+    found = [bench_quantized_linear.matmul(**made, implementation="bf16"), traced(**made)]
     if case.startswith("int8") or scales_rows():
         found.append(bench_quantized_linear.cublas(**rest))
     for got in found:

@@ -13,7 +13,7 @@ from benchmarks.lease import context
 from benchmarks.table5 import select
 from deit_fast.bench import results
 from deit_fast.kernels import _tuned
-from deit_fast.kernels.linear import HOPPER_CONFIGS
+from deit_fast.kernels.linear.configs import HOPPER_CONFIGS
 
 H100 = chips.H100.chip
 RUN, AGAIN = "2026-11-27T01:00:00Z", "2026-11-28T02:00:00Z"

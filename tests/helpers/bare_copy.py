@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LEASE_PYTHON", sys.executable)
-# modules that are hidden, cores that are pretended
+# modules that are hidden, cores that are simulated
 SITE = """
 import os, sys
 class Hidden:

@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -25,8 +26,8 @@ HALVES = [FP16, BF16]
 APART = {FP64: 1e-12, FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
 # ... and the largest difference of single numbers, beside the largest number
 PEAK = 10
-# A tensor of so few numbers has an error of its own by chance; so has a row of 33 that is a product
-# of 7 with a matrix
+# A tensor of so few numbers has an error of its own by chance; so has a row of 33 that 7 numbers
+# times a matrix give
 FEW = 64
 # What fp64 leaves of terms of size 1 that cancel to zero is less, for each number
 NOTHING = 1e-12
@@ -36,10 +37,10 @@ CANCELLED = 32
 # Scores are written with six digits; the last one may be rounded either way
 SIXTH_DIGIT = 1.01e-6
 
-# A number between two of eight bits goes to either after sums in another order. Of all that eight
-# bits change in a model, which is a rounding of each number, those few are this share at most
+# A number halfway between two quantized values rounds to either after sums in another order. Of all
+# that quantization changes in a model, a rounding of each number, those few are this share at most
 NEIGHBOURS = 0.4
-# What eight bits change at most, of random weights. In a layer each fp8 operand errs by 2.6 % (a
+# What quantization changes at most, with random weights. In a layer each fp8 operand errs by 2.6 % (a
 # number by a sixteenth at most), each int8 operand by 0.7 % (a number by half a 127th of its row's
 # largest); both together by 1.4 times that, and rows with large numbers by more. Of a block 5 % was
 # the most in eight seeds, of the logits after two blocks 14 %.
@@ -190,7 +191,7 @@ def assert_equal(got, expected, what=""):
 
 def assert_within(got, expected, share, what=""):
     """|got - expected| is at most `share` of |expected|: of a number (or some), or of a tensor's norm. For
-    what is no rounding of one dtype: eight bits beside half precision, statistics, text."""
+    what is no rounding of one dtype: quantized beside half precision, statistics, text."""
     got, expected = (torch.as_tensor(t).detach().double() for t in (got, expected))
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} != {tuple(expected.shape)}"
     assert_at_most(size(got - expected), share * size(expected), what)
@@ -242,6 +243,12 @@ def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
     torchs = run(reference, prepare(dtype), upstream)
     truth = run(reference, prepare(FP64), exact_upstream)
     assert_gradients_as_accurate(got, torchs, truth)
+
+
+def skip_without_tensor_descriptors(config, device):
+    """Skip the test where `config` of a GEMM kernel needs them and the GPU has none."""
+    if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("GPU: this chip has no tensor descriptors")
 
 
 # All that torch.compile does to a graph, and no C++ compiler, which takes most of the time on a CPU

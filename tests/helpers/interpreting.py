@@ -1,12 +1,12 @@
 """Triton's interpreter, quicker and right as soon as this is imported; and `refused()`.
 
-It looks through triton.language for what to exchange once a launch, not for each function that a
-kernel calls: that was half the time of most kernels. Sums of integers are not made a second time in
-int64, which compiled code does not do either: that was half of what was left.
+It searches triton.language for what to patch once per launch, not for each function that a kernel
+calls: that was half the time of most kernels. Sums of integers are not recomputed in int64, which
+compiled code does not do either: that was half of the rest.
 
-Its bf16 is mended: it multiplies bf16 operands of a product as the integers that hold their bits
+Its bf16 is corrected: tl.dot multiplies bf16 operands as the integers that hold their bits
 (triton issue 11584), and rounds fp32 to bf16 towards zero. And its conversion to e4m3 loses the
-carry into the exponent (127 becomes 64), subnormal numbers and NaN: PyTorch's takes its place.
+carry into the exponent (127 becomes 64), subnormal numbers and NaN: PyTorch's replaces it.
 """
 
 import functools

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
     for _, same in groupby(items, key=_function):
         group = [item for item in same if hasattr(item, "callspec")]
         free = [item for item in group if not item.get_closest_marker("slow")]
-        for on_gpu in (False, True):  # each by itself: elsewhere the latter are skipped
+        for on_gpu in (False, True):  # each separately: elsewhere the latter are skipped
             mine = [item for item in free if bool(item.get_closest_marker("gpu")) == on_gpu]
             values = [{k: repr(v) for k, v in item.callspec.params.items()} for item in mine]
             chosen = set(cover(values))

@@ -1,20 +1,18 @@
 """The tuning command on a simulated chip, with a made-up clock."""
 
 import argparse
-import sys
 
 import torch
 
 import deit_fast
 from deit_fast.kernels import _chips, _tuned
+from deit_fast.kernels.linear import configs as LINEAR
+from deit_fast.kernels.quantized_linear import configs as QUANTIZED_LINEAR
 from deit_fast.tune import command, operations
 
 CHIP = _chips.Chip("NVIDIA H9000", (9, 0), 4)
 NAME = "deit_tiny_distilled"
 FP16 = torch.float16
-# the modules, whose names in deit_fast.kernels are their functions'
-LINEAR = sys.modules["deit_fast.kernels.linear"]
-QUANTIZED_LINEAR = sys.modules["deit_fast.kernels.quantized_linear"]
 # all of their configurations, of which a test may leave some out
 HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG = LINEAR.HOPPER_CONFIGS, LINEAR.WIDE_BACKWARD_CONFIG
 QUANTIZED_CONFIGS = QUANTIZED_LINEAR.HOPPER_CONFIGS

@@ -33,7 +33,7 @@ def test_two_heads(case, fusion, dtype, device):
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_gradients(fusion, dtype, device):
-    """It is then made of its parts."""
+    """Its parts run then."""
     inputs = make_inputs(5, 7, 64, 33, device=device) | {"fusion": fusion}
     check(triton_classifier, classifier_reference, inputs, dtype)
 

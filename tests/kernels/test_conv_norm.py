@@ -1,4 +1,4 @@
-"""conv_norm against fp64: products, depthwise and other convolutions, and what follows them."""
+"""conv_norm against fp64: GEMMs, depthwise and other convolutions, and their epilogues."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from deit_fast.kernels.cases import conv_norm_inputs as make_inputs
 from deit_fast.kernels.conv_norm import _fwd
 
 triton_conv_norm = partial(conv_norm, implementation="triton")
-DEPTHWISE, PRODUCT = cases.CONV_NORM[2], cases.CONV_NORM[1]
+DEPTHWISE, POINTWISE = cases.CONV_NORM[2], cases.CONV_NORM[1]
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
@@ -25,15 +25,15 @@ def test_no_less_accurate_than_torch(case, dtype, device):
 
 @pytest.mark.parametrize("case", [cases.CONV_NORM[i] for i in (1, 3, 5)], ids=str)
 def test_on_a_chip_without_tensor_cores(case, device):
-    """The products are cuBLAS' there."""
+    """cuBLAS runs the GEMMs there."""
     with simulate_device(Chip("V100", (7, 0), 80)):
         check(conv_norm, reference, make_inputs(**case, device=device), FP16, grads=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT, cases.CONV_NORM[5]], ids=str)
+@pytest.mark.parametrize("case", [DEPTHWISE, POINTWISE, cases.CONV_NORM[5]], ids=str)
 def test_memory_formats(case, device):
-    """Channels side by side in the result, whatever came."""
+    """The result is channels_last, whatever the input is."""
     inputs = make_inputs(**case, device=device)
     expected = reference(**inputs)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -46,7 +46,7 @@ def test_memory_formats(case, device):
     assert_close(triton_conv_norm(**inputs), expected)
 
 
-@pytest.mark.parametrize("case", [DEPTHWISE, PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [DEPTHWISE, POINTWISE], ids=str)
 def test_gradients_are_pytorchs(case, device):
     inputs = make_inputs(**case, device=device)
     check(triton_conv_norm, reference, inputs, FP32, no_grad=("mean", "var"))
@@ -60,7 +60,7 @@ def test_nan_stays_where_it_is_read(device):
 
 
 def test_autocast(device):
-    for case in (DEPTHWISE, PRODUCT):
+    for case in (DEPTHWISE, POINTWISE):
         inputs = make_inputs(**case, device=device)
         with torch.autocast(device, FP16):
             got = triton_conv_norm(**inputs)
@@ -69,7 +69,7 @@ def test_autocast(device):
         assert_close(got.float(), expected, dtype=FP16)
 
 
-@pytest.mark.parametrize("case", [slow(DEPTHWISE), PRODUCT, cases.CONV_NORM[5]], ids=str)
+@pytest.mark.parametrize("case", [slow(DEPTHWISE), POINTWISE, cases.CONV_NORM[5]], ids=str)
 def test_opcheck(case, device):
     inputs = make_inputs(**case, device=device)
     tensors = [inputs[n] for n in ("x", "weight", "norm_weight", "norm_bias", "mean", "var")]
@@ -80,7 +80,7 @@ def test_opcheck(case, device):
     torch.library.opcheck(_fwd.op, (*tensors, residual, 1e-5, *rest, "triton"))
 
 
-@pytest.mark.parametrize("case", [slow(DEPTHWISE), PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [slow(DEPTHWISE), POINTWISE], ids=str)
 def test_compiles(case, device):
     inputs = make_inputs(**case, device=device)
     compiled = torch.compile(lambda: triton_conv_norm(**inputs), fullgraph=True, backend=NO_CODE)

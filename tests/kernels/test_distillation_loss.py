@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import losses
 import pytest
 import selection
 import torch
@@ -11,7 +12,6 @@ from checking import (
     FP32,
     NO_CODE,
     ROW_DTYPES,
-    assert_as_accurate,
     assert_close,
     assert_equal,
     assert_within,
@@ -26,35 +26,15 @@ from deit_fast.kernels.distillation_loss import DISTILLATIONS, _fwd
 triton_loss = partial(distillation_loss, implementation="triton")
 check_loss = partial(check, no_grad=("target", "teacher_logits"))
 LOGITS = ("class_logits", "dist_logits")
+loss_and_gradients = partial(losses.loss_and_gradients, logits=LOGITS)
+assert_accurate = partial(
+    losses.assert_accurate, triton_loss, distillation_loss_reference, logits=LOGITS
+)
+in_fp64 = partial(losses.in_dtype, dtype=torch.float64)
 every_distillation = pytest.mark.parametrize("distillation", DISTILLATIONS)
 labels_and_mixup = pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "mixup"])
 # numpy's, of the interpreter: columns behind the last are -inf - -inf before they are masked
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-def loss_and_gradients(fn, inputs, upstream=1.0):
-    """fn(**inputs), and the gradients of the logits among them."""
-    leaves = {k: inputs[k].detach().requires_grad_() for k in LOGITS if inputs[k] is not None}
-    loss = fn(**inputs | leaves)
-    grads = torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, upstream))
-    return loss.detach(), *grads
-
-
-def in_fp64(inputs):
-    return {
-        k: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        for k, t in inputs.items()
-    }
-
-
-def assert_accurate(inputs, upstream=1.0):
-    """Loss and gradients, of any mixture of dtypes."""
-    found = loss_and_gradients(triton_loss, inputs, upstream)
-    torchs = loss_and_gradients(distillation_loss_reference, inputs, upstream)
-    truth = loss_and_gradients(distillation_loss_reference, in_fp64(inputs), upstream)
-    for name, got, same_dtype, true in zip(("loss", *LOGITS), found, torchs, truth, strict=False):
-        assert got.dtype == same_dtype.dtype, name
-        assert_as_accurate(got, same_dtype, true, name)
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
@@ -120,7 +100,7 @@ def test_mixed_dtypes(distillation, device):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_gradients_are_rounded_once(dtype, device):
-    """Behind the product with the upstream gradient, which has no half precision either."""
+    """After the multiplication with the upstream gradient, which is fp32 too."""
     inputs = make_inputs(4, 1000, "soft", device=device)
     inputs = {k: t.to(dtype) if k.endswith("logits") else t for k, t in inputs.items()}
     _, *grads = loss_and_gradients(triton_loss, inputs, 0.3)
@@ -157,7 +137,7 @@ def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
 
 
 def test_rows_of_a_wider_buffer(device):
-    """As a product for both heads leaves them; what lies beside the rows is NaN."""
+    """As one GEMM for both heads leaves them; what lies beside the rows is NaN."""
     inputs = make_inputs(5, 100, "soft", soft_target=True, device=device)
     expected = loss_and_gradients(triton_loss, inputs)
     tensors = [k for k, t in inputs.items() if isinstance(t, torch.Tensor)]
@@ -268,7 +248,7 @@ def test_no_rows_make_nan_as_in_torch(implementation, distillation, device):
     assert loss.isnan() and loss.shape == () and all(g.shape == (0, 10) for g in grads)
 
 
-def test_gradients_nobody_wants_are_not_made(device):
+def test_gradients_that_are_not_needed_are_not_computed(device):
     inputs = make_inputs(3, 10, "soft", device=device)
     tensors = [inputs[k] for k in (*LOGITS, "target", "teacher_logits")]
     rest = ("soft", 0.1, 3.0, 0.0)

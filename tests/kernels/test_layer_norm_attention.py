@@ -1,5 +1,6 @@
-"""layer_norm_attention as one operation against fp64; in training it is one node of the graph."""
+"""layer_norm_attention as one operation against fp64; in training it is one autograd node."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -50,7 +51,7 @@ def test_eps(device):
 
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_saved_or_made_again(recompute, implementation, device):
+def test_saved_or_recomputed(recompute, implementation, device):
     """Also without a residual and without biases. Of fewer images the error of qkv_bias's gradient,
     a third of which is zero in truth, is luck."""
     inputs = make_inputs(8, 2, 20, 64, 32, device=device)
@@ -82,8 +83,8 @@ def test_one_node_saves_what_the_docstring_lists(device):
     assert sum(sizes) == (1 + 3 + 1) * M * 64 + 2 * 2 * 20 + weights
 
 
-def test_without_gradients_it_is_the_parts(device, monkeypatch):
-    module = __import__("sys").modules["deit_fast.kernels.layer_norm_attention"]
+def test_without_gradients_the_parts_run(device, monkeypatch):
+    module = sys.modules["deit_fast.kernels.layer_norm_attention"]
     monkeypatch.setattr(module, "_train", None)
     inputs = make_inputs(2, 2, 20, 64, 32, device=device)
     got = pre_norm(triton_layer_norm_attention)(**inputs)
@@ -94,7 +95,7 @@ def test_without_gradients_it_is_the_parts(device, monkeypatch):
     assert_close(got, layer_norm_attention_reference(**inputs, residual=other))
 
 
-def test_autocast_keeps_the_stream_in_fp32(device):
+def test_autocast_keeps_the_residual_stream_in_fp32(device):
     inputs = make_inputs(2, 2, 20, 64, 32, device=device)
     exact = pre_norm(layer_norm_attention_reference)(
         **{k: v if k == "num_heads" else v.double() for k, v in inputs.items()}

@@ -1,5 +1,6 @@
-"""layer_norm_linear against fp64: folded into the product, and as two operations."""
+"""layer_norm_linear against fp64: folded into the GEMM, and as two operations."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from checking import (
     check_compiles,
     seed,
 )
+from losses import in_dtype
 from tiers import slow
 
 from deit_fast.kernels import (
@@ -36,16 +38,12 @@ folded = partial(layer_norm_linear, implementation="fold")
 separate = partial(layer_norm_linear, implementation="cublas")
 
 
-def in_dtype(inputs, dtype):
-    return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("stream", ["normal", "outliers", "offset"])
+@pytest.mark.parametrize("distribution", ["normal", "outliers", "offset"])
 @pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
-def test_folding_is_no_less_accurate_than_torch(case, stream, dtype, device):
+def test_folding_is_no_less_accurate_than_torch(case, distribution, dtype, device):
     """Also where some channels are 50 times the others, and where the mean is ten deviations."""
-    inputs = make_inputs(**case, stream=stream, device=device)
+    inputs = make_inputs(**case, distribution=distribution, device=device)
     check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
 
 
@@ -63,14 +61,16 @@ def test_values_and_gradients_of_the_two_operations(case, implementation, dtype,
 def test_every_configuration_a_table_may_name(config, dtype, device):
     if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("GPU: this chip has no tensor descriptors")
-    inputs = make_inputs(M=300, K=192, N=320, activation="gelu", stream="offset", device=device)
+    inputs = make_inputs(
+        M=300, K=192, N=320, activation="gelu", distribution="offset", device=device
+    )
     with _tuned.forced("linear", {"implementation": "triton", **config}):
         check(folded, layer_norm_linear_reference, inputs, dtype, grads=False)
 
 
 @pytest.mark.parametrize("implementation", ["triton", slow("cublas")])
-def test_row_stats_of_the_product_before(implementation, device):
-    """The row statistics that a linear leaves give what a pass over its result gives."""
+def test_row_stats_of_the_previous_linear(implementation, device):
+    """The row statistics of a linear give what a kernel over its result gives."""
     seed(0)
     hidden, weight = torch.randn(1600, 96, device=device), torch.randn(192, 96, device=device)
     x, row_stats = linear(
@@ -79,7 +79,7 @@ def test_row_stats_of_the_product_before(implementation, device):
     inputs = in_dtype(make_inputs(M=1600, K=192, N=64, device=device), FP16) | {"x": x}
     got = folded(**inputs, row_stats=row_stats)
     assert_close(got, folded(**inputs))
-    row_stats[:, 0] += 1.0  # they are believed
+    row_stats[:, 0] += 1.0  # they are trusted
     assert_differ(folded(**inputs, row_stats=row_stats), got)
 
 
@@ -127,10 +127,10 @@ def test_changed_weights_are_seen(device):
 
 
 def test_when_it_folds(device, monkeypatch):
-    """Half precision, no gradients, rows twice the features (eight times where their row statistics are
-    not known), and what a table says."""
+    """Half precision, no gradients, rows twice the features (eight times where their row statistics
+    are not known), and what a table says."""
     calls = []
-    module = __import__("sys").modules["deit_fast.kernels.layer_norm_linear"]
+    module = sys.modules["deit_fast.kernels.layer_norm_linear"]
     real = module._fwd
     monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or real(*args))
 
@@ -158,14 +158,14 @@ def test_when_it_folds(device, monkeypatch):
 
 
 def test_autocast(device):
-    """An fp32 stream is not folded: rounding it would cost accuracy. A half one is."""
+    """An fp32 residual stream is not folded: rounding it would cost accuracy. A half one is."""
     inputs = make_inputs(M=96, K=64, N=48, device=device)
     exact = layer_norm_linear_reference(**in_dtype(inputs, torch.float64))
     with torch.autocast(device, FP16):
         got = layer_norm_linear(**inputs, implementation="triton")
         with pytest.raises(ValueError, match="'fold', but x is torch.float32"):
             folded(**inputs)
-        with pytest.raises(ValueError, match="x is torch.bfloat16 and the product torch.float16"):
+        with pytest.raises(ValueError, match="x is torch.bfloat16 and the GEMM torch.float16"):
             folded(**inputs | {"x": inputs["x"].bfloat16()})
         half = folded(**inputs | {"x": inputs["x"].half()})
     assert got.dtype == half.dtype == FP16
@@ -219,9 +219,7 @@ def test_bad_input_is_named():
         layer_norm_linear(x, g, g, w, implementation="flod")
     with pytest.raises(TypeError, match="bias has dtype torch.bfloat16, expected torch.float16"):
         folded(x.half(), g.half(), g.half(), w.half(), w[:, 0].to(BF16))
-    with pytest.raises(
-        ValueError, match=r"row_stats has shape \(1, 2, 5\), expected \(1, 2, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"row_stats has shape \(1, 2, 5\), expected \(1, 2, 6\)"):
         layer_norm_linear(x, g, g, w, row_stats=torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="row statistics of 3 parts, expected a divisor of 32"):
         layer_norm_linear(x, g, g, w, row_stats=torch.zeros(3, 2, 6))

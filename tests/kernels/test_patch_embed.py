@@ -46,7 +46,7 @@ def test_normalization_is_torchvisions():
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_flat_bytes_cost_no_accuracy(value, device):
-    """The folded bias cancels against the product; black and white are the hardest."""
+    """The folded bias cancels against the matmul; black and white are the hardest."""
     inputs = make_inputs(1, (32, 32), (16, 16), 3, 64, 0, False, uint8=True, device=device)
     inputs["image"].fill_(value)
     check(triton_patch_embed, patch_embed_reference, inputs, FP16, grads=False)
@@ -71,7 +71,7 @@ def test_nan_pixel_stays_in_its_token(device):
     assert tokens[1, 2 + 2].all() and tokens.any(2).sum() == 1
 
 
-def test_autocast_keeps_the_stream_in_fp32(device):
+def test_autocast_keeps_the_residual_stream_in_fp32(device):
     inputs = make_inputs(2, (32, 32), (16, 16), 3, 64, 2, True, device=device)
     exact = patch_embed_reference(**{k: t.double() for k, t in inputs.items()})
     with torch.autocast(device, FP16):
@@ -81,7 +81,8 @@ def test_autocast_keeps_the_stream_in_fp32(device):
 
 
 def test_prefix_tokens_carry_their_dtype(device):
-    """Without positions the class token keeps the stream in fp32 under autocast, as in timm."""
+    """Without positions the class token keeps the residual stream in fp32 under autocast, as in
+    timm."""
     inputs = make_inputs(2, (32, 32), (16, 16), 3, 64, 2, True, device=device)
     del inputs["pos_embed"]
     with torch.autocast(device, FP16):

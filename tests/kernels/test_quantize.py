@@ -1,4 +1,4 @@
-"""quantize against its definition: what dequantises is within half a step of what came."""
+"""quantize against its definition: dequantized values are within half a step of the input."""
 
 import sys
 from functools import partial
@@ -69,9 +69,9 @@ def test_round_trip(case, dtype, format, device):
     assert q.scales.shape == (inputs["parts"], rows) and q.scales.dtype == FP32
     assert_same_but_for_ties(q, quantize_reference(**inputs))
     assert_rounds_to_nearest(q, inputs["x"])
-    if q.values.numel():  # the largest of a part is the format's largest
-        parts = q.values.float().abs().unflatten(-1, (inputs["parts"], -1)).amax(-1)
-        assert (parts == LIMITS[q.values.dtype]).all()
+    if q.values.numel():  # the largest of a group is the format's largest
+        groups = q.values.float().abs().unflatten(-1, (inputs["parts"], -1)).amax(-1)
+        assert (groups == LIMITS[q.values.dtype]).all()
 
 
 @BOTH
@@ -115,7 +115,7 @@ def test_subnormal_rows(format, implementation, device):
 @FORMAT
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others(bad, format, implementation, device):
-    """Also beside an infinity: NaN orders behind it. Of several parts only the one concerned."""
+    """Also beside an infinity: NaN orders after it. Of several groups only the one concerned."""
     x = make_inputs((9, 192), device=device)["x"]
     clean = quantize(x, format, 3, implementation)
     x[4, 70], x[4, 71] = bad, torch.inf
@@ -125,14 +125,15 @@ def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others(bad, format, impl
     hit[4, 64:128] = hit[7, :64] = True
     assert torch.equal(dequantize(q).isnan(), hit)
     assert torch.equal(q.values[~hit].float(), clean.values[~hit].float())
-    parts = hit[:, ::64].t()
-    assert torch.equal(q.scales[~parts], clean.scales[~parts]) and (q.scales[parts].isinf()).all()
+    groups = hit[:, ::64].t()
+    assert torch.equal(q.scales[~groups], clean.scales[~groups])
+    assert q.scales[groups].isinf().all()
     assert not q.scales.isnan().any() and (q.scales > 0).all()
 
 
 @BOTH
 @FORMAT
-def test_one_huge_outlier_costs_its_own_part_only(format, implementation, device):
+def test_one_huge_outlier_costs_its_own_group_only(format, implementation, device):
     x = make_inputs((5, 256), device=device)["x"]
     clean = quantize(x, format, 4, implementation)
     x[2, 100] = 3e38
@@ -145,8 +146,8 @@ def test_one_huge_outlier_costs_its_own_part_only(format, implementation, device
     assert not q.values[2, 64:100].float().any()
 
 
-def test_what_one_scale_cannot_hold_saturates(device):
-    """But for infinity, which is no number. By the kernel: values of attention with one key."""
+def test_what_a_per_tensor_scale_cannot_hold_saturates(device):
+    """But for infinity, which becomes NaN. By the kernel: values of attention with one key."""
     x = torch.tensor([1e9, -1e9, 449.0, 448.0, 3.0, torch.inf, -torch.inf, torch.nan] * 4)
     scale = torch.tensor([[0.5]], device=device)
     v = x.to(device).view(1, 1, 1, 32)
@@ -190,7 +191,7 @@ def test_meta_device(format, implementation):
     assert q.scales.shape == (2, 15) and dequantize(q).shape == (3, 5, 64)
 
 
-def eight_bits(name, format, implementation, device, grad=True):
+def call(name, format, implementation, device, grad=True):
     """A call of each public function, with an argument that wants a gradient; that argument."""
     kernels = sys.modules["deit_fast.kernels"]
     leaf = torch.randn(4, 64, device=device, requires_grad=grad)
@@ -216,14 +217,16 @@ PUBLIC = ("quantize", "quantized_linear", "layer_norm_quantized", "attention_qua
 @FORMAT
 @pytest.mark.parametrize("name", PUBLIC)
 def test_backward_raises_instead_of_losing_gradients(name, format, implementation, device):
-    """Even where some of them, as the residual's, could be had."""
-    result, leaf = eight_bits(name, format, implementation, device)
+    """Even where some of them, such as the residual's, would exist."""
+    result, leaf = call(name, format, implementation, device)
     y = result if torch.is_tensor(result) else dequantize(result)
     assert y.requires_grad
-    with pytest.raises(RuntimeError, match=f"^{name}: eight bits are for inference, no gradient"):
+    with pytest.raises(
+        RuntimeError, match=f"^{name}: quantized operations are for inference, no gradient"
+    ):
         y.sum().backward()
     assert leaf.grad is None
-    without = eight_bits(name, format, implementation, device, grad=False)[0]
+    without = call(name, format, implementation, device, grad=False)[0]
     plain = without if torch.is_tensor(without) else dequantize(without)
     assert not plain.requires_grad
 
@@ -239,24 +242,24 @@ def test_backward_raises_instead_of_losing_gradients(name, format, implementatio
     ids=["A100 fp8", "V100 int8", "V100 fp8"],
 )
 @pytest.mark.parametrize("implementation", ["auto", "triton"])
-def test_a_chip_without_the_type(implementation, chip, format, reason, name, device):
+def test_a_chip_without_the_format(implementation, chip, format, reason, name, device):
     with simulate_device(chip):
         with pytest.raises(RuntimeError, match=rf"^{name}: .*{reason}, x is on a chip of"):
-            eight_bits(name, format, implementation, device)
-        eight_bits(name, format, "torch", device)  # who asks for PyTorch gets it
+            call(name, format, implementation, device)
+        call(name, format, "torch", device)  # PyTorch serves where it is asked for
 
 
 @FORMAT
 @pytest.mark.parametrize("name", PUBLIC)
 def test_auto(name, format, device):
-    """On a CPU PyTorch, on a chip that has the type Triton: nothing else may stand in for it."""
+    """On a CPU PyTorch, on a chip that has the format Triton: nothing else replaces it."""
     dtype = FORMATS[format]
     for capability, expected in (
         (None, "torch"), ((7, 5), "none"), ((8, 0), "none" if format == "fp8" else "triton"),
         ((8, 9), "triton"), ((9, 0), "triton"), ((10, 0), "triton"),
     ):  # fmt: skip
         assert _policy.choose(name, capability, dtype).implementation == expected
-    assert eight_bits(name, format, "auto", device, grad=False)[0] is not None
+    assert call(name, format, "auto", device, grad=False)[0] is not None
 
 
 def test_bad_input_is_named():

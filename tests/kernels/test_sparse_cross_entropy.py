@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import losses
 import pytest
 import torch
 from checking import (
@@ -9,13 +10,13 @@ from checking import (
     FP16,
     FP32,
     ROW_DTYPES,
-    assert_as_accurate,
     assert_close,
     assert_equal,
     assert_within,
     check,
     check_compiles,
 )
+from losses import loss_and_gradients
 from torch.nn import functional as F
 
 from deit_fast.kernels import cases, sparse_cross_entropy, sparse_cross_entropy_reference
@@ -23,30 +24,11 @@ from deit_fast.kernels.cases import sparse_cross_entropy_inputs as make_inputs
 from deit_fast.kernels.sparse_cross_entropy import _fwd, dense_target
 
 triton_loss = partial(sparse_cross_entropy, implementation="triton")
+assert_accurate = partial(losses.assert_accurate, triton_loss, sparse_cross_entropy_reference)
+in_fp64 = partial(losses.in_dtype, dtype=torch.float64)
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
 # numpy's, of the interpreter: columns behind the last are -inf - -inf before they are masked
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-def loss_and_gradient(fn, inputs, upstream=1.0):
-    leaf = inputs["logits"].detach().requires_grad_()
-    loss = fn(**inputs | {"logits": leaf})
-    (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
-    return loss.detach(), grad
-
-
-def in_fp64(inputs):
-    return {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
-
-
-def assert_accurate(inputs, upstream=1.0):
-    """Loss and gradient, of any mixture of dtypes."""
-    found = loss_and_gradient(triton_loss, inputs, upstream)
-    torchs = loss_and_gradient(sparse_cross_entropy_reference, inputs, upstream)
-    truth = loss_and_gradient(sparse_cross_entropy_reference, in_fp64(inputs), upstream)
-    for name, got, same_dtype, true in zip(("loss", "grad"), found, torchs, truth, strict=True):
-        assert got.dtype == same_dtype.dtype, name
-        assert_as_accurate(got, same_dtype, true, name)
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
@@ -84,7 +66,7 @@ def test_stored_probabilities_above_one_leave_no_rest(implementation, device):
     assert (target >= 0).all() and (target[0] > 0).sum() == 3 and (target[1] > 0).all()
     loss = partial(sparse_cross_entropy, implementation=implementation)
     expected = -(target * inputs["logits"].double().log_softmax(1)).sum(1).mean()
-    got, grad = loss_and_gradient(loss, inputs)
+    got, grad = loss_and_gradients(loss, inputs)
     assert_close(got, expected.float())
     p = inputs["logits"].double().softmax(1)
     expected = (p * target.sum(1, keepdim=True) - target) / 2
@@ -107,11 +89,11 @@ def test_mixed_dtypes(device):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_gradients_are_rounded_once(dtype, device):
-    """Behind the product with the upstream gradient, which has no half precision either."""
+    """After the multiplication with the upstream gradient, which is fp32 too."""
     inputs = make_inputs(4, 1000, 10, device=device)
     inputs["logits"] = inputs["logits"].to(dtype)
-    _, got = loss_and_gradient(triton_loss, inputs, 0.3)
-    _, true = loss_and_gradient(sparse_cross_entropy_reference, in_fp64(inputs), 0.3)
+    _, got = loss_and_gradients(triton_loss, inputs, 0.3)
+    _, true = loss_and_gradients(sparse_cross_entropy_reference, in_fp64(inputs), 0.3)
     assert (got == true.to(dtype)).float().mean() > 0.99  # fp32 shifts a few across
 
 
@@ -121,8 +103,8 @@ def test_a_loss_scale_keeps_small_gradients_in_fp16(device):
     inputs["logits"] = (inputs["logits"] - 16).half()
     inputs["logits"][:, 0] = 0
     inputs["probs"][:] = 1.0
-    _, got = loss_and_gradient(triton_loss, inputs, 2.0**16)
-    _, true = loss_and_gradient(sparse_cross_entropy_reference, in_fp64(inputs), 2.0**16)
+    _, got = loss_and_gradients(triton_loss, inputs, 2.0**16)
+    _, true = loss_and_gradients(sparse_cross_entropy_reference, in_fp64(inputs), 2.0**16)
     assert (true / 2**16).abs().median() < 1e-6
     small = true.abs() < true.abs().median()
     for some in (small, ~small):
@@ -143,12 +125,12 @@ def test_the_loss_of_a_sure_row_is_not_rounded_away(device):
 def test_rows_of_a_wider_buffer(device):
     """What lies beside the rows is NaN, or no class."""
     inputs = make_inputs(5, 100, 7, device=device)
-    expected = loss_and_gradient(triton_loss, inputs)
+    expected = loss_and_gradients(triton_loss, inputs)
 
     def assert_same(change):
         changed = {k: change(t) for k, t in inputs.items()}
         assert all(not t.is_contiguous() for t in changed.values())
-        got = loss_and_gradient(triton_loss, changed)
+        got = loss_and_gradients(triton_loss, changed)
         assert_equal(got, expected)
 
     def wider(t):
@@ -169,7 +151,7 @@ def test_rows_of_a_wider_buffer(device):
 def test_an_index_out_of_range_is_nan(bad, device):
     inputs = make_inputs(4, 10, 3, device=device)
     inputs["indices"][2, 1] = bad
-    loss, grad = loss_and_gradient(triton_loss, inputs)
+    loss, grad = loss_and_gradients(triton_loss, inputs)
     assert loss.isnan() and grad[2].isnan().all() and not grad[[0, 1, 3]].isnan().any()
     if device == "cpu":  # on a GPU PyTorch's assertion ends the process
         with pytest.raises(RuntimeError, match="index"):
@@ -188,7 +170,7 @@ def test_classes_left_out(implementation, C, device):
     inputs["logits"][:, out] = -torch.inf
     assert loss_of(**inputs).isfinite()
     assert_accurate(inputs)
-    inputs["probs"][1, 0] = 0.25  # now every class is wanted by the second row
+    inputs["probs"][1, 0] = 0.25  # now the second row has a target for every class
     assert loss_of(**inputs) == torch.inf
     inputs["logits"][1, 1:] = 0.0  # but for that of probability 0
     assert loss_of(**inputs).isfinite()
@@ -220,7 +202,7 @@ def test_nan_reaches_the_loss_and_stays_in_its_row(implementation, where, device
         inputs = make_inputs(4, C, K, device=device)
         inputs[where][2, -1] = torch.nan
         fn = partial(sparse_cross_entropy, implementation=implementation)
-        loss, grad = loss_and_gradient(fn, inputs)
+        loss, grad = loss_and_gradients(fn, inputs)
         assert loss.isnan()
         assert not grad[[0, 1, 3]].isnan().any()
         if where == "logits" or K < C:
@@ -230,17 +212,17 @@ def test_nan_reaches_the_loss_and_stays_in_its_row(implementation, where, device
 @both
 def test_no_rows_make_nan_as_in_torch(implementation, device):
     inputs = make_inputs(0, 10, 3, device=device)
-    loss, grad = loss_and_gradient(
+    loss, grad = loss_and_gradients(
         partial(sparse_cross_entropy, implementation=implementation), inputs
     )
     assert loss.isnan() and loss.shape == () and grad.shape == (0, 10)
 
 
-def test_a_gradient_nobody_wants_is_not_made(device):
+def test_a_gradient_that_is_not_needed_is_not_computed(device):
     inputs = make_inputs(3, 10, 2, device=device)
     loss, dz = _fwd(*inputs.values(), False)
     assert dz.numel() == 0
-    expected, _ = loss_and_gradient(triton_loss, inputs)
+    expected, _ = loss_and_gradients(triton_loss, inputs)
     assert_equal(loss, expected)
     with torch.no_grad():
         assert not triton_loss(

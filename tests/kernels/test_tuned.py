@@ -1,19 +1,22 @@
-"""Tuned tables: what is found in them, and that what is no use is named and ignored."""
+"""Tuned tables: what is found in them; unusable ones are named and ignored."""
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from deit_fast.kernels import _tuned, linear
 from deit_fast.kernels._chips import Chip, simulate_device
-from deit_fast.kernels.attention import RESIDENT_CONFIG
+from deit_fast.kernels.attention.configs import RESIDENT_CONFIG
 from deit_fast.kernels.layer_norm_linear import uses_row_stats
-from deit_fast.kernels.layer_norm_mlp import HOPPER_CONFIGS as FUSED_CONFIGS
-from deit_fast.kernels.linear import AMPERE_CONFIGS, HOPPER_CONFIGS
+from deit_fast.kernels.layer_norm_mlp.configs import HOPPER_CONFIGS as FUSED_CONFIGS
+from deit_fast.kernels.linear import configs
+from deit_fast.kernels.linear.configs import AMPERE_CONFIGS, HOPPER_CONFIGS, epilogue_name
 
 CHIP = Chip("NVIDIA H9000", (9, 0), 132)
+BEFORE = Path(__file__).parents[1] / "data" / "before_0.1" / "tuned" / "h100-80gb-hbm3.json"
 SHAPE = {"K": 64, "N": 128, "dtype": "float16", "epilogue": "bias"}
 CUBLAS = {"implementation": "cublas"}
 
@@ -38,6 +41,10 @@ def write(tmp_path, monkeypatch):
 
     yield write
     _tuned.forget()
+
+
+def linear_name(activation, bias=False, residual=False, row_stats=False):
+    return epilogue_name(activation, bias, residual, False, False, row_stats)
 
 
 def find(M, op="linear", **changed):
@@ -69,13 +76,12 @@ def test_the_users_table_comes_before_the_shipped_one(write, tmp_path, monkeypat
     assert find(1000) == CUBLAS and find(9000) == triton
 
 
-@pytest.mark.cpu("the table's chip is pretended")
+@pytest.mark.cpu("the table's chip is simulated")
 def test_the_table_serves_the_operation(write, monkeypatch):
     """auto follows it; an implementation that is asked for only takes its configuration."""
-    seen = []
-    module = __import__("sys").modules["deit_fast.kernels.linear"]
-    real = module._choose
-    monkeypatch.setattr(module, "_choose", lambda *a: seen.append(real(*a)) or seen[-1])
+    chosen = []
+    real = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *a: chosen.append(real(*a)) or chosen[-1])
     x, weight, bias = torch.randn(1000, 64).half(), torch.randn(128, 64).half(), torch.zeros(128)
     with simulate_device(CHIP):
         for choice, asked, expected in (
@@ -86,12 +92,12 @@ def test_the_table_serves_the_operation(write, monkeypatch):
         ):
             write(row(choice=choice))
             linear(x, weight, bias.half(), implementation=asked)
-            assert seen[-1][0] == expected
+            assert chosen[-1][0] == expected
             if expected == choice["implementation"] == "triton":
-                assert seen[-1][1] == HOPPER_CONFIGS[8]
+                assert chosen[-1][1] == HOPPER_CONFIGS[8]
         with _tuned.disabled():
             linear(x, weight, bias.half())
-            assert seen[-1][1] == HOPPER_CONFIGS[2]
+            assert chosen[-1][1] == HOPPER_CONFIGS[2]
 
 
 ATTENTION = {"N": 198, "L": 198, "d": 64, "dtype": "float16", "bias": False}
@@ -136,7 +142,7 @@ def test_every_kind_of_choice(write):
             "a configuration that 'triton' does not offer",
         ),
         (row(shape=SHAPE | {"dtype": "int7"}), "dtype 'int7'"),
-        (row(shape=SHAPE | {"epilogue": "folded+bias"}), "cuBLAS rounds the product before"),
+        (row(shape=SHAPE | {"epilogue": "folded+bias"}), "cuBLAS rounds the matmul.s result before"),
         (
             row(
                 op="attention", shape=ATTENTION | {"L": 578},
@@ -225,3 +231,34 @@ def test_shipped_tables_are_right():
         chip = Chip(header["gpu"], tuple(header["capability"]), 1)
         assert path.stem == _tuned.slug(chip.name)
         assert _tuned.read(path, chip)
+
+
+def test_a_table_written_before_its_epilogues_were_renamed(tmp_path, monkeypatch):
+    """Every row serves under today's name; the file keeps its own."""
+    table = json.loads(BEFORE.read_text())
+    chip = Chip(table["gpu"], tuple(table["capability"]), 132)
+    rows = _tuned.read_rows(BEFORE, chip)
+    assert len(rows) == len(table["choices"]) == 7
+    names = {row["shape"].get("epilogue") for row in rows}
+    assert names == {
+        None, "folded+bias", "folded+bias+gelu",
+        linear_name("none", bias=True, residual=True, row_stats=True),
+    }  # fmt: skip
+    for row in rows:
+        (entries,) = _tuned._index([row], chip).values()
+        assert entries == [(row["shape"]["M"], row["choice"])]
+    monkeypatch.setattr(_tuned, "SHIPPED", BEFORE.parent)
+    monkeypatch.setenv("DEIT_FAST_CACHE", str(tmp_path))
+    _tuned.forget()
+    for row in rows:
+        assert _tuned.lookup(row["op"], row["shape"], chip) == row["choice"]
+    written = [json.loads(shape).get("epilogue") for _, shape, _ in _tuned.chosen(chip.name)]
+    assert written.count("bias+residual+moments") == 2
+    _tuned.forget()
+
+
+def test_an_old_name_does_not_let_a_choice_pass_that_cannot_be(write):
+    narrow = {"implementation": "triton", **HOPPER_CONFIGS[2]}
+    path = write(row(shape=SHAPE | {"epilogue": "bias+moments"}, choice=narrow))
+    with pytest.raises(ValueError, match="narrower than the 64 columns of row statistics"):
+        _tuned.read(path, CHIP)

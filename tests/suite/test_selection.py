@@ -33,8 +33,8 @@ def test_by_a_tool(): selection.tool("no-such-a", "no-such-b")
 FILE = "import pytest\npytest.skip('windows: not here', allow_module_level=True)\n"
 DATA = """
 @pytest.fixture(params=["a", "b"])
-def pictures(request): selection.data(Path("absent"), "pictures")
-def test_on_data(pictures): pass
+def images(request): selection.data(Path("absent"), "images")
+def test_on_data(images): pass
 """
 
 
@@ -65,8 +65,8 @@ def test_no_skips_but(run, workers):
     for line in (
         "tests/test_0.py::test_of_an_extra: extra train: no_such_package is missing, expected pip "
         "install 'deit_fast[train]'",
-        "tests/test_0.py::test_on_data[a]: data: no pictures in absent",
-        "tests/test_0.py::test_on_data[b]: data: no pictures in absent",
+        "tests/test_0.py::test_on_data[a]: data: no images in absent",
+        "tests/test_0.py::test_on_data[b]: data: no images in absent",
         "tests/test_2.py: windows: not here",
         "tests/test_1.py::test_by_a_tool: tool: expected no-such-a or no-such-b",
     ):
@@ -96,7 +96,7 @@ import pytest
 @pytest.mark.gpu("real memory")
 def test_on_a_gpu(): pass
 
-@pytest.mark.cpu("a chip is pretended")
+@pytest.mark.cpu("a chip is simulated")
 def test_on_a_cpu(): pass
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_marks_say_why(run, monkeypatch, on_gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     done = run([MARKS], "-rs")
     assert done.parseoutcomes() == {"passed": 2, "skipped": 1}
-    said = "CPU: a chip is pretended" if on_gpu else "GPU: real memory"
+    said = "CPU: a chip is simulated" if on_gpu else "GPU: real memory"
     assert f": {said}\n" in done.stdout.str()
     assert run([MARKS], "-m", "device").parseoutcomes() == {"passed": 1, "deselected": 2}
     for wrong in ("gpu", "cpu()", "gpu(reason='said by name')", "cpu(3)"):

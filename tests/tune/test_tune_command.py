@@ -22,6 +22,7 @@ from tuning import (
 
 from deit_fast import tune
 from deit_fast.kernels import Quantized, _tuned
+from deit_fast.kernels.linear import linear_gelu_backward
 from deit_fast.tune import command, operations
 
 pytestmark = pytest.mark.cpu("made-up times must not reach this GPU's table")
@@ -67,13 +68,13 @@ def test_the_backward_gemm_is_tuned_for_training(small, cache, monkeypatch):
     assert row["choice"] == favourite
     assert len(tried) == 2 * len(set(tried)) == 2 * (1 + len(row["others"]))
     assert any(dict(choice)["implementation"] == "cublas" for choice in tried)
-    taken, real = [], LINEAR._choose
-    monkeypatch.setattr(LINEAR, "_choose", lambda *args: taken.append(real(*args)) or taken[0])
+    taken, real = [], LINEAR.choose
+    monkeypatch.setattr(LINEAR, "choose", lambda *args: taken.append(real(*args)) or taken[0])
     dy, weight = torch.randn(216, 64).half(), torch.randn(64, 256).half()
-    LINEAR.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+    linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
     assert taken == [("triton", WIDE_BACKWARD_CONFIG)]
     with _tuned.disabled():
-        LINEAR.linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
+        linear_gelu_backward(dy, weight, torch.randn(216, 256).half(), "auto")
     assert taken[1][1] in LINEAR.configs(FP16, CHIP.capability, backward=True)
 
 

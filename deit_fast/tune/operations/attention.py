@@ -7,7 +7,7 @@ import torch
 
 from deit_fast.kernels import attention, attention_reference
 from deit_fast.kernels._chips import Chip
-from deit_fast.kernels.attention import configs
+from deit_fast.kernels.attention.configs import configs
 
 from ..task import Task, choices, dtype_name, items, random_like
 

@@ -13,7 +13,7 @@ from deit_fast.kernels import (
     linear_reference,
 )
 from deit_fast.kernels._chips import Chip
-from deit_fast.kernels.linear import epilogue_name
+from deit_fast.kernels.linear.configs import epilogue_name
 
 from ..task import Task, choices, dtype_name, items, random_like, row_stats_of
 from .linear import candidates, gemm_shape

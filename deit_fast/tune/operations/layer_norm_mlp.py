@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deit_fast.kernels import layer_norm_mlp, layer_norm_mlp_reference
 from deit_fast.kernels._chips import Chip
-from deit_fast.kernels.layer_norm_mlp import FUSED_D, configs
+from deit_fast.kernels.layer_norm_mlp.configs import FUSED_D, configs
 
 from ..task import Task, choices, dtype_name, items, random_like, row_stats_of
 

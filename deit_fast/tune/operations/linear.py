@@ -8,12 +8,8 @@ from torch import Tensor
 
 from deit_fast.kernels import linear, linear_reference
 from deit_fast.kernels._chips import Chip
-from deit_fast.kernels.linear import (
-    ROW_STATS_WIDTH,
-    configs,
-    epilogue_name,
-    linear_gelu_backward,
-)
+from deit_fast.kernels.linear import linear_gelu_backward
+from deit_fast.kernels.linear.configs import ROW_STATS_WIDTH, configs, epilogue_name
 
 from ..task import Choice, Task, choices, dtype_name, items, random_like
 

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deit_fast.kernels import quantize_reference, quantized_linear, quantized_linear_reference
 from deit_fast.kernels._chips import Chip
 from deit_fast.kernels.quantize import quantize_statically_reference
-from deit_fast.kernels.quantized_linear import configs, lookup_shape, why_not
+from deit_fast.kernels.quantized_linear.configs import configs, lookup_shape, why_not
 
 from ..task import Task, choices, items, random_like
 
@@ -22,7 +21,7 @@ def tasks(args: Sequence[Any], chip: Chip) -> Iterator[Task]:
         x, x_scales, weight, _, bias, residual, layer_scale, row_scale, out_scale, activation, dtype
     ) = args  # fmt: skip
     shape = lookup_shape(*args)
-    format, per_tensor = shape["dtype"], x_scales.numel() == 1
+    format, per_tensor = str(shape["dtype"]), x_scales.numel() == 1
 
     def make(device: torch.device) -> dict[str, Any]:
         rows = torch.randn(x.shape, device=device)
@@ -40,9 +39,7 @@ def tasks(args: Sequence[Any], chip: Chip) -> Iterator[Task]:
             return made | {"dtype": dtype}
         return made | {"format": format, "out_scale": None if out_scale is None else scale}
 
-    def exact(
-        dtype: Any = None, format: Any = None, out_scale: Any = None, **inputs: Any
-    ) -> Tensor:
+    def exact(dtype: Any = None, format: Any = None, out_scale: Any = None, **inputs: Any) -> Any:
         return quantized_linear_reference(**inputs, dtype=torch.float32)
 
     compared = tuple(

@@ -1,0 +1,88 @@
+"""What tests and benchmarks share: shapes, the inputs made of them, and what a network calls.
+
+`shapes` has a list per operation, of keyword arguments for `<op>_inputs` (`inputs`). `deit_cases`
+(`networks`) gives DeiT's own, at any batch size.
+"""
+
+from .inputs import (
+    MEAN,
+    STD,
+    attention_inputs,
+    attention_quantized_inputs,
+    classifier_inputs,
+    conv_norm_inputs,
+    distillation_loss_inputs,
+    layer_norm_attention_inputs,
+    layer_norm_inputs,
+    layer_norm_linear_inputs,
+    layer_norm_mlp_inputs,
+    linear_inputs,
+    patch_embed_inputs,
+    quantize_inputs,
+    quantized_linear_inputs,
+    sparse_cross_entropy_inputs,
+    talking_heads_inputs,
+    window_attention_inputs,
+)
+from .networks import DEIT, TINY_VIT, Network, TinyViT, deit_cases
+from .shapes import (
+    ATTENTION,
+    CLASSIFIER,
+    CONV_NORM,
+    DISTILLATION_LOSS,
+    LAYER_NORM,
+    LAYER_NORM_ATTENTION,
+    LAYER_NORM_LINEAR,
+    LAYER_NORM_MLP,
+    LINEAR,
+    PATCH_EMBED,
+    QUANTIZE,
+    QUANTIZED_LINEAR,
+    SPARSE_CROSS_ENTROPY,
+    TALKING_HEADS,
+    WINDOW_ATTENTION,
+)
+
+SEED = 0  # of all draws; tests try others
+
+__all__ = [
+    "ATTENTION",
+    "CLASSIFIER",
+    "CONV_NORM",
+    "DEIT",
+    "DISTILLATION_LOSS",
+    "LAYER_NORM",
+    "LAYER_NORM_ATTENTION",
+    "LAYER_NORM_LINEAR",
+    "LAYER_NORM_MLP",
+    "LINEAR",
+    "MEAN",
+    "PATCH_EMBED",
+    "QUANTIZE",
+    "QUANTIZED_LINEAR",
+    "SEED",
+    "SPARSE_CROSS_ENTROPY",
+    "STD",
+    "TALKING_HEADS",
+    "TINY_VIT",
+    "WINDOW_ATTENTION",
+    "Network",
+    "TinyViT",
+    "attention_inputs",
+    "attention_quantized_inputs",
+    "classifier_inputs",
+    "conv_norm_inputs",
+    "deit_cases",
+    "distillation_loss_inputs",
+    "layer_norm_attention_inputs",
+    "layer_norm_inputs",
+    "layer_norm_linear_inputs",
+    "layer_norm_mlp_inputs",
+    "linear_inputs",
+    "patch_embed_inputs",
+    "quantize_inputs",
+    "quantized_linear_inputs",
+    "sparse_cross_entropy_inputs",
+    "talking_heads_inputs",
+    "window_attention_inputs",
+]
