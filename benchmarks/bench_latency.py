@@ -1,6 +1,6 @@
 """Milliseconds from a small batch on the device to its logits: batch 1, 8 and 32."""
 
-from deit_fast.bench.networks import Plan
+from deit_fast.bench.measure import Plan
 
 
 def test_latency(session, benchmark, entry, mode, latency_batch):

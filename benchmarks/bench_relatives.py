@@ -1,6 +1,6 @@
 """ViT, DeiT-III, CaiT and TinyViT: images/s in every forward mode, at a given batch."""
 
-from deit_fast.bench.networks import Plan
+from deit_fast.bench.measure import Plan
 
 
 def test_throughput(session, benchmark, entry, mode):

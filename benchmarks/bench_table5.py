@@ -1,6 +1,6 @@
 """Table 5 of the DeiT paper: images/s of every network in every forward mode, by both protocols."""
 
-from deit_fast.bench.networks import Plan
+from deit_fast.bench.measure import Plan
 
 
 def test_throughput(session, benchmark, protocol, entry, mode):

@@ -1,6 +1,6 @@
 """Training at batch 64 and 256: forward + backward, and the full step with AdamW."""
 
-from deit_fast.bench.networks import Plan
+from deit_fast.bench.measure import Plan
 
 
 def test_train(session, benchmark, entry, mode, train_protocol, train_batch):

@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc):
             (entry, mode)
             for entry in (options.relatives if relatives else options.networks(train))
             for mode in modes
-            if not ((mode.fast or mode.eight_bits) and entry.family == "convnet")
+            if not ((mode.fast or mode.quantized_format) and entry.family == "convnet")
         ]
         metafunc.parametrize(("entry", "mode"), pairs, ids=_label)
     if "latency_batch" in requested:

@@ -18,7 +18,7 @@ import timm
 import torch
 
 import deit_fast
-from deit_fast.bench.networks import randomize
+from deit_fast.bench.weights import randomize
 
 ROUNDS = 3  # at most, where --least asks for more than a round shows: the machine may be busy
 MODELS = ("deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224")

@@ -18,8 +18,9 @@ from benchmarks.operations import (
 )
 from deit_fast import tune
 from deit_fast.bench import results, timing
+from deit_fast.bench.device import has_bf16
+from deit_fast.bench.failures import failure_note
 from deit_fast.bench.modes import MODES, PRECISIONS
-from deit_fast.bench.networks import LOST, device_is_lost, reason
 from deit_fast.kernels import _chips, _policy
 from deit_fast.kernels.quantize import FORMATS
 
@@ -28,7 +29,7 @@ FORWARD_BACKWARD = "forward+backward"  # part of such a row's case
 
 def dtype_of(device: torch.device) -> torch.dtype:
     """bf16, fp16 on a GPU without it."""
-    return torch.bfloat16 if timing.has_bf16(device) else torch.float16
+    return torch.bfloat16 if has_bf16(device) else torch.float16
 
 
 def case_name(case: str, backward: bool) -> str:
@@ -93,7 +94,7 @@ def measure(
             sets = timing.rotation(make, moved, device)
             times = timing.kernel_ms(lambda x: call(**x), sets, runs, warmup, device)
         except Exception as error:
-            note = LOST * device_is_lost(error) + reason(error)
+            note = failure_note(error)
             return results.KernelRow(**figures, status="failed", note=note), []
         finally:
             torch.compiler.reset()

@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from deit_fast.bench.correctness import Mismatch
 from deit_fast.bench.modes import PRECISIONS
-from deit_fast.bench.networks import Disagreement
 from deit_fast.kernels import Quantized, dequantize
 from deit_fast.kernels.quantize import FORMATS
 from deit_fast.tune import allowance
@@ -163,13 +163,13 @@ def agree(got, plain, exact: Callable, inputs: dict) -> float:
         inputs: Its arguments.
 
     Raises:
-        Disagreement: The error is above twice that of `plain`.
+        Mismatch: The error is above twice that of `plain`.
     """
     truth = exact(**cast(inputs, torch.float32))
     error, allowed = error_of(got, truth), 2 * error_of(plain, truth)
     allowed += allowance(inputs)
     if not error <= allowed:  # NaN too
-        raise Disagreement(f"relative error {error:.1e}, allowed {allowed:.1e}")
+        raise Mismatch(f"relative error {error:.1e}, allowed {allowed:.1e}")
     return error
 
 

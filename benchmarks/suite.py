@@ -10,14 +10,12 @@ import torch
 from benchmarks import kernel_rows, table5
 from benchmarks.operations import Operation
 from benchmarks.options import IMPLEMENTATIONS, Options
-from deit_fast.bench import profiling, results, timing
+from deit_fast.bench import device as devices
+from deit_fast.bench import peak_rates, profiling, results, timing
+from deit_fast.bench.failures import LOST
+from deit_fast.bench.measure import Plan, TooSlow, measure
 from deit_fast.bench.modes import PRECISIONS, Mode
-from deit_fast.bench.networks import (
-    LOST,
-    Network,
-    Plan,
-    TooSlow,
-)
+from deit_fast.bench.network import Network
 
 GRACE = 60.0  # seconds that a row begun in time may take over it
 
@@ -64,9 +62,9 @@ class Suite:
     def start(cls, options: Options) -> "Suite":
         """On the GPU, where there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        hardware = timing.hardware(device)
+        hardware = devices.hardware(device)
         stamp = {"commit": results.commit(), "build": results.build(hardware)}
-        return cls(options, device, hardware, stamp, options.out / timing.slug(device))
+        return cls(options, device, hardware, stamp, options.out / devices.slug(device))
 
     @property
     def protocol(self) -> dict:
@@ -79,11 +77,11 @@ class Suite:
         path = self.folder / "peak_rates.json"
         if self.limits is None and path.exists() and not again:
             kept = results.load(path)
-            runs = min(self.options.runs, timing.PEAK_RATE_RUNS)
+            runs = min(self.options.runs, peak_rates.PEAK_RATE_RUNS)
             if kept.hardware == self.hardware and kept.protocol["runs"] >= runs:
                 self.limits = kept.peak_rates
         if self.limits is None or again:
-            self.limits = timing.peak_rates(self.device, self.options.runs)
+            self.limits = peak_rates.peak_rates(self.device, self.options.runs)
             results.open_results(path, self.hardware, self.protocol, self.limits).save(path)
         return self.limits
 
@@ -146,7 +144,7 @@ class Suite:
         network = self.network(entry)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
-            row, times = network.measure(mode, plan, self.peak_rates(), self.stamp)
+            row, times = measure(network, mode, plan, self.peak_rates(), self.stamp)
         except TooSlow as error:
             pytest.skip(f"--minutes do not suffice: {error}")
         self.record(benchmark, name, row, times)

@@ -23,8 +23,9 @@ from benchmarks.lease.figures import Figure, figures, furthest
 from benchmarks.report import __main__ as report
 from benchmarks.report.readme import with_tables
 from deit_fast import tune
-from deit_fast.bench import results, timing
+from deit_fast.bench import results
 from deit_fast.bench.modes import MODES
+from deit_fast.bench.peak_rates import PEAK_RATE_RUNS
 from deit_fast.kernels import _chips
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
         before = results.load(path).rows if path.exists() else []
         made[path] = results.Results(
             header["hardware"], header["commit"], build, header["started"][:10],
-            {"runs": max((row.runs for row in new), default=timing.PEAK_RATE_RUNS),
+            {"runs": max((row.runs for row in new), default=PEAK_RATE_RUNS),
              "warmup": kernels.WARMUP if name == "kernels" else models.WARMUP[0],
              "timer": "cuda events"},
             lease.peak_rates, before,
@@ -81,9 +82,9 @@ def table(lease: check.Lease, path: Path) -> str | None:
     """
     chip = lease.header["chip"]
     of = _chips.Chip(chip["name"], tuple(chip["capability"]), chip["num_sms"])
-    merged, head = {_key(row): row for row in tune.kept(path, of)}, None
+    merged, head = {_key(row): row for row in tune.read_rows(path, of)}, None
     for name in (tuning.TABLE, tuning.MORE):
-        for row in tune.kept(lease.folder / name, of):
+        for row in tune.read_rows(lease.folder / name, of):
             merged[_key(row)] = row
         if (lease.folder / name).exists():
             head = json.loads((lease.folder / name).read_text())

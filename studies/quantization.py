@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
 import deit_fast
-from deit_fast.bench.networks import randomize
+from deit_fast.bench.weights import randomize
 from deit_fast.distill import evaluate
 from deit_fast.distill.datasets import open_images
 from deit_fast.engine import data_config

@@ -9,7 +9,7 @@ from statistics import median
 
 from torch import Tensor
 
-from deit_fast.bench.networks import Step
+from deit_fast.bench.step import Step
 
 NEXT_CALLS = 5  # with which the first call of a batch size is compared
 

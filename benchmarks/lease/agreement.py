@@ -4,8 +4,10 @@ import torch
 
 import deit_fast
 from deit_fast.bench import timing
+from deit_fast.bench.correctness import relative_error
 from deit_fast.bench.modes import MODES
-from deit_fast.bench.networks import random_images
+from deit_fast.bench.step import Step
+from deit_fast.bench.weights import random_images
 
 from . import models
 from .context import Context
@@ -52,13 +54,13 @@ def step(ctx: Context, name: str) -> str:
 
 def _error(network, mode, batch):
     with mode.settings():
-        return relative(network.error(network.step(mode), batch))
+        return relative(relative_error(network, Step(network, mode), batch))
 
 
 def _engine(ctx, network, batch, write):
     """The engine against the model's own call, and batches in flight from the host's memory."""
     mode = MODES["deit_fast_bf16"]
-    model = network.step(mode).model
+    model = Step(network, mode).model
     engine = deit_fast.InferenceEngine(model, batch, image_size=network.image_size)
     size, cuda = network.image_size, ctx.device.type == "cuda"
     batches = []

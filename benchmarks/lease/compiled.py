@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from deit_fast.bench.modes import MODES
+from deit_fast.bench.step import Step
 
 from . import models
 from .context import Context, NotReady
@@ -62,7 +63,7 @@ def _compile(work, device, small, name, chosen):
         _, mode_name, batch = _job(part)
         mode = MODES[mode_name]
         with mode.settings():
-            step = network.step(mode)
+            step = Step(network, mode)
             images = step.cast(network.batch(models.SMALL_BATCH if small else batch))
             step(images)
         del step, images

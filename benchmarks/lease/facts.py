@@ -5,7 +5,7 @@ import subprocess
 
 import torch
 
-from deit_fast.bench import timing
+from deit_fast.bench import device
 from deit_fast.kernels import _chips
 
 from .context import Context
@@ -21,7 +21,7 @@ def step(ctx: Context) -> str:
     """
     chip = _chips.chip(ctx.device)
     found = {
-        "hardware": timing.hardware(ctx.device), "slug": timing.slug(ctx.device),
+        "hardware": device.hardware(ctx.device), "slug": device.slug(ctx.device),
         "chip": {
             "name": chip.name, "capability": list(chip.capability), "num_sms": chip.num_sms,
         },

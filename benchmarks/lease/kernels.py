@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from benchmarks import kernel_rows
 from benchmarks.operations import NO_BACKWARD, OPS, operations
 from deit_fast.bench import timing
+from deit_fast.bench.failures import LOST
 from deit_fast.bench.modes import PRECISIONS
 from deit_fast.kernels.cases import deit_cases
 
@@ -79,6 +80,6 @@ def _pair(ctx, operation, network, label, case, batch, backward, stamp, peak_rat
             row = replace(row, baseline=BASELINE, speedup=eager / row.ms_median)
         eager = row.ms_median
         ctx.write("kernel", **asdict(row))
-        if (row.note or "").startswith(kernel_rows.LOST):
+        if (row.note or "").startswith(LOST):
             raise RuntimeError(row.note)
     return row.speedup

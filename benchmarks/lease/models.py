@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.table5 import Entry, select
-from deit_fast.bench import results, timing
+from deit_fast.bench import correctness, results, timing
+from deit_fast.bench.device import last_sample
+from deit_fast.bench.failures import device_is_lost, reason
 from deit_fast.bench.modes import MODES, Mode
-from deit_fast.bench.networks import Disagreement, Network, Step, device_is_lost, reason
+from deit_fast.bench.network import Network
+from deit_fast.bench.step import Step
 
 from .clocks import CLOCKS
 from .context import Context
@@ -201,7 +204,7 @@ class _Row:
                 "power_w": running.clock.get("power_w"),
                 "speedup": per_s / baseline_per_s if baseline_per_s else None,
             }  # fmt: skip
-            notes.append(running.step.left)
+            notes.append(running.step.skipped)
         row["note"] = "; ".join(filter(None, notes)) or None
         checked = results.ModelRow(**row)  # a field too many or too few shows here
         self.ctx.write("model", **results.asdict(checked))
@@ -233,7 +236,7 @@ def _prepared(ctx, network, mode, batch, protocol, base):
             base.said.append(f"{mode.name} failed")
             if device_is_lost(error):
                 raise
-            if not isinstance(error, Disagreement):
+            if not isinstance(error, correctness.Mismatch):
                 ctx.say(f"{network.label}, {mode.name}: {reason(error)}")
             return None
         base.write(mode, status="failed", note=note)
@@ -243,7 +246,7 @@ def _prepared(ctx, network, mode, batch, protocol, base):
 def _warm(ctx, network, mode, batch, protocol):
     device, cuda = ctx.device, ctx.device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
-    step = network.step(mode)
+    step = Step(network, mode)
     images = step.cast(network.batch(batch))
     step(images)  # compiles, captures
     if cuda:
@@ -252,7 +255,7 @@ def _warm(ctx, network, mode, batch, protocol):
     peak = (torch.cuda.max_memory_allocated(device) - before) / 1e9 if cuda else None
     if cuda and step.engine is not None:  # what its graphs hold counts as free between their runs
         peak += step.engine.memory.workspace / 1e9
-    error = network.check(step, batch)
+    error = correctness.check(network, step, batch)
     (one,) = timing.latency_ms(step, [images], 1, 0, device)
     runs = max(FEWEST, min(MOST, math.floor(1e3 * ROUND_SECONDS / max(one, 1e-3))))
     if protocol == "latency":
@@ -274,7 +277,7 @@ def _alternate(ctx, network, running, protocol, base):
                 mode.times += clock(
                     mode.step, mode.inputs, mode.runs, WARMUP[turn], ctx.device
                 )  # fmt: skip
-                mode.clock = timing.last_sample(ctx.folder / CLOCKS)
+                mode.clock = last_sample(ctx.folder / CLOCKS)
                 if not turn:
                     mode.host_ms = timing.host_ms(mode.step, mode.inputs, 5, ctx.device)
             baseline = running.get(base.baseline)

@@ -41,10 +41,10 @@ class Run:
         self.began = time.monotonic()
         self.args, self.work, self.folder = args, work, args.out
         bare.prepare(work)
-        from deit_fast.bench import networks, results  # not before the import path is made
+        from deit_fast.bench import failures, results  # not before the import path is made
         from deit_fast.kernels import _chips
 
-        self.lost = networks.device_is_lost
+        self.lost = failures.device_is_lost
         self.kernels, self.sources = results.kernel_digest(), results.sources()
         self.run = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.excluded: frozenset[str] = frozenset()

@@ -21,8 +21,8 @@ from benchmarks.operations import (
     tensors,
 )
 from deit_fast.bench import timing
+from deit_fast.bench.failures import device_is_lost, reason
 from deit_fast.bench.modes import MODES, PRECISIONS
-from deit_fast.bench.networks import device_is_lost, reason
 from deit_fast.kernels import _chips, _policy
 from deit_fast.kernels.cases import deit_cases
 

@@ -63,7 +63,7 @@ def rest(ctx: Context) -> str:
         chosen += _tasks(ctx, NETWORKS[networks[0]], chip, "fp8")
     close = {
         (row["op"], tuple(row["shape"].items()))
-        for row in tune.kept(ctx.folder / TABLE, chip)
+        for row in tune.read_rows(ctx.folder / TABLE, chip)
         if closeness(row) > CLOSE
     }
     chosen = sorted(dict.fromkeys(chosen), key=worth, reverse=True)
@@ -98,9 +98,9 @@ def _settle(
     ctx, chosen: Iterable[tune.Task], path: Path, chip, again=frozenset(), runs: int = RUNS
 ) -> str:  # fmt: skip
     """again: (operation, shape) of those that are tuned although the first table has them."""
-    known = [row for name in (TABLE, MORE) for row in tune.kept(ctx.folder / name, chip)]
+    known = [row for name in (TABLE, MORE) for row in tune.read_rows(ctx.folder / name, chip)]
     there = {(row["op"], tuple(row["shape"].items())) for row in known} - again
-    there |= {(row["op"], tuple(row["shape"].items())) for row in tune.kept(path, chip)}
+    there |= {(row["op"], tuple(row["shape"].items())) for row in tune.read_rows(path, chip)}
     todo = [t for t in dict.fromkeys(chosen) if (t.op, t.shape) not in there]
     if not todo:
         return "the table has every shape"
@@ -114,7 +114,7 @@ def _settle(
 
     timing.spin_up(ctx.device)
     settled, surprises = 0, 0
-    for row in tune.settle(todo, ctx.device, clock, ctx.deadline, tick, known):
+    for row in tune.autotune(todo, ctx.device, clock, ctx.deadline, tick, known):
         ctx.write(KIND, **asdict(row), closeness=closeness(asdict(row)))
         tune.write(path, [row], chip)
         settled += 1

@@ -11,7 +11,7 @@ class Gpu:
 
     Attributes:
         chip: As its driver names it.
-        peak_rates: bf16_tflops and copy_tb_per_s, as of `deit_fast.bench.timing.peak_rates`.
+        peak_rates: bf16_tflops and copy_tb_per_s, as of `deit_fast.bench.peak_rates.peak_rates`.
     """
 
     chip: _chips.Chip

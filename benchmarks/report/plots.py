@@ -35,7 +35,7 @@ def _fastest(chip, entry):
     rows = [
         chip.throughput(entry, name)
         for name, m in MODES.items()
-        if m.fast and not m.train and not m.eight_bits  # the axis is the accuracy without
+        if m.fast and not m.train and not m.quantized_format  # the axis is the accuracy without
     ]
     return max(filter(None, rows), key=lambda r: r.images_per_s, default=None)
 

@@ -1,6 +1,7 @@
 """What a model launches: one forward pass on the meta device, as if on a given chip."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deit_fast.engine import data_config
 from deit_fast.kernels import _chips, _tuned
 
-# of PyTorch's own operations, those that launch nothing
+# PyTorch's own operations that launch no kernel
 _FREE = frozenset(
     "view _unsafe_view reshape slice select unbind split split_with_sizes transpose t expand "
     "permute detach alias as_strided as_strided_ unsqueeze squeeze empty new_empty "
@@ -18,14 +19,21 @@ _FREE = frozenset(
 
 
 class Recorder(TorchDispatchMode):
-    """`calls`: (operation, arguments, result) of each of deit_fast's operations, in order;
-    `others`: how often each operation of PyTorch's that launches something."""
+    """Records the operations that are called within it.
+
+    Attributes:
+        calls: (operation, arguments, result) of each of deit_fast's operations, in order.
+        others: How often each of PyTorch's operations that launches a kernel was called.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls, self.others = [], Counter()
+        self.calls: list[tuple[str, tuple, Any]] = []
+        self.others: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         space, name = function._schema.name.split("::")
         if space == "deit_fast":
@@ -39,8 +47,16 @@ def record(
     model: nn.Module, batch: int, dtype: torch.dtype, chip: _chips.Chip, uint8: bool = False,
     tables: bool = True,
 ) -> Recorder:  # fmt: skip
-    """Inference of an accelerated `model`, which is moved to the meta device. tables: whether tuned
-    tables count, or only the rules."""
+    """Record one forward pass of an accelerated model, as if on a given chip.
+
+    Args:
+        model: Moved to the meta device, cast to `dtype` and put in eval mode.
+        batch: Images.
+        dtype: Of weights and images.
+        chip: The chip that is simulated.
+        uint8: Whether the images are bytes (batch, height, width, 3), instead of normalized ones.
+        tables: Whether tuned tables decide too, or the rules alone.
+    """
     channels, *size = data_config(model)["input_size"]
     model = model.to("meta", dtype).eval()
     if uint8:

@@ -1,4 +1,4 @@
-"""Where one call spends its time, by kind of kernel: the first thing a tuner needs."""
+"""Where one call spends its time, by kind of kernel."""
 
 import re
 from collections.abc import Callable
@@ -9,11 +9,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from .modes import MODES
-from .networks import Network
+from .network import Network
 from .results import ModelRow
+from .step import Step
 from .timing import release, synchronize
 
-FOREIGN = "not deit_fast's"  # beside the kinds: of all of them, kernels that are not ours
+FOREIGN = "not deit_fast's"  # the share of kernels that are not ours, of every kind
 _OURS = re.compile(
     r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm"
     r"|layer_norm_mlp|patch_embed|classifier"
@@ -37,7 +38,7 @@ _NAMES = (
 
 
 def kind(name: str) -> str:
-    """The kind of a kernel or an operator, by its name."""
+    """The kind of a kernel (GPU) or an operator (CPU), one of KINDS, by its name."""
     for found, pattern in _NAMES:
         if re.search(pattern, name, re.IGNORECASE):
             return found
@@ -45,9 +46,21 @@ def kind(name: str) -> str:
 
 
 def profile(call: Callable[[], object], device: torch.device, trace: Path) -> dict[str, float]:
-    """Milliseconds of one warm call by kind (`KINDS`), and its trace for chrome://tracing. "idle"
-    is the device's time between its first and its last kernel with none running; on a CPU, what is
-    spent outside operators. On a GPU also `FOREIGN`, which the kinds contain."""
+    """Profile one warm call.
+
+    Args:
+        call: What is profiled.
+        device: Where it computes.
+        trace: Where its trace for chrome://tracing is written; the folder is made.
+
+    Returns:
+        Milliseconds of each of KINDS. "idle" is the device's time between its first and its last
+        kernel in which none runs; on a CPU, the time outside operators. On a GPU also FOREIGN,
+        which the kinds contain.
+
+    Raises:
+        RuntimeError: The profiler saw no kernel.
+    """
     for _ in range(3):
         call()
     synchronize(device)
@@ -75,10 +88,13 @@ def profile(call: Callable[[], object], device: torch.device, trace: Path) -> di
     return shares
 
 
-def _shares(kernels):
-    """kernels: (name, start, end) in us, of one device. Where two overlap, the earlier has it."""
+def _shares(kernels: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Milliseconds by kind of kernels (name, start, end), in us.
+
+    Where two kernels overlap, the time counts for the earlier one.
+    """
     shares = dict.fromkeys((*KINDS, FOREIGN), 0.0)
-    busy_until = None
+    busy_until: float | None = None
     for name, start, end in sorted(kernels, key=lambda k: k[1]):
         if busy_until is None:
             busy_until = start
@@ -90,13 +106,24 @@ def _shares(kernels):
     return shares
 
 
-def profile_row(network: Network, row: ModelRow, folder: Path) -> tuple[str, dict, Path]:
-    """A measured row again, once: (what it is, milliseconds by kind, its trace in `folder`)."""
+def profile_row(
+    network: Network, row: ModelRow, folder: Path
+) -> tuple[str, dict[str, float], Path]:
+    """Profile a measured row's step once.
+
+    Args:
+        network: Of the row.
+        row: What was measured.
+        folder: Where the trace is written.
+
+    Returns:
+        A title, milliseconds by kind, and the path of the trace.
+    """
     mode = MODES[row.mode]
     full = row.protocol == "step"
     trace = folder / f"{row.timm_name}-{row.mode}{'-step' * full}-{row.batch}.json.gz"
     with mode.settings():
-        step = network.step(mode, optimize=full)
+        step = Step(network, mode, optimize=full)
         images = step.cast(network.batch(row.batch))
         milliseconds = profile(lambda: step(images), network.device, trace)
     torch.compiler.reset()

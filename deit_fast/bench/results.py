@@ -5,9 +5,9 @@
 
 A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of what decides a figure: the
 sources of kernels and layers, the tuned choices, the versions of torch, triton, timm and torchao,
-and the GPU. Rows are comparable where it is the same. The
-file's own `hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The
-JSON schema is benchmarks/results.schema.json.
+and the GPU. Rows are comparable where it is the same. The file's own `hardware`, `commit`, `build`
+and `date` are those of the last run that wrote it. The JSON schema is
+benchmarks/results.schema.json.
 """
 
 import hashlib
@@ -15,18 +15,19 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import deit_fast
 import deit_fast.kernels
 from deit_fast.kernels import _tuned
 
-# of the package, what decides what a model launches
-DECIDES = ("layers/*.py", "engine.py", "swap.py", "models.py", "quantization.py")
+# the package's modules, or packages, that decide what a model launches
+DECIDES = ("layers", "engine", "swap", "models", "quantization")
 HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")
 
 
@@ -36,7 +37,7 @@ class CorruptResults(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What every row carries. Times in ms, of one call; None where the status is not "measured"."""
+    """What every row has. Times are of one call, in ms; None unless the status is "measured"."""
 
     mode: str
     status: str = "measured"  # or "failed", or "unavailable": `note` says why
@@ -62,35 +63,42 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow(Timing):
-    """One network in one mode. protocol: "batch" (a given batch, median), "paper" (the largest
-    batch that fits, mean), "latency" (a given batch, each call waited for, median), "host" (as
-    "batch", from pinned host memory) or "step" (as "batch", with the optimiser's step).
+    """One network in one mode.
 
-    peak_memory_gb: the most that is allocated at once during one warm call: weights, images,
-    activations, what a CUDA graph holds, in training the gradients, in "step" the optimiser's
-    state too; without what the process held before. Comparable within one protocol. None on a
-    CPU."""
+    Protocols: "batch" (a given batch, median), "paper" (the largest batch that fits, mean),
+    "latency" (a given batch, each call waited for, median), "host" (as "batch", from pinned host
+    memory) and "step" (as "batch", with the optimizer's step).
+
+    `peak_memory_gb` is the most that is allocated at once during one warm call, without what the
+    process held before: weights, images, activations, what a CUDA graph holds, in training the
+    gradients, and in "step" the optimizer's state. It is comparable within one protocol, and None
+    on a CPU.
+    """
 
     network: str
     timm_name: str
     image_size: int
     protocol: str
-    asked_batch: int  # wanted, or the cap of the search
+    asked_batch: int  # as the plan has it; of "paper" the cap of the search
     batch: int
     images_per_s: float | None = None
     peak_memory_gb: float | None = None
     channels_last: bool
 
     @property
-    def key(self):
+    def key(self) -> tuple:
+        """What makes it the same row in another run."""
         return (self.timm_name, self.image_size, self.mode, self.protocol, self.asked_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRow(Timing):
-    """One operation on one shape. mode: "eager", "compiled", "fused" or another implementation's
-    name. bytes: inputs read once and outputs written once. predicted_ms: what bytes and FLOPs take
-    at the chip's peak rates, the larger of the two."""
+    """One operation on one shape.
+
+    The mode is "eager", "compiled", "fused" or another implementation's name. `bytes` counts inputs
+    read once and outputs written once. `predicted_ms` is what bytes or FLOPs take at the chip's
+    peak rates, the larger of the two.
+    """
 
     op: str
     network: str  # of deit_fast.kernels.cases.DEIT
@@ -104,12 +112,15 @@ class KernelRow(Timing):
     predicted_ms: float
 
     @property
-    def key(self):
+    def key(self) -> tuple:
+        """What makes it the same row in another run."""
         return (self.op, self.network, self.case, self.batch, self.dtype, self.mode)
 
 
 @dataclass
 class Results:
+    """A results file: the header of the last run that wrote it, and rows of this and other runs."""
+
     hardware: dict
     commit: str
     build: str
@@ -119,7 +130,7 @@ class Results:
     rows: list[ModelRow | KernelRow] = field(default_factory=list)
 
     def put(self, row: ModelRow | KernelRow) -> None:
-        """Add a row; one of the same key gives way, at its place."""
+        """Add a row, or put it in the place of the one with the same key."""
         for i, old in enumerate(self.rows):
             if type(old) is type(row) and old.key == row.key:
                 self.rows[i] = row
@@ -127,14 +138,14 @@ class Results:
         self.rows.append(row)
 
     def fresh(self, key: tuple, build: str, runs: int) -> ModelRow | KernelRow | None:
-        """The row of that key, if this build measured it over as many runs."""
+        """The row of that key, if this build measured it with at least as many runs; or None."""
         for row in self.rows:
             if row.key == key and row.build == build and row.runs >= runs:
                 return row
         return None
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name beside `path`, then rename: never half a file."""
+        """Write to a temporary file beside `path`, then rename it: never half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(self, name) for name in HEADER[:-1]}
         content["rows"] = [asdict(row) for row in self.rows]
@@ -151,7 +162,11 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Read a results file. Raises CorruptResults, naming the file and what is wrong with it."""
+    """Read a results file.
+
+    Raises:
+        CorruptResults: The message names the file and what is wrong with it.
+    """
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -166,7 +181,16 @@ def load(path: Path) -> Results:
 
 
 def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:
-    """A row of its fields' values. Raises CorruptResults, naming the file and the row's number."""
+    """Make a row of its fields' values, and check their types.
+
+    Args:
+        path: The file, for the error.
+        i: The row's number in it, for the error.
+        values: The row as JSON has it.
+
+    Raises:
+        CorruptResults: A field is unknown, missing or of another type.
+    """
     if not isinstance(values, dict):
         raise CorruptResults(f"{path}: rows[{i}] is {type(values).__name__}, expected an object")
     kind = KernelRow if "op" in values else ModelRow
@@ -183,7 +207,7 @@ def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:
     return kind(**values)
 
 
-def _fits(value, kind):
+def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is UnionType:
         return any(_fits(value, k) for k in get_args(kind))
     if kind is float:
@@ -192,11 +216,15 @@ def _fits(value, kind):
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where its Python files differ; else DEIT_FAST_COMMIT;
-    else "unknown" (an installed package)."""
+    """The commit of the code that runs.
+
+    Returns:
+        The checkout's, with "-dirty" where its Python files differ from it; of an installed package
+        the environment's DEIT_FAST_COMMIT, or "unknown".
+    """
     here = Path(deit_fast.__file__).parent
 
-    def git(*args):
+    def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -211,29 +239,42 @@ def commit() -> str:
 
 
 def build(hardware: dict) -> str:
-    """A digest of what decides a figure and of nothing else: the sources of the kernels and of the
-    modules that call them, the tuned choices, the versions, the GPU."""
+    """A digest of what decides a figure, and of nothing else.
+
+    That is the sources of the kernels and of the modules that call them, the tuned choices, the
+    versions and the GPU.
+
+    Args:
+        hardware: As `device.hardware` returns it.
+    """
     named = ("gpu", "torch", "triton", "timm", "torchao")
     digest = hashlib.sha256(json.dumps({n: hardware.get(n) for n in named}).encode())
     digest.update(kernel_digest().encode() + str(choices_digest(hardware)).encode())
     package = Path(deit_fast.__file__).parent
-    return _sources(digest, package, DECIDES)
+    decides = (pattern for name in DECIDES for pattern in (f"{name}.py", f"{name}/**/*.py"))
+    return _sources(digest, package, decides)
 
 
 def kernel_digest() -> str:
-    """A digest of the kernels' sources."""
+    """A digest of the kernels' sources, those in folders too."""
     return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py",))
 
 
 def sources() -> str:
-    """A digest of every Python file of deit_fast and its kernels: which code a folder of results
-    is of, wherever it lies and whether or not it is a repository."""
+    """A digest of every Python file of deit_fast and its kernels.
+
+    It tells which code a folder of results is of, wherever the code lies and whether or not it is a
+    repository.
+    """
     package = Path(deit_fast.__file__).parent
     digest = hashlib.sha256(kernel_digest().encode())
     return _sources(digest, package, ("**/*.py",), package / "kernels")
 
 
-def _sources(digest, folder, patterns, without=None):
+def _sources(
+    digest: "hashlib._Hash", folder: Path, patterns: Iterable[str], without: Path | None = None
+) -> str:
+    """Add files of `folder`, their names and contents, to a digest; returns 12 hex digits."""
     paths = {path for pattern in patterns for path in folder.glob(pattern)}
     for path in sorted(paths):
         if without is None or without not in path.parents:
@@ -242,8 +283,10 @@ def _sources(digest, folder, patterns, without=None):
 
 
 def choices_digest(hardware: dict) -> str | None:
-    """A digest of the tuned choices that serve this GPU: operations, shapes and choices, not when
-    or how fast they were measured. None: rules alone."""
+    """A digest of the tuned choices that serve this GPU, or None where there are rules alone.
+
+    It is of operations, shapes and choices, not of when or how fast they were measured.
+    """
     chosen = _tuned.chosen(hardware["gpu"]) if hardware["gpu"] else []
     if not chosen:
         return None
@@ -251,9 +294,19 @@ def choices_digest(hardware: dict) -> str | None:
 
 
 def open_results(path: Path | None, hardware: dict, protocol: dict, peak_rates: dict) -> Results:
-    """The file's rows under a header of today; no rows where there is no file (yet). Raises
-    CorruptResults, and ValueError where the file holds another chip's results."""
-    rows = []
+    """Open a results file for another run: its rows, if there is one, under a new header.
+
+    Args:
+        path: The file, which need not exist; None for no file.
+        hardware: As `device.hardware` returns it.
+        protocol: How this run measures.
+        peak_rates: The chip's, as `peak_rates.peak_rates` returns them.
+
+    Raises:
+        CorruptResults: The file cannot be read as one.
+        ValueError: The file holds another chip's results.
+    """
+    rows: list[ModelRow | KernelRow] = []
     if path is not None and path.exists():
         old = load(path)
         rows = old.rows

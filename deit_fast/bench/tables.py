@@ -1,6 +1,6 @@
-"""Measured rows and profiles as tables for a terminal."""
+"""Measured rows and profiles, as tables for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,13 +11,13 @@ from .results import KernelRow, ModelRow
 
 
 def console() -> Console:
-    """Wide enough for these tables: a line may wrap, but no figure is cut short."""
+    """A console wide enough for these tables: a line may wrap, but no figure is cut short."""
     found = Console()
     found.width = max(found.width, 150)
     return found
 
 
-def _table(title, left, right):
+def _table(title: str | None, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, title_justify="left")
     for heading in left:
         table.add_column(heading, no_wrap=True)
@@ -27,41 +27,41 @@ def _table(title, left, right):
 
 
 def models(rows: Iterable[ModelRow]) -> Table:
-    """images/s and what belongs to them, a line a row."""
+    """A table of models' rows: images/s with batch, time, memory and error."""
     figures = ("batch", "images/s", "ms", "p20-p80", "GB", "of peak rate", "error")
     table = _table("images/s", ("network", "mode", "protocol"), figures)
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
-        if r.status != "measured":
+        per_s, median, p20, p80 = r.images_per_s, r.ms_median, r.ms_p20, r.ms_p80
+        if per_s is None or median is None or p20 is None or p80 is None:  # not measured
             table.add_row(*name, f"{r.status}: {r.note}")
             continue
         table.add_row(
-            *name, f"{r.images_per_s:,.1f}", f"{r.ms_median:,.2f}",
-            f"{(r.ms_p80 - r.ms_p20) / r.ms_median:.1%}", _or_dash(r.peak_memory_gb, "{:.2f}"),
+            *name, f"{per_s:,.1f}", f"{median:,.2f}", f"{(p80 - p20) / median:.1%}",
+            _or_dash(r.peak_memory_gb, "{:.2f}"),
             _or_dash(r.fraction_of_peak_rate, "{:.0%}"), _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 
 
 def kernels(rows: Iterable[KernelRow]) -> Table:
-    """Predicted against measured: bytes and FLOPs at the chip's peak rates, beside the clock."""
+    """A table of kernels' rows: the time predicted from bytes and FLOPs, and the measured one."""
     figures = ("MB", "GFLOP", "predicted us", "measured us", "ratio", "error")
-    title = "against the playbook: bytes and FLOPs at the measured peak rates, and the clock"
+    title = "predicted (bytes and FLOPs at the measured peak rates) against measured"
     table = _table(title, ("operation", "network", "case", "mode", "served by"), figures)
     for r in rows:
-        measured = r.ms_median and 1e3 * r.ms_median
+        ms = r.ms_median
         table.add_row(
             r.op, r.network, r.case, r.mode, r.served_by, f"{r.bytes / 1e6:,.1f}",
             f"{r.flops / 1e9:,.2f}", f"{1e3 * r.predicted_ms:,.1f}",
-            f"{measured:,.1f}" if measured else "failed",
-            f"{r.ms_median / r.predicted_ms:.2f}" if measured else "",
+            f"{1e3 * ms:,.1f}" if ms else "failed", f"{ms / r.predicted_ms:.2f}" if ms else "",
             _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 
 
 def shares(title: str, milliseconds: dict[str, float]) -> Table:
-    """Where one call's time went, by kind of kernel."""
+    """A table of where one call's time went, by kind of kernel."""
     table = _table(None, (title,), ("ms", "share"))
     milliseconds = dict(milliseconds)
     foreign = milliseconds.pop(FOREIGN, None)
@@ -74,5 +74,5 @@ def shares(title: str, milliseconds: dict[str, float]) -> Table:
     return table
 
 
-def _or_dash(value, form):
+def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)

@@ -1,102 +1,48 @@
-"""Clocks, the rotation of inputs, and what the chip itself can do.
+"""Clocks, and the rotation of inputs.
 
-Throughput is timed with device events around each call and no synchronisation between calls, as in
-a busy server; latency with the host's clock around one call and its synchronisation; a single
-kernel through a CUDA graph, so that launches do not count. On a CPU the host's clock serves all.
+Throughput is timed with device events around each call and no synchronization between calls, as on
+a busy server. Latency is timed with the host's clock around one call and its synchronization. A
+single kernel is timed through a CUDA graph, so that launches do not count. On a CPU the host's
+clock serves all of them.
 """
 
 import gc
-import platform
-import re
-import subprocess
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import fmean, median, quantiles
+from typing import TypeVar
 
 import torch
 
-from deit_fast.kernels import _policy, _tuned
-from deit_fast.kernels.quantize import FORMATS
+from .device import l2_bytes
 
-from .modes import MODES
-
-PEAK_RATE_RUNS = 20
-GRAPH_MS = 1.0  # that one graph of a short kernel's calls should last
+GRAPH_MS = 1.0  # how long one graph of a short kernel's calls should last
 MOST_COPIES = 64
-CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
+T = TypeVar("T")
 
 
-def device_name(device: torch.device) -> str:
-    """The chip as its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+def rotation(make: Callable[[], T], nbytes: int, device: torch.device) -> list[T]:
+    """Input sets to use in turn, so that no call finds its input in the cache.
 
+    Args:
+        make: Makes one input set.
+        nbytes: The size of one set.
+        device: Where the sets lie.
 
-def slug(device: torch.device) -> str:
-    """The chip's folder under benchmarks/results: "h200", "cpu"."""
-    if device.type == "cpu":
-        return "cpu"
-    return _tuned.slug(device_name(device))
-
-
-def hardware(device: torch.device) -> dict:
-    """What the figures were measured on and with. `gpu` is None on a CPU."""
-    found = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
-    if device.type == "cuda":
-        found |= {"gpu": device_name(device), "driver": _driver()}
-    found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    found["python"] = platform.python_version()
-    for package in ("torch", "triton", "timm", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _driver():
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return answer.splitlines()[0].strip()
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """In hardware, on a GPU; a CPU computes anything, some of it slowly."""
-    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def l2_bytes(device: torch.device) -> int:
-    """The cache that must not hold the inputs from one call to the next."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    return 32 << 20
-
-
-def rotation(make: Callable[[], object], nbytes: int, device: torch.device) -> list:
-    """Input sets to use in turn: together four times the cache, at most 64 of them."""
+    Returns:
+        Sets that together have four times the size of the cache, at most 64 of them.
+    """
     return [make() for _ in range(min(64, max(1, -(-4 * l2_bytes(device) // max(nbytes, 1)))))]
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was queued; nothing to do on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:
-    """Give memory back: what no one holds any more, and what the allocator keeps of it."""
+    """Free memory: unreachable tensors, and what the CUDA allocator caches."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -105,7 +51,18 @@ def release(device: torch.device) -> None:
 def throughput_ms(
     call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
 ) -> list[float]:
-    """Milliseconds of each of `runs` calls, one after the other without waiting."""
+    """Time calls that follow each other without waiting.
+
+    Args:
+        call: What is timed, with one argument.
+        inputs: Arguments, used in turn.
+        runs: How many calls are timed.
+        warmup: How many calls are made before.
+        device: Where the call computes.
+
+    Returns:
+        Milliseconds of each timed call.
+    """
     if device.type != "cuda":
         return latency_ms(call, inputs, runs, warmup, device)
     for i in range(warmup):
@@ -123,7 +80,7 @@ def throughput_ms(
 def latency_ms(
     call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
 ) -> list[float]:
-    """Milliseconds from each call to its result being there."""
+    """Time each call until its result is there; arguments as of `throughput_ms`."""
     times = []
     for i in range(warmup + runs):
         synchronize(device)
@@ -137,9 +94,14 @@ def latency_ms(
 def kernel_ms(
     call: Callable, inputs: Sequence, runs: int, warmup: int, device: torch.device
 ) -> list[float]:
-    """Milliseconds of device time a call; each of `runs` is the mean over all input sets. A
-    short kernel's calls are repeated until a graph lasts a millisecond: its launch takes some
-    microseconds."""
+    """Time kernels on the device alone, by CUDA graph replay; arguments as of `throughput_ms`.
+
+    The calls of a short kernel are repeated until a graph lasts a millisecond, because the launch
+    of a graph takes some microseconds.
+
+    Returns:
+        Milliseconds of device time of one call; each of `runs` is the mean over all input sets.
+    """
     if device.type != "cuda":
         return latency_ms(call, inputs, runs, warmup, device)
     for x in inputs:  # compiles, tunes and fills the allocator before the capture
@@ -159,7 +121,7 @@ def copies(ms: float) -> int:
     return max(1, min(MOST_COPIES, round(GRAPH_MS / max(ms, 1e-6))))
 
 
-def _captured(call, inputs):
+def _captured(call: Callable, inputs: Sequence) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for x in inputs:
@@ -168,7 +130,12 @@ def _captured(call, inputs):
 
 
 def latency_runs(ms: float, least: int = 30) -> int:
-    """Timed calls of a latency row whose calls last `ms`: half a second's worth, at most 200."""
+    """How many calls of a latency row are timed: half a second's worth, `least` to 200.
+
+    Args:
+        ms: How long one call lasts.
+        least: The least number of calls; it may exceed 200.
+    """
     return max(least, min(200, round(500 / max(ms, 1e-3))))
 
 
@@ -196,110 +163,14 @@ def host_ms(call: Callable, inputs: Sequence, runs: int, device: torch.device) -
     return median(times)
 
 
-def last_sample(path: Path) -> dict:
-    """The last whole line that `nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,
-    temperature.gpu --format=csv,noheader,nounits` wrote to `path`, by CLOCK_FIELDS; None for what
-    it does not tell."""
-    unknown = dict.fromkeys(CLOCK_FIELDS)
-    if not path.exists():
-        return unknown
-    *whole, _ = path.read_text(errors="replace").split("\n")
-    if not whole:
-        return unknown
-    _, *values = [value.strip() for value in whole[-1].split(",")]
-    if len(values) != len(CLOCK_FIELDS):
-        return unknown
-    return {name: _number(value) for name, value in zip(CLOCK_FIELDS, values, strict=True)}
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]"
-        return None
-
-
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median, mean, 20th and 80th percentile of milliseconds."""
+    """Summarize times in milliseconds.
+
+    Returns:
+        ms_median, ms_mean, and the 20th and 80th percentile as ms_p20 and ms_p80.
+    """
     fifths = quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
     return {
         "ms_median": median(times), "ms_mean": fmean(times),
         "ms_p20": fifths[0], "ms_p80": fifths[3],
     }  # fmt: skip
-
-
-def peak_rates(device: torch.device, runs: int = PEAK_RATE_RUNS) -> dict[str, float]:
-    """The chip's best, measured on random data: a large copy, counting bytes read and written
-    (copy_tb_per_s), and the best of several large matrix products in each precision, those in
-    eight bits where the GPU has them; they are left out, with a warning, where PyTorch's library
-    does not run them."""
-    cuda, runs = device.type == "cuda", min(runs, PEAK_RATE_RUNS)
-    found = {"copy_tb_per_s": _copy_tb_per_s(2 << 30 if cuda else 64 << 20, runs, device)}
-    shapes = [(1024, 1024, 1024)] if not cuda else [
-        (8192, 8192, 8192), (16384, 8192, 4096), (50_688, 3072, 768), (50_688, 768, 3072),
-    ]  # fmt: skip
-    for name in ("fp32", "tf32", "fp16", "bf16") if cuda else ("fp32", "fp16", "bf16"):
-        mode = MODES[f"eager_{name}"]
-        with mode.settings():
-            best = max(_product_tflops(shape, mode.dtype, runs, device) for shape in shapes)
-        found[f"{name}_tflops"] = best
-    for name in formats(device) if cuda else ():
-        try:
-            best = max(_eight_bits_tflops(shape, name, runs, device) for shape in shapes)
-        except torch.AcceleratorError:  # the device is lost: nothing would run after it
-            raise
-        except RuntimeError as error:  # every other figure stands without
-            line = str(error).partition("\n")[0]
-            warnings.warn(f"no peak rate of {name}: {line}", stacklevel=2)
-        else:
-            found[f"{name}_tflops"] = best
-    release(device)
-    return found
-
-
-def formats(device: torch.device) -> list[str]:
-    """Those of eight bits in which products are computed there."""
-    of = None if device.type == "cpu" else capability(device)
-    return [name for name in FORMATS if why_no_products(name, of) is None]
-
-
-def why_no_products(format: str, of: tuple[int, int] | None) -> str | None:
-    """Why a chip (None: a CPU) multiplies nothing in "fp8" or "int8", or None."""
-    choice = _policy.choose("quantized_linear", of, FORMATS[format])
-    return choice.reason if choice.implementation == "none" else None
-
-
-def _copy_tb_per_s(size, runs, device):
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = throughput_ms(lambda _: target.copy_(source), [None], runs, 3, device)
-    return 2 * size / median(times) / 1e9
-
-
-def _product_tflops(shape, dtype, runs, device):
-    M, N, K = shape
-    a, b = (torch.randn(n, K, device=device).to(dtype) for n in (M, N))
-    times = throughput_ms(lambda _: a @ b.T, [None], runs, 3, device)
-    return 2 * M * N * K / median(times) / 1e9
-
-
-def _eight_bits_tflops(shape, format, runs, device):
-    """One scale for all, in fp8, results in bf16; in int8 the sums themselves, in int32: four bytes
-    an element, which count where K is small."""
-    M, N, K = shape
-    if format == "int8":
-        a, b = (torch.randint(-127, 128, (n, K), device=device).to(torch.int8) for n in (M, N))
-
-        def product(_):
-            return torch._int_mm(a, b.T)
-    else:
-        a, b = (torch.randn(n, K, device=device).to(FORMATS[format]) for n in (M, N))
-        one = torch.ones((), device=device)
-
-        def product(_):
-            return torch._scaled_mm(
-                a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda"
-            )
-
-    times = throughput_ms(product, [None], runs, 3, device)
-    return 2 * M * N * K / median(times) / 1e9

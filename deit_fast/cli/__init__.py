@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from deit_fast import tune
+from deit_fast.tune import command as tune
 
 from . import (
     analyse,

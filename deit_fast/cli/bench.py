@@ -1,6 +1,6 @@
 """images/s of one model on this machine: eager PyTorch, torch.compile, deit_fast.
 
-examples:
+Examples:
   deit-fast bench deit_small_distilled
   deit-fast bench deit_base_384 --batches 1,8,256 --modes eager_bf16,deit_fast_bf16
   deit-fast bench deit_tiny --protocol latency --batches 1 --json tiny.json
@@ -12,15 +12,19 @@ fp32 before it is timed. Ctrl-C keeps what was measured. An existing --json file
 rows.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deit_fast.bench import profiling, results, tables, timing
+from deit_fast.bench import profiling, results, tables
+from deit_fast.bench.device import device_name, hardware
+from deit_fast.bench.measure import PROTOCOLS, Plan, measure
 from deit_fast.bench.modes import MODES, pick
-from deit_fast.bench.networks import PROTOCOLS, Network, Plan
+from deit_fast.bench.network import Network
+from deit_fast.bench.peak_rates import peak_rates
 
 DEFAULT_MODES = {
     "cuda": "eager_fp32,eager_bf16,compile_max_autotune_bf16,deit_fast_fp32,deit_fast_bf16",
@@ -33,7 +37,8 @@ TRAIN_MODES = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
     parser.add_argument("model", metavar="MODEL", help="one of ours or any timm name")
     parser.add_argument("--image-size", type=int, metavar="PX", help="(default: the model's own)")
     parser.add_argument(
@@ -57,7 +62,15 @@ def add_arguments(parser):
     )  # fmt: skip
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; writes a results file and traces if asked to.
+
+    Returns:
+        0; 1 where a row failed; 130 after Ctrl-C.
+
+    Raises:
+        ValueError: An option, the results file or the network is wrong.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _numbers(args.batches or ("256" if device.type == "cuda" else "8"))
     default = TRAIN_MODES if args.protocol == "step" else DEFAULT_MODES
@@ -73,11 +86,11 @@ def run(args) -> int:
             raise ValueError(
                 f"--{name}: {getattr(args, name)}, expected {int(name == 'runs')} or more"
             )
-    hardware = timing.hardware(device)
+    machine = hardware(device)
     timer = "cuda events" if device.type == "cuda" else "perf_counter"
     protocol = {"runs": args.runs, "warmup": args.warmup, "timer": timer}
     # a corrupt file is refused before anything is measured
-    results.open_results(args.json, hardware, protocol, {})
+    results.open_results(args.json, machine, protocol, {})
     network = Network(args.model, args.image_size, device)
     missing = {mode: network.why_not(mode) for mode in modes if network.why_not(mode)}
     if missing and args.modes:
@@ -87,19 +100,20 @@ def run(args) -> int:
 
     console, notes = tables.console(), Console(stderr=True)
     todo = [(mode, batch) for batch in batches for mode in modes]
-    rows, profiles = [], []
+    rows: list[results.ModelRow] = []
+    profiles: list[tuple[str, dict[str, float], Path]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     interrupted = False
     try:
         with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as progress:
             task = progress.add_task("peak rates of the chip", total=len(todo))
-            peak_rates = timing.peak_rates(device, args.runs)
-            file = results.open_results(args.json, hardware, protocol, peak_rates)
-            stamp = {"commit": results.commit(), "build": results.build(hardware)}
+            rates = peak_rates(device, args.runs)
+            file = results.open_results(args.json, machine, protocol, rates)
+            stamp = {"commit": results.commit(), "build": results.build(machine)}
             for mode, batch in todo:
                 progress.update(task, description=f"{mode.name}, batch {batch}")
                 plan = Plan(args.protocol, batch, args.runs, args.warmup)
-                rows.append(network.measure(mode, plan, peak_rates, stamp)[0])
+                rows.append(measure(network, mode, plan, rates, stamp)[0])
                 if args.json:
                     file.put(rows[-1])
                     file.save(args.json)
@@ -114,20 +128,21 @@ def run(args) -> int:
         for title, milliseconds, trace in profiles:
             console.print(tables.shares(title, milliseconds))
             console.print(f"trace: {trace}", soft_wrap=True)
-    name = timing.device_name(device)
-    console.print(f"device: {name}, {args.runs} calls after {args.warmup}", soft_wrap=True)
+    console.print(
+        f"device: {device_name(device)}, {args.runs} calls after {args.warmup}", soft_wrap=True
+    )
     if device.type == "cpu":
         console.print("These figures are a CPU's: deit_fast runs plain PyTorch there.")
     if args.json and rows:
         console.print(f"results: {args.json}", soft_wrap=True)
     if interrupted:
-        missing = ", ".join(f"{mode.name} at {batch}" for mode, batch in todo[len(rows) :])
-        notes.print(f"interrupted; not measured: {missing}", soft_wrap=True)
+        rest = ", ".join(f"{mode.name} at {batch}" for mode, batch in todo[len(rows) :])
+        notes.print(f"interrupted; not measured: {rest}", soft_wrap=True)
         return 130
     return 1 if any(row.status == "failed" for row in rows) else 0
 
 
-def _numbers(text):
+def _numbers(text: str) -> list[int]:
     try:
         numbers = [int(n) for n in text.split(",")]
     except ValueError:

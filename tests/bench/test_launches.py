@@ -76,7 +76,7 @@ def test_every_kernel_serves_its_relatives(name):
     assert all(scales) if name.startswith("deit3") else not any(scales)
 
 
-BLOCK_IN_EIGHT_BITS = [
+QUANTIZED_BLOCK = [
     "layer_norm_quantized", "quantized_linear", "attention_quantized", "quantized_linear",
     "layer_norm_quantized", "quantized_linear", "quantized_linear",
 ]  # fmt: skip
@@ -91,14 +91,14 @@ BLOCK_IN_EIGHT_BITS = [
         ("deit3_huge_patch14_224", {"embed_dim": 160, "num_heads": 2}),  # heads of 80, as it has
     ],
 )
-def test_no_pass_quantises_anything(name, options, format):
-    """One LayerNorm a half block, which writes eight bits; attention and GELU's epilogue write them
-    too. Of PyTorch's own: what the model in bf16 launches."""
+def test_no_kernel_only_quantizes(name, options, format):
+    """One LayerNorm a half block, which quantizes its output, as attention and GELU's epilogue do.
+    PyTorch's own kernels are those of the model in bf16."""
     model = deit_fast.create_model(name, depth=3, **options)
     plain = record(copy.deepcopy(model), 256, BF16, H200)
     deit_fast.quantize(model, format)
     recorder = record(model, 256, BF16, H200)
-    block, last = list(BLOCK_IN_EIGHT_BITS), Counter(BLOCK_IN_EIGHT_BITS)
+    block, last = list(QUANTIZED_BLOCK), Counter(QUANTIZED_BLOCK)
     last |= {"quantized_linear": 5}  # queries apart from keys and values
     last |= {"layer_norm_quantized": 3}
     if format == "int8" and options:  # heads without whole parts of 32 features leave proj alone
@@ -108,10 +108,10 @@ def test_no_pass_quantises_anything(name, options, format):
     assert ops[:15] == ["patch_embed", *block, *block] and ops[-1] == "classifier"
     assert Counter(ops[15:-1]) == +last
     assert recorder.others == plain.others
-    eight = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    quantized = torch.float8_e4m3fn if format == "fp8" else torch.int8
     for op, args, _ in recorder.calls:
         if op == "quantized_linear":
-            assert args[0].dtype == args[2].dtype == eight, "operand and weight"
+            assert args[0].dtype == args[2].dtype == quantized, "operand and weight"
 
 
 def test_tiny_vit_in_half_precision():
@@ -121,14 +121,14 @@ def test_tiny_vit_in_half_precision():
     ops = [op for op, _, _ in recorder.calls]
     block = ["layer_norm_linear", "window_attention", "linear", "conv_norm"]
     block += ["layer_norm_linear", "linear"]
-    wanted = ["conv_norm"] * (2 + 2 * 3)
+    expected = ["conv_norm"] * (2 + 2 * 3)
     for depth in (2, 6, 2):
-        wanted += ["conv_norm"] * 3 + block * depth
-    assert ops == wanted
+        expected += ["conv_norm"] * 3 + block * depth
+    assert ops == expected
     assert recorder.others == {"clone": 1, "mean": 1, "native_layer_norm": 1, "addmm": 1}
 
 
-def test_row_stats_come_with_the_product_before():
+def test_row_stats_come_with_the_gemm_before():
     recorder = record(meta_model("deit_small_distilled"), 256, BF16, H200)
     row_stats = [args[5] for op, args, _ in recorder.calls if op == "layer_norm_linear"]
     assert len(row_stats) == 23 and row_stats[0] is None
@@ -143,7 +143,7 @@ def test_the_last_block_is_for_the_prefix_tokens():
 
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 def test_chips_without_tensor_cores_for_triton(dtype):
-    """Products are cuBLAS' (in deit_fast::linear), attention and convolution PyTorch's."""
+    """GEMMs are cuBLAS' (in deit_fast::linear), attention and convolution PyTorch's."""
     recorder = record(meta_model("deit_small_distilled"), 64, dtype, V100)
     ops = Counter(op for op, _, _ in recorder.calls)
     assert ops == {"layer_norm": 25, "linear": 49}
@@ -206,7 +206,7 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.cpu("counts what PyTorch's operators for the CPU hold")
 def test_peak_memory_is_no_more_than_eagers():
-    """Activations of a half-precision pass in inference, in Triton's interpreter."""
+    """Activations of a forward pass in half precision, in Triton's interpreter."""
     reference, fast = tiny_pair("triton", depth=3)
     x = images(reference, batch=32).half()
     peaks = []
@@ -239,7 +239,7 @@ def test_prediction_counts_the_whole_model(network):
         assert launch.bytes > 0
 
 
-def test_prediction_of_one_product():
+def test_prediction_of_one_gemm():
     """By hand: 50,688 x 768 -> 3072 with GELU."""
     rows, _, _ = predicted.predict("B", 256, chips.H200.peak_rates, tables=False)
     (row,) = [r for r in rows if r[0].shape == "50688 x 768 -> 3072, gelu"]
@@ -255,21 +255,21 @@ def test_prediction_of_one_product():
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_prediction_in_eight_bits(format):
-    """Every launch has one; products at twice the peak rate, and as if K were half as long."""
+def test_prediction_of_a_quantized_format(format):
+    """Every launch has one; GEMMs at twice the peak rate, and as if K were half as long."""
     model = deit_fast.create_model("deit_tiny_distilled", depth=2)
     deit_fast.quantize(model, format)
     found = costs.launches(record(model, 256, BF16, H200))
     ops = Counter(launch.op for launch in found)
     assert ops["layer_norm_quantized"] >= 4 and ops["attention_quantized"] == 2
-    products = [launch for launch in found if launch.op == "quantized_linear"]
-    assert {predicted.case_of(launch, "Ti") for launch in products} >= {
+    gemms = [launch for launch in found if launch.op == "quantized_linear"]
+    assert {predicted.case_of(launch, "Ti") for launch in gemms} >= {
         f"{format} {name}" for name in ("qkv", "proj", "fc1", "fc2")
     }
     for op in ("layer_norm_quantized", "attention_quantized"):  # a row of theirs is a launch's
         cases = {predicted.case_of(launch, "Ti") for launch in found if launch.op == op}
         assert cases - {None} == {format} and format in deit_cases(op, "Ti", 256)
-    fc2 = next(launch for launch in products if predicted.case_of(launch, "Ti") == f"{format} fc2")
+    fc2 = next(launch for launch in gemms if predicted.case_of(launch, "Ti") == f"{format} fc2")
     M, K, N = 256 * 198, 768, 192
     times = fc2.times({"bf16_tflops": 788.0, "copy_tb_per_s": 4.3})
     assert fc2.flops == 2 * M * N * K
@@ -280,7 +280,7 @@ def test_prediction_in_eight_bits(format):
 
 
 @pytest.mark.slow
-def test_prediction_of_a_quantised_model(capsys):
+def test_prediction_of_a_quantized_model(capsys):
     """The command's ratio to bf16; attention in fp8 is named and takes less."""
     (bf16, fp8, attention) = (
         predicted.predict("S", 256, chips.H200.peak_rates, False, False, *kind)[1]

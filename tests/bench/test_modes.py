@@ -33,7 +33,7 @@ def test_the_modes_are_those_of_the_results_format():
         assert bool(mode.compile) == ("compile" in name or "overhead" in name)
         assert mode.graph == ("_graph_" in name)
         assert mode.engine == ("_engine_" in name) and mode.torchao == name.startswith("torchao")
-        assert bool(mode.eight_bits) == ("8" in name)
+        assert bool(mode.quantized_format) == ("8" in name)
         assert mode.attention == ("attention" in name)
         assert mode.precision in name
 

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_and_fits_the_schema(file):
     VALIDATOR.validate(json.loads(file.read_text()))
 
 
-def test_what_is_not_to_be_had_fits_the_schema(tmp_path):
+def test_an_unavailable_row_fits_the_schema(tmp_path):
     row = model_row(DEIT, status="unavailable", note="torchao is not installed")
     results_of(row).save(tmp_path / "a.json")
     VALIDATOR.validate(json.loads((tmp_path / "a.json").read_text()))
@@ -167,7 +167,12 @@ def test_the_build_changes_with_what_decides_a_figure(copied):
     (copied / "bench" / "timing.py").write_text("")
     assert results.build(HARDWARE) == first
     seen = {first}
-    for path in ("layers/block.py", "swap.py", "kernels/linear/forward.py"):
+    decides = (
+        "layers/block.py", "layers/vit/block.py", "swap.py", "quantization/scales.py",
+        "kernels/linear.py", "kernels/attention/forward.py",
+    )  # fmt: skip
+    for path in decides:
+        (copied / path).parent.mkdir(exist_ok=True)
         (copied / path).write_text("other")
         assert (found := results.build(HARDWARE)) not in seen
         seen.add(found)
@@ -227,9 +232,13 @@ def test_sources_are_all_of_deit_fasts(copied):
     (copied / "kernels" / "__init__.py").write_text("other")
     assert results.kernel_digest() != kernels
     seen.add(results.sources())
+    for path in ("kernels/attention/forward.py", "tune/operations/linear.py"):
+        (copied / path).parent.mkdir(parents=True)
+        (copied / path).write_text("other")
+        seen.add(results.sources())
     (copied / "kernels" / "tuned" / "imaginary.json").write_text("{}")
     seen.add(results.sources())
-    assert len(seen) == 3
+    assert len(seen) == 5
 
 
 def test_commit_is_the_checkouts_or_the_environments(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def shown(table) -> list[str]:
 
 def test_a_kernel_that_failed_has_a_line():
     """Before or after it was found to agree."""
-    failed = {"status": "failed", "note": "Disagreement"}
+    failed = {"status": "failed", "note": "Mismatch"}
     rows = [
         kernel_row(case="qkv"), kernel_row(case="proj", **failed, relative_error=None),
         kernel_row(case="fc1", **failed),

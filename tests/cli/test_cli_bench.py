@@ -7,8 +7,7 @@ import torch
 from breaking import wrong_mlps
 
 from deit_fast.bench import results
-from deit_fast.bench.networks import Network
-from deit_fast.cli import main
+from deit_fast.cli import bench, main
 
 BENCH = ["bench", "deit_tiny_distilled", "--image-size", "32", "--runs", "2", "--warmup", "1"]
 
@@ -34,15 +33,15 @@ def test_bench_measures_and_writes_a_results_file(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkeypatch):
-    real, calls = Network.measure, []
+    real, calls = bench.measure, []
 
-    def measure(self, mode, *args):
+    def measure(network, mode, *args):
         calls.append(mode.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, mode, *args)
+        return real(network, mode, *args)
 
-    monkeypatch.setattr(Network, "measure", measure)
+    monkeypatch.setattr(bench, "measure", measure)
     path = tmp_path / "tiny.json"
     modes = "eager_fp32,deit_fast_fp32"
     assert main([*BENCH, "--batches", "1,2", "--modes", modes, "--json", str(path)]) == 130
@@ -54,15 +53,15 @@ def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkey
 
 
 def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeypatch):
-    real, calls = Network.measure, []
+    real, calls = bench.measure, []
 
-    def measure(self, mode, *args):
+    def measure(network, mode, *args):
         calls.append(mode.name)
         if len(calls) == 2:
             raise RuntimeError("out of luck")
-        return real(self, mode, *args)
+        return real(network, mode, *args)
 
-    monkeypatch.setattr(Network, "measure", measure)
+    monkeypatch.setattr(bench, "measure", measure)
     path = tmp_path / "tiny.json"
     assert main([*BENCH, "--batches", "1,2", "--modes", "eager_fp32", "--json", str(path)]) == 2
     printed = capsys.readouterr()
@@ -71,15 +70,15 @@ def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.slow
-def test_bench_says_what_does_not_agree(monkeypatch, capsys):
+def test_bench_names_a_mismatch(monkeypatch, capsys):
     wrong_mlps(monkeypatch, 1.01)
     assert main([*BENCH, "--batches", "1", "--modes", "deit_fast_fp32"]) == 1
-    assert "failed: Disagreement: relative error" in capsys.readouterr().out
+    assert "failed: Mismatch: relative error" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_bench_profile(tmp_path, capsys):
-    """In eight bits too."""
+    """Of a quantized mode too."""
     modes = ("eager_fp32", "deit_fast_fp8")
     args = ["--batches", "1", "--modes", ",".join(modes), "--profile", str(tmp_path / "traces")]
     assert main([*BENCH, *args]) == 0

@@ -19,7 +19,7 @@ from checking import (
 from PIL import Image
 
 import deit_fast
-from deit_fast.bench import networks
+from deit_fast.bench import weights
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "num_classes": 11}
 SMALL_TINY_VIT = {  # a stage of each kind
@@ -34,7 +34,7 @@ SMALL_CAIT = {
 
 def randomize(model, seed=0):
     """Every parameter random, others for each --seed."""
-    return networks.randomize(model, seeded(seed))
+    return weights.randomize(model, seeded(seed))
 
 
 def pair(name="deit_tiny_distilled_patch16_224", backend="torch", **kwargs):

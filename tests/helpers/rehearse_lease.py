@@ -26,7 +26,7 @@ WARMUP_SECONDS = 600
 PEAK_RATES = {"bf16_tflops": 800.0, "fp8_tflops": 1600.0, "copy_tb_per_s": 3.0}
 
 
-def fake_clock(timing) -> None:
+def fake_clock(timing, peak_rates) -> None:
     """Every call is made once and takes about a millisecond."""
     ticks = itertools.count()
 
@@ -38,7 +38,7 @@ def fake_clock(timing) -> None:
     timing.host_ms = lambda call, inputs, runs, device: 0.5
     timing.rotation = lambda make, nbytes, device: [make()]
     timing.spin_up = lambda device, seconds=0.5: None
-    timing.peak_rates = lambda device, runs=1: PEAK_RATES
+    peak_rates.peak_rates = lambda device, runs=1: PEAK_RATES
 
 
 def accept_unwritten_memory() -> None:
@@ -47,19 +47,19 @@ def accept_unwritten_memory() -> None:
 
     from benchmarks import kernel_rows
     from benchmarks.lease import agreement, smoke
-    from deit_fast import tune
-    from deit_fast.bench import networks
+    from deit_fast.bench import correctness, network, step
+    from deit_fast.tune import benchmark
 
     kernel_rows.agree = lambda got, plain, exact, inputs: 0.0
     smoke.relative_error = lambda got, truth: 0.0
     agreement.relative = lambda error: 0.0
-    tune._agrees = lambda got, exact, allowed: True
-    networks.Network.check = lambda self, step, batch: 1e-3
-    why_not = networks.Network.why_not
-    networks.Network.why_not = lambda self, mode: why_not(
+    benchmark._is_correct = lambda got, exact, allowed: True
+    correctness.check = lambda network, step, batch: 1e-3
+    why_not = network.Network.why_not
+    network.Network.why_not = lambda self, mode: why_not(
         self, dataclasses.replace(mode, engine=False, graph=False)
     )
-    networks._Graph = Graph
+    step._TrainingGraph = Graph
     torch.compiler.set_stance("force_eager")
 
 
@@ -68,7 +68,7 @@ class Graph:
         self.step, self.images = step, images
 
     def replay(self, images):
-        return self.step._gradients(images)
+        return self.step.forward_backward(images)
 
 
 def break_steps() -> None:
@@ -89,10 +89,10 @@ def rehearse(args, work: Path) -> dict:
     bare.prepare(work)
     from stand_in_cuda import install
 
-    from deit_fast.bench import timing
+    from deit_fast.bench import peak_rates, timing
 
     gpu = install((9, 0), args.library)
-    fake_clock(timing)
+    fake_clock(timing, peak_rates)
     accept_unwritten_memory()
     if args.faults:
         break_steps()

@@ -64,7 +64,7 @@ def epilogue(arch: int) -> Iterator[Case]:
             yield Case(
                 op="linear", kernel="_linear_epilogue_kernel", arch=arch,
                 label=f"behind cuBLAS: {name}, {TRITON_TYPE[dtype]}",
-                signature=pointers("product_ptr y_ptr", dtype) | optional
+                signature=pointers("xw_ptr y_ptr", dtype) | optional
                 | integers("M N rows_per_sample"),
                 constexprs={"ACTIVATION": activation},
                 meta=kernel_module("linear").EPILOGUE_META,

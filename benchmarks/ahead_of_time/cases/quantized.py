@@ -111,8 +111,8 @@ def _gemm(arch, dtype, config, name):
         label=f"{name}, {tile_name(config)}, {FORMAT[dtype]}",
         signature=signature | integers("M N K rows_per_sample"),
         constexprs={
-            "ACTIVATION": activation, "EXACT": dtype_around == FP32, "PARTS": groups,
-            "BY_ROW": granularity != "tensor", "OWN_SCALE": "own_scales" in name, "EVEN_K": True,
+            "ACTIVATION": activation, "EXACT": dtype_around == FP32, "GROUPS": groups,
+            "PER_ROW": granularity != "tensor", "OWN_SCALE": "own_scales" in name, "EVEN_K": True,
             "INT8": dtype == INT8,
         },
         meta=meta, bytes=M * K + N * K + M * N * width + scales, flops=2 * M * N * K,
@@ -129,6 +129,6 @@ def _one_row(case, name, dtype):
         op=case.op, kernel=case.kernel, arch=case.arch,
         label=f"one row, parts, {name}, {FORMAT[dtype]}",
         signature=signature | {"x_ptr": dtype, "w_ptr": dtype},
-        constexprs=case.constexprs | dict.fromkeys(sizes, 1) | {"EVEN_K": False, "PARTS": 3},
+        constexprs=case.constexprs | dict.fromkeys(sizes, 1) | {"EVEN_K": False, "GROUPS": 3},
         meta=case.meta | {"TMA": False, "BLOCK_K": 32}, bytes=N * 96, flops=2 * N * 96,
     )  # fmt: skip

@@ -1,0 +1,123 @@
+"""What the device is: its name, what is installed with it, and what it can compute."""
+
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from deit_fast.kernels import _policy, _tuned
+from deit_fast.kernels.quantize import FORMATS
+
+CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
+
+
+def device_name(device: torch.device) -> str:
+    """The chip's name as its maker gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The chip's folder under benchmarks/results: "h200", "cpu"."""
+    if device.type == "cpu":
+        return "cpu"
+    return _tuned.slug(device_name(device))
+
+
+def hardware(device: torch.device) -> dict[str, str | int | None]:
+    """The chip, driver and versions that a results file records.
+
+    Returns:
+        Keys gpu and driver (None on a CPU), cuda, cpu, threads, python, torch, triton, timm and
+        torchao (None where it is not installed).
+    """
+    found: dict[str, str | int | None] = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        found |= {"gpu": device_name(device), "driver": _driver()}
+    found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    found["python"] = platform.python_version()
+    for package in ("torch", "triton", "timm", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return printed.splitlines()[0].strip()
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16: a GPU in hardware; a CPU always, if slowly."""
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Bytes of the cache that must not hold inputs from one call to the next; 32 MiB on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 32 << 20
+
+
+def quantized_formats(device: torch.device) -> list[str]:
+    """The formats, of "fp8" and "int8", whose matmuls the device computes."""
+    of = None if device.type == "cpu" else capability(device)
+    return [name for name in FORMATS if why_no_quantized_matmul(name, of) is None]
+
+
+def why_no_quantized_matmul(format: str, of: tuple[int, int] | None) -> str | None:
+    """Why a chip has no matmul in a quantized format; None where it has one.
+
+    Args:
+        format: "fp8" or "int8".
+        of: The chip's compute capability; None for a CPU.
+    """
+    choice = _policy.choose("quantized_linear", of, FORMATS[format])
+    return choice.reason if choice.implementation == "none" else None
+
+
+def last_sample(path: Path) -> dict[str, float | None]:
+    """The last sample of the chip's clocks and power in a log of nvidia-smi.
+
+    Args:
+        path: What `nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,
+            temperature.gpu --format=csv,noheader,nounits` writes to; it may be missing, or end in
+            half a line, which does not count.
+
+    Returns:
+        A number for each of CLOCK_FIELDS; None for what the log does not tell.
+    """
+    unknown: dict[str, float | None] = dict.fromkeys(CLOCK_FIELDS)
+    if not path.exists():
+        return unknown
+    *whole, _ = path.read_text(errors="replace").split("\n")
+    if not whole:
+        return unknown
+    _, *values = [value.strip() for value in whole[-1].split(",")]
+    if len(values) != len(CLOCK_FIELDS):
+        return unknown
+    return {name: _number(value) for name, value in zip(CLOCK_FIELDS, values, strict=True)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None

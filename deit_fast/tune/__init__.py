@@ -1,0 +1,23 @@
+"""Benchmark on this GPU which implementation and tiles serve each operation of a model best.
+
+`python -m deit_fast.tune` writes the winners to the table that every process on this GPU reads.
+
+task.py         one operation on one shape, and what may serve it
+operations/     the tasks of each operation, from one recorded call of it
+model_tasks.py  all tasks of a model
+benchmark.py    the candidates of a task: checked against PyTorch, then timed
+table.py        the table of winners
+dispatch.py     what "auto" takes
+command.py      the command
+"""
+
+from .benchmark import allowance, autotune
+from .command import main
+from .dispatch import served_by
+from .model_tasks import tasks
+from .table import TableRow, read_rows, write
+from .task import Task
+
+__all__ = [
+    "TableRow", "Task", "allowance", "autotune", "main", "read_rows", "served_by", "tasks", "write",
+]  # fmt: skip

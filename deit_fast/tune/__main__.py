@@ -1,0 +1,7 @@
+"""`python -m deit_fast.tune`."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
