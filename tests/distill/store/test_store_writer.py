@@ -173,7 +173,7 @@ def test_a_header_that_a_power_failure_left_empty(size, data, net, whole, copy):
 @pytest.mark.slow
 def test_two_ranks_write_and_train(data, net, whole, tmp_path):
     """Two processes write what one does, each its half, and train as one does. They have the
-    variables that torchrun gives them; tests/test_train.py has torchrun itself."""
+    variables that torchrun gives them; tests/distill/test_run.py has torchrun itself."""
     two = tmp_path / "two"
     write_two = ["distill-store", "write", str(data), str(two), "--teacher", str(net), "--workers"]
     write_two += ["0", "--epochs", "2", "--k", "2", "--batch", "6", "--img-size", "16"]
