@@ -17,16 +17,16 @@ def test_every_part_matters_for_the_output(vit, convnet):
         step = Step(network, MODES["eager_fp32"])
         expected = step(network.images)
         for name, p in step.model.named_parameters():
-            kept = p.detach().clone()
+            before = p.detach().clone()
             p.data.zero_()
             if name.endswith("qkv.bias"):  # the keys' third cannot matter, the rest must
                 p.data[p.numel() // 3 : 2 * p.numel() // 3] = 0
             assert_differ(step(network.images), expected, name)
-            p.data.copy_(kept)
+            p.data.copy_(before)
 
 
 def test_batch_norm_keeps_activations_in_range(convnet):
-    """At inference every batch norm normalises: what it has seen is what comes."""
+    """At inference every batch norm normalizes: its statistics are those of its input."""
     step, seen = Step(convnet, MODES["eager_fp32"]), []
 
     def look(m, inputs, y):

@@ -88,7 +88,7 @@ def test_a_candidate_that_is_wrong_or_fails_is_out(small, cache, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("lost")])
 def test_an_error_outside_the_candidates_keeps_the_rows_so_far(small, cache, monkeypatch, error):
-    """Memory: that task is left out. Anything else: what was settled is written, then it raises."""
+    """Memory: that task is left out. Anything else: the rows so far are written, then it raises."""
     count = [0]
     real = timing.rotation
 
@@ -104,8 +104,8 @@ def test_an_error_outside_the_candidates_keeps_the_rows_so_far(small, cache, mon
     else:
         with pytest.raises(RuntimeError, match="lost"):
             run(prefer({}))
-    settled = len(json.loads(cache.read_text())["choices"])
-    assert settled == 2 if str(error) == "lost" else settled > 2
+    written = len(json.loads(cache.read_text())["choices"])
+    assert written == 2 if str(error) == "lost" else written > 2
 
 
 def test_a_lost_device_ends_the_benchmark(small, cache):

@@ -71,36 +71,34 @@ def asked_by(model, monkeypatch):
 
 
 def test_tasks_ask_what_the_model_will_look_up(monkeypatch):
-    """Every shape under which a forward pass looks for a choice is one that tuning settles."""
+    """Every shape under which a forward pass looks for a choice is one that tuning covers."""
     model = tiny_pair("auto", depth=3)[1].half()
     asked = asked_by(model, monkeypatch)
     assert {op for op, _ in asked} >= {"linear", "attention", "layer_norm_linear"}
-    settled = {
+    tuned = {
         (task.op, frozenset(item for item in task.shape if item[0] != "M"))
         for task in tune.tasks(model, 96, torch.float16, CHIP)
     }
     # whether to fold is asked for the prefix tokens' queries too, which are too few for it
     few = ("layer_norm_linear", frozenset({"K": 64, "N": 64, "dtype": "float16"}.items()))
-    assert asked - settled <= {few}
+    assert asked - tuned <= {few}
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_tasks_of_a_quantized_model(format, monkeypatch):
-    """Every choice is settled, by candidates that may serve it and agree with the reference."""
+    """Every choice is tuned, by candidates that may serve it and agree with the reference."""
     monkeypatch.setattr(timing, "rotation", lambda make, nbytes, device: [make()])
     model = tiny_pair("auto", depth=2)[1].half()
     deit_fast.quantize(model, format)
     asked = asked_by(model, monkeypatch)
     found = tune.tasks(model, 96, torch.float16, CHIP)
-    settled = {
-        (task.op, frozenset(item for item in task.shape if item[0] != "M")) for task in found
-    }
-    assert asked <= settled and {"quantized_linear", "attention"} <= {op for op, _ in asked}
+    tuned = {(task.op, frozenset(item for item in task.shape if item[0] != "M")) for task in found}
+    assert asked <= tuned and {"quantized_linear", "attention"} <= {op for op, _ in asked}
     found = [task for task in found if task.op == "quantized_linear"]
     kinds = {dict(task.shape)["epilogue"] for task in found}
-    product = "bias+gelu+quantized" if format == "fp8" else "bias+gelu+quantized+own_scales"
+    first = "bias+gelu+quantized" if format == "fp8" else "bias+gelu+quantized+own_scales"
     second = "bias+residual" if format == "fp8" else "parts+bias+residual"
-    assert kinds == {"bias", product, second}
+    assert kinds == {"bias", first, second}
     for task in found:
         shape, choices = dict(task.shape), [dict(c) for c in task.candidates]
         validate = _tuned._validators[task.op]

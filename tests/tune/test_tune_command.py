@@ -79,7 +79,7 @@ def test_the_backward_gemm_is_tuned_for_training(small, cache, monkeypatch):
 
 
 def test_the_command_with_a_quantized_format(small, cache, monkeypatch, capsys):
-    """The choices of the quantised model; what nothing serves is named, and not in the table."""
+    """The choices of the quantized model; a task that nothing serves is named, and has no row."""
     monkeypatch.setattr(QUANTIZED_LINEAR, "HOPPER_CONFIGS", QUANTIZED_CONFIGS[:2])
     every, real = command.tasks, operations.quantized_linear.quantized_linear
     monkeypatch.setattr(
@@ -136,7 +136,7 @@ def test_time_is_bounded(small, cache, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_next_call_continues(small, cache, capsys):
-    """What is in the table is not raced again, but serves what is made of it."""
+    """What is in the table is not measured again, but serves the operations made of it."""
     run(prefer({"implementation": "cublas"}))
     table = json.loads(cache.read_text())
     gone = [r for r in table["choices"] if r["op"] == "attention"]
