@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import table5
 from benchmarks.operations import NO_BACKWARD, QUANTIZED
-from deit_fast.bench.modes import MODES, Mode, pick
 from deit_fast.bench.measure import PROTOCOLS
+from deit_fast.bench.modes import MODES, Mode, pick
 from deit_fast.kernels.cases import DEIT
 
 LATENCY_BATCHES = (1, 8, 32)

@@ -74,8 +74,8 @@ class InferenceEngine:
             the other kind are captured at its first call.
 
     Raises:
-        ValueError: for options that do not fit, and for a model in train mode, on several devices or
-            on another one.
+        ValueError: for options that do not fit, and for a model in train mode, on several devices
+            or on another one.
         TypeError: for a model of another dtype.
     """
 

@@ -4,7 +4,7 @@ first kernel is decorated."""
 import os
 import tempfile
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for the interpreter's matmuls, before numpy is imported
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for the interpreter, before numpy is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.operations import NO_BACKWARD, OPS, both_ways, cast, operations, tensors
 from benchmarks.table5 import DISTILLED
+from deit_fast.bench.device import hardware
 from deit_fast.bench.modes import Mode
 from deit_fast.bench.network import Network
 from deit_fast.bench.step import Step
-from deit_fast.bench.device import hardware
 from deit_fast.kernels.cases import deit_cases
 
 from .stand_ins import StandIns

@@ -9,9 +9,6 @@ from .. import _chips, _dispatch
 from .configs import meta_backward
 from .forward import _dims, _row_mask, _rows
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _queries(

@@ -15,9 +15,6 @@ from .configs import LEAST_KEYS, choose, pieces, tail
 
 LOG2_E = 1.4426950408889634
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _dims(HEAD_DIM: tl.constexpr):

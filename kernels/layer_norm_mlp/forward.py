@@ -9,9 +9,6 @@ from .. import _dispatch
 from ..linear.epilogue import _epilogue, _gelu
 from .configs import FUSED_D, choose
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _layer_norm_mlp_kernel(

@@ -20,9 +20,6 @@ from .configs import BACKWARD_META
 from .epilogue import _gelu_and_slope
 from .forward import _tile, expect_32_bit_offsets, launch
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _linear_backward_kernel(

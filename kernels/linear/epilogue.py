@@ -6,9 +6,6 @@
 import triton
 import triton.language as tl
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _phi(z, EXACT: tl.constexpr):

@@ -11,9 +11,6 @@ from .. import _chips, _dispatch
 from . import configs
 from .epilogue import _epilogue, _row_mean_and_rstd
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):

@@ -12,9 +12,6 @@ from ..linear.forward import _tile, descriptors
 from ..quantize import _round, _scales
 from . import configs
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _scaled_matmul(

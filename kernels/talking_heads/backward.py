@@ -20,9 +20,6 @@ from .forward import (
     _zeros,
 )
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _sum_pairs(x, y, sums):

@@ -12,9 +12,6 @@ from torch import Tensor
 from .. import _dispatch
 from .configs import configs, sizes
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _weights(ptr, dtype: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr):

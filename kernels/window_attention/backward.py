@@ -10,9 +10,6 @@ from .configs import BIASES_META, meta_backward
 from .forward import _load, _scores, _start, _store, _tokens, num_windows
 from .reference import merge_windows, offsets, split_windows
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _queries(

@@ -10,9 +10,6 @@ from .configs import meta
 
 LOG2_E = 1.4426950408889634
 
-# Of a kernel's arguments only the constexprs are annotated: that is how Triton knows them.
-# mypy: disallow-incomplete-defs=False
-
 
 @triton.jit
 def _start(program, Y, X, H, TILES: tl.constexpr, WINDOW: tl.constexpr):

@@ -86,7 +86,9 @@ def test_every_step_on_a_chip_that_is_not_there(copy, tmp_path):
     shapes = tune.read_rows(tmp_path / "out" / "tuned.json", _chips.Chip(said["chip"], (9, 0), 132))
     assert len(shapes) > 15
     assert any(row["shape"].get("epilogue") == "gelu_backward" for row in shapes)
-    more = tune.read_rows(tmp_path / "out" / "tuned_more.json", _chips.Chip(said["chip"], (9, 0), 132))
+    more = tune.read_rows(
+        tmp_path / "out" / "tuned_more.json", _chips.Chip(said["chip"], (9, 0), 132)
+    )
     assert {"linear", "quantized_linear"} <= {row["op"] for row in more}, "close ones again, fp8"
     missing = {row["mode"] for row in rows["model"] if row["status"] != "measured"}
     assert not missing

@@ -44,7 +44,8 @@ def lint(folder, config):
     for name in ("benchmarks", "studies"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "pyproject.toml").write_text(config)
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    code = "from importlinter.cli import lint_imports as lint; "
+    code += "raise SystemExit(lint(no_cache=True, no_logo=True))"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True, text=True,
