@@ -249,11 +249,11 @@ def worst_layers(
         for name, layer in layers.items():
             layer.restore()
             without[name] = error()
-            quantize_(layer, format, cast("Tensor | None", scales[name]))
+            quantize_(layer, format, scales[name])
         for layer in layers.values():
             layer.restore()
         for name, layer in layers.items():
-            quantize_(layer, format, cast("Tensor | None", scales[name]))
+            quantize_(layer, format, scales[name])
             alone[name] = error()
             layer.restore()
     finally:

@@ -32,7 +32,8 @@ def classifier_reference(
     y = layer_norm_reference(x[:, :2], norm_weight, norm_bias, eps)
     heads = [(head_weight, head_bias), (dist_weight, dist_bias)]
     tokens = _tokens(fusion, dist_weight is not None)
-    return fuse(fusion, [linear_reference(y[:, t], *heads[t]) for t in tokens])
+    logits = [linear_reference(y[:, t], *heads[t]) for t in tokens]  # type: ignore[arg-type]  # those heads are there
+    return fuse(fusion, logits)
 
 
 def fuse(fusion: str, logits: list[Tensor]) -> Tensor:

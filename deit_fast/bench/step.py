@@ -191,8 +191,8 @@ class _TrainingGraph:
 
 
 def skipped_layers(report: QuantizationReport) -> str | None:
-    """The layers that `deit_fast.quantize` left in bf16, in one line; None where there are none."""
-    reasons = Counter(f"{m.name.rpartition('.')[2]}: {m.reason}" for m in report.left)
+    """The layers that `deit_fast.quantize` skipped, in one line; None where there are none."""
+    reasons = Counter(f"{m.name.rpartition('.')[2]}: {m.reason}" for m in report.skipped)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     return f"not in {report.format}: {listed}" if reasons else None
 

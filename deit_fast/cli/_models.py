@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, heads: bool = True) -> None:
     parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
 
 
-def add_key(parser: argparse.ArgumentParser, option: str, **options: Any) -> None:
+def add_key(parser: argparse._ActionsContainer, option: str, **options: Any) -> None:
     """Add an option for the entry of a checkpoint.
 
     Args:

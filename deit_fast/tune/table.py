@@ -42,10 +42,10 @@ def read_rows(path: Path, chip: Chip) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        _tuned.read(path, chip)
+        _tuned.read(path, chip)  # each row is checked
+        return _tuned.read_rows(path, chip)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; delete it, or pass --out for another") from None
-    return json.loads(path.read_text())["choices"]
 
 
 def write(path: Path, rows: Sequence[TableRow], chip: Chip) -> int:

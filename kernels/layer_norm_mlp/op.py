@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch, _policy, _training
+from .. import _checks, _dispatch, _explain, _policy, _training
 from ..layer_norm import run as normalise
 from ..layer_norm_linear import layer_norm_linear
 from ..linear import linear, worth_row_stats
@@ -132,7 +132,7 @@ def _why_not_fused(x, weights, residual, scaled, hidden, implementation):
         return "it has no LayerScale and no stochastic depth"
     if implementation == "fused":
         return None
-    if _policy.resolve("linear", x, implementation, _OF_LINEAR) != "triton":
+    if _policy.resolve("linear", x, implementation, _OF_LINEAR, record=False) != "triton":
         return "Triton does not serve the matmuls"
     return None if is_fused_by_table(x, weights[4]) else "not measured faster"
 
@@ -192,11 +192,17 @@ def layer_norm_mlp(
     weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     scaled = layer_scale is not None or row_scale is not None
     reason = _why_not_fused(x, weights, residual, scaled, fc1_weight.shape[0], implementation)
+    if _explain.decisions is not None:
+        served = "separate" if reason else "fused"
+        _explain.record("layer_norm_mlp", served, reason or "one kernel")
     if reason is None:
         return _fused(x, weights, residual, eps, return_row_stats)
     if implementation == "fused":
         raise ValueError(f"layer_norm_mlp: implementation 'fused', but {reason}")
     if _is_one_node(x, (*weights, layer_scale), residual, implementation):
+        if _explain.decisions is not None:
+            _explain.record("layer_norm_mlp", "triton", "training: one autograd node")
+            _policy.resolve("linear", x, implementation, _OF_LINEAR)
         tensors = (*weights, layer_scale, row_scale)
         y = _training_node(x, tensors, eps, residual is not None, recompute, implementation)
         return (y, None) if return_row_stats else y
@@ -216,7 +222,7 @@ def _fused(x, weights, residual, eps, return_row_stats):
     named = dict(zip(_NAMES, zip(weights, shapes, strict=True), strict=True))
     _checks.expect("layer_norm_mlp", x, **named, residual=(residual, x.shape))
     _checks.expect("layer_norm_mlp", x, x.dtype, **{k: named[k] for k in _NAMES[2:]})
-    _policy.resolve("linear", x, "triton")
+    _policy.resolve("linear", x, "triton", record=False)
     x2 = x.reshape(-1, D).contiguous()
     residual = None if residual is None else residual.reshape(-1, D).contiguous()
     emit = return_row_stats and worth_row_stats(x2, D, (x, *weights, residual))
@@ -230,7 +236,7 @@ def _is_one_node(x, tensors, residual, implementation):
     """Whether one node of the autograd graph serves; otherwise each part has its own."""
     if not _training.wants_node(x, tensors, residual):
         return False
-    return _policy.resolve("linear", x, implementation, _OF_LINEAR) != "torch"
+    return _policy.resolve("linear", x, implementation, _OF_LINEAR, record=False) != "torch"
 
 
 def _training_node(x, tensors, eps, add, recompute, implementation):

@@ -52,4 +52,5 @@ def quantize_result(y: Tensor, format: str | None, out_scale: Tensor | None) -> 
     """
     if out_scale is not None:
         return quantize_statically_reference(y, out_scale)
+    assert format is not None  # checked by the caller
     return quantize_reference(y, format, y.shape[-1] // GROUP_SIZE)
