@@ -44,10 +44,10 @@ def layer_norm_gemm(stream: str, D: int, dtype: torch.dtype) -> dict[str, float]
     separate = ((fp32 - mean) * rstd * g.float() + h.float()).to(dtype)
     scaled = w.float() * g.float()
     folded, shift = scaled.to(dtype).float(), w.float() @ h.float()
-    product = fp32 @ folded.t()
+    matmul = fp32 @ folded.t()
 
     def fold(sums):
-        return relative((product - mean * sums) * rstd + shift, exact)
+        return relative((matmul - mean * sums) * rstd + shift, exact)
 
     return {
         "separate": relative(separate.float() @ w.float().t(), exact),

@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_ratio                 DeiT-Ti and DeiT-S distilled, batch 8
     python -m benchmarks.cpu_ratio --least 1       fails below that
 
-Processor time of all threads, which other work on the machine disturbs less than the clock. Both
+CPU time of all threads, which other work on the machine disturbs less than the clock. Both
 run in turn, so that what it does disturb falls on both; the ratio is the median of the pairs'. What
 gives it: the last block for the prefix tokens alone, and the epilogues of GEMMs in place.
 """
@@ -33,7 +33,7 @@ def compare(name: str, batch: int, runs: int) -> tuple[float, float, float]:
         runs: Pairs of calls.
 
     Returns:
-        Median processor seconds of timm's model and of ours, and the median ratio of the pairs.
+        Median CPU seconds of timm's model and of ours, and the median ratio of the pairs.
 
     Raises:
         ValueError: The logits of the two do not match.
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         worst = min(worst, ratio)
         print(
             f"{name}, batch {args.batch}, fp32, {torch.get_num_threads()} threads: "
-            f"timm {1e3 * eager:.0f} ms of processor time, deit_fast {1e3 * fast:.0f}, "
+            f"timm {1e3 * eager:.0f} ms of CPU time, deit_fast {1e3 * fast:.0f}, "
             f"ratio {ratio:.2f}"
         )
     if worst < args.least:

@@ -9,7 +9,7 @@ import pytest
 import selection
 import torch
 from checking import BF16, assert_close, assert_differ, assert_equal, seeded
-from modelling import images, pair, picture, timms_softmax, tiny_pair
+from modelling import images, pair, timms_softmax, tiny_pair, write_image
 from PIL import Image
 
 import deit_fast
@@ -25,14 +25,14 @@ def by_numpy(maps, fusion, ratio):
     """One image at a time, in fp64, as in vit-explain, but normalised by rows."""
     every = []
     for image in range(len(next(iter(maps.values())))):
-        product = np.eye(next(iter(maps.values())).shape[-1])
+        rollout = np.eye(next(iter(maps.values())).shape[-1])
         for p in maps.values():
             fused = getattr(np, fusion)(p[image].double().numpy(), axis=0)
             lowest = np.argsort(fused, axis=None)[: int(fused.size * ratio)]
             fused.flat[lowest[lowest != 0]] = 0
             step = 0.5 * fused + 0.5 * np.eye(len(fused))
-            product = step / step.sum(1, keepdims=True) @ product
-        every.append(product)
+            rollout = step / step.sum(1, keepdims=True) @ rollout
+        every.append(rollout)
     return torch.from_numpy(np.stack(every))
 
 
@@ -115,7 +115,7 @@ def command(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("attention")
     random = np.random.default_rng(seeded(0))
     for name in ("one $x^$.png", "two.png"):
-        picture(root / "photos" / name, random, (4, 6), (60, 50))
+        write_image(root / "photos" / name, random, (4, 6), (60, 50))
     (root / "photos" / "broken.png").write_bytes(b"none")
     names = (root / "photos" / name for name in ("broken.png", "two.png"))
     (root / "some.txt").write_text("\n".join(map(str, names)))

@@ -137,8 +137,8 @@ def test_quantized_models_export_as_a_gpu_would_run_them(format):
     with _chips.simulate_device(H200.chip), _tuned.disabled(), torch.no_grad():
         x = some_images(2, FP16, device="meta", size=64)
         program = torch.export.export(fast, (x,), dynamic_shapes=ANY)
-    eight_bits = {"layer_norm_quantized", "quantized_linear", "attention_quantized"}
-    assert our_operators(program) == {"patch_embed", *eight_bits, "classifier"}
+    quantized = {"layer_norm_quantized", "quantized_linear", "attention_quantized"}
+    assert our_operators(program) == {"patch_embed", *quantized, "classifier"}
 
 
 @pytest.mark.slow

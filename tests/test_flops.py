@@ -169,7 +169,7 @@ OPERATIONS = TRAINED | {
         "triton", lambda **on: cases.classifier_inputs(2, 5, 64, 7, **on) | {"fusion": "distill"},
     ),
     "conv_norm": ("triton", partial(cases.conv_norm_inputs, 2, 8, 16, 6, 6, 3, 2, 1)),
-    "conv_norm, a product": ("triton", partial(cases.conv_norm_inputs, 2, 8, 16, 4, 6, 1)),
+    "conv_norm, a matmul": ("triton", partial(cases.conv_norm_inputs, 2, 8, 16, 4, 6, 1)),
     "conv_norm, depthwise": ("triton", partial(cases.conv_norm_inputs, 2, 8, 8, 4, 6, 3, 1, 1, 8)),
     "layer_norm_linear": ("fold", partial(cases.layer_norm_linear_inputs, 6, 64, 32)),
     "layer_norm_mlp, fused": (

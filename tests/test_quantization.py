@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from checking import (
-    BLOCK_IN_EIGHT_BITS,
-    LOGITS_IN_EIGHT_BITS,
     NEIGHBOURS,
+    QUANTIZED_BLOCK,
+    QUANTIZED_LOGITS,
     assert_close,
     assert_differ,
     assert_within,
@@ -108,7 +108,7 @@ def test_logits_are_those_of_the_definition(variant, format):
     for read in (logits, features):  # all tokens go through the same blocks
         got, expected, exact = (read(model, x) for model in (fast, defined, reference))
         assert_differ(expected, exact)
-        assert_within(expected, exact, LOGITS_IN_EIGHT_BITS)
+        assert_within(expected, exact, QUANTIZED_LOGITS)
         assert_within(got, expected, NEIGHBOURS * relative_error(expected, exact))
 
 
@@ -130,10 +130,10 @@ def test_kernels_serve_the_model(format, dtype, device):
     assert got.dtype == got_logits.dtype == dtype
     rounding = relative_error(expected, exact)
     exactly = dtype == torch.float32 and not attention
-    assert_within(expected, exact, LOGITS_IN_EIGHT_BITS)
+    assert_within(expected, exact, QUANTIZED_LOGITS)
     assert_within(got, expected, rounding / (2 if exactly else 1))
     assert_within(got, exact, 1.25 * rounding)
-    assert_within(got_logits, want_logits, LOGITS_IN_EIGHT_BITS)
+    assert_within(got_logits, want_logits, QUANTIZED_LOGITS)
 
 
 def test_what_was_done_is_reported():
@@ -154,7 +154,7 @@ def test_widths_without_whole_groups_are_skipped(format, skipped):
     assert [m.name for m in report.skipped] == [f"blocks.{i}.{n}" for i in (0, 1) for n in skipped]
     assert all("multiple of" in m.reason for m in report.skipped)
     x = images(reference)
-    assert_within(logits(fast, x), logits(reference, x), LOGITS_IN_EIGHT_BITS)
+    assert_within(logits(fast, x), logits(reference, x), QUANTIZED_LOGITS)
     if skipped:  # and no folder may say otherwise
         _, fast = tiny_pair(embed_dim=96, mlp_ratio=160 / 96)
         with pytest.raises(ValueError, match="blocks.1.attn.proj heads of 48 features"):
@@ -209,7 +209,7 @@ def test_dtypes_survive_a_change_of_the_models(format, qkv_bias, device):
     assert all(torch.equal(state[name].cpu(), t) for name, t in kept.items())
     assert torch.equal(state["blocks.0.attn.qkv.weight"].cpu().float(), values.float())
     got = logits(fast, x.to(device, torch.float16)).cpu()
-    assert_within(got, logits(reference, x), LOGITS_IN_EIGHT_BITS)
+    assert_within(got, logits(reference, x), QUANTIZED_LOGITS)
     meta = copy.deepcopy(fast).to("meta")
     assert meta.blocks[0].attn.qkv.weight.is_meta and meta.blocks[0].attn.qkv.weight_scale.is_meta
     deit_fast.restore(fast)
@@ -328,7 +328,7 @@ def test_copies_pickles_and_compilation(format):
     assert_close(logits(compiled, x), expected)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         # rounded to bf16 first: more numbers go to a neighbour
-        assert_within(fast(x), expected, LOGITS_IN_EIGHT_BITS / 2)
+        assert_within(fast(x), expected, QUANTIZED_LOGITS / 2)
 
 
 def test_a_sample_that_is_not_a_number_stays_alone():
@@ -411,11 +411,11 @@ def test_a_layer_alone():
         reference, fast = quantized_pair(format)
         x, mask = torch.randn(2, 18, 64), torch.rand(18, 18) > 0.2
         got = fast.blocks[0](x, attn_mask=mask)
-        assert_within(got, reference.blocks[0](x, attn_mask=mask), BLOCK_IN_EIGHT_BITS)
+        assert_within(got, reference.blocks[0](x, attn_mask=mask), QUANTIZED_BLOCK)
         for name in ("attn", "mlp"):
             got, expected = (getattr(m.blocks[0], name)(x) for m in (fast, reference))
             assert_differ(got, expected, name)
-            assert_within(got, expected, BLOCK_IN_EIGHT_BITS, name)
+            assert_within(got, expected, QUANTIZED_BLOCK, name)
         assert type(fast.blocks[0].attn.qkv) is QuantizedLinear
         layer = fast.blocks[0].attn.qkv
         for backend in ("auto", "torch"):
@@ -449,7 +449,7 @@ def test_one_layer_restored_by_itself():
     deit_fast.quantize(fast, "fp8", attention=True)
     fast.blocks[0].attn.proj.restore()
     x = images(fast)
-    assert_within(logits(fast, x), logits(reference, x), LOGITS_IN_EIGHT_BITS)
+    assert_within(logits(fast, x), logits(reference, x), QUANTIZED_LOGITS)
 
 
 def test_a_block_of_zeros(device):

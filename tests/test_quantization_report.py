@@ -11,7 +11,7 @@ import torch
 from checking import (
     APART,
     FP32,
-    LAYER_IN_EIGHT_BITS,
+    QUANTIZED_LAYER,
     assert_at_most,
     assert_close,
     assert_differ,
@@ -139,7 +139,7 @@ def test_operands_have_the_models_scales(model, format, monkeypatch):
         assert 0.5 < apart[0] < 2 and apart[1] > 10
     for e in errors:
         for error in (e.images, e.random):
-            assert_at_most(error, LAYER_IN_EIGHT_BITS[format], e.name)
+            assert_at_most(error, QUANTIZED_LAYER[format], e.name)
         assert min(e.images, e.random, e.outliers) > 1e-3
 
 

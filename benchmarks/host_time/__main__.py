@@ -19,7 +19,7 @@ Left out on all sides, and so not in the ratio: the driver's part of a launch, s
 (the last column counts them), CUDA's allocator (malloc takes its place), the choice of cuBLAS's and
 cuDNN's algorithms. Backward runs on the caller's thread, as it does on a CPU.
 
-Processor time of this process, one thread; the calls take turns, in blocks, in an order that
+CPU time of this process, one thread; the calls take turns, in blocks, in an order that
 changes every round. A ratio is the median of the rounds' ratios; the spread is from the 20th to the
 80th percentile, as a share of the median.
 """

@@ -1,4 +1,4 @@
-"""The clock: calls that take turns, in processor time of this process."""
+"""The clock: calls that take turns, in CPU time of this process."""
 
 import gc
 import time

@@ -12,7 +12,7 @@ write stores, for each image and epoch, the seed of its augmentation and the K m
 classes; the same command goes on where it stopped, with more --epochs it adds them. train is
 deit-fast train --store STORE: its images are, bit for bit, those the teacher saw. check asks the
 teacher again, on a sample. info reads every file and names what is damaged: delete such a file, and
-write makes it again.
+write creates it anew.
 
 Exit code: 0; 1 where info finds a store incomplete or damaged; 2 for an error; 130 and 143 after
 Ctrl-C and SIGTERM.

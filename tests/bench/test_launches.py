@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import kernel_row, model_row, results_of
+from made_up_results import kernel_row, model_row, results_of
 from modelling import images, tiny_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from making import HARDWARE, kernel_row, model_row, results_of
+from made_up_results import HARDWARE, kernel_row, model_row, results_of
 
 from benchmarks import table5
 from benchmarks.report.measured import ratio

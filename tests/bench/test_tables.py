@@ -1,7 +1,7 @@
 """Tables for a terminal show every row, also one that was not timed."""
 
 import pytest
-from making import kernel_row, model_row
+from made_up_results import kernel_row, model_row
 
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench import tables

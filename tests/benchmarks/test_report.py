@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import selection
-from making import kernel_row, model_row, results_of
+from made_up_results import kernel_row, model_row, results_of
 
 from benchmarks import table5
 from benchmarks.report import __main__ as report

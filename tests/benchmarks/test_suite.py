@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import timm
 import torch
-from making import model_row, results_of
+from made_up_results import model_row, results_of
 
 from benchmarks import bench_attention_quantized, bench_quantized_linear, operations, suite, table5
 from benchmarks.options import Options

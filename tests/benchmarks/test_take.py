@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import selection
 import torch
-from making import HARDWARE, PEAK_RATES, kernel_row, model_row
+from made_up_results import HARDWARE, PEAK_RATES, kernel_row, model_row
 
 from benchmarks import take
 from benchmarks.lease import context, figures

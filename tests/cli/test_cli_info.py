@@ -22,7 +22,7 @@ def test_info(capsys):
      ("9.0", "triton quantized operands", "triton quantized operands"),
      ("7.5", "none fp8 (e4m3) needs", "none Triton multiplies int8 on tensor cores from")],
 )  # fmt: skip
-def test_info_of_eight_bits(chip, fp8, int8, capsys, monkeypatch):
+def test_info_of_quantized_formats(chip, fp8, int8, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info", "--chip", chip]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -16,7 +16,7 @@ from checking import (
     assert_within,
     seeded,
 )
-from modelling import picture, tiny_pair
+from modelling import tiny_pair, write_image
 from quantized_models import LAYERS, SIZE, quantized_copy
 
 import deit_fast
@@ -40,10 +40,10 @@ def folders(model, tmp_path_factory):
     (root / "data").mkdir()
     random = np.random.default_rng(seeded(0))
     for i in range(21):
-        picture(root / "data" / f"c{i // 3}" / f"{i:02}.png", random, (3, 4), (50, 41))
+        write_image(root / "data" / f"c{i // 3}" / f"{i:02}.png", random, (3, 4), (50, 41))
     (root / "data/c3/09.png").write_bytes(b"none")
     for i in range(5):
-        picture(root / "more" / f"{i}.png", random, (5, 4), (60, 48))
+        write_image(root / "more" / f"{i}.png", random, (5, 4), (60, 48))
     deit_fast.save_pretrained(model, root / "model")
     (root / "empty").mkdir()
     return root

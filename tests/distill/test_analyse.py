@@ -12,7 +12,7 @@ import selection
 import timm.data
 import torch
 from checking import FP64, assert_close, seeded
-from modelling import picture, randomize, tiny_pair
+from modelling import randomize, tiny_pair, write_image
 from PIL import Image
 
 import deit_fast
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(seeded(0))
     for i in range(20):
-        picture(root / f"c{i // 4}" / f"{i:02}.png", random, (4, 4), (40, 40))
+        write_image(root / f"c{i // 4}" / f"{i:02}.png", random, (4, 4), (40, 40))
     return root
 
 

@@ -10,7 +10,7 @@ import timm.data
 import torch
 from checking import assert_close, assert_differ, seed, seeded
 from modelling import images as random_images
-from modelling import picture, tiny_pair
+from modelling import tiny_pair, write_image
 from PIL import Image
 
 import deit_fast
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(seeded(0))
     for i in range(21):
         path = root / f"c{i // 3}" / f"ILSVRC2012_val_{i + 1:08}.png"
-        picture(path, random, (3, 4), (50 + i, 41))
+        write_image(path, random, (3, 4), (50 + i, 41))
     (root / BROKEN).write_bytes(b"none")
     return root
 

@@ -42,11 +42,11 @@ SIXTH_DIGIT = 1.01e-6
 NEIGHBOURS = 0.4
 # What quantization changes at most, with random weights. In a layer each fp8 operand errs by 2.6 %
 # (a number by a sixteenth at most), each int8 operand by 0.7 % (a number by half a 127th of its
-# row's largest); both together by 1.4 times that, and rows with large numbers by more. Of a block 5 % was
-# the most in eight seeds, of the logits after two blocks 14 %.
-LAYER_IN_EIGHT_BITS = {"fp8": 0.06, "int8": 0.03}
-BLOCK_IN_EIGHT_BITS = 0.1
-LOGITS_IN_EIGHT_BITS = 0.2
+# row's largest); both together by 1.4 times that, and rows with large numbers by more. Of a block
+# 5 % was the most in eight seeds, of the logits after two blocks 14 %.
+QUANTIZED_LAYER = {"fp8": 0.06, "int8": 0.03}
+QUANTIZED_BLOCK = 0.1
+QUANTIZED_LOGITS = 0.2
 
 
 def the_seed() -> int:
@@ -190,8 +190,8 @@ def assert_equal(got, expected, what=""):
 
 
 def assert_within(got, expected, share, what=""):
-    """|got - expected| is at most `share` of |expected|: of a number (or some), or of a tensor's norm.
-    For what is no rounding of one dtype: quantized beside half precision, statistics, text."""
+    """|got - expected| is at most `share` of |expected|: of a number (or some), or of a tensor's
+    norm. For what is no rounding of one dtype: quantized beside half precision, statistics, text."""
     got, expected = (torch.as_tensor(t).detach().double() for t in (got, expected))
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} != {tuple(expected.shape)}"
     assert_at_most(size(got - expected), share * size(expected), what)

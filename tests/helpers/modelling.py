@@ -164,7 +164,7 @@ def timms_softmax(model, x):
     return found
 
 
-def picture(path, random, patches, size):
+def write_image(path, random, patches, size):
     """Write an image of (rows, columns) random colours, (width, height) pixels large."""
     path.parent.mkdir(exist_ok=True)
     pixels = random.integers(0, 256, (*patches, 3), np.uint8)

@@ -329,7 +329,7 @@ def test_engine_folder_and_export(tmp_path):
 
 
 def test_weights_for_other_windows(tmp_path):
-    """As TinyViT's code resizes them: each head's biases as a picture, bicubic. Another number of
+    """As TinyViT's code resizes them: each head's biases as an image, bicubic. Another number of
     heads is refused, and nothing is loaded."""
     small_windows, _ = small()
     path = tmp_path / "224.pth"
@@ -338,8 +338,8 @@ def test_weights_for_other_windows(tmp_path):
     large = deit_fast.create_model("tiny_vit_5m_224", checkpoint=path, backend="torch", **other)
     name = "stages.1.blocks.0.attn.attention_biases"
     for head, got in enumerate(large.get_parameter(name)):
-        picture = small_windows.get_parameter(name)[head].view(1, 1, 4, 4)
-        expected = nn.functional.interpolate(picture, (6, 6), mode="bicubic", align_corners=False)
+        biases = small_windows.get_parameter(name)[head].view(1, 1, 4, 4)
+        expected = nn.functional.interpolate(biases, (6, 6), mode="bicubic", align_corners=False)
         assert_close(got, expected.flatten())
     rest = large.state_dict()
     assert all(torch.equal(rest[k], v) for k, v in small_windows.state_dict().items() if k != name)

@@ -96,7 +96,7 @@ def require_same_store(out: Path, there: Manifest, now: Manifest) -> None:
 def pixel_mismatch(out: Path, there: Manifest) -> ValueError:
     """The error for views that come out differently though all settings are the same."""
     why = "; ".join(f"{name} {was}, now {now}" for name, was, now in _changed_versions(there))
-    why = why or "versions are the same; other images of the same names, or another processor?"
+    why = why or "versions are the same; other images of the same names, or another CPU?"
     return ValueError(
         f"store: {out}: views made here are not, bit for bit, those its teacher saw ({why})"
     )

@@ -116,7 +116,7 @@ class Views(Dataset):
     def sample(self, seed: int, indices: list[int] | None = None) -> dict:
         """Digest a sample of the views, to see whether two machines make the same pixels.
 
-        Another version of a package or another processor can make others.
+        Another version of a package or another CPU can make others.
 
         Args:
             seed: Of the sample.

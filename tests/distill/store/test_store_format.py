@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_used(damage, data, net, whole, 
     assert main(["distill-store", "info", str(copy)]) == 1
     said = capsys.readouterr().out
     assert f"epoch 1: {caught.value}" in said and "2 of 3 epochs are whole" in said
-    # deleted, it is made again
+    # deleted, it is written anew
     path.unlink()
     write_store(data, copy, net)
     assert epoch_files(copy) == epoch_files(whole)

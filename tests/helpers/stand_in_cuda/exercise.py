@@ -1,6 +1,6 @@
 """Launch everything on a chip that is not there, and print as JSON what came of it.
 
-    python -m stand_in_cuda.exercise 9.0 operations models race       (tests/ on the import path)
+    python -m stand_in_cuda.exercise 9.0 operations models tune       (tests/helpers on the import path)
 
 Batches are small and the chip has few SMs, so that the rules choose the tiles of large batches.
 """
@@ -123,8 +123,8 @@ class Exercise:
         with self.piece("deit, one image"), _chips.simulate_device(one), torch.inference_mode():
             model(torch.randn(1, 3, 224, 224).bfloat16())
 
-    def race(self, quick: bool) -> None:
-        """Every configuration that the tuner may race, forced."""
+    def tune(self, quick: bool) -> None:
+        """Every configuration that the tuner may pick, forced."""
         chip = self.gpu.chip
         if chip.capability < (8, 0):
             return
@@ -161,7 +161,7 @@ class Exercise:
         return {"loaded": [b - a for a, b in zip(loads, loads[1:], strict=False)]}
 
 
-GROUPS = ("operations", "models", "race", "again")
+GROUPS = ("operations", "models", "tune", "again")
 
 
 def main(argv: list[str] | None = None) -> int:
