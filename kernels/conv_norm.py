@@ -130,20 +130,10 @@ def _alloc(x, weight, stride, padding):
 
 @_dispatch.custom_op("deit_fast::conv_norm")
 def _fwd(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    stride: int,
-    padding: int,
-    groups: int,
-    activation: str,
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor,
+    residual: Tensor | None, eps: float, stride: int, padding: int, groups: int, activation: str,
     implementation: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     y = _alloc(x, weight, stride, padding)
     norm = (norm_weight, norm_bias, mean, var)
     if not y.numel():

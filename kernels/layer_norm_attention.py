@@ -67,22 +67,11 @@ def _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute):
 
 @_dispatch.custom_op("deit_fast::layer_norm_attention_training")
 def _train(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    num_heads: int,
-    eps: float,
-    scale: float,
-    add: bool,
-    recompute: bool,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None,
+    proj_weight: Tensor, proj_bias: Tensor | None, layer_scale: Tensor | None,
+    row_scale: Tensor | None, num_heads: int, eps: float, scale: float, add: bool, recompute: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = _alloc(x, qkv_weight, proj_weight, layer_scale, num_heads, recompute)
     y, qkv, o, lse, normed, scaled = made
     if not y.numel():

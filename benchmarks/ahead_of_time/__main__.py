@@ -17,8 +17,8 @@ import triton
 
 from deit_fast.kernels._chips import SHARED_MEMORY_LIMIT
 
-from .case import BATCH
 from .compile import ARCHS, Row, rows
+from .dtypes import BATCH
 from .kernel_modules import OPS
 
 HEADING = "sm op configuration regs spill smem CTAs wgmma waits MB GFLOP".split()

@@ -16,8 +16,9 @@ from triton.compiler import ASTSource
 
 from deit_fast.kernels._chips import SHARED_MEMORY_LIMIT, THREADS_LIMIT
 
-from .case import TRITON_TYPE, Case
+from .case import Case
 from .cases import cases
+from .dtypes import TRITON_TYPE
 from .kernel_modules import kernel_module
 
 ARCHS = (70, 80, 89, 90)

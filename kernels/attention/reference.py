@@ -19,14 +19,9 @@ def attention_reference(
 
 
 def attention_quantized_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    format: str = "fp8",
-    out_scale: Tensor | None = None,
-    in_scale: Tensor | None = None,
-) -> Quantized:
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, format: str = "fp8",
+    out_scale: Tensor | None = None, in_scale: Tensor | None = None,
+) -> Quantized:  # fmt: skip
     """`attention_reference` of dequantized operands, its result quantized.
 
     Arguments and result as those of `attention_quantized`.

@@ -27,17 +27,9 @@ def _alloc(x, emit):
 
 @_dispatch.custom_op("deit_fast::layer_norm_mlp")
 def _fwd(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    emit: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,
+    fc2_weight: Tensor, fc2_bias: Tensor | None, residual: Tensor | None, eps: float, emit: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, row_stats = _alloc(x, emit)
     if y.numel():
         weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -67,20 +59,10 @@ def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
 
 @_dispatch.custom_op("deit_fast::layer_norm_mlp_training")
 def _train(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    add: bool,
-    recompute: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,
+    fc2_weight: Tensor, fc2_bias: Tensor | None, layer_scale: Tensor | None,
+    row_scale: Tensor | None, eps: float, add: bool, recompute: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
     y, z, normed, a, scaled = made
     if not y.numel():

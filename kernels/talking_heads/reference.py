@@ -5,13 +5,9 @@ from torch.nn import functional as F
 
 
 def talking_heads_attention_reference(
-    qkv: Tensor,
-    proj_l_weight: Tensor,
-    proj_l_bias: Tensor | None,
-    proj_w_weight: Tensor,
-    proj_w_bias: Tensor | None,
-    scale: float | None = None,
-) -> Tensor:
+    qkv: Tensor, proj_l_weight: Tensor, proj_l_bias: Tensor | None, proj_w_weight: Tensor,
+    proj_w_bias: Tensor | None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Talking-heads attention with its scores in memory, as timm computes CaiT's.
 
     Arguments and result as those of `talking_heads_attention`; the result may be non-contiguous.

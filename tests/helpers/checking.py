@@ -191,7 +191,7 @@ def assert_equal(got, expected, what=""):
 
 def assert_within(got, expected, share, what=""):
     """|got - expected| is at most `share` of |expected|: of a number (or some), or of a tensor's
-    norm. For what is no rounding of one dtype: quantized beside half precision, statistics, text."""
+    norm. For what is no rounding of one dtype: quantized beside half precision, statistics."""
     got, expected = (torch.as_tensor(t).detach().double() for t in (got, expected))
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} != {tuple(expected.shape)}"
     assert_at_most(size(got - expected), share * size(expected), what)

@@ -12,7 +12,8 @@ classifier.py   the last norm and the heads
 
 from collections.abc import Iterable, Iterator
 
-from ..case import FP8, INT8, Case
+from ..case import Case
+from ..dtypes import FP8, INT8
 from . import attention, classifier, images, layer_norm, linear, losses, quantized, variants
 
 DOT_ARCHS = (80, 90)  # with bf16 tensor cores; sm_89's tiles are sm_80's

@@ -4,21 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import (
-    BATCH,
-    BF16,
-    FORMAT,
-    FP8,
-    FP16,
-    FP32,
-    INT8,
-    TRITON_TYPE,
-    Case,
-    capability,
-    floats,
-    integers,
-    pointers,
-)
+from ..case import Case, capability, floats, integers, pointers
+from ..dtypes import BATCH, BF16, FORMAT, FP8, FP16, FP32, INT8, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 HEADS = 6

@@ -4,17 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import (
-    BATCH,
-    BF16,
-    FP32,
-    TOKENS,
-    TRITON_TYPE,
-    Case,
-    floats,
-    integers,
-    pointers,
-)
+from ..case import Case, floats, integers, pointers
+from ..dtypes import BATCH, BF16, FP32, TOKENS, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..case import BF16, FP32, ROWS, TRITON_TYPE, Case, floats, integers, pointers, type_names
+from ..case import Case, floats, integers, pointers, type_names
+from ..dtypes import BF16, FP32, ROWS, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 

@@ -2,20 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..case import (
-    BF16,
-    FP16,
-    FP32,
-    ROWS,
-    TRITON_TYPE,
-    Case,
-    capability,
-    floats,
-    integers,
-    pointers,
-    tile_name,
-    type_names,
-)
+from ..case import Case, capability, floats, integers, pointers, tile_name, type_names
+from ..dtypes import BF16, FP16, FP32, ROWS, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 # name -> (activation, which optional pointers)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import BATCH, BF16, FP16, FP32, TRITON_TYPE, Case, floats, pointers
+from ..case import Case, floats, pointers
+from ..dtypes import BATCH, BF16, FP16, FP32, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 # classes, dtype of the logits, kind of distillation, whether the targets are soft (Mixup); 21,841

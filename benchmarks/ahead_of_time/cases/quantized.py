@@ -4,19 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import (
-    BF16,
-    FORMAT,
-    FP32,
-    INT8,
-    ROWS,
-    Case,
-    capability,
-    floats,
-    integers,
-    pointers,
-    tile_name,
-)
+from ..case import Case, capability, floats, integers, pointers, tile_name
+from ..dtypes import BF16, FORMAT, FP32, INT8, ROWS
 from ..kernel_modules import kernel_module
 
 # name -> (granularity of x's scales; activation; optional pointers; whether y is quantized). The

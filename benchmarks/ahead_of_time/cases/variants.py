@@ -2,18 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..case import (
-    BATCH,
-    BF16,
-    FP16,
-    FP32,
-    TRITON_TYPE,
-    Case,
-    capability,
-    floats,
-    integers,
-    pointers,
-)
+from ..case import Case, capability, floats, integers, pointers
+from ..dtypes import BATCH, BF16, FP16, FP32, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 

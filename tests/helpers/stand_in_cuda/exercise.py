@@ -1,6 +1,6 @@
 """Launch everything on a chip that is not there, and print as JSON what came of it.
 
-    python -m stand_in_cuda.exercise 9.0 operations models tune       (tests/helpers on the import path)
+    python -m stand_in_cuda.exercise 9.0 operations models tune  (on tests/helpers)
 
 Batches are small and the chip has few SMs, so that the rules choose the tiles of large batches.
 """
