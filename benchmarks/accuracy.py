@@ -33,7 +33,7 @@ def layer_norm_gemm(stream: str, D: int, dtype: torch.dtype) -> dict[str, float]
         D: Features.
         dtype: Of x and the parameters.
     """
-    inputs = layer_norm_linear_inputs(M=ROWS, K=D, N=3 * D, stream=stream)
+    inputs = layer_norm_linear_inputs(M=ROWS, K=D, N=3 * D, distribution=stream)
     x, g, h, w = (inputs[k].to(dtype) for k in ("x", "norm_weight", "norm_bias", "weight"))
     wide = [t.double() for t in (x, g, h, w)]
     exact = torch.nn.functional.layer_norm(wide[0], (D,), wide[1], wide[2], 1e-6) @ wide[3].t()

@@ -24,7 +24,7 @@ from .layers.quantized import undo
 from .layers.quantized_linear import QuantizedLinear, is_quantized, quantize_
 from .quantization import quantize, quantized_layers
 
-OUTLIERS_EVERY, OUTLIERS_TIMES = 37, 50  # as `stream="outliers"` in deit_fast.kernels.cases
+OUTLIERS_EVERY, OUTLIERS_TIMES = 37, 50  # as `distribution="outliers"` in deit_fast.kernels.cases
 _NORMS = {"qkv": "norm1", "fc1": "norm2"}  # the LayerNorm before each
 
 
