@@ -292,6 +292,7 @@ def layer_norm(
     Raises:
         ValueError: For shapes and devices that do not fit.
         TypeError: For a dtype that the kernel does not take.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("layer_norm", x, implementation)
     check_operands("layer_norm", x, None, weight, bias)
@@ -328,6 +329,7 @@ def add_layer_norm(
     Raises:
         ValueError: For shapes and devices that do not fit.
         TypeError: For a dtype that the kernel does not take.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("add_layer_norm", x, implementation)
     check_operands("add_layer_norm", x, residual, weight, bias)

@@ -93,7 +93,7 @@ def _patch_embed_kernel(
     first_row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Samples are counted from the tile's first one. Only that one needs int64 (image and output may
-    # pass 2**31 elements); 32-bit offsets inside the tile take half the registers.
+    # exceed 2**31 elements); 32-bit offsets inside the tile take half the registers.
     first_sample = first_row // patches
     rows = (first_row % patches).to(tl.int32) + tl.arange(0, BLOCK_M)
     sample, patch = rows // patches, rows % patches
@@ -333,6 +333,7 @@ def patch_embed(
     Raises:
         ValueError: For shapes and devices that do not fit, and for a missing mean or std.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For "triton" where no kernel can run.
     """
     if image.dtype == torch.uint8:
         layout, channel_dim = "uint8 (B, H, W, C)", 3
