@@ -11,7 +11,7 @@ W' = W / (255 std) and
 
 where u - 128 is exact in every dtype and centred enough to cost no accuracy.
 
-Backward, with X (B, T + n, K) the patches behind T rows of zeros:
+Backward, with X (B, T + n, K) the patches after T rows of zeros:
     dW = dtokens^T @ X      dtokens summed over the batch, in fp32, is dprefix and dpos, and
                             summed over the patches too dbias
     dpatches = dtokens @ W  for a float image that wants its gradient
