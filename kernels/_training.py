@@ -22,7 +22,7 @@ def operands(
     op: str, names: Sequence[str], x: Tensor, tensors: Sequence[Tensor | None], inner: int,
     add: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The tensors behind x as the training operator takes them: checked, cast and contiguous.
+    """The tensors after x as the training operator takes them: checked, cast and contiguous.
 
     Args:
         op: Name of the operation, for errors.

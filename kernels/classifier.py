@@ -197,6 +197,7 @@ def classifier(
     Raises:
         ValueError: For shapes, devices and fusions that do not fit.
         TypeError: For a dtype that the kernel does not take.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("classifier", x, implementation)
     distilled = dist_weight is not None

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _checks, _dispatch, _explain, _policy
-from .linear import ACTIVATIONS, run
+from .linear import ACTIVATIONS
 from .linear.epilogue import _gelu
+from .linear.forward import run
 
 CHANNELS_LAST = torch.channels_last
 
@@ -230,6 +231,7 @@ def conv_norm(
     Raises:
         ValueError: For shapes, devices and names that do not fit.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("conv_norm", x, implementation)
     if activation not in ACTIVATIONS:

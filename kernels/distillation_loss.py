@@ -312,7 +312,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """The loss of a batch, a scalar in fp32: DeiT paper, section 4, equations 2 and 3.
+    """The loss of a batch: DeiT paper, section 4, equations 2 and 3.
 
         "none"   CE(class_logits, target)
         "hard"   (1 - alpha) CE(class_logits, target) + alpha CE(dist_logits, argmax teacher_logits)
@@ -338,10 +338,14 @@ def distillation_loss(
             is not smoothed.
         implementation: "auto" | "triton" | "torch".
 
+    Returns:
+        A scalar in fp32.
+
     Raises:
         ValueError: For shapes, devices, names and numbers that do not fit.
         TypeError: For dtypes that do not fit.
-        RuntimeError: By backward, for a second derivative of the kernel.
+        RuntimeError: For "triton" where no kernel can run; by backward, for a second derivative of
+            the kernel.
     """
     chosen = _policy.resolve("distillation_loss", class_logits, implementation)
     _check(class_logits, dist_logits, target, teacher_logits, distillation, alpha, temperature,

@@ -119,27 +119,6 @@ def _layer_norm_backward_kernel(
 BACKWARD_WARPS = 24
 
 
-def _alloc(x, residual, out_dtype):
-    """What forward returns; also its fake, so the two cannot differ."""
-    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
-    return x.new_empty(x.shape, dtype=out_dtype), h
-
-
-@_dispatch.custom_op("deit_fast::layer_norm")
-def _fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    y, h = _alloc(x, residual, out_dtype)
-    run(y, x, weight, bias, eps, residual, None if residual is None else h)
-    return y, h
-
-
 def run(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None,
     h: Tensor | None = None, scales: Tensor | None = None,
@@ -162,6 +141,27 @@ def run(
         grid = (_dispatch.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
             _layer_norm_kernel[grid](x, residual, weight, bias, y, h, scales, M, N, eps, **config)
+
+
+def _alloc(x, residual, out_dtype):
+    """What forward returns; also its fake, so the two cannot differ."""
+    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
+    return x.new_empty(x.shape, dtype=out_dtype), h
+
+
+@_dispatch.custom_op("deit_fast::layer_norm")
+def _fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    y, h = _alloc(x, residual, out_dtype)
+    run(y, x, weight, bias, eps, residual, None if residual is None else h)
+    return y, h
 
 
 @_fwd.register_fake
@@ -292,6 +292,7 @@ def layer_norm(
     Raises:
         ValueError: For shapes and devices that do not fit.
         TypeError: For a dtype that the kernel does not take.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("layer_norm", x, implementation)
     check_operands("layer_norm", x, None, weight, bias)
@@ -328,6 +329,7 @@ def add_layer_norm(
     Raises:
         ValueError: For shapes and devices that do not fit.
         TypeError: For a dtype that the kernel does not take.
+        RuntimeError: For "triton" where no kernel can run.
     """
     chosen = _policy.resolve("add_layer_norm", x, implementation)
     check_operands("add_layer_norm", x, residual, weight, bias)

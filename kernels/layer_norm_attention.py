@@ -30,7 +30,8 @@ from .attention.op import attention_backward_packed
 from .layer_norm import layer_norm_reference
 from .layer_norm import run as normalise
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
-from .linear import linear, linear_reference, run
+from .linear import linear, linear_reference
+from .linear.forward import run
 
 
 def layer_norm_attention_reference(
@@ -196,6 +197,7 @@ def layer_norm_attention(
     Raises:
         ValueError: For shapes and devices that do not fit. Errors name the part that raised them.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For "triton" or "cublas" where no kernel can run.
     """
     rows = qkv_weight.shape[0]
     if x.dim() != 3 or num_heads < 1 or rows % (3 * num_heads):

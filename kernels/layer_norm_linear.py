@@ -29,7 +29,8 @@ from torch import Tensor
 from . import _checks, _dispatch, _explain, _policy, _tuned
 from .layer_norm import MAX_N, layer_norm, layer_norm_backward, layer_norm_reference, meta
 from .layer_norm import _fwd as normalise
-from .linear import ACTIVATIONS, linear, linear_reference, run
+from .linear import ACTIVATIONS, linear, linear_reference
+from .linear.forward import run
 
 IMPLEMENTATIONS = ("auto", "fold", "triton", "cublas", "torch")
 
@@ -241,6 +242,7 @@ def layer_norm_linear(
     Raises:
         ValueError: For shapes, devices and names that do not fit, or for "fold" where it cannot be.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For every choice but "auto" and "torch" where no kernel can run.
     """
     if weight.dim() != 2 or x.dim() < 1 or not 0 < weight.shape[1] <= MAX_N:
         raise ValueError(

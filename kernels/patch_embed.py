@@ -11,7 +11,7 @@ W' = W / (255 std) and
 
 where u - 128 is exact in every dtype and centred enough to cost no accuracy.
 
-Backward, with X (B, T + n, K) the patches behind T rows of zeros:
+Backward, with X (B, T + n, K) the patches after T rows of zeros:
     dW = dtokens^T @ X      dtokens summed over the batch, in fp32, is dprefix and dpos, and
                             summed over the patches too dbias
     dpatches = dtokens @ W  for a float image that wants its gradient
@@ -93,7 +93,7 @@ def _patch_embed_kernel(
     first_row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Samples are counted from the tile's first one. Only that one needs int64 (image and output may
-    # pass 2**31 elements); 32-bit offsets inside the tile take half the registers.
+    # exceed 2**31 elements); 32-bit offsets inside the tile take half the registers.
     first_sample = first_row // patches
     rows = (first_row % patches).to(tl.int32) + tl.arange(0, BLOCK_M)
     sample, patch = rows // patches, rows % patches
@@ -333,6 +333,7 @@ def patch_embed(
     Raises:
         ValueError: For shapes and devices that do not fit, and for a missing mean or std.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For "triton" where no kernel can run.
     """
     if image.dtype == torch.uint8:
         layout, channel_dim = "uint8 (B, H, W, C)", 3

@@ -231,7 +231,8 @@ def sparse_cross_entropy(
     Raises:
         ValueError: For shapes and devices that do not fit.
         TypeError: For dtypes that do not fit.
-        RuntimeError: By backward, for a second derivative of the kernel.
+        RuntimeError: For "triton" where no kernel can run; by backward, for a second derivative of
+            the kernel.
     """
     chosen = _policy.resolve("sparse_cross_entropy", logits, implementation)
     _check(logits, indices, probs)

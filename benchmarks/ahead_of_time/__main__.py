@@ -48,8 +48,14 @@ def parser() -> argparse.ArgumentParser:
         help="fail where something is spilled, serialised or too large for the chip",
     )
     made.add_argument("--op", nargs="+", choices=OPS, help="only these operations")
-    made.add_argument("--every", type=int, default=1, help="so many of a kernel's cases as one")
-    made.add_argument("--in-turn", action="store_true", help="each kernel for one of the chips")
+    made.add_argument(
+        "--every", type=int, default=1, help="compile one of every so many cases of a kernel"
+    )
+    made.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="compile each kernel for one chip only, the next one for the next chip",
+    )
     made.add_argument("--json", action="store_true", help="one JSON object a line")
     return made
 

@@ -141,7 +141,7 @@ def rows(
     Args:
         archs: Compute capabilities, 90 for 9.0.
         ops: Names of operations; None for all.
-        every: So many cases of a kernel on a chip in turn are represented by the first.
+        every: Of a kernel's cases on a chip, compile the first of every so many.
         in_turn: Compile each kernel for one chip only, the next kernel for the next chip.
 
     Yields:

@@ -157,9 +157,9 @@ def run_backward(
     """Launch the backward kernel.
 
     Args:
-        dq: Written: (B, N, H, d), as a view that may have any strides of sample and row.
-        dk: Written: (B, L, H, d), like dq.
-        dv: Written: (B, L, H, d), with dk's strides.
+        dq: Output, (B, N, H, d), as a view that may have any strides of sample and row.
+        dk: Output, (B, L, H, d), like dq.
+        dv: Output, (B, L, H, d), with dk's strides.
         do: Gradient of o, (B, N, H, d), contiguous.
         q: (B, N, H, d), as forward had it.
         k: (B, L, H, d).

@@ -10,8 +10,8 @@ from .. import _checks, _chips, _tuned
 
 HEAD_DIMS = (32, 48, 64, 80)
 TRAINED_HEAD_DIMS = (32, 48, 64)  # of the fused backward, where 80 would spill
-# Element size in bytes -> fewest keys of a block, since a matmul of tensor cores sums over as many
-# (fp32 as fp16).
+# Element size in bytes -> fewest keys of a block: what one tensor-core instruction sums over (fp32
+# as fp16).
 LEAST_KEYS = {4: 16, 2: 16, 1: 32}
 
 
@@ -128,7 +128,8 @@ def tail(L: int, block: int, least: int = 16) -> int:
 
 
 @_tuned.validates("attention")
-def _why_not(shape: dict, choice: dict, capability: tuple[int, int]) -> str | None:
+def why_not(shape: dict, choice: dict, capability: tuple[int, int]) -> str | None:
+    """Why a tuned table may not name this choice for this shape; None where it may."""
     dtype = getattr(torch, str(shape.get("dtype")), None)
     if dtype not in _checks.DTYPES:
         return f"dtype {shape.get('dtype')!r}"

@@ -260,14 +260,14 @@ def run(
     """Launch the forward kernel that a tuned table or the rule chooses.
 
     Args:
-        o: Written: (B, N, H, d), contiguous.
+        o: Output, (B, N, H, d), contiguous.
         q: (B, N, H, d), as `attention` takes it.
         k: (B, L, H, d).
         v: (B, L, H, d).
         scale: Of the scores, positive.
         bias: (H, N, L), contiguous.
-        lse: Written: (B, H, N) in fp32, units of log2. Not with a bias.
-        scales: For a quantized o, in fp32: with `per_head` written, (H, B N); otherwise the
+        lse: Output, (B, H, N) in fp32, units of log2. Not with a bias.
+        scales: Of a quantized o, in fp32. With `per_head` an output, (H, B N); otherwise the
             per-tensor scale (1, 1), which is read.
         per_head: Whether each row of each head gets its own scale.
         in_scale: For quantized q, k and v: their scale, (1, 1) in fp32.

@@ -1,15 +1,15 @@
-"""The operators of `layer_norm_mlp`, their argument checks, and the public function."""
+"""The operators of `layer_norm_mlp`, how they meet autograd, and the public function."""
 
 import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch, _explain, _policy, _training
+from ..layer_norm import layer_norm_reference
 from ..layer_norm import run as normalise
-from ..layer_norm_linear import layer_norm_linear
-from ..linear import linear, worth_row_stats
-from ..linear import run as run_linear
+from ..layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
+from ..linear import linear, linear_gelu_backward, linear_reference, worth_row_stats
 from ..linear.configs import ROW_STATS_WIDTH
-from .backward import backward, save
+from ..linear.forward import run as run_linear
 from .configs import FUSED_D, is_fused_by_table
 from .forward import run
 
@@ -93,7 +93,51 @@ def _(x, g, h, fc1_weight, b1, fc2_weight, *args, **kwargs):
     return 2 * M * hidden * (D + D_out)
 
 
-_train.register_autograd(backward, setup_context=save)
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.add, _, ctx.implementation = inputs
+    _training.save(ctx, tensors, output)
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 13
+    *tensors, z, normed, a, scaled = ctx.saved_tensors
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ls, rs = tensors
+    nothing = (None,) * 5  # row_scale and what is no tensor
+    if torch.is_grad_enabled():  # a second derivative is wanted
+        return *_second_order(ctx, tensors, dy), *nothing
+    dy = dy.contiguous()
+    dz2, db2, dls = _training.through_scales(dy, scaled, ls, rs, z.dtype, fc2_bias is not None)
+    dz, recomputed, db1 = linear_gelu_backward(dz2, fc2_weight, z, ctx.implementation)
+    dw2 = dz2.t() @ (a if a.numel() else recomputed) if ctx.needs_input_grad[5] else None
+    del dz2, recomputed
+    dx, dg, dh, dw1 = layer_norm_linear_backward(
+        dz, x, norm_weight, norm_bias, fc1_weight, normed, ctx.eps, dy if ctx.add else None,
+        ctx.needs_input_grad[3],
+    )  # fmt: skip
+    vectors = (norm_weight, norm_bias, fc1_bias, fc2_bias, ls)
+    g, h, b1, b2, scale = _training.in_dtypes_of(vectors, (dg, dh, db1, db2, dls))
+    return dx, g, h, dw1, b1, dw2, b2, scale, *nothing
+
+
+def _second_order(ctx, tensors, dy):
+    """The gradients from PyTorch's operations, which can be differentiated again."""
+    *inputs, rs = tensors
+    dtype, samples = inputs[3].dtype, 1 if rs is None else rs.shape[0]
+
+    def forward(x, *rest):
+        x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
+        residual = x if ctx.add else None
+        g, h, *weights, layer_scale = rest
+        y = layer_norm_reference(x.float(), g.float(), h.float(), ctx.eps)
+        w1, b1, w2, b2 = _checks.cast(dtype, *weights)
+        y = linear_reference(y.to(dtype), w1, b1, "gelu")
+        return linear_reference(y, w2, b2, "none", residual, layer_scale, rs).flatten(0, 1)
+
+    return _dispatch.differentiable(forward, inputs, dy)
+
+
+_train.register_autograd(_backward, setup_context=_save)
 
 
 def _why_not_fused(x, weights, residual, scaled, hidden, implementation):
@@ -166,6 +210,7 @@ def layer_norm_mlp(
         ValueError: For shapes, devices and names that do not fit, and for "fused" where it can't
             serve.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For every choice but "auto" and "torch" where no kernel can run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(

@@ -28,7 +28,6 @@ fp32: the mean of each 64 columns, and the sum of squared differences from it. `
 which shares the kernel, computes its LayerNorm from them.
 """
 
-from .forward import run
 from .op import (
     ACTIVATIONS,
     linear,
@@ -44,6 +43,5 @@ __all__ = [
     "linear_backward",
     "linear_gelu_backward",
     "linear_reference",
-    "run",
     "worth_row_stats",
 ]

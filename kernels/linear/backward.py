@@ -29,7 +29,7 @@ def _linear_backward_kernel(
     M, N, rows_per_sample, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Dz from dy, and its column sums over ROWS rows at a time."""
+    """Compute dz from dy, and its column sums over ROWS rows at a time."""
     first_row, rows_left, first_col = _tile(tl.program_id(0), M, N, ROWS, BLOCK_N)
     cols = first_col + tl.arange(0, BLOCK_N)
     in_cols = cols < N

@@ -29,7 +29,7 @@ def _matmul(
     x_ptr, w_ptr, first_row, rows_left, first_col, N, K, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """X @ W^T for one tile, in fp32."""
+    """One tile of x @ W^T, in fp32."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:  # x_ptr and w_ptr are tensor descriptors, which give zeros outside
         for k in range(0, K, BLOCK_K):

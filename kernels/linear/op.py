@@ -78,7 +78,7 @@ def linear_backward(
     dtype: torch.dtype,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dz of `linear` and what follows from its column sums. Every operand is contiguous.
+    """Backward from y to z of `linear`, with the sums over rows. Every operand is contiguous.
 
     Args:
         dy: (M, N).
@@ -264,6 +264,7 @@ def linear(
     Raises:
         ValueError: For shapes, devices and names that do not fit.
         TypeError: For dtypes that do not fit.
+        RuntimeError: For "triton" or "cublas" where no kernel can run.
     """
     chosen = _policy.resolve("linear", x, implementation, ("triton", "cublas", "torch"))
     if activation not in ACTIVATIONS:

@@ -19,7 +19,7 @@ def _scaled_matmul(
     INT8: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Xq @ wq^T for one tile, in fp32; with several groups, each multiplied by its scale."""
+    """One tile of xq @ wq^T, in fp32; with several groups, each multiplied by its scale."""
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     rows, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     cols = first_col + tl.arange(0, BLOCK_N)

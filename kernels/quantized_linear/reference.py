@@ -43,7 +43,7 @@ def quantized_linear_reference(
 
 
 def quantize_result(y: Tensor, format: str | None, out_scale: Tensor | None) -> Quantized:
-    """Y quantized as the operation's result is: by `out_scale`, or by a scale for each group.
+    """Quantize y as the operation does: by `out_scale`, or with a scale for each group.
 
     Args:
         y: (..., N) in fp32.

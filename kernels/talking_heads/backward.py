@@ -150,9 +150,9 @@ def run_backward(
     """Launch the backward kernels, and sum what their programs leave of dWl and dWw.
 
     Args:
-        dqkv: Written: (B, N, 3, H, d), contiguous.
-        dwl: Written: (H, H) in fp32.
-        dww: Written: (H, H) in fp32.
+        dqkv: Output, (B, N, 3, H, d), contiguous.
+        dwl: Output, (H, H) in fp32.
+        dww: Output, (H, H) in fp32.
         do: Gradient of o, (B, N, H, d), contiguous.
         qkv: (B, N, 3, H, d), contiguous.
         wl: Weight of the mixing before the softmax, (H, H), contiguous.

@@ -168,8 +168,8 @@ def run(
     """Launch the forward kernel.
 
     Args:
-        o: Written: (B, N, H, d), contiguous.
-        lse: Written unless None: (B, H, N) in fp32, units of log2.
+        o: Output, (B, N, H, d), contiguous.
+        lse: Output or None, (B, H, N) in fp32, units of log2.
         qkv: (B, N, 3, H, d), contiguous.
         wl: Weight of the mixing before the softmax, (H, H), contiguous.
         ww: Weight of the mixing after it, (H, H), contiguous.

@@ -164,8 +164,8 @@ def run_backward(
     """Launch the backward kernels.
 
     Args:
-        dqkv: Written: (B, Y, X, H, 3, d), contiguous.
-        dbiases: Written unless None: (H, W^2) in fp32.
+        dqkv: Output, (B, Y, X, H, 3, d), contiguous.
+        dbiases: Output or None, (H, W^2) in fp32.
         do: Gradient of o, (B, Y, X, H, d), contiguous.
         qkv: (B, Y, X, H, 3, d), contiguous.
         biases: (H, W^2), contiguous.
@@ -190,18 +190,9 @@ def run_backward(
             chunks = min(windows, _dispatch.cdiv(4 * chip.num_sms, blocks))
             ds = qkv.new_empty(chunks, H, L, L, dtype=torch.float32)
             _window_attention_scores_kernel[(chunks * blocks,)](
-                *saved,
-                ds,
-                windows,
-                chunks,
-                Y,
-                X,
-                H,
-                scale,
-                WINDOW=window,
-                HEAD_DIM=d,
+                *saved, ds, windows, chunks, Y, X, H, scale, WINDOW=window, HEAD_DIM=d,
                 **scores_config,
-            )
+            )  # fmt: skip
             _window_attention_biases_kernel[(H * L,)](
                 ds.sum(0), dbiases, WINDOW=window, **BIASES_META
             )

@@ -25,8 +25,8 @@ def meta_backward(
 ) -> dict[str, int]:
     """A backward kernel's tile: 64 x 64 in 4 warps.
 
-    The kernel that sums the gradient of the scores has 8 warps, since it holds them twice. Sm_80
-    gets one stage: with two, Triton 3.6 would spill.
+    The kernel that sums the gradient of the scores has 8 warps, since it holds them twice, and one
+    stage. On sm_80 both have one stage: with two, Triton 3.6 would spill.
 
     Args:
         dtype: Of qkv.

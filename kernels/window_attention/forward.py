@@ -105,8 +105,8 @@ def run(
     """Launch the forward kernel.
 
     Args:
-        o: Written: (B, Y, X, H, d), contiguous.
-        lse: Written unless None: (B, Y, X, H) in fp32, units of log2.
+        o: Output, (B, Y, X, H, d), contiguous.
+        lse: Output or None, (B, Y, X, H) in fp32, units of log2.
         qkv: (B, Y, X, H, 3, d), contiguous.
         biases: (H, W^2), contiguous.
         window: Side of a window, W tokens.

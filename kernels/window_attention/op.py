@@ -48,9 +48,7 @@ def _bwd(
     dqkv = torch.empty_like(qkv)
     dbiases = qkv.new_zeros((H, L) if learns else 0, dtype=torch.float32)
     if qkv.numel():
-        run_backward(
-            dqkv, dbiases if learns else None, do, qkv, biases, o, lse, window, scale
-        )  # fmt: skip
+        run_backward(dqkv, dbiases if learns else None, do, qkv, biases, o, lse, window, scale)
     return dqkv, dbiases
 
 

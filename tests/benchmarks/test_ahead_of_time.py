@@ -83,7 +83,7 @@ def test_shared_memory_and_registers_fit(rows):
 @pytest.mark.slow
 def test_matmuls_overlap_their_loads_on_hopper(rows):
     """wgmma is there, ptxas did not serialise it, and only a tile's last one is waited for: where
-    tiles follow each other in one loop, there and behind the loop."""
+    tiles follow each other in one loop, there and after the loop."""
     meant = [r for r in rows if r["asynchronous"] and r["arch"] == 90]
     assert len(meant) >= 50
     assert not bad(

@@ -33,7 +33,7 @@ assert_accurate = partial(
 in_fp64 = partial(losses.in_dtype, dtype=torch.float64)
 every_distillation = pytest.mark.parametrize("distillation", DISTILLATIONS)
 labels_and_mixup = pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "mixup"])
-# numpy's, of the interpreter: columns behind the last are -inf - -inf before they are masked
+# numpy's, of the interpreter: columns beyond the last are -inf - -inf before they are masked
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 

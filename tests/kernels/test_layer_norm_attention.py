@@ -18,11 +18,11 @@ from checking import (
 from tiers import slow
 
 from deit_fast.kernels import (
-    _chips,
     cases,
     layer_norm_attention,
     layer_norm_attention_reference,
 )
+from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import layer_norm_attention_inputs as make_inputs
 from deit_fast.kernels.layer_norm_attention import _train
 
@@ -62,9 +62,7 @@ def test_saved_or_recomputed(recompute, implementation, device):
         nodes.append(y.grad_fn and y.grad_fn.name())
         return y
 
-    with _chips.simulate_device(
-        _chips.Chip("H200", (9, 0), 4)
-    ):  # "cublas" leaves attention to "auto"
+    with simulate_device(Chip("H200", (9, 0), 4)):  # "cublas" leaves attention to "auto"
         check(fn, layer_norm_attention_reference, inputs, FP16)
         inputs |= {"qkv_bias": None, "proj_bias": None}
         check(pre_norm(fn), pre_norm(layer_norm_attention_reference), inputs, FP16)

@@ -27,7 +27,7 @@ triton_loss = partial(sparse_cross_entropy, implementation="triton")
 assert_accurate = partial(losses.assert_accurate, triton_loss, sparse_cross_entropy_reference)
 in_fp64 = partial(losses.in_dtype, dtype=torch.float64)
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
-# numpy's, of the interpreter: columns behind the last are -inf - -inf before they are masked
+# numpy's, of the interpreter: columns beyond the last are -inf - -inf before they are masked
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 

@@ -42,7 +42,7 @@ def _optional(present, dtype):
 
 
 def epilogue(arch: int) -> Iterator[Case]:
-    """The elementwise kernel behind a GEMM of cuBLAS."""
+    """The elementwise kernel that follows a GEMM of cuBLAS."""
     for name in ("bias+gelu, z", "bias+residual+row_stats", "bias+scales+residual"):
         activation, present = EPILOGUES[name]
         for dtype in (BF16, FP32):
@@ -51,7 +51,7 @@ def epilogue(arch: int) -> Iterator[Case]:
             tensors = 2 + (optional["res_ptr"] is not None)
             yield Case(
                 op="linear", kernel="_linear_epilogue_kernel", arch=arch,
-                label=f"behind cuBLAS: {name}, {TRITON_TYPE[dtype]}",
+                label=f"after cuBLAS: {name}, {TRITON_TYPE[dtype]}",
                 signature=pointers("xw_ptr y_ptr", dtype) | optional
                 | integers("M N rows_per_sample"),
                 constexprs={"ACTIVATION": activation},

@@ -1,4 +1,4 @@
-"""linear and its epilogues against fp64, as one Triton kernel and behind a cuBLAS matmul."""
+"""linear and its epilogues against fp64, as one Triton kernel and after a cuBLAS matmul."""
 
 from functools import partial
 
