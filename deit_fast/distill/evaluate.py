@@ -245,9 +245,9 @@ def predictions(
     read: list[int] = []
     top: dict[str, list[np.ndarray]] = {head: [] for head in heads_of(model)}
     began = time.perf_counter()
-    cast = None if dtype == like.dtype else dtype
+    amp = None if dtype == like.dtype else dtype
     for some, x in batches(model, images, batch_size, workers, skipped, numbers, transform):
-        with torch.inference_mode(), torch.autocast(x.device.type, cast, enabled=cast is not None):
+        with torch.inference_mode(), torch.autocast(x.device.type, amp, enabled=amp is not None):
             logits = head_logits(model, x)
         for head, values in logits.items():
             if values.isnan().any():
