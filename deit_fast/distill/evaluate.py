@@ -124,7 +124,7 @@ class Predictions:
 
 
 def check(model: nn.Module, images: ImageSet) -> None:
-    """Check that a model can be judged on these images.
+    """Check that a model can be evaluated on these images.
 
     Raises:
         ValueError: It is in train mode, or the labels can't be its classes.
