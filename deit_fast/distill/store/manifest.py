@@ -109,7 +109,8 @@ class Manifest:
         for f in fields(self):
             value: Any = getattr(self, f.name)
             kind = cast(type, f.type)  # no annotation here is a string
-            if type(value) is not kind:  # True is no int
+            exact = type(value) is kind  # unlike for isinstance, True is no int
+            if not exact:
                 return f"{f.name} is {value!r}, expected {kind.__name__}"
             if kind is int and value < (least := 0 if f.name == "seed" else 1):
                 return f"{f.name} is {value}, expected {least} or more"
