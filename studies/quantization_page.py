@@ -51,9 +51,8 @@ def page(study) -> str:
         'excluded by name or pattern, `exclude=["blocks.0.*"]`.',
         "",
         "All figures below are from a CPU, in fp32 around the quantized matmuls, and are of "
-        "accuracy "
-        "alone. A relative error is |got - expected| / |expected| over all elements, where the "
-        "fp32 model is expected.",
+        "accuracy alone. A relative error is |got - expected| / |expected| over all elements, "
+        "where the fp32 model is expected.",
         "",
         "- Fashion-MNIST: the model that comes with deit_fast (`deit_nano_fashion`, "
         f"{fashion['parameters']:,} parameters), {fashion['images']:,} images of the test set, "
@@ -82,13 +81,12 @@ def page(study) -> str:
         "## Each layer alone",
         "",
         "Relative error of one layer's output. It gets the input of the original layer, and "
-        "quantizes "
-        "it as it does in the model. The input comes from 8 images; or is random, normal and alike "
-        "in all channels; or is random with outliers, every 37th channel 50 times the others. The "
-        "random inputs have the rms of the images' ones, because a per-tensor scale is made for "
-        "inputs of one size. Even so outliers can exceed the largest value that it was made for, "
-        "and saturate, most where it was calibrated on a model without any: an input which that "
-        "model does not produce. Mean over the blocks (largest).",
+        "quantizes it as it does in the model. The input comes from 8 images; or is random, normal "
+        "and alike in all channels; or is random with outliers, every 37th channel 50 times the "
+        "others. The random inputs have the rms of the images' ones, because a per-tensor scale is "
+        "made for inputs of one size. Even so outliers can exceed the largest value that it was "
+        "made for, and saturate, most where it was calibrated on a model without any: an input "
+        "which that model does not produce. Mean over the blocks (largest).",
         "",
         "| model | | layer | images | random | outliers |",
         "|---|---|---|--:|--:|--:|",
@@ -100,9 +98,8 @@ def page(study) -> str:
     lines += [
         "",
         "The layers of Fashion-MNIST's model that add most to the relative error of the logits: "
-        "the "
-        "error with this layer alone quantized, and with all but it (`--worst`, 64 images). fc2 "
-        "alone has per-row scales, as wherever fc1 is excluded:",
+        "the error with this layer alone quantized, and with all but it (`--worst`, 64 images). "
+        "fc2 alone has per-row scales, as wherever fc1 is excluded:",
         "",
         "| | all quantized | layer | it alone | all but it |",
         "|---|--:|---|--:|--:|",
@@ -137,9 +134,8 @@ def page(study) -> str:
     lines += [
         f"q k^T and p v are {shares} of a block's multiplications. They are so few that they stay "
         'in bf16 or fp16, unless `quantize(model, "fp8", attention=True)` asks for e4m3 there, '
-        "with "
-        "one per-tensor scale for q, k and v. What it costs, simulated, with everything else in "
-        "fp32 unless the row says so; p, the softmax, has per-row scales. The last row is the "
+        "with one per-tensor scale for q, k and v. What it costs, simulated, with everything else "
+        "in fp32 unless the row says so; p, the softmax, has per-row scales. The last row is the "
         "quantized model itself, except that a CPU does not round p:",
         "",
         "| in fp8 | agreement, % | relative error of the logits | photographs: agreement, % | "

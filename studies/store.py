@@ -133,11 +133,11 @@ def collect(args, plan) -> dict:
             found[way].append(json.loads(ended.stdout.splitlines()[-1]))
     steps = {
         way: {
-            "ms": [statistics.median(one["ms"]) for one in runs],
-            "wall_ms": [statistics.median(one["wall_ms"]) for one in runs],
-            "mib": [one["mib"] for one in runs],
+            "ms": [statistics.median(one["ms"]) for one in measured],
+            "wall_ms": [statistics.median(one["wall_ms"]) for one in measured],
+            "mib": [one["mib"] for one in measured],
         }
-        for way, runs in found.items()
+        for way, measured in found.items()
     }
     teacher = args.work / "teacher" / "model"
     rows = []

@@ -13,9 +13,8 @@ from . import smoke
 from .context import ROWS
 from .orchestrate import HEADER, broken
 
-KINDS = {  # "race" is what "tune" was called
-    "facts", "smoke", "agreement", "peak_rate", "tune", "race", "model", "kernel", "sanitizer",
-    "step",
+KINDS = {
+    "facts", "smoke", "agreement", "peak_rate", "tune", "model", "kernel", "sanitizer", "step",
 }  # fmt: skip
 HEAD = ("kind", "step", "kernels")  # of every row, beside "run"
 # A model's FLOPs are counted whole; ours leaves 7% of them out, the last block's. Clocks differ.

@@ -28,7 +28,7 @@ TABLE, MORE = "tuned.json", "tuned_more.json"
 BATCH, SMALL_BATCH = 256, 8
 RUNS, MORE_RUNS, WARMUP = 8, 30, 2
 CLOSE = 0.95  # of the next one's time: such shapes are timed again, over more calls
-LATER = "layer_norm_mlp"  # made of the others: tuned once they are settled
+LATER = "layer_norm_mlp"  # made of the others: tuned after them
 
 
 def quick(ctx: Context) -> str:
@@ -43,7 +43,7 @@ def quick(ctx: Context) -> str:
     networks = ["Ti"] if ctx.small else list(NETWORKS)
     chosen = [task for name in networks for task in _tasks(ctx, NETWORKS[name], chip)]
     chosen = [t for t in chosen if t.op != LATER] + [t for t in chosen if t.op == LATER]
-    return _settle(ctx, chosen, ctx.folder / TABLE, chip)
+    return _autotune(ctx, chosen, ctx.folder / TABLE, chip)
 
 
 def rest(ctx: Context) -> str:
@@ -67,7 +67,7 @@ def rest(ctx: Context) -> str:
         if closeness(row) > CLOSE
     }
     chosen = sorted(dict.fromkeys(chosen), key=worth, reverse=True)
-    return _settle(ctx, chosen, ctx.folder / MORE, chip, close, MORE_RUNS)
+    return _autotune(ctx, chosen, ctx.folder / MORE, chip, close, MORE_RUNS)
 
 
 def closeness(row: dict) -> float:
@@ -94,7 +94,7 @@ def _tasks(ctx, name, chip, format=None):
     return tune.tasks(model, batch, torch.bfloat16, chip, training=format is None)
 
 
-def _settle(
+def _autotune(
     ctx, chosen: Iterable[tune.Task], path: Path, chip, again=frozenset(), runs: int = RUNS
 ) -> str:  # fmt: skip
     """again: (operation, shape) of those that are tuned although the first table has them."""
@@ -113,13 +113,13 @@ def _settle(
             ctx.write(KIND, op=task.op, shape=dict(task.shape), choice=None, ms=None, others={})
 
     timing.spin_up(ctx.device)
-    settled, surprises = 0, 0
+    tuned, surprises = 0, 0
     for row in tune.autotune(todo, ctx.device, clock, ctx.deadline, tick, known):
         ctx.write(KIND, **asdict(row), closeness=closeness(asdict(row)))
         tune.write(path, [row], chip)
-        settled += 1
+        tuned += 1
         surprises += row.choice.get("implementation") not in ("triton", "fold", "parts")
-    return f"{settled} of {len(todo)} shapes, PyTorch or cuBLAS the fastest in {surprises}"
+    return f"{tuned} of {len(todo)} shapes, PyTorch or cuBLAS the fastest in {surprises}"
 
 
 def load_table(folder: Path) -> None:

@@ -27,8 +27,12 @@ import deit_fast.kernels
 from deit_fast.kernels import _tuned
 
 # the package's modules, or packages, that decide what a model launches
-DECIDES = ("layers", "engine", "swap", "models", "quantization")
+DECIDES = (
+    "layers", "engine", "_cuda_graph", "_model_config", "swap", "models", "heads", "quantization",
+    "activation_scales",
+)  # fmt: skip
 HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")
+RENAMED = {"ceilings": "peak_rates", "fraction_of_ceiling": "fraction_of_peak_rate"}  # before 0.1
 
 
 class CorruptResults(ValueError):
@@ -162,13 +166,13 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Read a results file.
+    """Read a results file, also one with the names of before 0.1.
 
     Raises:
         CorruptResults: The message names the file and what is wrong with it.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_hook=_renamed)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptResults(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or set(content) != set(HEADER):
@@ -178,6 +182,10 @@ def load(path: Path) -> Results:
         raise CorruptResults(f"{path}: rows is {type(content['rows']).__name__}, expected a list")
     rows = [row_of(path, i, values) for i, values in enumerate(content.pop("rows"))]
     return Results(**content, rows=rows)
+
+
+def _renamed(values: dict) -> dict:
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def row_of(path: Path, i: int, values: dict) -> ModelRow | KernelRow:

@@ -124,7 +124,7 @@ class Predictions:
 
 
 def check(model: nn.Module, images: ImageSet) -> None:
-    """Check that a model can be judged on these images.
+    """Check that a model can be evaluated on these images.
 
     Raises:
         ValueError: It is in train mode, or the labels can't be its classes.
@@ -245,9 +245,9 @@ def predictions(
     read: list[int] = []
     top: dict[str, list[np.ndarray]] = {head: [] for head in heads_of(model)}
     began = time.perf_counter()
-    cast = None if dtype == like.dtype else dtype
+    amp = None if dtype == like.dtype else dtype
     for some, x in batches(model, images, batch_size, workers, skipped, numbers, transform):
-        with torch.inference_mode(), torch.autocast(x.device.type, cast, enabled=cast is not None):
+        with torch.inference_mode(), torch.autocast(x.device.type, amp, enabled=amp is not None):
             logits = head_logits(model, x)
         for head, values in logits.items():
             if values.isnan().any():

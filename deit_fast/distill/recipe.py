@@ -36,7 +36,7 @@ class Recipe:
         ValueError: A value makes no sense; the message names the setting.
     """
 
-    epochs: int = _setting("epochs, over all of the data", least=1)
+    epochs: int = _setting("passes over the training data", least=1)
     batch: int = _setting("images an update, over all ranks and --accum", least=1)
     opt: str = _setting("optimiser, a name of timm's (adamw, sgd, ...)")
     lr: float = _setting("learning rate for a batch of lr-batch images", above=0)
@@ -81,7 +81,6 @@ class Recipe:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs}, expected at most the {self.epochs} epochs"
             )
-
         if self.min_lr > self.peak_lr:
             raise ValueError(
                 f"min_lr: {self.min_lr:g}, expected at most the peak lr {self.peak_lr:g}"

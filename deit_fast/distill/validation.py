@@ -1,4 +1,4 @@
-"""Top-1 and top-5 on the validation images, each rank judging its share of them."""
+"""Top-1 and top-5 on the validation images, each rank evaluating its share."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def validate(
     model: nn.Module, images: ImageSet, ranks: Ranks, *, batch_size: int, workers: int,
     dtype: torch.dtype | None, progress: Callable[[int], None],
 ) -> tuple[dict, list[tuple[str, str]]]:  # fmt: skip
-    """Judge a model, which is left in eval mode; every rank makes this call.
+    """Evaluate a model, which is left in eval mode; every rank makes this call.
 
     Args:
         model: On this rank's device.

@@ -1,6 +1,7 @@
 """The results file: nothing lost, nothing half written, nothing misread; and its schema."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import fields, replace
@@ -34,6 +35,16 @@ def test_what_is_written_is_read_and_fits_the_schema(file):
     assert [type(r) for r in read.rows] == [ModelRow, ModelRow, KernelRow]
     assert read == results_of(model_row(DEIT), model_row(RESNET, **FAILED), kernel_row())
     VALIDATOR.validate(json.loads(file.read_text()))
+
+
+def test_names_of_before_0_1_are_read(file):
+    text = file.read_text()
+    for new, old in (("fraction_of_peak_rate", "fraction_of_ceiling"), ("peak_rates", "ceilings")):
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    before = file.with_name("before.json")
+    before.write_text(text)
+    assert results.load(before) == results.load(file)
 
 
 def test_an_unavailable_row_fits_the_schema(tmp_path):
@@ -176,6 +187,17 @@ def test_the_build_changes_with_what_decides_a_figure(copied):
         (copied / path).write_text("other")
         assert (found := results.build(HARDWARE)) not in seen
         seen.add(found)
+
+
+def test_what_decides_a_figure_is_there():
+    """And so is what those modules import of the package, but for kernels and reading weights."""
+    package = Path(results.deit_fast.__file__).parent
+    files = {name: package / f"{name}.py" for name in results.DECIDES}
+    assert [name for name, file in files.items() if not file.exists()] == ["layers"]
+    text = "".join(file.read_text() for name, file in files.items() if name != "layers")
+    imported = re.findall(r"^from (?:deit_fast|\.)(?:\.| import )?(\w+)", text, re.MULTILINE)
+    assert {"layers", "_cuda_graph", "activation_scales", "heads"} < set(imported)
+    assert set(imported) <= {*results.DECIDES, "kernels", "checkpoint", "pretrained"}
 
 
 def choice(**changes):

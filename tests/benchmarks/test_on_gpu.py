@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import operations
 from benchmarks.report.targets import QUANTIZED_MODES
 from benchmarks.stages import plan
 
@@ -127,3 +128,12 @@ def test_a_checkout_needs_no_installation(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (checkout / "deit_fast" / "kernels").is_symlink()
     assert (tmp_path / "out" / "chip" / "table5.json").read_text() == "{}"
+
+
+def test_every_operation_has_its_place():
+    """A benchmark of an operation is in the lists that the lease and the GPU stages go through."""
+    files = (ROOT / "benchmarks").glob("bench_*.py")
+    compared = {p.stem.removeprefix("bench_") for p in files if "(compare" in p.read_text()}
+    assert len(compared) > 10
+    assert compared == set(operations.OPS)
+    assert compared == {*plan.KERNELS, *plan.QUANTIZED_KERNELS}

@@ -16,20 +16,10 @@ from PIL import Image
 from deit_fast.distill.datasets import open_images
 
 CLASSES = [str(c) for c in range(11)]  # "10" comes after "9" in natural order alone
-
-
 LABELS = np.sort(np.arange(24) % 11)
-
-
 GRAY = np.random.default_rng(seeded(0)).integers(0, 256, (24, 5, 6), dtype=np.uint8)
-
-
 COLOUR = np.random.default_rng(seeded(1)).integers(0, 256, (24, 5, 6, 3), dtype=np.uint8)
-
-
 NAMED = ["ant", "Bee", "bee", "bee2", "bee10", "cat", "dog", "eel", "fly", "gnu", "hen"]
-
-
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
@@ -127,11 +117,7 @@ KINDS = {
     "idx": as_idx,
     "idx, gzip": lambda path, pixels: as_idx(path, pixels, ".gz"),
 }
-
-
 COLOURED = [kind for kind in KINDS if "idx" not in kind]
-
-
 EXTRA = ("saved", "parquet")  # written by an extra's package
 
 

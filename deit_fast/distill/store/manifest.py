@@ -109,7 +109,8 @@ class Manifest:
         for f in fields(self):
             value: Any = getattr(self, f.name)
             kind = cast(type, f.type)  # no annotation here is a string
-            if not _is_exactly(value, kind):
+            exact = type(value) is kind  # unlike for isinstance, True is no int
+            if not exact:
                 return f"{f.name} is {value!r}, expected {kind.__name__}"
             if kind is int and value < (least := 0 if f.name == "seed" else 1):
                 return f"{f.name} is {value}, expected {least} or more"
@@ -171,11 +172,6 @@ class Manifest:
         if size != expected:
             reason = f"{size} bytes, expected {expected} for {count} records"
             raise Damaged(path, min(size, expected), reason)
-
-
-def _is_exactly(value: object, kind: type) -> bool:
-    """As isinstance, but True is no int."""
-    return type(value) is kind
 
 
 def _digest(content: object) -> str:
