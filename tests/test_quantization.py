@@ -99,7 +99,7 @@ def test_logits_are_those_of_the_definition(variant, format):
         model.blocks[1].attn.scale, model.blocks[1].attn.fused_attn = 0.3, False
     attention = "attention" in format
     deit_fast.quantize(fast, format.split()[-1], calibration, exclude, attention)
-    assert [b.attn._output() != {} for b in fast.blocks] == [
+    assert [b.attn._qkv_output() != {} for b in fast.blocks] == [
         attention and not any(f"blocks.{i}.attn" in p for p in exclude) for i in (0, 1)
     ]
     left = {n for n in LAYERS for p in exclude if fnmatch.fnmatchcase(n, p)}
