@@ -79,10 +79,10 @@ def attention_maps(
     Raises:
         ValueError: for a model in train mode, models and blocks of other kinds, numbers that no
             block has, and images that are no batch.
-        TypeError: for images of another type.
+        TypeError: for images or numbers of another type.
         RuntimeError: where a part of the model has a forward that was set on the instance.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     maps: dict[str, Tensor] = {}
     _run(model, images, _chosen(model, blocks), maps.__setitem__)
     return maps

@@ -46,7 +46,7 @@ class Predictor:
     def __init__(self, model: nn.Module, batch_size: int, topk: int = 5, embed: bool = False):
         if topk < 1:
             raise ValueError(f"topk: {topk}, expected 1 or more")
-        classes = _num_classes(model)
+        classes: Any = model.num_classes  # timm's
         self.embed, self.topk = embed, min(topk, classes) or topk
         if not embed and not classes:
             raise ValueError("model: has no classes, expected embed=True")
@@ -73,17 +73,13 @@ class Predictor:
         return {"classes": classes.cpu().numpy(), "scores": scores.cpu().numpy()}
 
 
-def _num_classes(model: Any) -> int:
-    return model.num_classes
-
-
 def label_names(model: nn.Module) -> list[str]:
     """Return the names of a model's classes.
 
     They are those of its configuration; without any ImageNet's for 1000 classes, else numbers.
     """
     given = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    classes = _num_classes(model)
+    classes: Any = model.num_classes
     if given and len(given) == classes:
         return list(given)
     if classes == 1000:
@@ -147,8 +143,7 @@ def predict(
         The predictions, in the order of `paths`.
     """
     clock = Clock() if clock is None else clock
-    sizes: Any = predictor.engine.batch_sizes
-    size = sizes[-1]
+    size = predictor.engine.batch_sizes[-1]
     chunk = min(images.CHUNK, size)
     began = time.perf_counter()
     batch = Batch()

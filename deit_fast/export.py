@@ -102,7 +102,7 @@ def export(
         RuntimeError: with one line, if a package is missing, the exporter fails, or the file's
             logits are not the model's.
     """
-    path, model = Path(path), getattr(model, "_orig_mod", model)  # torch.compile's wrapper off
+    path, model = Path(path), getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     check(path, format, batch)
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}, expected one of {BACKENDS}")

@@ -174,7 +174,7 @@ def has_fp8_attention(model: nn.Module) -> bool:
 
 def quantized_layers(model: nn.Module) -> dict[str, str]:
     """Return the names of the quantized layers, and the format of each."""
-    return {name: m.format for name, m in model.named_modules() if type(m) is QuantizedLinear}
+    return {name: m.format for name, m in model.named_modules() if is_quantized(m)}
 
 
 def _layers(model: nn.Module, format: str) -> dict[str, tuple[Block, str]]:

@@ -107,9 +107,8 @@ def create_app(
     @app.post("/classify")
     async def post_classify(request: Request, topk: Annotated[int, Query(ge=1, le=TOPK)] = 5):
         counts["requests"] += 1
-        if (
-            counts["in_flight"] >= max_queue
-        ):  # in flight: being read, decoded, or waiting for a batch
+        # in flight: being read, decoded, or waiting for a batch
+        if counts["in_flight"] >= max_queue:
             counts["refused"] += 1
             busy = {"Retry-After": "1", "Connection": "close"}
             raise HTTPException(503, f"{max_queue} requests are being served", headers=busy)

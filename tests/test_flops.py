@@ -16,9 +16,8 @@ import deit_fast
 from deit_fast import kernels
 from deit_fast.kernels import cases
 
-pytestmark = pytest.mark.usefixtures(
-    "device"
-)  # without it Triton raises on a machine that has no GPU
+# without it Triton raises on a machine that has no GPU
+pytestmark = pytest.mark.usefixtures("device")
 
 SIZE = 32  # pixels: 2 x 2 patches
 CAIT = {"embed_dim": 192, "num_heads": 4, "depth": 1, "depth_token_only": 1, "num_classes": 11}

@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from deit_fast.images import Decoder
 from . import _models
 
 SHOWN = 10  # unreadable images that are named
+SHIPPED = Path(__file__).parents[1] / "data"  # images that come with deit_fast
 
 
 class Setting(NamedTuple):
@@ -83,6 +85,11 @@ def setting(args: Namespace) -> Setting:
             raise ValueError(f"--{name}: {value}, expected {least} or more")
     dtype = args.dtype or ("fp16" if cuda else "fp32")
     return Setting("cuda" if cuda else "cpu", dtype, batch, workers)
+
+
+def photographs() -> list[Path]:
+    """Return the photographs that come with deit_fast."""
+    return sorted(path for path in SHIPPED.iterdir() if path.suffix == ".jpg")
 
 
 def images_for(model: nn.Module, args: Namespace) -> ImageSet:

@@ -30,9 +30,10 @@ from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 from deit_fast.kernels import _policy
 
+from . import _data
+
 MODELS = ("deit_tiny_distilled", "deit_small_distilled")
 RUNS = 10
-DATA = Path(deit_fast.__file__).parent / "data"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if batch < 1:
         raise ValueError(f"--batch: {batch}, expected 1 or more")
     console = Console()
-    photos = sorted(p for p in DATA.iterdir() if p.suffix == ".jpg")
+    photos = _data.photographs()
     names = ", ".join(p.stem for p in photos)
     console.print(f"photographs: {names} (credits: deit_fast/data/CREDITS.md)")
     weights = (
@@ -116,7 +117,7 @@ def _classify_fashion(console: Console) -> tuple[int, int]:
     """
     model = deit_fast.deit_nano_fashion(pretrained=True).eval()
     decoder, labels = Decoder(data_config(model)), label_names(model)
-    paths = sorted((DATA / "fashion").iterdir())
+    paths = sorted((_data.SHIPPED / "fashion").iterdir())
     images = torch.from_numpy(np.stack([decoder(path) for path in paths]))
     with torch.inference_mode():
         scores, classes = model(images).softmax(-1).max(1)

@@ -41,7 +41,6 @@ from deit_fast.kernels.quantize import FORMATS
 from . import _data, _models
 
 SAMPLE = 16  # images that layers are compared on
-DATA = Path(deit_fast.__file__).parent / "data"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     reference = copy.deepcopy(model)
     images: ImageSet
     if args.data is None:
-        images = _Files(_photographs(), model)
+        images = _Files([str(path) for path in _data.photographs()], model)
     else:
         images = _data.images_for(model, args)
         evaluate.check(model, images)
@@ -183,10 +182,6 @@ class _Files(ImageSet):
 
     def _file(self, i: int) -> str:
         return self.paths[i]
-
-
-def _photographs() -> list[str]:
-    return sorted(str(path) for path in DATA.iterdir() if path.suffix == ".jpg")
 
 
 def _calibration_images(model: nn.Module, args: argparse.Namespace) -> ImageSet:

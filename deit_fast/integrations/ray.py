@@ -4,8 +4,8 @@
     rows = deit_fast.integrations.ray.classify(["/data/photos"], model, batch_size=256)
     rows.write_parquet("s3://bucket/classes")
 
-Needs `pip install 'deit_fast[ray]'` on every machine. Images are decoded by as many actors as the
-cluster has CPU cores, on any machine, and predicted by one engine per GPU.
+Needs `pip install 'deit_fast[ray]'` on every machine. Images are decoded by up to as many actors as
+the cluster has CPU cores, less one, on any machine, and predicted by one engine per GPU.
 """
 
 import copy

@@ -10,16 +10,18 @@ to train(). So each drop-in module asks for its `plan` at every call. There are 
     unfused            timm's own forward runs; its parts are drop-in modules that plan for
                        themselves
 
-In the order in which a call meets them:
+From top to bottom:
 
-    plan_for           the entry: the plan of a module, from its snapshot if that is current
-    make_plan          makes a plan by examining the module and all that it bypasses
     FusionPlan         the outcome, with the reason for what is not fused
+    PlanCache          the last plan of a module
+    plan_for           the entry, at each call: the cached plan if it is current, else a new one
+    is_traced          whether a tracer is recording timm's layers
+    make_plan          makes a plan by examining the module and all that it bypasses
     warnings           one for each reason, at the first call that meets it
 
-Modules of this package that it builds on: `_hooks` (what intercepts a call), `_fusible` (what the
-class of a drop-in module declares) and `_snapshot` (how a hundred look-ups for each block are
-avoided while nothing has changed).
+It builds on three modules: `_fusible` (what the class of a drop-in module declares), `_hooks` (what
+intercepts a call) and `_snapshot` (how a call finds out that nothing has changed, so that it need
+not examine each block again, which takes a hundred look-ups).
 """
 
 import warnings

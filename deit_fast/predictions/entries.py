@@ -1,7 +1,7 @@
 """Predictions as plain dicts, one for each image."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from deit_fast.batch_inference import Batch
 
@@ -17,7 +17,8 @@ def entries(batch: Batch, labels: Sequence[str] | None) -> Iterator[dict[str, An
         For each image {"image", "predictions": [{"class", "label", "score"}, ...]}, best first;
         for an unreadable one {"image", "error"}; {"image"} if the batch holds embeddings.
     """
-    row, names = 0, cast("Sequence[str]", labels)
+    row = 0
+    names: Any = labels  # None only with embeddings, which have no classes
     for path, reason in zip(batch.paths, batch.reasons, strict=True):
         if reason is not None:
             yield {"image": path, "error": reason}

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -133,7 +133,8 @@ def _parquet(saved: Saved) -> dict[Path, Path]:
     parquet, made = _pyarrow().parquet, saved.folder / "made.parquet"
     with open(saved.folder / ("features.npy" if saved.embed else "rows.jsonl"), "rb") as features:
         features.seek(NPY_HEADER)
-        embedding, writer = None, cast(Any, None)
+        embedding = None
+        writer: Any = None
         for rows in saved.chunks():
             if saved.embed:
                 width = max(saved.width, 1)

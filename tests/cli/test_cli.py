@@ -13,7 +13,7 @@ from deit_fast.cli import COMMANDS, main
 def test_help_shows_examples(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert stopped.value.code == 0 and "examples:" in capsys.readouterr().out.lower()
+    assert stopped.value.code == 0 and "\nExamples:\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

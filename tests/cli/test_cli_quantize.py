@@ -168,7 +168,7 @@ def test_quantize_wants_blocks_and_classes(folders, tmp_path, capsys):
     data = ["--data", str(folders / "data")]
     for model, options, message in (
         ("tiny_vit_5m_224", ["--no-pretrained"], "TinyVit has no Block of a ViT or DeiT"),
-        ("resnet18", ["--no-pretrained"], "nothing to swap in ResNet"),
+        ("resnet18", ["--no-pretrained"], "nothing to replace in ResNet"),
         (str(tmp_path / "three"), data, "3 classes, images: 7"),
     ):
         assert main(["quantize", model, "--workers", "0", *options]) == 2

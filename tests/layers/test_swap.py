@@ -70,8 +70,8 @@ def test_a_layer_norm_that_is_not_over_the_last_dimension_alone_is_skipped():
 
 def test_classes_of_a_kind_without_replacement_are_listed():
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
-    left = {m.kind for m in deit_fast.accelerate(model).skipped}
-    assert "WindowAttention" in left and "SwinTransformerBlock" in left
+    skipped = {m.kind for m in deit_fast.accelerate(model).skipped}
+    assert "WindowAttention" in skipped and "SwinTransformerBlock" in skipped
 
 
 def test_subclasses_are_not_replaced():

@@ -238,7 +238,7 @@ def test_hooks_see_what_timms_see(part):
 
 @pytest.mark.parametrize("change", [slow("bias"), slow("padding"), "fused", slow("no statistics")])
 def test_convolutions_that_change_afterwards(change, device):
-    """After the swap: what no longer is the operation runs as it is."""
+    """After `accelerate`: what no longer is the operation runs as it is."""
     x, found = images(device=device), []
     for model in small("triton", device):
         part = model.stages[0].blocks[0].conv2

@@ -137,9 +137,9 @@ def test_lora(backend, device):
         found.append(get_peft_model(model, LoraConfig(init_lora_weights=False, **config)))
     expected, got = found
     report = deit_fast.report(got)
-    assert [left.name[-8:] for left in report.unfused] == ["blocks.0", "blocks.1"]
-    for left in report.unfused:
-        assert left.reason == (
+    assert [module.name[-8:] for module in report.unfused] == ["blocks.0", "blocks.1"]
+    for module in report.unfused:
+        assert module.reason == (
             "attn.qkv is a peft.tuners.lora.layer.Linear, mlp.fc1 is a "
             "peft.tuners.lora.layer.Linear: called, the rest is fused"
         )
@@ -163,7 +163,7 @@ def _trained(model, x):
     return list(named), torch.autograd.grad(loss, list(named.values()))
 
 
-def test_adapters_in_place_before_the_swap():
+def test_adapters_in_place_before_accelerate():
     """`accelerate` sees them, and says so; there is nothing more to warn of."""
     selection.extra("tools", "peft")
     from peft import LoraConfig, get_peft_model
