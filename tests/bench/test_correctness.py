@@ -57,8 +57,8 @@ def test_an_optimizer_that_does_not_descend_is_not_timed(vit, fault, monkeypatch
     break_it, said = UPDATES[fault]
     real = Step.__init__
 
-    def make(self, *args):
-        real(self, *args)
+    def make(self, *args, **options):
+        real(self, *args, **options)
         if self.optimizer is not None:
             break_it(self)
             if fault == "nothing":

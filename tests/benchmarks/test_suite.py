@@ -192,7 +192,7 @@ def test_a_kernel_that_disagrees_is_not_timed(out, tmp_path, factor):
                      "-k", FORWARD)  # fmt: skip
     finally:
         os.environ["PYTHONPATH"] = PYTHONPATH
-    assert "2 failed" in done.stdout and "Disagreement: relative" in done.stdout, done.stdout
+    assert "2 failed" in done.stdout and "Mismatch: relative" in done.stdout, done.stdout
     assert {(r.status, r.ms_median) for r in rows(out, "kernels")} == {("failed", None)}
     if "nan" in factor:
         return
