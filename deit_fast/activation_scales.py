@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import data_config
+from ._model_config import data_config
 from .kernels.quantize import FORMATS, LIMITS, TINY, dequantize, quantize_reference
 from .layers import Attention, Block, Mlp
 

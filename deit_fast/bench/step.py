@@ -182,7 +182,7 @@ class _TrainingGraph:
     def replay(self, images: Tensor) -> Tensor:
         """Copy images and upstream gradients in, and replay; sets the parameters' `grad`."""
         self.images.copy_(images)
-        # the capture made them, so they are no None
+        # never None: __init__ made them
         self.upstream.copy_(self.step._upstream)  # type: ignore[arg-type]
         self.graph.replay()
         for p, gradient in zip(self.step.model.parameters(), self.gradients, strict=True):

@@ -220,7 +220,7 @@ def layer_norm_mlp(
     scaled = layer_scale is not None or row_scale is not None
     reason = _why_not_fused(x, weights, residual, scaled, fc1_weight.shape[0], implementation)
     if _explain.decisions is not None:
-        served = "separate" if reason else "fused"
+        served = "parts" if reason else "fused"
         _explain.record("layer_norm_mlp", served, reason or "one kernel")
     if reason is None:
         return _fused(x, weights, residual, eps, return_row_stats)

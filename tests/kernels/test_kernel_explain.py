@@ -228,13 +228,13 @@ def test_layer_norm_mlp():
     inputs = arguments("layer_norm_mlp", 2, 2, 192, 768)
     inputs |= {"layer_scale": None, "row_scale": None}
     first, *parts = why("layer_norm_mlp", **inputs)
-    assert first == ("layer_norm_mlp", "separate", "not measured faster")
+    assert first == ("layer_norm_mlp", "parts", "not measured faster")
     assert [d.op for d in parts] == ["layer_norm_linear", "layer_norm", "linear", "linear"]
     (decision,) = why("layer_norm_mlp", **inputs, implementation="fused")
     assert decision == ("layer_norm_mlp", "fused", "one kernel")
     inputs["residual"] = inputs["x"].requires_grad_()
     first, second, *parts = why("layer_norm_mlp", **inputs)
-    assert first[1:] == ("separate", "gradients are wanted: it has none")
+    assert first[1:] == ("parts", "gradients are wanted: it has none")
     assert second == ("layer_norm_mlp", "triton", "training: one autograd node")
     assert [(d.op, d.implementation) for d in parts] == [("linear", "triton")]
 
@@ -250,9 +250,9 @@ def test_a_model():
     assert ops.count("attention") == 2 and all(len(d.reason) > 10 for d in decisions)
     separate = [d.reason for d in decisions if d[:2] == ("layer_norm_linear", "separate")]
     assert all(reason.startswith("rows are few") for reason in separate)  # of the prefix tokens
-    assert {d.implementation for d in decisions} == {"triton", "fold", "separate"}
+    assert {d.implementation for d in decisions} == {"triton", "fold", "separate", "parts"}
     by_block = explain(model.to_empty(device="cpu").float().blocks[0], torch.zeros(1, 198, 192))
-    assert {d.reason for d in by_block if d.implementation != "separate"} == {
+    assert {d.reason for d in by_block if d.implementation not in ("separate", "parts")} == {
         "no CUDA device: plain PyTorch"
     }
 

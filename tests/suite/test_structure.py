@@ -52,6 +52,12 @@ def lint(folder, config):
     )  # fmt: skip
 
 
+def test_kernels_know_no_modules():
+    """... which the contracts cannot say: torch.nn is there for its functions and Parameter."""
+    modules = [f for f in files_of("kernels") if "nn.Module" in f.read_text()]
+    assert not modules
+
+
 CONFIG = (ROOT / "pyproject.toml").read_text()
 
 
