@@ -14,7 +14,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -243,12 +242,6 @@ def check(fn, reference, inputs, dtype, grads=True, no_grad=("row_scale",)):
     torchs = run(reference, prepare(dtype), upstream)
     truth = run(reference, prepare(FP64), exact_upstream)
     assert_gradients_as_accurate(got, torchs, truth)
-
-
-def skip_without_tensor_descriptors(config, device):
-    """Skip the test where `config` of a GEMM kernel needs them and the GPU has none."""
-    if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("GPU: this chip has no tensor descriptors")
 
 
 # All that torch.compile does to a graph, and no C++ compiler, which takes most of the time on a CPU

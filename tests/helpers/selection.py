@@ -47,6 +47,12 @@ def compiler():
     tool(os.environ.get("CXX", "g++"))
 
 
+def skip_without_tensor_descriptors(config, device):
+    """Skip the test where `config` of a GEMM kernel needs them and the GPU has none."""
+    if config["TMA"] and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("GPU: this chip has no tensor descriptors")
+
+
 def data(path, what):
     if not path.exists():
         pytest.skip(f"data: no {what} in {path}")

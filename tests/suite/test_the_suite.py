@@ -1,9 +1,13 @@
 """Every comparison of the suite goes by a rule of tests/helpers/checking.py."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)])}
 WITH_A_TOLERANCE = ("allclose", "isclose", "assert_allclose", "testing.assert_close")
 
 
@@ -59,3 +63,10 @@ def test_private_tolerances_are_found():
         "assert_at_most(relative_error(a, b), 0.4 * c)", "assert (a - b).max() < 3",
     ):  # fmt: skip
         assert not private_tolerances(text, "a.py")
+
+
+def test_the_stand_in_needs_no_pytest():
+    """It runs in environments with nothing but what a GPU machine has."""
+    code = "import sys; sys.modules['pytest'] = None; import stand_in_cuda.exercise"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr

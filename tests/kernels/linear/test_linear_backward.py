@@ -9,8 +9,8 @@ from checking import (
     assert_as_accurate,
     assert_close,
     seed,
-    skip_without_tensor_descriptors,
 )
+from selection import skip_without_tensor_descriptors
 
 from deit_fast.kernels import _tuned, linear
 from deit_fast.kernels.cases import linear_inputs as make_inputs

@@ -15,9 +15,8 @@ from checking import (
     assert_equal,
     check,
     seed,
-    skip_without_tensor_descriptors,
 )
-from selection import where
+from selection import skip_without_tensor_descriptors, where
 
 from deit_fast.kernels import _tuned, cases, linear, linear_reference
 from deit_fast.kernels.cases import linear_inputs as make_inputs

@@ -12,9 +12,8 @@ from checking import (
     assert_close,
     relative_error,
     seed,
-    skip_without_tensor_descriptors,
 )
-from selection import where
+from selection import skip_without_tensor_descriptors, where
 
 from deit_fast.kernels import (
     Quantized,
