@@ -4,10 +4,10 @@ from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 
 from . import targets
 from .measured import Chip, ratio
+from .predicted import predicted_table
 from .targets import QuantizedComparison, training_target
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-NOTHING = "No GPU has been measured yet."
 COLUMNS = {
     "eager fp32": "eager_fp32", "eager bf16": "eager_bf16",
     "compile max-autotune bf16": "compile_max_autotune_bf16", "deit_fast bf16": "deit_fast_bf16",
@@ -23,13 +23,15 @@ TRAINING = {
 
 
 def readme_tables(chips: list[Chip]) -> str:
-    """Tables of inference, quantized inference and training for each GPU.
+    """Everything between the README's two comments: measured on GPUs, else what is predicted."""
+    return gpu_tables(chips) or predicted_table()
 
-    A CPU's figures claim nothing and are left out.
-    """
+
+def gpu_tables(chips: list[Chip]) -> str:
+    """Tables of inference, quantized inference and training for each GPU; "" without any."""
     kinds = (_readme_table, _quantized_table, _train_table)
     tables = [table(chip) for chip in chips if not chip.is_cpu for table in kinds]
-    return "\n\n".join(filter(None, tables)) or NOTHING
+    return "\n\n".join(filter(None, tables))
 
 
 def _readme_table(chip):

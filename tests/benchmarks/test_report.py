@@ -16,7 +16,8 @@ from benchmarks.report import __main__ as report
 from benchmarks.report import measured
 from benchmarks.report import page as page_module
 from benchmarks.report.measured import Chip, ratio
-from benchmarks.report.readme import BEGIN, END, NOTHING, readme_tables
+from benchmarks.report.predicted import predicted_table
+from benchmarks.report.readme import BEGIN, END, gpu_tables
 from benchmarks.table5 import ENTRIES
 from deit_fast.bench.modes import MODES
 from deit_fast.bench.results import ModelRow
@@ -96,9 +97,16 @@ def test_a_cpu_claims_nothing_in_the_readme(folder, readme, drawing):
     (path,) = folder.glob("*/table5.json")
     results_of(*everything(), gpu=None).save(path)
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0
-    assert f"{BEGIN}\n{NOTHING}\n{END}" in readme.read_text()
+    assert f"{BEGIN}\n{predicted_table()}\n{END}" in readme.read_text()
     page = (path.parent / "report.html").read_text()
     assert "Measured on a CPU" in page and "(CPU, 2 threads)" in page
+
+
+def test_every_prediction_is_marked_as_one():
+    title, _, _, _, *rows = predicted_table().split("\n")
+    assert "No GPU has been measured yet. Predicted" in title and len(rows) == 4
+    cells = [cell for row in rows for cell in row.strip("| ").split(" | ")[1:]]
+    assert len(cells) == 8 and all(re.fullmatch(r"[\d,]+ predicted", cell) for cell in cells)
 
 
 def test_bad_files_are_named_and_nothing_is_written(folder, readme, capsys):
@@ -148,10 +156,10 @@ def test_the_last_build_speaks():
     failed = model_row(SMALL, "deit_fast_bf16", **FAILED)
     chip = Chip(Path(), {"table5": results_of(old, failed)})
     assert chip.row(SMALL, "deit_fast_bf16", "batch") is failed
-    assert readme_tables([chip]) == NOTHING
+    assert gpu_tables([chip]) == ""
     chip = Chip(Path(), {"table5": results_of(old, model_row(SMALL, "eager_bf16", 100.0))})
     assert chip.row(SMALL, "deit_fast_bf16", "batch") is old
-    assert readme_tables([chip]) == NOTHING
+    assert gpu_tables([chip]) == ""
 
 
 def test_the_readme_compares_only_what_ran_together():
@@ -161,11 +169,11 @@ def test_the_readme_compares_only_what_ran_together():
         model_row(SMALL, "eager_fp32", 7.0, build="c" * 12),
         model_row(SMALL, "compile_max_autotune_bf16", 9.0, batch=128),
     ]  # fmt: skip
-    table = readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    table = gpu_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | 1,200 | 3.00 | – |" in table
-    table = readme_tables([Chip(Path(), {"table5": results_of(*rows[1:])})])
+    table = gpu_tables([Chip(Path(), {"table5": results_of(*rows[1:])})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | – | 1,200 | 3.00 | – |" in table
-    table = readme_tables([Chip(Path(), {"table5": results_of(*rows[:2])})])
+    table = gpu_tables([Chip(Path(), {"table5": results_of(*rows[:2])})])
     assert "| DeiT-S distilled | 256 | – | 400 | – | 800 | – | 2.00 | – |" in table
 
 
@@ -188,7 +196,7 @@ def quantized(entry, fp8, torchao, **changes):
 def test_quantized_inference_has_a_table_with_its_targets():
     none = model_row(BASE, "torchao_fp8_compile", **UNAVAILABLE)
     rows = [*quantized(SMALL, 1300.0, 1350.0), *quantized(BASE, 1400.0, none)]
-    text = readme_tables([Chip(Path(), {"table5": results_of(*rows)})])
+    text = gpu_tables([Chip(Path(), {"table5": results_of(*rows)})])
     assert (
         "| DeiT-S distilled | 256 | 1,000 | 1,300 | 1,250 | 1,301 | 1,100 | 1,400 | 1,350 | 1.30 "
         "| 1.30 met | 1.27 | 1.30 missed | 1.25 | 0.96 | 1.04 | met |" in text
@@ -202,18 +210,18 @@ def test_quantized_inference_has_a_table_with_its_targets():
     assert f"| fp8 / bf16 | {target} | engine fp8 / engine bf16 | {target} |" in text
     assert "every Block quantized" in text and "dynamic per-row scales for all four" in text
     slower = quantized(SMALL, 1300.0, 1500.0)
-    assert "| 0.87 | 0.93 | missed |" in readme_tables([made(*slower)])
+    assert "| 0.87 | 0.93 | missed |" in gpu_tables([made(*slower)])
 
 
 def test_nothing_is_said_of_quantized_modes_that_did_not_run():
     other = {"batch": 128, "asked_batch": 128}
     halved = [replace(r, **other) for r in quantized(SMALL, 1300.0, 1000.0)]
-    text = readme_tables([made(*halved)])
+    text = gpu_tables([made(*halved)])
     assert (
         "| DeiT-S distilled | 128 |" in text and "| 1.30 | – | 1.27 | – | 1.25 |" in text
     )  # no target there
     apart = quantized(SMALL, 1300.0, 1000.0, build="c" * 12)
-    text = readme_tables([made(*apart[:3])])
+    text = gpu_tables([made(*apart[:3])])
     assert "| 1,000 | – | 1,250 |" + " – |" * 8 + " 1.25 | – | – | – |" in text
 
 
@@ -221,25 +229,25 @@ def test_quantized_modes_that_failed_have_a_line():
     """Which one never run has not; nor one that the chip does not have."""
     failed = [model_row(SMALL, f"deit_fast_{f}", **FAILED) for f in ("fp8", "int8")]
     bf16 = model_row(SMALL, "deit_fast_bf16", 1000.0)
-    text = readme_tables([made(bf16, *failed)])
+    text = gpu_tables([made(bf16, *failed)])
     assert "| DeiT-S distilled | 256 | 1,000 | failed | failed | – |" in text
-    text = readme_tables([made(*failed)])
+    text = gpu_tables([made(*failed)])
     assert "| DeiT-S distilled | 256 | – | failed | failed | – |" in text
     int8 = model_row(SMALL, "deit_fast_int8", 1250.0)
-    assert "| 1,000 | failed | 1,250 | – |" in readme_tables([made(bf16, failed[0], int8)])
+    assert "| 1,000 | failed | 1,250 | – |" in gpu_tables([made(bf16, failed[0], int8)])
     old = replace(bf16, build="c" * 12)
-    assert "| 256 | – | failed | failed |" in readme_tables([made(old, *failed)])
+    assert "| 256 | – | failed | failed |" in gpu_tables([made(old, *failed)])
     gone = [replace(r, **UNAVAILABLE) for r in failed]
-    assert "quantized" not in readme_tables([made(bf16, *gone)])
-    assert readme_tables([made(*(replace(r, build="c" * 12) for r in failed))]) == (NOTHING)
+    assert "quantized" not in gpu_tables([made(bf16, *gone)])
+    assert gpu_tables([made(*(replace(r, build="c" * 12) for r in failed))]) == ""
 
 
 def test_other_tables_say_what_failed_too():
     ours, base = model_row(SMALL, "deit_fast_bf16", 8.0), model_row(SMALL, "eager_bf16", **FAILED)
-    assert "| 256 | – | failed | – | 8 | – | – |" in readme_tables([made(ours, base)])
+    assert "| 256 | – | failed | – | 8 | – | – |" in gpu_tables([made(ours, base)])
     rows = training(200.0, 280.0)
     rows[1] = replace(rows[1], **FAILED, images_per_s=None)
-    assert "| 256 | 100 | – | – | failed | 280 | – |" in readme_tables([made(*rows)])
+    assert "| 256 | 100 | – | – | failed | 280 | – |" in gpu_tables([made(*rows)])
 
 
 @pytest.mark.slow
@@ -304,7 +312,7 @@ def made(*rows):
 
 def test_training_has_a_table_with_its_targets():
     step = {"protocol": "step", "batch": 64, "asked_batch": 64}
-    text = readme_tables([made(*training(200.0, 280.0), *training(200.0, 250.0, **step))])
+    text = gpu_tables([made(*training(200.0, 280.0), *training(200.0, 250.0, **step))])
     assert (
         "| DeiT-S distilled | forward + backward | 256 | 100 | – | – | 200 | 280 | 1.40 | 1.30 met "
         "| 9.00 | 8.00 |" in text
@@ -314,20 +322,20 @@ def test_training_has_a_table_with_its_targets():
         "| 9.00 | 8.00 |" in text
     )
     assert "target on an H100 or H200" in text and "images/s in training" in text
-    fatter = readme_tables([made(*training(200.0, 280.0, (8.0, 8.5)))])
+    fatter = gpu_tables([made(*training(200.0, 280.0, (8.0, 8.5)))])
     assert "| 1.30 missed: memory | 8.00 | 8.50 |" in fatter
 
 
 def test_nothing_is_said_of_training_that_did_not_run():
     apart = training(200.0, 280.0)
     apart[1] = model_row(SMALL, "compile_max_autotune_amp_bf16_train", 200.0, build="c" * 12)
-    text = readme_tables([made(*apart)])
+    text = gpu_tables([made(*apart)])
     assert "| 256 | 100 | – | – | – | 280 | – | – | – | 8.00 |" in text and "met" not in text
-    assert readme_tables([made(*training(200.0, 280.0)[:2])]) == NOTHING
+    assert gpu_tables([made(*training(200.0, 280.0)[:2])]) == ""
     on_a_cpu = results_of(*training(200.0, 280.0), gpu=None)
-    assert readme_tables([Chip(Path(), {"train": on_a_cpu})]) == NOTHING
+    assert gpu_tables([Chip(Path(), {"train": on_a_cpu})]) == ""
     no_target = made(*training(200.0, 280.0, entry=BY_NAME["ViT-B/16"]))
-    assert "| 1.40 | – | 9.00 | 8.00 |" in readme_tables([no_target])
+    assert "| 1.40 | – | 9.00 | 8.00 |" in gpu_tables([no_target])
 
 
 @pytest.mark.slow
@@ -404,7 +412,7 @@ def test_a_chip_with_little_still_has_a_page(tmp_path, readme, drawing):
     assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
     text = (tmp_path / "imaginary" / "report.html").read_text()
     assert "no rank correlation" in text and "Kernels" not in text
-    assert NOTHING in readme.read_text()
+    assert predicted_table() in readme.read_text()
 
 
 @pytest.mark.slow
