@@ -1,6 +1,7 @@
 """The examples run, and the server gives each client its own predictions."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +52,42 @@ def test_swap_into_timm():
     assert "12 Attention" in out and "the same parameters: True" in out
     assert re.search(r"logits: \d\.\de-0[5-9]", out)
     assert re.search(r"images/s on this \w+: [\d.]+ before, [\d.]+ after", out)
+
+
+TOUR = (ROOT / "examples" / "tour.py").read_text()
+
+
+@pytest.mark.slow
+def test_tour(tmp_path):
+    """From standard input, as a notebook's cells: without `__file__`, and anywhere."""
+    selection.extra("train", "matplotlib")
+    done = subprocess.run(
+        [sys.executable, "-"], input=TOUR, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "12 Attention" in done.stdout
+    assert re.search(r"logits against timm's: \d\.\de-\d+ .*, \d\.\de-\d+ from bytes", done.stdout)
+    for name in ("timm", "deit_fast", "deit_fast, engine"):
+        assert re.search(
+            rf"^{name}: [\d.,]+ images/s at batch \d+, [\d.]+ times", done.stdout, re.M
+        )
+    classes = re.findall(r"^([a-z-]+): (\w.*) \(\d+%\)$", done.stdout, re.M)
+    plain = [
+        (stem, label.lower().replace(" ", "-").removesuffix("/top")) for stem, label in classes
+    ]
+    assert len(plain) == 10 and all(stem == label for stem, label in plain)
+    for fmt in ("fp8", "int8"):
+        line = rf"{fmt}: 16 layers, .* the same class for (9|10) of 10 images|{fmt}: .*capability"
+        assert re.search(line, done.stdout)
+    assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tour_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    last_cell = TOUR.rpartition("# %%")[2]
+    exec(compile(last_cell, "tour.py", "exec"), {"find_spec": importlib.util.find_spec})
+    assert "matplotlib is not installed; pip install 'deit_fast[train]'" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
