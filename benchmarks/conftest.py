@@ -74,7 +74,7 @@ def pytest_generate_tests(metafunc):
             (entry, mode)
             for entry in (options.relatives if relatives else options.networks(train))
             for mode in modes
-            if suits(entry, mode) and not options.skips_compiling(entry, "", mode)
+            if suits(entry, mode) and options.compiles(entry, "", mode)
         ]
         metafunc.parametrize(("entry", "mode"), pairs, ids=_label)
     if "latency_batch" in requested:

@@ -51,6 +51,7 @@ class Options:
     cuda: bool = False
     chosen_for_cpu: bool = False  # nobody asked for the quick set: there is no GPU
     small_rows: list[table5.Entry] = field(default_factory=list)  # QUICK_ROWS_CPU
+    compile_once: bool = False  # only one row of Table 5 is compiled
     by_size: bool = False  # Table 5's batch depends on the network: on a CPU, unless one is given
 
     @classmethod
@@ -118,6 +119,7 @@ class Options:
             cuda=cuda,
             chosen_for_cpu=chosen_for_cpu,
             small_rows=small_rows,
+            compile_once=quick and not cuda and not get("modes"),
             by_size=not cuda and get("batch") is None and get("max-batch") is None,
         )
 
@@ -136,7 +138,7 @@ class Options:
             for protocol in self.protocols
             for entry in self.networks()
             for mode in forward
-            if not self.skips_compiling(entry, protocol, mode)
+            if self.compiles(entry, protocol, mode)
         ]
         small = [
             ("batch", entry, mode)
@@ -146,10 +148,15 @@ class Options:
         ]
         return [(p, e, m) for p, e, m in (*pairs, *small) if suits(e, m)]
 
-    def skips_compiling(self, entry: table5.Entry, protocol: str, mode: Mode) -> bool:
-        """Whether the quick set on a CPU leaves out a compiled row: each takes half a minute."""
-        once = protocol == "batch" and entry.network == QUICK_ROWS[0]
-        return self.quick and not self.cuda and bool(mode.compile) and not once
+    def compiles(self, entry: table5.Entry, protocol: str, mode: Mode) -> bool:
+        """Whether a row is measured as far as compiling goes.
+
+        Each compiled one takes half a minute: where nobody named modes, the quick set on a CPU has
+        one.
+        """
+        if not (mode.compile and self.compile_once):
+            return True
+        return protocol == "batch" and entry.network == QUICK_ROWS[0]
 
     def batch_of(self, entry: table5.Entry, protocol: str) -> int:
         """Images a batch of a row of Table 5; of the protocol "paper" the largest that is tried.

@@ -106,6 +106,7 @@ class Reporter:
         """Of one run of pytest, whose options are read already."""
         self.config, self.progress = config, Progress({})
         self.options: Options = config.bench_options
+        self._rows_before = 0
 
     @property
     def _terminal(self) -> pytest.TerminalReporter:
@@ -113,13 +114,10 @@ class Reporter:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Say what will be measured, and begin to count."""
-        expected = {
-            item.nodeid: expected_seconds(getattr(item, "callspec", None).params, self.options)
-            if hasattr(item, "callspec")
-            else OPERATION
-            for item in session.items
+        params = {
+            i.nodeid: i.callspec.params if hasattr(i, "callspec") else {} for i in session.items
         }
-        self.progress = Progress(expected)
+        self.progress = Progress({n: expected_seconds(p, self.options) for n, p in params.items()})
         self._terminal.ensure_newline()
         for line in self.announcement():
             self._terminal.write_line(line)
@@ -133,12 +131,13 @@ class Reporter:
             lines = [
                 f"No GPU here, so this is the quick set: {lines[0]}.",
                 "All of Table 5: pytest benchmarks/bench_table5.py --benchmark-only --all "
-                "(a quarter of an hour); every row of the suite: --all (hours).",
+                "(a quarter of an hour on two cores); every row of the suite: --all (hours).",
             ]
         return lines
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A row begins."""
+        self._rows_before = len(self._rows())
         self._terminal.ensure_newline()
         self._terminal.write(self.progress.begin(row_name(nodeid)), flush=True)
 
@@ -150,17 +149,23 @@ class Reporter:
 
     def outcome(self, report: pytest.TestReport) -> str:
         """A row's figure, or in one line why there is none."""
-        if not report.passed:
-            said = report.longrepr[2] if report.skipped else report.longreprtext
-            said = str(said).strip().splitlines()[-1] if said else report.outcome
-            return said.removeprefix("Skipped: ").removeprefix("Failed: ")
+        figure = "done"
+        for row in self._rows()[self._rows_before :]:
+            figure = f"{row.status}: {row.note}"
+            if row.status == "measured":
+                figure = f"{row.ms_median:,.3f} ms"
+                if isinstance(row, ModelRow):
+                    figure = f"{row.images_per_s:,.1f} images/s, batch {row.batch}"
+        if report.passed:
+            return figure
+        said = report.longrepr[2] if report.skipped else report.longreprtext
+        said = (str(said).strip().splitlines() or [report.outcome])[-1]
+        said = said.removeprefix("Skipped: ")
+        return f"{figure}, kept" if said.startswith("kept") else said
+
+    def _rows(self) -> list:
         suite = getattr(self.config, "bench_suite", None)
-        if suite is None or not suite.measured:
-            return "measured"
-        row = suite.measured[-1]
-        if isinstance(row, ModelRow):
-            return f"{row.images_per_s:,.1f} images/s, batch {row.batch}"
-        return f"{row.ms_median:,.3f} ms"
+        return suite.measured if suite else []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report, config):

@@ -90,7 +90,7 @@ def _times(row: ModelRow | None, base: ModelRow | None) -> str:
 
 def correlations(chip: Chip, entries: list[Entry], protocol: str) -> str:
     """Rank correlations with the paper, of all networks and of each family; "" without any."""
-    groups = {"all networks": entries}
+    groups = {"networks": entries}
     groups |= {name: [e for e in entries if e.family == of] for of, name in FAMILIES.items()}
     found = {name: rank_correlation(chip, of, protocol) for name, of in groups.items()}
     said = [f"{r[0]:.3f} over {r[1]} {name}" for name, r in found.items() if r]

@@ -16,7 +16,13 @@ CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
 
 CPUINFO = Path("/proc/cpuinfo")
 # what a CPU's name says beside its maker and model, in the order in which it is taken away
-_NOT_THE_MODEL = (r"\((R|TM|C)\)", r"@.*", r"\b\d+-Core\b", r"\b(CPU|Processor)\b", r"with .*")
+_NOT_THE_MODEL = (
+    r"\((R|TM|C)\)",
+    r"@.*",
+    r"\b\d+-Core\b",
+    r"\b(CPU|Processor)\b",
+    r"\bw(ith|/) .*",
+)
 
 
 def device_name(device: torch.device) -> str:
