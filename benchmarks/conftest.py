@@ -4,28 +4,34 @@ import pytest
 
 from benchmarks import kernel_rows, suite
 from benchmarks.operations import Operation
-from benchmarks.options import Options
+from benchmarks.options import Options, suits
+from benchmarks.progress import Reporter
+from benchmarks.report import comparison
+from benchmarks.report.measured import Chip
 from deit_fast.bench import results, tables
 from deit_fast.kernels.cases import deit_cases
 
 FLAGS = {
-    "quick": "a small set that shows that the suite works: two networks, five modes",
+    "quick": "a small set that shows that the suite works, with some rows of Table 5; without a "
+    "GPU the default",
+    "all": "every row; on a CPU in fp32, unless --modes says otherwise",
     "again": "measure rows anew that this build has measured on this chip",
     "profile": "after each row: a trace, and the time of one step by kind of kernel",
     "against-playbook": "at the end: each kernel's predicted time beside the measured one",
 }
 NUMBERS = {
-    "batch": "images a batch in the protocol of that name, or the largest that fits (256); in "
-    "training, instead of 64 and 256",
+    "batch": "images a batch in the protocol of that name, or the largest that fits (256; on a CPU "
+    "1 to 8, by the network's size); in training, instead of 64 and 256",
     "max-batch": "no batch is larger; ends the search for the largest (8 on a CPU)",
-    "runs": "timed calls a row (30)",
-    "warmup": "calls before them (10)",
+    "runs": "timed calls a row (30; on a CPU 10, of a slow network 5)",
+    "warmup": "calls before them (10; on a CPU 1)",
 }
 NAMES = {
     "rows": "rows of Table 5 by network, timm name or family (convnet, transformer), or relatives",
-    "modes": "modes, of deit_fast/bench/modes.py",
-    "protocols": "batch (a given batch, median), paper (largest batch that fits, mean); both",
-    "out": "folder of the results (benchmarks/results)",
+    "modes": "modes, of deit_fast/bench/modes.py (all; on a CPU eager and deit_fast in fp32)",
+    "protocols": "batch (a given batch, median), paper (largest batch that fits, mean); both, on a "
+    "CPU batch",
+    "out": "folder of the results (benchmarks/results; of the quick set on a CPU its folder quick)",
 }
 
 
@@ -47,6 +53,7 @@ def pytest_configure(config):
         config.bench_options = Options.parse(lambda name: config.getoption(f"--{name}"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    config.pluginmanager.register(Reporter(config), "deit_fast_progress")
 
 
 def _label(value):
@@ -57,8 +64,9 @@ def pytest_generate_tests(metafunc):
     """Networks, modes, batches and implementations that the options choose."""
     options, requested = metafunc.config.bench_options, metafunc.fixturenames
     if "protocol" in requested:
-        metafunc.parametrize("protocol", options.protocols)
-    if "entry" in requested:  # a network's modes one after the other: it is built once
+        found = options.table5_rows()
+        metafunc.parametrize(("protocol", "entry", "mode"), found, ids=_label)
+    elif "entry" in requested:  # a network's modes one after the other: it is built once
         train = "train_batch" in requested
         relatives = metafunc.module.__name__.endswith("bench_relatives")
         modes = [m for m in options.modes if m.train == train]
@@ -66,7 +74,7 @@ def pytest_generate_tests(metafunc):
             (entry, mode)
             for entry in (options.relatives if relatives else options.networks(train))
             for mode in modes
-            if not ((mode.fast or mode.quantized_format) and entry.family == "convnet")
+            if suits(entry, mode) and options.compiles(entry, "", mode)
         ]
         metafunc.parametrize(("entry", "mode"), pairs, ids=_label)
     if "latency_batch" in requested:
@@ -89,8 +97,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("compare", cases, ids=ids, indirect=True)
 
 
-def pytest_collection_modifyitems(items):
-    """Gives pytest-benchmark the timer that replays the device's clock."""
+def pytest_collection_modifyitems(config, items):
+    """Gives pytest-benchmark the timer that replays the device's clock; Table 5 first if quick."""
+    if config.bench_options.quick:
+        items.sort(key=lambda item: item.path.stem != "bench_table5")
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=suite.REPLAY))
 
@@ -149,5 +159,9 @@ def pytest_unconfigure(config):
     if session.limits:
         limits = ", ".join(f"{name} {value:,.4g}" for name, value in session.limits.items())
         console.print(f"peak rates: {limits}", soft_wrap=True)
-    chip = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
-    console.print(f"measured on: {chip}; results in {session.folder}", soft_wrap=True)
+    if "table5" in session.files:
+        chip = Chip(session.folder, {"table5": session.files["table5"]})
+        for part in comparison.for_terminal(chip, session.table5_entries):
+            console.print(part, soft_wrap=isinstance(part, str))
+    name = session.hardware["gpu"] or f"{session.hardware['cpu']} (CPU)"
+    console.print(f"measured on: {name}; results in {session.folder}", soft_wrap=True)

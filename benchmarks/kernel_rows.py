@@ -102,7 +102,7 @@ def measure(
     tflops, tb_per_s = (n / typical["ms_median"] / 1e9 for n in (flops, moved))
     row = results.KernelRow(
         **figures, **typical, tflops=tflops, tb_per_s=tb_per_s,
-        fraction_of_peak_rate=least / typical["ms_median"],
+        fraction_of_peak_rate=least / typical["ms_median"] if device.type == "cuda" else None,
     )  # fmt: skip
     return row, times
 

@@ -67,6 +67,12 @@ class Suite:
         return cls(options, device, hardware, stamp, options.out / devices.slug(device))
 
     @property
+    def table5_entries(self) -> list[table5.Entry]:
+        """The rows of Table 5 that the options choose, in its order."""
+        chosen = {*self.options.rows, *self.options.small_rows}
+        return [entry for entry in table5.ENTRIES if entry in chosen]
+
+    @property
     def protocol(self) -> dict:
         """How a row is timed, as the results file says it."""
         timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
@@ -144,7 +150,8 @@ class Suite:
         network = self.network(entry)
         plan = replace(plan, seconds=max(0.0, self.left()) + GRACE)
         try:
-            row, times = measure(network, mode, plan, self.peak_rates(), self.stamp)
+            limits = peak_rates.of_rows(self.peak_rates(), self.device)
+            row, times = measure(network, mode, plan, limits, self.stamp)
         except TooSlow as error:
             pytest.skip(f"--minutes do not suffice: {error}")
         self.record(benchmark, name, row, times)

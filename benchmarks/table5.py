@@ -20,6 +20,7 @@ class Entry:
         family: "convnet" or "transformer".
         params_m: Millions of parameters.
         image_size: Pixels.
+        gmacs: Billions of multiply-adds of one image's forward pass: convolutions and matmuls.
         v100_images_per_s: Of the paper: fp32, largest batch, mean of 30 runs; None: not given.
         imagenet_top1: Percent; None: not given.
         timm_name: timm's name of the model.
@@ -29,6 +30,7 @@ class Entry:
     family: str
     params_m: int
     image_size: int
+    gmacs: float
     v100_images_per_s: float | None
     imagenet_top1: float | None
     timm_name: str
@@ -47,6 +49,7 @@ def _read(name):
                 known[number] = float(known[number]) if known[number] else None
             for number in ("params_m", "image_size"):
                 known[number] = int(known[number])
+            known["gmacs"] = float(known["gmacs"])
             yield Entry(**known)
 
 

@@ -1,7 +1,7 @@
 """The README's tables, a page and plots for every chip, from the results files.
 
-python -m benchmarks.report            report.html and PNGs beside each chip's files, and README
-python -m benchmarks.report --check    is the README what the files say?
+python -m benchmarks.report            report.html and PNGs beside each chip's files, README, manual
+python -m benchmarks.report --check    are the README and the manual what the files say?
 """
 
 import argparse
@@ -11,10 +11,12 @@ from pathlib import Path
 
 from deit_fast.bench.results import CorruptResults
 
+from . import comparison
 from .measured import Chip
-from .readme import readme_tables, with_tables
+from .readme import readme_tables, with_block, with_tables
 
 ROOT = Path(__file__).parents[2]
+TABLE5_CPU = Path("docs", "results", "table5_cpu.md")  # beside the README
 
 
 def read_chips(folder: Path) -> list[Chip]:
@@ -46,27 +48,34 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chips = read_chips(args.results)
         readme = args.readme.read_text()
-        expected = with_tables(readme, readme_tables(chips))
+        changed = {args.readme: (readme, with_tables(readme, readme_tables(chips)))}
+        page = args.readme.parent / TABLE5_CPU
+        if page.exists():  # a README elsewhere, of a rehearsal, has no manual beside it
+            text, block = page.read_text(), comparison.for_manual(chips)
+            new = with_block(text, block, comparison.BEGIN, comparison.END, str(page))
+            changed[page] = (text, new)
     except (CorruptResults, ValueError, FileNotFoundError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    changed = {path: new for path, (old, new) in changed.items() if new != old}
     if args.check:
-        if expected != readme:
-            print(f"report: {args.readme} is not what the results say; run without --check")
-        return int(expected != readme)
+        for path in changed:
+            print(f"report: {path} is not what the results say; run without --check")
+        return int(bool(changed))
 
-    from . import page, plots  # matplotlib takes a second
+    from . import page as html_page  # matplotlib takes a second
+    from . import plots
 
     for chip in chips:
         drawn = plots.draw(chip)
         for name, (_, png) in drawn.items():
             write(chip.folder / f"{name}.png", png)
-        html = page.render(chip, {name: svg for name, (svg, _) in drawn.items()})
+        html = html_page.render(chip, {name: svg for name, (svg, _) in drawn.items()})
         write(chip.folder / "report.html", html.encode())
         print(f"{chip.name}: {chip.folder / 'report.html'}")
-    if expected != readme:
-        write(args.readme, expected.encode())
-        print(f"{args.readme}: tables renewed")
+    for path, text in changed.items():
+        write(path, text.encode())
+        print(f"{path}: tables renewed")
     if not chips:
         print(f"no results in {args.results}")
     return 0

@@ -1,5 +1,6 @@
 """The results of one chip, looked up by what a table or a plot asks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import correlation
@@ -135,27 +136,42 @@ def ratio(row: ModelRow | None, base: ModelRow | None) -> float | None:
     return row.speedup / base.speedup
 
 
-def rank_correlation(chip: Chip, entries: list[Entry]) -> tuple[float, int] | None:
+def rank_correlation(
+    chip: Chip, entries: list[Entry], protocol: str | None = None
+) -> tuple[float, int] | None:
     """Spearman's rank correlation of the paper's V100 throughputs and eager fp32 here.
 
     A network in several rows counts once, with its first.
 
+    Args:
+        chip: What was measured.
+        entries: Rows of Table 5.
+        protocol: By which the rows here were measured; None for that of `Chip.protocol`.
+
     Returns:
         The correlation and of how many networks; None of fewer than three.
     """
+    rows = [
+        (entry, chip.row(entry, "eager_fp32", protocol or chip.protocol))
+        for entry in distinct(entries)
+    ]
     pairs = [
         (entry.v100_images_per_s, row.images_per_s)
-        for entry in distinct(entries)
-        if (row := chip.throughput(entry, "eager_fp32"))
+        for entry, row in rows
+        if row and row.status == "measured"
     ]
-    if len(pairs) < 3:
-        return None
-    ranks = [_ranks(column) for column in zip(*pairs, strict=True)]
-    return correlation(*ranks), len(pairs)
+    return (spearman(*zip(*pairs, strict=True)), len(pairs)) if len(pairs) >= 3 else None
 
 
-def _ranks(values):
-    """1 for the smallest; equal values share the mean of their ranks."""
-    return [
-        (sum(v < x for v in values) + sum(v <= x for v in values) + 1) / 2 for x in values
-    ]  # fmt: skip
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation: that of the ranks; equal values share the mean of their ranks.
+
+    Args:
+        x: At least two numbers, not all equal.
+        y: As many.
+    """
+    ranks = [
+        [(sum(v < n for v in column) + sum(v <= n for v in column) + 1) / 2 for n in column]
+        for column in (x, y)
+    ]
+    return correlation(*ranks)

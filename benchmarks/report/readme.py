@@ -136,8 +136,24 @@ def with_tables(readme: str, tables: str) -> str:
     Raises:
         ValueError: A comment is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md: lacks the comments {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+    return with_block(readme, tables, BEGIN, END, "README.md")
+
+
+def with_block(text: str, block: str, begin: str, end: str, name: str) -> str:
+    """A file's text with what lies between two comments replaced.
+
+    Args:
+        text: The file's.
+        block: What is to lie there.
+        begin: The first comment.
+        end: The second.
+        name: Of the file, for the error.
+
+    Raises:
+        ValueError: A comment is missing.
+    """
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{name}: lacks the comments {begin} and {end}")
+    return f"{before}{begin}\n{block}\n{end}{after}"

@@ -14,20 +14,45 @@ from deit_fast.kernels.quantize import FORMATS
 CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
 
 
+CPUINFO = Path("/proc/cpuinfo")
+# what a CPU's name says beside its maker and model, in the order in which it is taken away
+_NOT_THE_MODEL = (
+    r"\((R|TM|C)\)",
+    r"@.*",
+    r"\b\d+-Core\b",
+    r"\b(CPU|Processor)\b",
+    r"\bw(ith|/) .*",
+)
+
+
 def device_name(device: torch.device) -> str:
-    """The chip's name as its maker gives it."""
+    """The chip's name as its maker gives it.
+
+    A CPU that a virtual machine calls by its maker alone has its family and model in brackets.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    said = dict(
+        re.findall(r"^(model name|cpu family|model)[ \t]*: (.+?)[ \t]*$", text, re.MULTILINE)
+    )
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(said) and not re.search(r"\d", name):
+        name += f" (family {said['cpu family']}, model {said['model']})"
+    return name
 
 
 def slug(device: torch.device) -> str:
-    """The chip's folder under benchmarks/results: "h200", "cpu"."""
-    if device.type == "cpu":
-        return "cpu"
-    return _tuned.slug(device_name(device))
+    """The chip's folder under benchmarks/results: "h200", "cpu-intel-xeon-platinum-8481c".
+
+    It is the same on every machine with that chip, and says nothing else of the machine.
+    """
+    name = device_name(device)
+    if device.type == "cuda":
+        return _tuned.slug(name)
+    for pattern in _NOT_THE_MODEL:
+        name = re.sub(pattern, " ", name, flags=re.IGNORECASE)
+    return "-".join(["cpu", *re.findall(r"[a-z0-9]+", name.lower())])
 
 
 def hardware(device: torch.device) -> dict[str, str | int | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from .modes import TRAIN, Mode
 from .network import Network
 from .results import ModelRow
 from .step import Step
-from .timing import latency_ms, latency_runs, release, rotation, summary, throughput_ms
+from .timing import in_turn_ms, latency_ms, latency_runs, release, rotation, summary, throughput_ms
 
 PROTOCOLS = ("batch", "paper", "latency", "host", "step")
 PAPER_SECONDS = 3.0  # of timed calls: in fp32 a batch of 2048 takes seconds
+FEWEST = 5  # calls that are timed however long they take
 
 
 class TooSlow(RuntimeError):
@@ -32,7 +34,11 @@ class Plan:
         batch: Images; of "paper" the cap of the search.
         runs: Timed calls.
         warmup: Calls before them.
-        seconds: How long the timed calls may take.
+        seconds: How long the timed calls may take; if longer, the row is not measured.
+        timed_seconds: Of timed calls that are enough: FEWEST or more of `runs` last no longer.
+        in_turn: Whether the mode's eager mode is timed in turn with it. The row then has `baseline`
+            and `speedup`, on which other work on the machine does not fall unevenly. For modes of
+            the same dtype, switches and layout as their eager mode.
     """
 
     protocol: str = "batch"
@@ -40,6 +46,8 @@ class Plan:
     runs: int = 30
     warmup: int = 10
     seconds: float = float("inf")
+    timed_seconds: float = float("inf")
+    in_turn: bool = False
 
 
 def measure(
@@ -59,11 +67,14 @@ def measure(
         or the network does not have it here, the row says so and there are no times.
 
     Raises:
-        ValueError: The protocol has an optimizer and the mode does not train.
+        ValueError: The protocol has an optimizer and the mode does not train; or the plan is in
+            turn with the eager mode, and this is one or trains.
         TooSlow: The calls would take longer than the plan's seconds.
     """
     if plan.protocol == "step" and not mode.train:
         raise ValueError(f"mode: {mode.name} by protocol step, expected one that ends in {TRAIN}")
+    if plan.in_turn and (mode.eager == mode or mode.train):
+        raise ValueError(f"mode: {mode.name} in turn, expected a forward mode that is not eager")
     row: dict[str, Any] = {
         "network": network.label, "timm_name": network.timm_name,
         "image_size": network.image_size, "mode": mode.name, "protocol": plan.protocol,
@@ -138,23 +149,29 @@ def _timed(
         return images.cpu().pin_memory() if on_host else images
 
     inputs = rotation(make, nbytes, device)
-    clock = latency_ms if plan.protocol == "latency" else throughput_ms
-    times = clock(step, inputs, timed_calls(plan, one), plan.warmup, device)
     figures = {"relative_error": error, "peak_memory_gb": peak_gb, "skipped": step.skipped}
-    return times, figures
+    runs = timed_calls(plan, one)
+    if plan.in_turn:
+        eager = Step(network, mode.eager)
+        eager(inputs[0])  # as warm as the other
+        base, times = in_turn_ms((eager, step), inputs, runs, plan.warmup, device)
+        speedup = median(b / t for b, t in zip(base, times, strict=True))
+        return times, figures | {"baseline": mode.eager.name, "speedup": speedup}
+    clock = latency_ms if plan.protocol == "latency" else throughput_ms
+    return clock(step, inputs, runs, plan.warmup, device), figures
 
 
 def timed_calls(plan: Plan, ms: float) -> int:
     """How many calls are timed, of a call that lasts `ms` milliseconds.
 
-    Slow calls of the paper's protocol are timed for PAPER_SECONDS, and short calls of a latency row
-    more often than the plan says.
+    Slow calls are timed for the plan's `timed_seconds`, those of the paper's protocol for
+    PAPER_SECONDS; and short calls of a latency row more often than the plan says.
     """
     if plan.protocol == "latency":
         return latency_runs(ms, plan.runs)
-    if plan.protocol == "paper":
-        return max(min(plan.runs, 5), min(plan.runs, round(1e3 * PAPER_SECONDS / max(ms, 1e-3))))
-    return plan.runs
+    seconds = min(plan.timed_seconds, PAPER_SECONDS if plan.protocol == "paper" else float("inf"))
+    enough = min(float(plan.runs), 1e3 * seconds / max(ms, 1e-3))
+    return max(min(plan.runs, FEWEST), round(enough))
 
 
 def _clean_up(device: torch.device) -> None:

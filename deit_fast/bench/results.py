@@ -5,9 +5,9 @@
 
 A row is a `ModelRow` or a `KernelRow`. Its `build` is a digest of what decides a figure: the
 sources of kernels and layers, the tuned choices, the versions of torch, triton, timm and torchao,
-and the GPU. Rows are comparable where it is the same. The file's own `hardware`, `commit`, `build`
-and `date` are those of the last run that wrote it. The JSON schema is
-benchmarks/results.schema.json.
+and the GPU, or without one the CPU and its threads. Rows are comparable where it is the same. The
+file's own `hardware`, `commit`, `build` and `date` are those of the last run that wrote it. The
+JSON schema is benchmarks/results.schema.json.
 """
 
 import hashlib
@@ -250,12 +250,14 @@ def build(hardware: dict) -> str:
     """A digest of what decides a figure, and of nothing else.
 
     That is the sources of the kernels and of the modules that call them, the tuned choices, the
-    versions and the GPU.
+    versions and the GPU; without one, the CPU and its threads.
 
     Args:
         hardware: As `device.hardware` returns it.
     """
-    named = ("gpu", "torch", "triton", "timm", "torchao")
+    named = ["gpu", "torch", "triton", "timm", "torchao"]
+    if hardware["gpu"] is None:
+        named += ["cpu", "threads"]
     digest = hashlib.sha256(json.dumps({n: hardware.get(n) for n in named}).encode())
     digest.update(kernel_digest().encode() + str(choices_digest(hardware)).encode())
     package = Path(deit_fast.__file__).parent
@@ -318,7 +320,7 @@ def open_results(path: Path | None, hardware: dict, protocol: dict, peak_rates: 
     if path is not None and path.exists():
         old = load(path)
         rows = old.rows
-        chips = [h["gpu"] or "a CPU" for h in (old.hardware, hardware)]
+        chips = [h["gpu"] or f"a CPU ({h['cpu']})" for h in (old.hardware, hardware)]
         if chips[0] != chips[1]:
             raise ValueError(f"{path}: holds results of {chips[0]}, this is {chips[1]}")
     today = date.today().isoformat()

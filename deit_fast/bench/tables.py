@@ -27,8 +27,14 @@ def _table(title: str | None, left: Sequence[str], right: Sequence[str]) -> Tabl
 
 
 def models(rows: Iterable[ModelRow]) -> Table:
-    """A table of models' rows: images/s with batch, time, memory and error."""
-    figures = ("batch", "images/s", "ms", "p20-p80", "GB", "of peak rate", "error")
+    """A table of models' rows: images/s with batch, time, memory and error.
+
+    Memory and the fraction of the peak rate are a GPU's. A fraction over 1 says that the peak rate
+    was measured too low.
+    """
+    rows = list(rows)
+    gpu = any(r.peak_memory_gb is not None or r.fraction_of_peak_rate is not None for r in rows)
+    figures = ("batch", "images/s", "ms", "p20-p80", *("GB", "of peak rate") * gpu, "error")
     table = _table("images/s", ("network", "mode", "protocol"), figures)
     for r in rows:
         name = (r.network, r.mode, r.protocol, str(r.batch))
@@ -36,10 +42,10 @@ def models(rows: Iterable[ModelRow]) -> Table:
         if per_s is None or median is None or p20 is None or p80 is None:  # not measured
             table.add_row(*name, f"{r.status}: {r.note}")
             continue
+        of_gpu = (_or_dash(r.peak_memory_gb, "{:.2f}"), _fraction(r.fraction_of_peak_rate))
         table.add_row(
             *name, f"{per_s:,.1f}", f"{median:,.2f}", f"{(p80 - p20) / median:.1%}",
-            _or_dash(r.peak_memory_gb, "{:.2f}"),
-            _or_dash(r.fraction_of_peak_rate, "{:.0%}"), _or_dash(r.relative_error, "{:.0e}"),
+            *of_gpu * gpu, _or_dash(r.relative_error, "{:.0e}"),
         )  # fmt: skip
     return table
 
@@ -60,6 +66,14 @@ def kernels(rows: Iterable[KernelRow]) -> Table:
     return table
 
 
+def listed(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of cells that are text already; the first column to the left."""
+    table = _table(title, headings[:1], headings[1:])
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def shares(title: str, milliseconds: dict[str, float]) -> Table:
     """A table of where one call's time went, by kind of kernel."""
     table = _table(None, (title,), ("ms", "share"))
@@ -72,6 +86,10 @@ def shares(title: str, milliseconds: dict[str, float]) -> Table:
         table.add_section()
         table.add_row(FOREIGN, f"{foreign:.3f}", f"{foreign / total:.0%}")
     return table
+
+
+def _fraction(value: float | None) -> str:
+    return "peak rate too low" if value is not None and value > 1 else _or_dash(value, "{:.0%}")
 
 
 def _or_dash(value: float | None, form: str) -> str:

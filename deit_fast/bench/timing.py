@@ -7,6 +7,7 @@ clock serves all of them.
 """
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, median, quantiles
@@ -89,6 +90,31 @@ def latency_ms(
         synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))
     return times[warmup:]
+
+
+def in_turn_ms(
+    calls: Sequence[Callable], inputs: Sequence, runs: int, warmup: int, device: torch.device
+) -> list[list[float]]:
+    """Time several calls in turn, each until its result is there.
+
+    What else the machine does then falls on all of them.
+
+    Args:
+        calls: What is timed, each with one argument.
+        inputs: Arguments, used in turn: the next call never finds the last one's in the cache.
+        runs: How many turns are timed.
+        warmup: How many turns are made before.
+        device: Where the calls compute.
+
+    Returns:
+        For each call, milliseconds of each timed turn.
+    """
+    following = itertools.cycle(inputs)
+    turns = [
+        [latency_ms(call, [next(following)], 1, 0, device)[0] for call in calls]
+        for _ in range(warmup + runs)
+    ]
+    return [list(times) for times in zip(*turns[warmup:], strict=True)]
 
 
 def kernel_ms(

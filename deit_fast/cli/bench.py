@@ -24,7 +24,7 @@ from deit_fast.bench.device import device_name, hardware
 from deit_fast.bench.measure import PROTOCOLS, Plan, measure
 from deit_fast.bench.modes import MODES, pick
 from deit_fast.bench.network import Network
-from deit_fast.bench.peak_rates import peak_rates
+from deit_fast.bench.peak_rates import of_rows, peak_rates
 
 DEFAULT_MODES = {
     "cuda": "eager_fp32,eager_bf16,compile_max_autotune_bf16,deit_fast_fp32,deit_fast_bf16",
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             for mode, batch in todo:
                 progress.update(task, description=f"{mode.name}, batch {batch}")
                 plan = Plan(args.protocol, batch, args.runs, args.warmup)
-                rows.append(measure(network, mode, plan, rates, stamp)[0])
+                rows.append(measure(network, mode, plan, of_rows(rates, device), stamp)[0])
                 if args.json:
                     file.put(rows[-1])
                     file.save(args.json)

@@ -17,7 +17,33 @@ def test_folder_names(monkeypatch):
     for name, folder in names.items():
         monkeypatch.setattr(device, "device_name", lambda device, name=name: name)
         assert device.slug(torch.device("cuda")) == folder
-    assert device.slug(CPU) == "cpu"
+
+
+CPUS = {  # /proc/cpuinfo -> name, folder
+    "model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz": (
+        "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu-intel-xeon-platinum-8481c",
+    ),
+    "model name\t: AMD EPYC 7763 64-Core Processor   ": (
+        "AMD EPYC 7763 64-Core Processor", "cpu-amd-epyc-7763",
+    ),
+    "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1": (
+        "AMD EPYC (family 25, model 17)", "cpu-amd-epyc-family-25-model-17",
+    ),
+    "model name\t: AMD Ryzen 7 7840U w/ Radeon 780M Graphics": (
+        "AMD Ryzen 7 7840U w/ Radeon 780M Graphics", "cpu-amd-ryzen-7-7840u",
+    ),
+    "CPU part\t: 0xd0c": ("aarch64", "cpu-aarch64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CPUS)
+def test_folder_names_of_cpus(text, tmp_path, monkeypatch):
+    """The same wherever that CPU is: cores, clock and graphics are not in it."""
+    (tmp_path / "cpuinfo").write_text(text + "\n")
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(device.platform, "processor", lambda: "")
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
+    assert (device.device_name(CPU), device.slug(CPU)) == CPUS[text]
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])

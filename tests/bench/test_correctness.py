@@ -7,6 +7,7 @@ from measuring import STEP, measure_row
 from tiers import slow_but
 
 import deit_fast
+from deit_fast.bench import correctness
 from deit_fast.bench import measure as bench_measure
 from deit_fast.bench.correctness import check
 from deit_fast.bench.measure import Plan
@@ -95,3 +96,14 @@ def test_a_mismatch_is_not_timed(vit, fault, monkeypatch):
     row, times = measure_row(vit, mode)
     assert row.status == "failed" and "Mismatch: relative error" in row.note
     assert not times and not clocks and row.images_per_s is None
+
+
+def test_the_eager_mode_is_run_only_where_its_error_counts(vit, monkeypatch):
+    """In fp32 the bound is the margin: a large network need not be run for it once more."""
+    seen = []
+    monkeypatch.setattr(
+        correctness, "_eager_error", lambda network, mode: seen.append(mode.name) or 1e-2
+    )
+    for mode in ("deit_fast_fp32", "deit_fast_bf16"):
+        assert measure_row(vit, mode)[0].status == "measured"
+    assert seen == ["eager_bf16"]

@@ -79,6 +79,23 @@ def test_a_row_of_a_quantized_mode(vit, mode):
     assert not quantized_layers(vit.model)
 
 
+def test_a_row_in_turn_has_its_speedup(vit, monkeypatch):
+    """The median of the turns' ratios, which no slow second spoils; the row's times are its own."""
+    seen = []
+
+    def in_turn(calls, inputs, runs, warmup, device):
+        seen.extend(step.mode.name for step in calls)
+        return [[30.0, 300.0, 24.0], [20.0, 200.0, 20.0]]
+
+    monkeypatch.setattr(bench_measure, "in_turn_ms", in_turn)
+    row, times = measure_row(vit, "deit_fast_fp32", Plan("batch", 3, 3, 1, in_turn=True))
+    assert seen == ["eager_fp32", "deit_fast_fp32"] and times == [20.0, 200.0, 20.0]
+    assert (row.baseline, row.speedup, row.ms_median) == ("eager_fp32", 1.5, 20.0)
+    for mode in ("eager_fp32", "deit_fast_fp32_train"):
+        with pytest.raises(ValueError, match=f"mode: {mode} in turn, expected a forward mode"):
+            measure_row(vit, mode, Plan("batch", 3, 3, 1, in_turn=True))
+
+
 def test_a_row_without_time_left_is_not_begun(vit):
     with pytest.raises(TooSlow, match="0 s left"):
         measure_row(vit, "eager_fp32", Plan("batch", 1, 2, 1, seconds=0.0))
@@ -239,3 +256,5 @@ def test_timed_calls_by_protocol():
     assert [runs("latency", ms) for ms in (1.0, 1e3)] == [200, 30]
     assert [runs("paper", ms) for ms in (1.0, 300.0, 5000.0)] == [30, 10, 5]
     assert runs("paper", 5000.0, 2) == 2
+    enough = Plan("batch", runs=10, timed_seconds=3.0)
+    assert [timed_calls(enough, ms) for ms in (1.0, 400.0, 5000.0)] == [10, 8, 5]

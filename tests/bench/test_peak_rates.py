@@ -24,6 +24,18 @@ def test_peak_rates_are_plausible(device):
         assert 0.2 < found["fp32_tflops"] / by_hand < 5
 
 
+def test_a_cpus_rates_are_the_fastest_calls_and_no_row_is_compared_with_them(monkeypatch):
+    times = iter([[4.0, 2.0, 8.0]] * 20)
+    monkeypatch.setattr(peak_rates, "throughput_ms", lambda *args: next(times))
+    monkeypatch.setattr(peak_rates, "CPU_SHAPES", ((8, 8, 8), (16, 16, 16), (16, 8, 8)))
+    found = peak_rates.peak_rates(CPU)
+    assert found["copy_tb_per_s"] == pytest.approx(2 * (64 << 20) / 2e9)
+    assert found["fp32_tflops"] == pytest.approx(2 * 16**3 / 2e9)  # the shape with most FLOPs
+    assert found["fp16_tflops"] == pytest.approx(2 * 8**3 / 2e9)
+    assert peak_rates.of_rows(found, CPU) == {}
+    assert peak_rates.of_rows(found, torch.device("cuda")) == found
+
+
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_peak_rates_of_quantized_matmuls(format):
     assert 1e-9 < peak_rates._quantized_matmul_tflops((32, 48, 64), format, 2, CPU) < 1e3

@@ -91,6 +91,9 @@ def test_another_chips_file_is_refused(file):
     with pytest.raises(ValueError, match="holds results of NVIDIA Imaginary, this is a CPU"):
         results.open_results(file, HARDWARE | {"gpu": None}, {}, {})
     assert file.read_text() == text
+    results_of(gpu=None).save(file)
+    with pytest.raises(ValueError, match=r"results of a CPU \(none\), this is a CPU \(other\)"):
+        results.open_results(file, HARDWARE | {"gpu": None, "cpu": "other"}, {}, {})
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
@@ -173,6 +176,9 @@ def test_the_build_changes_with_what_decides_a_figure(copied):
     first = results.build(HARDWARE)
     assert first == results.build(dict(HARDWARE)) and len(first) == 12
     assert results.build(HARDWARE | {"driver": "2", "cpu": "another", "threads": 64}) == first
+    cpu = HARDWARE | {"gpu": None}
+    for change in ({"cpu": "another"}, {"threads": 64}):
+        assert results.build(cpu | change) != results.build(cpu)
     assert results.build(HARDWARE | {"torch": "2.12.0"}) != first
     assert results.build(HARDWARE | {"gpu": "NVIDIA H100"}) != first
     (copied / "bench" / "timing.py").write_text("")

@@ -36,6 +36,22 @@ def test_clocks_warm_up_rotate_and_count(clock):
     assert min(times[1], times[3]) >= 20 > max(times[0], times[2]) >= 2
 
 
+def test_calls_in_turn_never_share_an_input():
+    seen = []
+
+    def call(name, seconds):
+        def run(x):
+            seen.append((name, x))
+            time.sleep(seconds)
+
+        return run
+
+    calls = call("slow", 0.02), call("fast", 0.002)
+    slow, fast = timing.in_turn_ms(calls, [1, 2, 3], runs=2, warmup=1, device=CPU)
+    assert seen == [("slow", 1), ("fast", 2), ("slow", 3), ("fast", 1), ("slow", 2), ("fast", 3)]
+    assert len(slow) == len(fast) == 2 and min(slow) >= 20 and min(fast) >= 2
+
+
 @pytest.mark.gpu("the clocks of a device")
 @pytest.mark.parametrize("clock", [timing.throughput_ms, timing.latency_ms, timing.kernel_ms])
 def test_device_clocks_agree_on_a_large_copy(clock):

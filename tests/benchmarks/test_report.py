@@ -13,7 +13,7 @@ from made_up_results import kernel_row, model_row, results_of
 
 from benchmarks import table5
 from benchmarks.report import __main__ as report
-from benchmarks.report import measured
+from benchmarks.report import comparison, measured
 from benchmarks.report import page as page_module
 from benchmarks.report.measured import Chip, ratio
 from benchmarks.report.predicted import predicted_table
@@ -107,6 +107,31 @@ def test_every_prediction_is_marked_as_one():
     assert "No GPU has been measured yet. Predicted" in title and len(rows) == 4
     cells = [cell for row in rows for cell in row.strip("| ").split(" | ")[1:]]
     assert len(cells) == 8 and all(re.fullmatch(r"[\d,]+ predicted", cell) for cell in cells)
+
+
+def test_the_manuals_page_is_written_and_checked(folder, readme, drawing, capsys):
+    (path,) = folder.glob("*/table5.json")
+    results_of(*everything(), gpu=None).save(path)
+    page = folder / "docs" / "results" / "table5_cpu.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"# Title\n{comparison.BEGIN}\nold\n{comparison.END}\nend\n")
+    args = ["--results", str(folder), "--readme", str(readme)]
+    assert report.main([*args, "--check"]) == 1
+    assert f"{page} is not what the results say" in capsys.readouterr().out
+    changed = comparison.for_manual(report.read_chips(folder))
+    assert "| DeiT-S distilled | 224 | 936.2 | 1,872 (0%) |" in changed
+    readme.write_text(readme.read_text().replace("old", predicted_table()))
+    page.write_text(page.read_text().replace("old", changed))
+    assert report.main([*args, "--check"]) == 0
+    page.write_text(page.read_text().replace("1,872", "1,972"))  # someone improves a figure
+    assert report.main([*args, "--check"]) == 1
+    page.write_text("no comments")
+    assert report.main([*args, "--check"]) == 2
+    assert f"{page}: lacks the comments" in capsys.readouterr().err
+
+
+def test_the_manual_has_the_page():
+    assert comparison.BEGIN in (ROOT / report.TABLE5_CPU).read_text()
 
 
 def test_bad_files_are_named_and_nothing_is_written(folder, readme, capsys):
@@ -379,7 +404,15 @@ def test_rank_correlation():
     chip = Chip(Path(), {"table5": results_of(*rows)})
     assert measured.rank_correlation(chip, list(ENTRIES)) == (pytest.approx(-1.0), 26)
     assert measured.rank_correlation(Chip(Path(), {"x": results_of(*rows[:2])}), ENTRIES) is None
-    assert measured._ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+
+
+def test_spearman_is_as_by_hand():
+    """Ranks 1, 2.5, 2.5, 4, 5 and 2, 1, 4, 3, 5. The products of their deviations from 3 are 2, 1,
+    -0.5, 0 and 4; their squares' sums 9.5 and 10."""
+    found = measured.spearman([10.0, 20.0, 20.0, 30.0, 40.0], [2.0, 1.0, 4.0, 3.0, 5.0])
+    assert found == pytest.approx(6.5 / (9.5 * 10) ** 0.5)
+    assert measured.spearman([1.0, 5.0, 7.0], [1.0, 50.0, 700.0]) == pytest.approx(1.0)
+    assert measured.spearman([1.0, 5.0, 7.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
 
 
 @pytest.fixture
