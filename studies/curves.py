@@ -1,6 +1,6 @@
 """Loss and accuracy after each epoch of short training runs on Fashion-MNIST.
 
-    python -m studies.curves --data /usr/share/datasets/fashion-mnist --work runs/curves --parallel 2
+    python -m studies.curves --data /usr/share/datasets/fashion-mnist --work runs/curves
 
 The store study's teacher and student (store_plan.py), evaluated after each epoch: the teacher, a
 DeiT without distillation, and a DeiT with the distillation token. Each run is a `deit-fast train`
@@ -75,12 +75,12 @@ def page(study: dict) -> str:
     lines = [
         "# Training curves on Fashion-MNIST",
         "",
-        f"Loss and accuracy after each of {plan['epochs']} epochs on the first {plan['count']:,} "
+        f"Loss and accuracy after each of {plan['epochs']} epochs on {plan['count']:,} "
         f"images, batch {plan['batch']}, tested on {study['tested']:,} images: a ResNet, a DeiT of "
         "the same size as `deit_nano_fashion` without distillation, and one with the distillation "
-        "token that learns from the ResNet (hard distillation). One seed each, fp32, on a CPU, plain "
-        "PyTorch. One seed shows the course of training and does not rank the methods: [the study "
-        "with three seeds](fashion_mnist.md) does. This page is made from "
+        "token that learns from the ResNet (hard distillation). One seed each, fp32, on a CPU, "
+        "plain PyTorch. One seed shows the course of training and does not rank the methods: "
+        "[the study with three seeds](fashion_mnist.md) does. This page is made from "
         "[curves.json](curves.json).",
         "",
         f"![Loss and top-1 by epoch]({PICTURE})",

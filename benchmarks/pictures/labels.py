@@ -48,9 +48,10 @@ def place(axes: Axes, labels: Iterable[Label]) -> None:
     taken = points + [text.get_window_extent(renderer) for text in axes.texts]
     others = np.array([((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in points])
     for label in labels:
+        at = axes.transData.transform([(label.x, label.y)])
 
-        def nearest(box, at=axes.transData.transform((label.x, label.y))):
-            return _distances(box, at[None])[0] <= _distances(box, others).min() + 0.5
+        def nearest(box, at=at):
+            return _distances(box, at)[0] <= _distances(box, others).min() + 0.5
 
         attempts = ((lines, nearest), ([], nearest), ([], lambda box: True))
         any(

@@ -11,9 +11,10 @@ from .style import Picture
 
 BATCHES = tuple(2**i for i in range(9))
 NETWORKS = {"Ti": style.GREEN, "S": style.BLUE, "B": style.VERMILLION}  # distilled
-# mode -> its line, its name; fp32 is measured on a CPU, bf16 on a GPU
-MODES = {
-    "eager_fp32": (":", "eager PyTorch fp32"), "deit_fast_fp32": ("-", "deit_fast fp32"),
+HEIGHT = 3.7  # inches of a panel with its axis and heading
+# mode -> its line, its name; on a CPU and on a GPU
+ON_CPU = {"eager_fp32": (":", "eager PyTorch fp32"), "deit_fast_fp32": ("-", "deit_fast fp32")}
+ON_GPU = {
     "eager_bf16": (":", "eager PyTorch bf16"), "deit_fast_engine_bf16": ("-", "deit_fast bf16"),
 }  # fmt: skip
 OF = {
@@ -56,15 +57,14 @@ def draw(chips: list[Chip]) -> Picture:
     said = "Time of one forward pass of DeiT with distillation token, by images in the batch."
     if not gpu:
         said += "\nH100: predicted from peak rates, GPU time of the kernels; not measured."
-    figure = style.frame(4.6, "Latency against batch size", said)
-    axes, words = style.panels(figure, count, top=1.2), []
+    figure = style.frame(0.8 + HEIGHT * count, "Latency against batch size", said)
+    axes, words = style.rows(figure, count, HEIGHT), []
     if not gpu:
         words.append(_predicted(axes[0]))
-    for chip, place_of in zip(chips, axes[-len(chips) :], strict=False):
+    for chip, place_of in zip(chips, axes[not gpu :], strict=False):
         words.append(_chip(place_of, chip))
     for one in axes:
-        one.set_xlabel("images in the batch")
-    axes[0].set_ylabel("ms, logarithmic")
+        one.set(xlabel="images in the batch", ylabel="ms, logarithmic")
     return Picture(figure, "Latency against batch size", " ".join(words))
 
 
@@ -93,7 +93,7 @@ def _predicted(axes):
 
 def _chip(axes, chip):
     drawn, words, labels, names, named = [], [], [], [], set()
-    for mode, (line, name) in MODES.items():
+    for mode, (line, name) in _modes(chip).items():
         found = measured(chip, mode)
         if not found:
             continue
@@ -107,13 +107,17 @@ def _chip(axes, chip):
                 labels.append(Label(f"DeiT-{network}", *points[-1], NETWORKS[network], True))
     _scale(axes, drawn)
     place(axes, labels)
-    style.heading(axes, f"{chip.name}: measured\n{', '.join(names)}")
+    style.heading(axes, chip.name, f"measured; {', '.join(names)}")
     return f"{chip.name}, measured: {'; '.join(words)}."
 
 
 def has_rows(chip: Chip) -> bool:
     """Whether a panel of that chip would show a line."""
-    return any(measured(chip, mode) for mode in MODES)
+    return any(measured(chip, mode) for mode in _modes(chip))
+
+
+def _modes(chip):
+    return ON_CPU if chip.is_cpu else ON_GPU
 
 
 def _words(found):

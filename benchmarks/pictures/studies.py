@@ -32,18 +32,15 @@ def training(study: dict) -> Picture:
         axes.set(xlabel="epoch", xlim=(0.6, len(epochs) + 0.4))
         axes.set_xticks(epochs, [str(i) for i in epochs])
         axes.margins(y=0.12)
-        place(axes, [
-            Label(run["label"], *_middle(run[key]), colour, True)
-            for run, colour in zip(study["runs"], colours, strict=True)
-        ])  # fmt: skip
+        top = 0.97 if key == "loss" else 0.25
+        for i, (run, colour) in enumerate(zip(study["runs"], colours, strict=True)):
+            axes.text(
+                0.98, top - 0.075 * i, run["label"], color=colour, fontsize=8.5, ha="right",
+                va="top", fontweight="bold", transform=axes.transAxes,
+            )  # fmt: skip
     style.heading(left, "Training loss")
     style.heading(right, "Top-1 on the test images, %")
     return Picture(figure, "Training loss and accuracy by epoch", " ".join(words))
-
-
-def _middle(values):
-    at = len(values) // 2
-    return at + 1, values[at]
 
 
 def top1(study: dict) -> Picture:
@@ -142,7 +139,7 @@ def store(study: dict) -> Picture:
     axes = style.panels(figure, 1, left=1.9, right=0.3, top=1.05)[0]
     names = {"labels": "labels, no teacher", "live": "live teacher"}
     rows = [(names.get(r["run"]) or f"store, K = {r['run'][1:]}", r) for r in study["rows"]]
-    for y, (name, row) in enumerate(reversed(rows)):
+    for y, (_, row) in enumerate(reversed(rows)):
         mean = statistics.mean(row["top1"])
         axes.plot(
             row["top1"], [y] * len(row["top1"]), "o", color=style.BLUE, markerfacecolor="none",

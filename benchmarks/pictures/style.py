@@ -103,12 +103,29 @@ def panels(
     ]  # fmt: skip
 
 
-def heading(axes: Axes, text: str) -> None:
-    """A panel's own title, above its left edge."""
-    axes.annotate(
-        text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points",
-        fontsize=9.5, fontweight="bold", color=INK,
-    )  # fmt: skip
+def rows(figure: Figure, count: int, each: float, left: float = 0.72) -> list[Axes]:
+    """Axes as wide as the figure below each other, the first at the top; `each` inches high.
+
+    That includes the axis below and a heading of two lines above.
+    """
+    width, height = figure.get_size_inches()
+    return [
+        figure.add_axes((
+            left / width, ((count - 1 - i) * each + 0.56) / height,
+            (width - left - MARGIN) / width, (each - 1.06) / height,
+        ))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def heading(axes: Axes, text: str, below: str = "") -> None:
+    """A panel's own title, above its left edge, and a line in gray between them."""
+    width = axes.get_window_extent().width / axes.figure.dpi
+    most = int(width * 72 / 6.6)  # characters
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    at = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9.5}
+    axes.annotate(text, (0, 1), (0, 22 if below else 8), fontweight="bold", color=INK, **at)
+    axes.annotate(below, (0, 1), (0, 8), color=MUTED, **at)
 
 
 def svg(picture: Picture) -> bytes:

@@ -74,11 +74,8 @@ def draw(chips: list[Chip]) -> Picture:
 
 
 def _draw(figure, chips, gpu):
-    height = figure.get_size_inches()[1]
     words = []
-    for i in range(1 + len(chips)):
-        bottom = 0.56 + (len(chips) - i) * HEIGHT
-        axes = style.panels(figure, 1, bottom=bottom, top=height - bottom - HEIGHT + 0.9)[0]
+    for i, axes in enumerate(style.rows(figure, 1 + len(chips), HEIGHT)):
         axes.set(xscale="log", ylim=LIMITS, ylabel="ImageNet top-1, %")
         axes.set_xlabel("images/s (logarithmic)")
         if i == 0:
@@ -160,8 +157,8 @@ def _chip(axes, chip):
             )  # fmt: skip
             labels += _labels(name, found, colour) if mark != "*" else ()
     style.heading(
-        axes, f"{chip.name}, measured: circles eager PyTorch fp32, stars deit_fast"
-    )  # fmt: skip
+        axes, chip.name, "measured; circles: eager PyTorch fp32, stars: deit_fast's fastest mode"
+    )
     place(axes, sorted(labels, key=lambda label: not label.bold))
     return (
         f"{chip.name}, measured (protocol: {chip.protocol}): eager PyTorch fp32: {_words(eager)}. "
