@@ -4,7 +4,8 @@
 
 Each run is a `deit-fast train` command, `--parallel` of them at a time, and goes on where it
 stopped when this script is started again. When all are done, their figures are written to
-docs/studies/fashion_mnist.json with plots beside it, and from that file the page, fashion_mnist.md.
+docs/studies/fashion_mnist.json, and from that file the page, fashion_mnist.md, and by
+`python -m benchmarks.pictures` its figures.
 `--quick` trains on a part of the images, for minutes instead of hours; give it another `--docs`.
 `--least` fails where the distilled model is no better than that.
 The data is Debian's package dataset-fashion-mnist, or any folder with the same idx files.
@@ -13,7 +14,6 @@ The data is Debian's package dataset-fashion-mnist, or any folder with the same 
 import argparse
 import concurrent.futures
 import shlex
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -85,7 +85,7 @@ def train(args, name, more):
 
 
 def collect(args, seeds):
-    """Everything on the page, as data; and the plots."""
+    """Everything on the page, as data."""
     results = {
         name: [runs.read_json(args.work / f"{name}-{s}" / "result.json") for s in seeds]
         for name in METHODS
@@ -93,7 +93,7 @@ def collect(args, seeds):
     teacher = runs.read_json(args.work / "teacher" / "result.json")
     settings = runs.read_json(args.work / "token-0" / "settings.json")
     shown = args.work / "analysis"
-    models = [f"{name}/model" for name in ("teacher", "none-0", "token-0")]  # as the plots say
+    models = [f"{name}/model" for name in ("teacher", "none-0", "token-0")]
     where = [args.data, "--split", "validation", "--workers", "0", "--out", str(shown)]
     analyses = (
         ["disagreement", *where, "--models", *models], ["tokens", *where, "--model", models[-1]]
@@ -101,8 +101,6 @@ def collect(args, seeds):
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
         commands = [["deit-fast", "analyse", *analysis] for analysis in analyses]
         list(pool.map(lambda command: runs.run(command, cwd=args.work), commands))
-    for name in ("disagreement", "tokens"):
-        shutil.copy(shown / f"{name}.png", args.docs / f"fashion_mnist_{name}.png")
     pairs = runs.read_json(shown / "disagreement.json")
     cosines = [line.split(",") for line in (shown / "tokens.csv").read_text().splitlines()[1:]]
     rows = [
@@ -110,7 +108,6 @@ def collect(args, seeds):
          "top1": [result["top1"][head] for result in results[name]]}
         for label, name, head, paper in ROWS
     ]  # fmt: skip
-    plot(rows, teacher["top1"]["class"], args.docs / "fashion_mnist_top1.png")
     return {
         "images": settings["images"]["train"], "tested": teacher["images"],
         "recipe": settings["recipe"], "seeds": list(seeds),
@@ -130,21 +127,6 @@ def collect(args, seeds):
 
 def _parameters(out):
     return {"parameters": runs.read_json(out / "run.json")["params"]}
-
-
-def plot(rows, teacher, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(reversed(rows)):
-        axes.plot(row["top1"], [place] * len(row["top1"]), "o", color="tab:blue", alpha=0.6)
-        axes.plot(statistics.mean(row["top1"]), place, "|", color="black", markersize=16)
-    axes.axvline(teacher, color="tab:orange", linestyle="--", label="teacher")
-    axes.set_yticks(range(len(rows)), [row["row"] for row in reversed(rows)])
-    axes.set_xlabel("top-1 on the test images, %: each seed, and their mean")
-    axes.legend(loc="lower left")
-    figure.savefig(path, format="png", dpi=150)
 
 
 def page(study) -> str:
@@ -183,7 +165,12 @@ def page(study) -> str:
         lines.append(table_row(*cells))
     by_row = {(row["runs"], row["tokens"]): row["top1"] for row in study["rows"]}
     lines += ["", "Mean ± standard deviation over the seeds.", ""] if len(seeds) > 1 else [""]
-    lines += ["![top-1 of each run](fashion_mnist_top1.png)", "", *differences(by_row), ""]
+    lines += [
+        "![top-1 of each run](../pictures/fashion_mnist_top1.svg)",
+        "",
+        *differences(by_row),
+        "",
+    ]
     names, rates = study["disagreement"]["classifiers"], study["disagreement"]["rates"]
     lines += [
         "## Disagreement between classifiers (Table 4)",
@@ -198,7 +185,7 @@ def page(study) -> str:
             for name, row in zip(names, rates, strict=True)
         ),
         "",
-        "![disagreement rates](fashion_mnist_disagreement.png)",
+        "![disagreement rates](../pictures/fashion_mnist_disagreement.svg)",
         "",
         "## Similarity of the two tokens",
         "",
@@ -209,7 +196,7 @@ def page(study) -> str:
         "|---|--:|",
         *(f"| {place} | {cosine:.3f} |" for place, cosine in study["cosines"].items()),
         "",
-        "![cosine of the tokens](fashion_mnist_tokens.png)",
+        "![cosine of the tokens](../pictures/fashion_mnist_tokens.svg)",
         "",
         "## Reproduce",
         "",

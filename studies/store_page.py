@@ -88,6 +88,8 @@ def page(study) -> str:
     shown = Path("runs/store")
     lines += [
         "",
+        "![top-1 of each run](../pictures/store_top1.svg)",
+        "",
         f"{'Mean ± standard deviation over the seeds. ' if seeds > 1 else ''}With the live teacher "
         "the student learns by soft distillation of weight 1 at temperature 1, which is what a "
         "store with K = C teaches. `deit-fast distill-store check` asked the teacher again for as "

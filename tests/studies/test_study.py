@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from modelling import images, tiny_pair
 import deit_fast
 from deit_fast.cli import distill_store, train
 from studies import (
+    curves,
     fashion_mnist,
     quantization,
     quantization_page,
@@ -32,8 +34,44 @@ def study():
 
 def test_the_page_is_what_the_data_says():
     assert (DOCS / "fashion_mnist.md").read_text() == fashion_mnist.page(study())
-    for name in ("top1", "disagreement", "tokens"):
-        assert (DOCS / f"fashion_mnist_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ("fashion_mnist", "store", "curves"))
+def test_the_pictures_of_the_pages_are_there(name):
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (DOCS / f"{name}.md").read_text())
+    assert shown and all((DOCS / path).is_file() for path in shown), shown
+
+
+def test_the_page_of_curves_is_what_the_data_says():
+    found = json.loads((DOCS / "curves.json").read_text())
+    assert (DOCS / "curves.md").read_text() == curves.page(found)
+    assert found["plan"] == curves.FULL and [run["run"] for run in found["runs"]] == list(
+        curves.MODELS
+    )
+    for run in found["runs"]:
+        assert len(run["loss"]) == len(run["top1"]) == curves.FULL["epochs"]
+
+
+def test_the_curves_are_read_from_the_logs(tmp_path):
+    for name, head in (("teacher", "class"), ("none", "class"), ("token", "joint")):
+        (tmp_path / name).mkdir()
+        lines = [f"epoch,lr,loss,other,top1/{head}", "1,0.1,2.00004,5,30.1", "2,0.1,1.5,6,41"]
+        (tmp_path / name / "log.csv").write_text("\n".join(lines))
+        (tmp_path / name / "result.json").write_text('{"images": 7}')
+    found = curves.collect(tmp_path, curves.QUICK)
+    assert found["tested"] == 7
+    assert [run["loss"] for run in found["runs"]] == [[2.0, 1.5]] * 3
+    assert found["runs"][2]["top1"] == [30.1, 41.0]  # both heads
+
+
+def test_the_commands_of_curves_evaluate_after_each_epoch():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    train.add_arguments(parser)
+    page = (DOCS / "curves.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("deit-fast train")]
+    shown = [parser.parse_args(shlex.split(line)[2:]) for line in shown]
+    assert [args.eval_every for args in shown] == [1] * 3
+    assert [args.teacher for args in shown] == [None, None, str(shown[0].out / "model")]
 
 
 def test_every_row_has_every_seed():
