@@ -18,6 +18,7 @@ import timm
 import torch
 
 import deit_fast
+from deit_fast.attention_weights import token_maps
 from deit_fast.batch_inference import label_names
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
@@ -148,7 +149,7 @@ else:
     import matplotlib.pyplot as plt
 
     (weights,) = deit_fast.attention_maps(nano, clothes, blocks=-1).values()
-    maps = deit_fast.attention_weights.token_maps(nano, clothes, weights.mean(1))["class"]
+    maps = token_maps(nano, clothes, weights.mean(1))["class"]
     figure, axes = plt.subplots(
         2, len(paths), figsize=(1.4 * len(paths), 3.2), layout="constrained"
     )
