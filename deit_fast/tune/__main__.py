@@ -2,6 +2,6 @@
 
 import sys
 
-from .command import main
+from .options import main
 
 sys.exit(main())
