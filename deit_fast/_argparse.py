@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any, NoReturn
 
 
@@ -71,16 +72,15 @@ class Parser(argparse.ArgumentParser):
         """Parse; what is left over is an error of this parser, whose options are suggested."""
         args = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None and not {"-h", "--help"} & set(args):
-            self._refuse([one for one in args if self._is_unknown(one)])  # before what is missing
+            options = takewhile(lambda one: one != "--", args)
+            self._refuse([one for one in options if self._is_unknown(one)])  # before what misses
         namespace, left = super().parse_known_args(args, namespace)
         self._refuse(left)
         return namespace, left
 
     def _is_unknown(self, arg: str) -> bool:
         name = arg.partition("=")[0]
-        return (
-            len(name) > 2 and name[:2] == "--" and not any(o.startswith(name) for o in self._known)
-        )
+        return name[:2] == "--" and not any(known.startswith(name) for known in self._known)
 
     @property
     def _known(self) -> list[str]:

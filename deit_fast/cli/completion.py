@@ -5,6 +5,7 @@ import argparse
 import shtab
 
 from deit_fast import _names
+from deit_fast.distill import recipe
 
 from .parsers import build_parser
 
@@ -19,10 +20,15 @@ _COMPLETE_MODEL = {
     "zsh": f"({_NAMES})",
     "tcsh": f"({_NAMES})",
 }
+_RECIPES = f"({' '.join(recipe.NAMES)})"
 _PREAMBLE = {  # models are names or folders
     "bash": f"""_deit_fast_models() {{
   compgen -W "{_NAMES}" -- "$1"
   compgen -d -- "$1"
+}}
+_deit_fast_recipes() {{
+  compgen -W "{" ".join(recipe.NAMES)}" -- "$1"
+  compgen -f -X '!*.json' -- "$1"
 }}"""
 }
 
@@ -48,6 +54,8 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 def _how(action: argparse.Action) -> dict[str, str] | None:
     if action.dest in ("model", "models", "teacher"):
         return _COMPLETE_MODEL
+    if action.dest == "recipe":
+        return dict.fromkeys(("zsh", "tcsh"), _RECIPES) | {"bash": "_deit_fast_recipes"}
     if action.metavar in FILES:
         return shtab.FILE
     return shtab.DIRECTORY if action.metavar in FOLDERS else None

@@ -8,18 +8,17 @@ model_tasks.py  all tasks of a model
 benchmark.py    the candidates of a task: checked against PyTorch, then timed
 table.py        the table of winners
 dispatch.py     what "auto" takes
-command.py      what the command does; options.py, its options
+command.py      what the command does; options.py, its options; entry.py, python -m
 """
 
 from typing import TYPE_CHECKING
 
 from deit_fast import _lazy
 
-from .options import main
-
 if TYPE_CHECKING:  # where each name comes from: the same as in _lazy.attach below
     from .benchmark import allowance, autotune
     from .dispatch import served_by
+    from .entry import main
     from .model_tasks import tasks
     from .table import TableRow, read_rows, write
     from .task import Task
@@ -33,6 +32,7 @@ _lazy.attach(
     {
         "benchmark": ("allowance", "autotune"),
         "dispatch": ("served_by",),
+        "entry": ("main",),
         "model_tasks": ("tasks",),
         "table": ("TableRow", "read_rows", "write"),
         "task": ("Task",),

@@ -10,11 +10,10 @@ Example:
   deit-fast tune --model deit_base_distilled --batch 64 256 --minutes 10
 """
 
-import sys
 from pathlib import Path
 
 from deit_fast import _names
-from deit_fast._argparse import Parser, describe
+from deit_fast._argparse import Parser
 
 DTYPES = ("bf16", "fp16")  # those whose GEMMs are tuned
 
@@ -43,21 +42,3 @@ def add_arguments(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="also shapes that the table has")
     parser.add_argument("--out", type=Path, metavar="PATH", help="another table than the cache's")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run `python -m deit_fast.tune`; returns the exit code, 2 for a wrong call."""
-    shown = describe(__doc__)
-    parser = Parser(
-        prog="python -m deit_fast.tune", description=shown["description"],
-        epilog=shown["epilog"].replace("deit-fast tune", "python -m deit_fast.tune"),
-    )  # fmt: skip
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    from .command import run  # takes seconds: after the options were parsed
-
-    try:
-        return run(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"deit_fast.tune: {error}", file=sys.stderr)
-        return 2

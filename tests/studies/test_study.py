@@ -111,7 +111,7 @@ def test_the_commands_shown_on_stores_are_commands():
     parsers = {"train": train, "distill-store": distill_store}
     found = []
     for name, *options in shown:
-        parser = argparse.ArgumentParser(exit_on_error=False)
+        parser = Parser()
         parsers[name].add_arguments(parser)
         found.append(parser.parse_args(options))
     _, written, labels, live, stored = found
