@@ -56,34 +56,41 @@ def when_imported(name: str, action: Callable[[], object]) -> None:
     """Call `action` once the module of that name was imported: at once where it already was."""
     if name in sys.modules:
         action()
-    else:
-        sys.meta_path.insert(0, _Finder(name, action))
+        return
+    _FINDER.actions.setdefault(name, []).append(action)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
 
 
 class _Finder:
-    """Finds a module as the other finders do, and calls `action` when it was executed."""
+    """Finds modules as the other finders do, and acts when they were executed."""
 
-    def __init__(self, name: str, action: Callable[[], object]):
-        self.name, self.action = name, action
+    def __init__(self) -> None:
+        self.actions: dict[str, list[Callable[[], object]]] = {}
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if name != self.name:
+        if name not in self.actions:
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(name, path, target)):
                 if hasattr(spec.loader, "exec_module"):
-                    self._extend(spec.loader)
+                    self._extend(name, spec.loader)
                 return spec
         return None
 
-    def _extend(self, loader: Any) -> None:
+    def _extend(self, name: str, loader: Any) -> None:
         exec_module = loader.exec_module
 
         def exec_and_act(module: ModuleType) -> None:
             vars(loader).pop("exec_module", None)  # the class's again
             exec_module(module)
-            if self in sys.meta_path:
+            actions = self.actions.pop(name, [])
+            if not self.actions and self in sys.meta_path:
                 sys.meta_path.remove(self)
-                self.action()
+            for action in actions:
+                action()
 
         loader.exec_module = exec_and_act
+
+
+_FINDER: Any = _Finder()
