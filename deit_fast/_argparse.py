@@ -108,7 +108,7 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-def describe(text: str | None) -> dict[str, str]:
+def describe(text: str | None) -> dict[str, Any]:
     """Split a docstring: its first line is the summary, what begins with "Example" the epilog.
 
     Returns:

@@ -5,6 +5,7 @@
 
 import importlib
 import sys
+from types import ModuleType
 
 from .parsers import COMMANDS, build_parser
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _module(command: str):
+def _module(command: str) -> ModuleType:
     """Import what runs a command, which takes seconds."""
     if command == "tune":
         return importlib.import_module("deit_fast.tune.command")

@@ -1,6 +1,7 @@
 """What `deit-fast completion` does; its argument is in parsers/completion.py."""
 
 import argparse
+from typing import Any
 
 import shtab
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the script; returns the exit code."""
     parser = build_parser()
     _complete(parser)
-    print(shtab.complete(parser, shell=args.shell, preamble=_PREAMBLE))
+    print(shtab.complete(parser, shell=args.shell, preamble=_PREAMBLE.get(args.shell, "")))
     return 0
 
 
@@ -51,7 +52,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
             action.complete = how  # type: ignore[attr-defined]
 
 
-def _how(action: argparse.Action) -> dict[str, str] | None:
+def _how(action: argparse.Action) -> Any:
     if action.dest in ("model", "models", "teacher"):
         return _COMPLETE_MODEL
     if action.dest == "recipe":

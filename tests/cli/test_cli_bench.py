@@ -52,6 +52,7 @@ def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkey
     assert [r.mode for r in results.load(path).rows] == ["eager_fp32"]
 
 
+@pytest.mark.slow
 def test_bench_prints_a_results_file(tmp_path, capsys):
     assert main([*BENCH, "--batches", "1", "--modes", "deit_fast_fp32", "--json"]) == 0
     printed = capsys.readouterr()
