@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._names import EXPORT_BACKENDS as BACKENDS
+from ._names import EXPORT_FORMATS as FORMATS
 from .layers._base import Fast
 from .quantization import quantized_layers
 
-FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # format -> suffix
-BACKENDS = ("auto", "torch")
 # Relative error that another order of summation may cause: some ten times the largest seen
 TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2,

@@ -7,25 +7,16 @@ from typing import Any
 import timm
 from torch import nn
 
+from ._names import MODELS as NAMES
+from ._names import NANO
 from .checkpoint import load_state, read_checkpoint
 from .heads import set_heads
 from .pretrained import from_pretrained
 from .swap import accelerate
 
-NAMES = {
-    "deit_tiny": "deit_tiny_patch16_224",
-    "deit_small": "deit_small_patch16_224",
-    "deit_base": "deit_base_patch16_224",
-    "deit_base_384": "deit_base_patch16_384",
-    "deit_tiny_distilled": "deit_tiny_distilled_patch16_224",
-    "deit_small_distilled": "deit_small_distilled_patch16_224",
-    "deit_base_distilled": "deit_base_distilled_patch16_224",
-    "deit_base_distilled_384": "deit_base_distilled_patch16_384",
-}
-
 # A distilled model for grey images of 28 x 28 pixels and 10 classes; its weights are part of this
 # package
-NANO, _NANO_ARCHITECTURE = "deit_nano_fashion", NAMES["deit_tiny_distilled"]
+_NANO_ARCHITECTURE = NAMES["deit_tiny_distilled"]
 _NANO_FOLDER = Path(__file__).parent / "data" / NANO
 _NANO = {
     "img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10,

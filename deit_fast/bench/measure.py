@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit_fast._names import PROTOCOLS as PROTOCOLS
+
 from .correctness import check, check_update
 from .failures import failure_note
 from .modes import TRAIN, Mode
@@ -16,7 +18,6 @@ from .results import ModelRow
 from .step import Step
 from .timing import in_turn_ms, latency_ms, latency_runs, release, rotation, summary, throughput_ms
 
-PROTOCOLS = ("batch", "paper", "latency", "host", "step")
 PAPER_SECONDS = 3.0  # of timed calls: in fp32 a batch of 2048 takes seconds
 FEWEST = 5  # calls that are timed however long they take
 

@@ -148,15 +148,18 @@ class Results:
                 return row
         return None
 
+    def document(self) -> dict:
+        """What the file holds, as `json` takes it."""
+        header = {name: getattr(self, name) for name in HEADER[:-1]}
+        return header | {"rows": [asdict(row) for row in self.rows]}
+
     def save(self, path: Path) -> None:
         """Write to a temporary file beside `path`, then rename it: never half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: getattr(self, name) for name in HEADER[:-1]}
-        content["rows"] = [asdict(row) for row in self.rows]
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(content, file, indent=1, allow_nan=False)
+                json.dump(self.document(), file, indent=1, allow_nan=False)
                 file.write("\n")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)

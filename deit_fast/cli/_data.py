@@ -1,8 +1,8 @@
-"""The options by which commands name labelled images, and what running a model over them shares."""
+"""What commands share that run a model over images: where it runs, the images, tables."""
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +20,6 @@ from deit_fast.distill.datasets import ImageSet, has_split, open_images
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder
 
-from . import _models
-
 SHOWN = 10  # unreadable images that are named
 SHIPPED = Path(__file__).parents[1] / "data"  # images that come with deit_fast
 
@@ -35,42 +33,8 @@ class Setting(NamedTuple):
     workers: int
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add DATA, --split and the keys."""
-    parser.add_argument(
-        "data", metavar="DATA",
-        help="a folder of classes, .tar files, a Hugging Face dataset on disk, or IDX files",
-    )  # fmt: skip
-    parser.add_argument(
-        "--split", choices=("train", "validation"),
-        help="the part of DATA (default: validation if DATA has that, else DATA itself)",
-    )  # fmt: skip
-    add_keys(parser)
-
-
-def add_keys(parser: ArgumentParser) -> None:
-    """Add --image-key and --label-key."""
-    for key in ("image", "label"):
-        parser.add_argument(
-            f"--{key}-key", default=key, metavar="COLUMN",
-            help="of a Hugging Face dataset (default: %(default)s)",
-        )  # fmt: skip
-
-
-def add_running(parser: ArgumentParser, but: str = "") -> None:
-    """Add --batch, --workers and --dtype; `but` is appended to the default of --workers."""
-    parser.add_argument("--batch", type=int, metavar="B", help="(default: 256; 32 on a CPU)")
-    parser.add_argument(
-        "--workers", type=int, metavar="N",
-        help=f"processes that decode (default: one a CPU core up to 16{but})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=_models.DTYPES, help="to compute in (default: fp16; fp32 on a CPU)"
-    )
-
-
 def setting(args: Namespace) -> Setting:
-    """Fill in the defaults of the options of `add_running`.
+    """Fill in the defaults of the options of `parsers._options.add_running`.
 
     Raises:
         ValueError: A number is too small.

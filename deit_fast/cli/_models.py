@@ -1,4 +1,4 @@
-"""The options by which commands name a model."""
+"""The model that a command's options name."""
 
 import argparse
 import sys
@@ -9,56 +9,16 @@ import torch
 from torch import nn
 
 import deit_fast
-from deit_fast.kernels.classifier import FUSIONS
+from deit_fast import _names
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def add_arguments(parser: argparse.ArgumentParser, heads: bool = True) -> None:
-    """Add the options that say which weights a model gets.
-
-    Args:
-        parser: The command's.
-        heads: Whether to add --heads.
-    """
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH",
-        help="official .pth, .safetensors, or what a trainer saved; no code in it is run",
-    )  # fmt: skip
-    add_key(parser, "--checkpoint-key")
-    parser.add_argument(
-        "--pretrained", action=argparse.BooleanOptionalAction,
-        help="weights from the hub (default without --checkpoint); --no-pretrained: random ones",
-    )  # fmt: skip
-    if heads:
-        parser.add_argument(
-            "--heads", choices=FUSIONS, help="output of a distilled model (default: joint)"
-        )
-    else:
-        parser.set_defaults(heads=None)
-    parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the model's own)")
-
-
-def add_key(parser: argparse._ActionsContainer, option: str, **options: Any) -> None:
-    """Add an option for the entry of a checkpoint.
-
-    Args:
-        parser: The command's.
-        option: Its name.
-        **options: Of `add_argument`.
-    """
-    parser.add_argument(
-        option, metavar="KEY",
-        help="which entry of that file, such as model_ema, teacher or state_dict.student (default: "
-        "the usual)", **options,
-    )  # fmt: skip
+DTYPES = {name: getattr(torch, of) for name, of in _names.DTYPES.items()}
 
 
 def load(args: argparse.Namespace, strict: bool = True) -> nn.Module:
     """Load the model of `args.model`, on the CPU, in eval mode.
 
     Args:
-        args: The options of `add_arguments`, and "model" and "command".
+        args: The options of `parsers._options.add_weights`, and "model" and "command".
         strict: Whether a model in which nothing can be accelerated, such as a convolutional
             teacher, is an error.
 

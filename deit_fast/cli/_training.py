@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -11,31 +10,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 
 from deit_fast.distill import recipe as recipes
 
-RECIPE = "deit"
-
-
-def add_recipe(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """Add options for a recipe and for its settings, or for those of them that are named."""
-    recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument(
-        "--recipe", default=RECIPE, metavar="NAME",
-        help=f"{', '.join(recipes.NAMES)}, or a .json file (default: %(default)s)",
-    )  # fmt: skip
-    for setting in dataclasses.fields(recipes.Recipe):
-        if names is not None and setting.name not in names:
-            continue
-        kind = cast(type, setting.type)  # no annotation of `Recipe` is a string
-        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        recipe.add_argument(
-            f"--{setting.name.replace('_', '-')}", dest=f"recipe_{setting.name}",
-            help=setting.metadata["help"].replace("%", "%%"), **options,
-        )  # fmt: skip
-
 
 def recipe_of(args: argparse.Namespace, given: dict | None = None) -> recipes.Recipe:
-    """Load the recipe that the options of `add_recipe` describe.
+    """Load the recipe that the options of `parsers._options.add_recipe` describe.
 
     Args:
         args: With those options.

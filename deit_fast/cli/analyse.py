@@ -1,23 +1,4 @@
-r"""Which classifiers disagree, what a model looks at, how alike its two tokens are, tables of runs.
-
-Examples:
-  deit-fast analyse disagreement imagenet --out table4 \
-      --models regnety_160.deit_in1k deit_base deit_base_distilled
-  deit-fast analyse disagreement cifar10 --models runs/a/model:class runs/b/model
-  deit-fast analyse tokens imagenet --model deit_base_distilled --out tokens
-  deit-fast analyse attention cat.jpg dog.jpg --out maps.png
-  deit-fast analyse attention photos/ --model deit_base_distilled_384 --rollout --out rollout.png
-  deit-fast analyse table runs/* --out results.md
-
-disagreement: the rate of images for which two classifiers predict different classes, the labels
-first (DeiT paper, Table 4). NAME:head takes one head of a distilled model, NAME all three.
-tokens: mean cosine of class and distillation token at the input, after each block and after the
-norm. attention: how much class and distillation token attend to each patch, drawn over the images,
-of one block (the mean of its heads) or of all (rollout). table: a row for runs that differ only in
-their seed, mean and standard deviation.
-
-Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
-"""
+"""What `deit-fast analyse` does; its options are in parsers/analyse.py."""
 
 import argparse
 import csv
@@ -39,52 +20,7 @@ from deit_fast.engine import data_config
 from deit_fast.images import Decoder, Unreadable, find
 
 from . import _data, _models
-
-MOST = 64  # images, a row each: a figure that is higher can't be looked at
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the analyses and their options."""
-    kinds = parser.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
-
-    pairs = kinds.add_parser("disagreement", help="disagreement rate of classifiers")
-    _data.add_arguments(pairs)
-    pairs.add_argument(
-        "--models", required=True, nargs="+", metavar="NAME[:HEAD]",
-        help=f"a name or folder, and perhaps one of its heads: {', '.join(evaluate.HEADS)}",
-    )  # fmt: skip
-    pairs.set_defaults(**dict.fromkeys(("checkpoint", "checkpoint_key", "pretrained", "heads")))
-    pairs.set_defaults(img_size=None)
-    _data.add_running(pairs)
-
-    tokens = kinds.add_parser("tokens", help="how alike class and distillation token are")
-    _data.add_arguments(tokens)
-    tokens.add_argument("--model", required=True, metavar="NAME", help="distilled, or a folder")
-    _models.add_arguments(tokens, heads=False)
-    tokens.add_argument(
-        "--count", type=int, default=1000, metavar="N",
-        help="images, spread over DATA (default: %(default)s)",
-    )  # fmt: skip
-    _data.add_running(tokens)
-    for one in (pairs, tokens):
-        one.add_argument("--out", type=Path, metavar="DIR", help="also write files and a plot")
-
-    maps = kinds.add_parser("attention", help="what a model's tokens attend to, as a figure")
-    maps.add_argument(
-        "images", nargs="+", metavar="IMAGE", help=f"as classify takes them, at most {MOST}"
-    )
-    maps.add_argument(
-        "--model", default="deit_small_distilled", metavar="NAME",
-        help="a ViT, DeiT or CaiT, or a folder from save_pretrained (default: %(default)s)",
-    )  # fmt: skip
-    _models.add_arguments(maps, heads=False)
-    maps.add_argument("--block", type=int, metavar="I", help="from 0, or -1 for the last (default)")
-    maps.add_argument("--rollout", action="store_true", help="through all blocks instead")
-    maps.add_argument("--out", type=Path, required=True, metavar="PNG", help="the figure")
-
-    table = kinds.add_parser("table", help="a table of training runs")
-    table.add_argument("runs", nargs="+", metavar="RUN", help="folder with run.json, result.json")
-    table.add_argument("--out", type=Path, metavar="FILE", help="write Markdown, print nothing")
+from .parsers.analyse import MOST
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,21 +1,4 @@
-"""Classify images, or compute features, with a DeiT or any timm model that can be accelerated.
-
-Examples:
-  deit-fast classify cat.jpg dog.png
-  deit-fast classify --model deit_base_distilled_384 --topk 3 --json *.jpg
-  deit-fast classify --checkpoint deit_base_distilled.safetensors --heads distill cat.jpg
-  deit-fast classify photos/ --out classes.csv
-  deit-fast classify 'photos/**/*.jpg' more.txt --out classes.parquet --topk 1 --workers 16
-  deit-fast classify photos/ --embed --out features.npy     (features.csv: the image of each row)
-
-An IMAGE is an image file, a folder (with its subfolders), a pattern in quotes, or a .txt list of
-paths. With --out, the same command resumes an interrupted run; until it is complete, its
-predictions are in FILE.partial. Unreadable files get a row with the reason.
-
-Weights are timm's from the Hugging Face hub unless --checkpoint names a file or --model a folder.
-Exit code: 0; 1 if some file could not be read (with --out that is no failure: 0); 2 for an error;
-130 for Ctrl-C.
-"""
+"""What `deit-fast classify` does; its options are in parsers/classify.py."""
 
 import argparse
 import json
@@ -28,29 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deit_fast import batch_inference, images, predictions
 
 from . import _data, _models
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument(
-        "--model", default="deit_small_distilled", metavar="NAME",
-        help="one of ours, any timm name, or a folder from save_pretrained (default: %(default)s)",
-    )  # fmt: skip
-    _models.add_arguments(parser)
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a JSON list instead of lines")
-    parser.add_argument(
-        "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
-    )
-    parser.add_argument(
-        "--embed", action="store_true", help="features (the heads' input) instead of classes"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE when complete")
-    parser.add_argument(
-        "--restart", action="store_true", help="delete what an interrupted run left"
-    )
-    _data.add_running(parser, "; without --out none")
 
 
 def run(args: argparse.Namespace) -> int:

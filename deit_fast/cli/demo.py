@@ -1,12 +1,4 @@
-"""Compare timm's DeiT and deit_fast with the same weights on real images, side by side.
-
-Also classify images with a small model, trained on Fashion-MNIST, that is part of this package.
-
-Examples:
-  deit-fast demo                 random weights (seed 0): needs no network
-  deit-fast demo --pretrained    timm's weights from the Hugging Face hub, with labels
-  deit-fast demo --batch 64
-"""
+"""What `deit-fast demo` does; its options are in parsers/demo.py."""
 
 import argparse
 import copy
@@ -34,14 +26,6 @@ from . import _data
 
 MODELS = ("deit_tiny_distilled", "deit_small_distilled")
 RUNS = 10
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights from the hub")
-    parser.add_argument(
-        "--batch", type=int, metavar="B", help="images per timed run (8; 256 on a GPU)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

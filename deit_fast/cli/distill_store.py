@@ -1,106 +1,20 @@
-r"""Write a teacher's soft labels to a store once, then train students without it (TinyViT).
-
-Examples:
-  deit-fast distill-store write imagenet/ labels/ --teacher regnety_160 --img-size 224 --epochs 300
-  torchrun --nproc-per-node 8 -m deit_fast distill-store write imagenet/ labels/ --epochs 300 \
-      --teacher regnety_160 --img-size 224
-  deit-fast distill-store check imagenet/ labels/ --teacher regnety_160
-  deit-fast distill-store train imagenet/ labels/ --model tiny_vit_5m_224 --out tiny
-  deit-fast distill-store info labels/
-
-write stores, for each image and epoch, the seed of its augmentation and the K most probable
-classes; the same command goes on where it stopped, with more --epochs it adds them. train is
-deit-fast train --store STORE: its images are, bit for bit, those the teacher saw. check asks the
-teacher again, on a sample. info reads every file and names what is damaged: delete such a file, and
-write creates it anew.
-
-Exit code: 0; 1 where info finds a store incomplete or damaged; 2 for an error; 130 and 143 after
-Ctrl-C and SIGTERM.
-"""
+"""What `deit-fast distill-store` does; its options are in parsers/distill_store.py."""
 
 import argparse
-from pathlib import Path
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from deit_fast.distill import store
 from deit_fast.distill.interrupt import Interrupted
-from deit_fast.distill.store.views import SETTINGS
-from deit_fast.distill.student import AMP
 
-from . import _data, _models, _training, train
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's actions and their options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, summary in (
-        ("write", "the teacher over every augmented image of every epoch"),
-        ("check", "the teacher again, on a sample"),
-        ("train", "a student, from the store alone"),
-        ("info", "what is there, and whether it is whole"),
-    ):
-        action = actions.add_parser(name, help=summary, description=summary)
-        _ACTIONS[name][0](action)
-
-
-def _add_write(parser: argparse.ArgumentParser) -> None:
-    _add_teacher(parser)
-    parser.add_argument("--epochs", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--k", type=int, default=10, metavar="K",
-        help="classes a record; 100 for ImageNet-21k (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--img-size", type=int, metavar="PX", help="(default: the teacher's own)")
-    parser.add_argument("--count", type=int, metavar="N", help="so many of the images only")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--batch", type=int, default=256, metavar="B",
-        help="images of each rank in one forward pass (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--amp", choices=AMP,
-        help="the teacher's precision (default: bf16, on a GPU without it fp16, on a CPU none)",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=int, metavar="N", help="(default: one a CPU core)")
-    _training.add_recipe(parser, SETTINGS)
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    _add_teacher(parser)
-    parser.add_argument(
-        "--samples", type=int, default=1024, metavar="N",
-        help="at least so many records, in whole batches (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws them")
-    parser.add_argument("--amp", choices=AMP, help="(default: the store's)")
-
-
-def _add_teacher(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA")
-    parser.add_argument("store", metavar="STORE", type=Path)
-    parser.add_argument(
-        "--teacher", required=True, metavar="MODEL",
-        help="a name, or a folder (OUT/model of deit-fast train)",
-    )  # fmt: skip
-    parser.add_argument("--teacher-checkpoint", metavar="PATH", help="(default: from the hub)")
-    _models.add_key(parser, "--teacher-checkpoint-key")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
-    _data.add_keys(parser)
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    train.add_arguments(parser, from_store=True)
-
-
-def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", type=Path)
+from . import _json, _training, train
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the action; returns the exit code."""
-    return _ACTIONS[args.action][1](args)
+    return _ACTIONS[args.action](args)
 
 
 def _write(args: argparse.Namespace) -> int:
@@ -157,21 +71,41 @@ class _Progress(_training.Display):
 
 def _check(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
-    found = store.check(
-        args.data, args.store, args.teacher, samples=args.samples,
-        seed=args.seed, teacher_checkpoint=args.teacher_checkpoint,
-        teacher_checkpoint_key=args.teacher_checkpoint_key, amp=args.amp,
-        backend=args.backend, image_key=args.image_key, label_key=args.label_key,
-        report=lambda event: console.print(event["text"], soft_wrap=True, markup=False),
-    )  # fmt: skip
-    print(f"{found['records']:,} records: mean absolute difference of the probabilities "
-          f"{found['mean_difference']:.2e}, different indices "
-          f"{100 * found['different_indices']:.2f}%")  # fmt: skip
+    with _json.output(args.json) as write:
+        found = store.check(
+            args.data, args.store, args.teacher, samples=args.samples,
+            seed=args.seed, teacher_checkpoint=args.teacher_checkpoint,
+            teacher_checkpoint_key=args.teacher_checkpoint_key, amp=args.amp,
+            backend=args.backend, image_key=args.image_key, label_key=args.label_key,
+            report=lambda event: console.print(event["text"], soft_wrap=True, markup=False),
+        )  # fmt: skip
+        _show_check(found)
+        write(found)
     return 0
 
 
+def _show_check(found: dict) -> None:
+    print(f"{found['records']:,} records: mean absolute difference of the probabilities "
+          f"{found['mean_difference']:.2e}, different indices "
+          f"{100 * found['different_indices']:.2f}%")  # fmt: skip
+
+
 def _info(args: argparse.Namespace) -> int:
-    found = store.Store(args.store)
+    with _json.output(args.json) as write:
+        found = store.Store(args.store)
+        every = range(found.manifest.epochs)
+        damage = {i: why for i in every if (why := found.damage(i)) is not None}
+        _show_info(found, damage)
+        size = found.manifest.epochs * found.manifest.epoch_bytes
+        write(
+            {"key": found.manifest.key, "whole": not damage, "bytes": size}
+            | {"damaged": {epoch: str(why) for epoch, why in damage.items()}}
+            | asdict(found.manifest)
+        )
+    return 1 if damage else 0
+
+
+def _show_info(found: store.Store, damage: dict[int, store.Damaged]) -> None:
     manifest = found.manifest
     transform = " ".join(f"{name}={value}" for name, value in manifest.transform.items())
     known = {
@@ -188,14 +122,9 @@ def _info(args: argparse.Namespace) -> int:
     }
     for name, value in known.items():
         print(f"{name:<9} {value}")
-    whole = 0
-    for epoch in range(manifest.epochs):
-        damage = found.damage(epoch)
-        whole += damage is None
-        if damage is not None:
-            print(f"epoch {epoch}: {damage}")
-    print(f"{whole} of {manifest.epochs} epochs are whole")
-    return 0 if whole == manifest.epochs else 1
+    for epoch, why in damage.items():
+        print(f"epoch {epoch}: {why}")
+    print(f"{manifest.epochs - len(damage)} of {manifest.epochs} epochs are whole")
 
 
 def _size(count: int) -> str:
@@ -205,7 +134,4 @@ def _size(count: int) -> str:
     return f"{count:,} bytes"
 
 
-_ACTIONS = {
-    "write": (_add_write, _write), "check": (_add_check, _check),
-    "train": (_add_train, train.run), "info": (_add_info, _info),
-}  # fmt: skip
+_ACTIONS = {"write": _write, "check": _check, "train": train.run, "info": _info}

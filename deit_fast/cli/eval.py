@@ -1,41 +1,21 @@
-"""Top-1 and top-5 of a model over labelled images, of each head of a distilled one.
-
-Examples:
-  deit-fast eval imagenet --model deit_small_distilled
-  deit-fast eval imagenet --model deit_base_distilled_384 --real real.json
-  deit-fast eval imagenetv2-matched-frequency-format-val --model deit_base --dtype fp32
-  deit-fast eval cifar10 --model runs/tiny/model --json tiny.json
-
-Labels are compared by number: DATA has to have the model's classes, in sorted order, and all of
-them. --real takes the ReaL labels of ImageNet's validation images (Beyer et al., 2020).
-
-Exit code: 0; 1 where images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
-"""
+"""What `deit-fast eval` does; its options are in parsers/eval.py."""
 
 import argparse
-import json
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 from deit_fast.distill import evaluate, real
 
-from . import _data, _models
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    _data.add_arguments(parser)
-    parser.add_argument(
-        "--model", required=True, metavar="NAME",
-        help="one of ours, any timm name, or a folder from save_pretrained",
-    )  # fmt: skip
-    _models.add_arguments(parser, heads=False)  # all of them are shown
-    parser.add_argument("--real", type=Path, metavar="FILE", help="also judge by these labels")
-    _data.add_running(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+from . import _data, _json, _models
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print the figures; returns the exit code."""
+    with _json.output(args.json) as write:
+        return _run(args, write)
+
+
+def _run(args: argparse.Namespace, write: Callable[[Any], None]) -> int:
     setting = _data.setting(args)
     labels = None if args.real is None else real.read_real_labels(args.real)
     model = _models.load(args, strict=False)
@@ -43,8 +23,6 @@ def run(args: argparse.Namespace) -> int:
     evaluate.check(model, images)
     if labels is not None:
         labels = real.real_truths(labels, map(images.name, range(len(images))))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
     model.to(setting.device, _models.DTYPES[setting.dtype])
     with _data.progress(len(images)) as progress:
         found = evaluate.predictions(
@@ -70,6 +48,5 @@ def run(args: argparse.Namespace) -> int:
         print("This speed is a CPU's: deit_fast runs plain PyTorch there.")
     if labels is not None:
         print(f"ReaL: {by_real.images:,} of these images have a label")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result)
     return _data.report_skipped(found.skipped)

@@ -1,30 +1,11 @@
-"""Quantize a model to FP8 or INT8, and report how far it is from the original.
-
-Examples:
-  deit-fast quantize deit_base --out base-fp8
-  deit-fast quantize deit_base --calibration imagenet --data imagenet --out base-fp8
-  deit-fast quantize deit_small --format int8 --exclude 'blocks.0.*' --exclude '*.fc2' --json s.json
-  deit-fast quantize deit_base_384 --attention --data imagenet
-  deit-fast quantize runs/tiny/model --calibration photos/ --images 64 --worst
-
---data takes labelled images, --calibration those or any folder, list or pattern of images. Without
---data the models are compared on the photographs that come with deit_fast. fp8 without
---calibration has bound-derived activation scales. --worst quantizes each layer alone, then all but
-it, and ranks the layers: --exclude the first. --exclude takes the names in the tables. The tables
-of layers are without FP8 attention.
-
-Layers are compared on the images, on random inputs, and on random inputs with some channels 50
-times the others. The random inputs have the rms of the images'.
-
-Exit code: 0; 1 if images could not be read and were skipped; 2 for an error; 130 for Ctrl-C.
-"""
+"""What `deit-fast quantize` does; its options are in parsers/quantize.py."""
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,51 +17,19 @@ from deit_fast.distill import evaluate
 from deit_fast.distill.datasets import ImageSet, has_split, open_images
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder, find
-from deit_fast.kernels.quantize import FORMATS
 
-from . import _data, _models
+from . import _data, _json, _models
 
 SAMPLE = 16  # images that layers are compared on
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.add_argument(
-        "model", metavar="MODEL",
-        help="one of ours, any timm ViT or DeiT, or a folder from save_pretrained",
-    )  # fmt: skip
-    parser.add_argument("--format", choices=FORMATS, default="fp8", help="(default: fp8)")
-    parser.add_argument(
-        "--calibration", metavar="DATA", help="images to calibrate fp8 on: their train split"
-    )
-    parser.add_argument(
-        "--images",
-        type=int,
-        metavar="N",
-        help="number of calibration images, spread evenly (default: 256)",
-    )
-    parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN",
-        help="layers to skip: blocks.0.attn.qkv, 'blocks.11.*'; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--attention", action="store_true", help="attention's two matmuls in fp8 too"
-    )
-    parser.add_argument("--data", metavar="DATA", help="labelled images, as eval takes them")
-    parser.add_argument(
-        "--split", choices=("train", "validation"),
-        help="the part of --data (default: validation if it has that, else all of it)",
-    )  # fmt: skip
-    _data.add_keys(parser)
-    parser.add_argument("--worst", action="store_true", help="rank the layers by their error")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="save the model there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    _models.add_arguments(parser)
-    _data.add_running(parser)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    with _json.output(args.json) as write:
+        return _run(args, write)
+
+
+def _run(args: argparse.Namespace, write: Callable[[Any], None]) -> int:
     setting = _data.setting(args)
     _check(args)
     model = _models.load(args).to(setting.device)
@@ -109,8 +58,6 @@ def run(args: argparse.Namespace) -> int:
     print(report)
     if args.out is not None:
         deit_fast.save_pretrained(model, args.out)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
     model.to(dtype=_models.DTYPES[setting.dtype])
 
     def batches(progress: Callable[[int], None]) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
@@ -146,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
         _data.show(title, ("layer",), ("it alone", "all but it"), rows)
     if args.out is not None:
         print(f"{args.out}: for from_pretrained and as MODEL of the other commands")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result)
     return _data.report_skipped(list(dict(skipped).items()))
 
 

@@ -7,13 +7,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-from timm.optim import list_optimizers
-
-from deit_fast.kernels.distillation_loss import DISTILLATIONS
+from deit_fast._names import DISTILLATIONS
 
 NAMES = ("deit", "deit-384", "transfer", "vit", "tinyvit-22k", "tinyvit-22k-1k")
 CROPS = ("resize", "pad")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+VIEW_SETTINGS = (  # those that decide the views of a soft-label store
+    "crop", "scale", "hflip", "color_jitter", "auto_augment", "interpolation", "erasing", "mixup",
+    "cutmix", "mixup_prob", "mixup_switch_prob",
+)  # fmt: skip
 
 
 def _setting(
@@ -73,6 +75,8 @@ class Recipe:
     hard_weight: float = _setting("the teacher's weight in hard distillation", least=0, most=1)
 
     def __post_init__(self):
+        from timm.optim import list_optimizers  # takes seconds, and the options need none
+
         for setting in fields(self):
             _check(setting, getattr(self, setting.name))
         if self.opt not in list_optimizers():

@@ -13,8 +13,9 @@ from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from deit_fast import _names
+from deit_fast._names import DISTILLATIONS
 from deit_fast.engine import data_config
-from deit_fast.kernels.distillation_loss import DISTILLATIONS
 from deit_fast.models import architecture, create_model
 from deit_fast.pretrained import describe, from_pretrained
 
@@ -32,7 +33,7 @@ TAKEN = {
     "checkpoint_key": "start_key",
     "backend": "backend",
 } | dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), "the recipe's drop")
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {name: getattr(torch, _names.DTYPES.get(name, name), None) for name in _names.AMP}
 
 
 @dataclass(frozen=True)

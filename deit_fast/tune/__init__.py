@@ -8,16 +8,33 @@ model_tasks.py  all tasks of a model
 benchmark.py    the candidates of a task: checked against PyTorch, then timed
 table.py        the table of winners
 dispatch.py     what "auto" takes
-command.py      the command
+command.py      what the command does; options.py, its options; entry.py, python -m
 """
 
-from .benchmark import allowance, autotune
-from .command import main
-from .dispatch import served_by
-from .model_tasks import tasks
-from .table import TableRow, read_rows, write
-from .task import Task
+from typing import TYPE_CHECKING
+
+from deit_fast import _lazy
+
+if TYPE_CHECKING:  # where each name comes from: the same as in _lazy.attach below
+    from .benchmark import allowance, autotune
+    from .dispatch import served_by
+    from .entry import main
+    from .model_tasks import tasks
+    from .table import TableRow, read_rows, write
+    from .task import Task
 
 __all__ = [
     "TableRow", "Task", "allowance", "autotune", "main", "read_rows", "served_by", "tasks", "write",
 ]  # fmt: skip
+
+_lazy.attach(
+    __name__,
+    {
+        "benchmark": ("allowance", "autotune"),
+        "dispatch": ("served_by",),
+        "entry": ("main",),
+        "model_tasks": ("tasks",),
+        "table": ("TableRow", "read_rows", "write"),
+        "task": ("Task",),
+    },
+)

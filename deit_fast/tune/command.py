@@ -1,56 +1,29 @@
-"""Benchmark on this GPU which implementation and tiles serve each operation of a model best.
-
-Examples:
-  python -m deit_fast.tune --model deit_base_distilled
-  python -m deit_fast.tune --model deit_tiny deit_small --batch 64 256 --dtype fp16 --minutes 10
-  python -m deit_fast.tune --model deit_base_distilled --format fp8
-
-The winners go to a table in the user's cache directory ($DEIT_FAST_CACHE, $XDG_CACHE_HOME/deit_fast
-or ~/.cache/deit_fast), from where every process that uses this GPU takes them. Rows for other
-shapes stay in the table; the shapes that it has are not measured again without --again. Each
-candidate is checked against PyTorch before it is timed. When the minutes are over, or with Ctrl-C,
-the winners found so far are written, and the same call continues from there.
-"""
+"""What `python -m deit_fast.tune` and `deit-fast tune` do; their options are in options.py."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from deit_fast import _names
 from deit_fast.bench import timing
 from deit_fast.kernels import _chips, _tuned
-from deit_fast.kernels.quantize import FORMATS
 from deit_fast.models import create_model
 from deit_fast.quantization import quantize
 
+from . import options
 from .benchmark import Clock, Times, autotune
 from .model_tasks import ordered, tasks
 from .table import TableRow, read_rows, write
 from .task import Task
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: getattr(torch, _names.DTYPES[name]) for name in options.DTYPES}
 RUNS, WARMUP = 20, 3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to its parser."""
-    parser.add_argument("--model", nargs="+", required=True, help="ours or timm's names")
-    parser.add_argument("--batch", nargs="+", type=int, default=[256], help="(default: 256)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--format", choices=FORMATS, help="of quantized models (default: none)")
-    parser.add_argument("--training", action="store_true", help="also what a training step runs")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="(default: the model's own)")
-    parser.add_argument(
-        "--minutes", type=float, default=5.0, help="after which nothing is begun (default: 5)"
-    )
-    parser.add_argument("--again", action="store_true", help="also shapes that the table has")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="another table than the cache's")
 
 
 def run(args: argparse.Namespace, clock: Clock | None = None) -> int:
@@ -126,12 +99,12 @@ def run(args: argparse.Namespace, clock: Clock | None = None) -> int:
 
 def _tasks(args: argparse.Namespace, chip: _chips.Chip) -> list[Task]:
     """The tasks of all models and batches of the options, each once."""
-    options: dict[str, Any] = {} if args.image_size is None else {"img_size": args.image_size}
+    keywords: dict[str, Any] = {} if args.image_size is None else {"img_size": args.image_size}
     wanted: dict[Task, None] = {}
     for name in args.model:
         for batch in args.batch:
             with torch.device("meta"), _chips.simulate_device(chip):
-                model = create_model(name, **options)
+                model = create_model(name, **keywords)
                 if args.format is not None:
                     quantize(model, args.format)
             found = tasks(model, batch, DTYPES[args.dtype], chip, args.training)
@@ -160,19 +133,3 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("tuning", total=total)
         yield lambda text: progress.update(bar, advance=1, description=text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run `python -m deit_fast.tune`; returns the exit code, 2 for a wrong call."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m deit_fast.tune", description=summary, epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"deit_fast.tune: {error}", file=sys.stderr)
-        return 2

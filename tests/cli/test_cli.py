@@ -6,15 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deit_fast.cli import COMMANDS, main
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_examples(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0 and "\nExamples:\n" in capsys.readouterr().out
-
 
 @pytest.mark.slow
 def test_installed_command():

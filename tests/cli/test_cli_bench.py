@@ -52,6 +52,18 @@ def test_bench_keeps_what_was_measured_when_interrupted(tmp_path, capsys, monkey
     assert [r.mode for r in results.load(path).rows] == ["eager_fp32"]
 
 
+@pytest.mark.slow
+def test_bench_prints_a_results_file(tmp_path, capsys):
+    assert main([*BENCH, "--batches", "1", "--modes", "deit_fast_fp32", "--json"]) == 0
+    printed = capsys.readouterr()
+    path = tmp_path / "printed.json"
+    path.write_text(printed.out)
+    assert [(r.mode, r.batch) for r in results.load(path).rows] == [("deit_fast_fp32", 1)]
+    assert "deit_fast_fp32 " in printed.err
+    assert main(["bench", "any", "--modes", "list"]) == 0
+    assert "deit_fast_fp8_attention\n" in capsys.readouterr().out
+
+
 def test_bench_keeps_what_was_measured_before_an_error(tmp_path, capsys, monkeypatch):
     real, calls = bench.measure, []
 

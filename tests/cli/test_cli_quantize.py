@@ -127,6 +127,10 @@ def test_quantize_runs_the_shipped_photographs(model, folders, tmp_path, capsys,
     assert [layer.name for layer in layers] == LAYERS and "worst" not in found
     assert "top-1" not in out and "blocks.1.mlp.fc2" in out
 
+    assert main(["quantize", str(folders / "model"), *args[:-1]]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == found and "in int8 against fp32" in printed.err
+
 
 @pytest.mark.parametrize(
     "args, message",

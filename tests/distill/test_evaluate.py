@@ -291,6 +291,9 @@ def test_command(folder, models, saved, tmp_path, capsys):
     assert "skipped: 1 unreadable images" in printed.err
     if not torch.cuda.is_available():
         assert "(fp32 on cpu" in printed.out and "This speed is a CPU's" in printed.out
+    assert main([*command, *options[:-1]]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["top1"] == result["top1"] and "ReaL: 15 of" in printed.err
 
 
 def test_command_takes_the_validation_images(saved, tmp_path, capsys):

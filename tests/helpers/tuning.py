@@ -1,14 +1,13 @@
 """The tuning command on a simulated chip, with a made-up clock."""
 
-import argparse
-
 import torch
 
 import deit_fast
+from deit_fast._argparse import Parser
 from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.linear import configs as LINEAR
 from deit_fast.kernels.quantized_linear import configs as QUANTIZED_LINEAR
-from deit_fast.tune import command, operations
+from deit_fast.tune import command, operations, options
 
 CHIP = _chips.Chip("NVIDIA H9000", (9, 0), 4)
 NAME = "deit_tiny_distilled"
@@ -18,14 +17,14 @@ HOPPER_CONFIGS, WIDE_BACKWARD_CONFIG = LINEAR.HOPPER_CONFIGS, LINEAR.WIDE_BACKWA
 QUANTIZED_CONFIGS = QUANTIZED_LINEAR.HOPPER_CONFIGS
 
 
-def meta_model(name=NAME, **options):
+def meta_model(name=NAME, **keywords):
     with torch.device("meta"):
-        return deit_fast.create_model(name, backend="triton", **options)
+        return deit_fast.create_model(name, backend="triton", **keywords)
 
 
 def run(clock, *arguments):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    parser = Parser()
+    options.add_arguments(parser)
     args = ["--model", NAME, "--dtype", "fp16", "--batch", "12", *arguments]
     return command.run(parser.parse_args(args), clock)
 

@@ -1,6 +1,5 @@
 """The studies' pages say what their data says. Smoke runs of them are steps of .ci/run."""
 
-import argparse
 import copy
 import json
 import re
@@ -13,7 +12,8 @@ from checking import NEIGHBOURS, assert_at_most, assert_close, assert_differ, se
 from modelling import images, tiny_pair
 
 import deit_fast
-from deit_fast.cli import distill_store, train
+from deit_fast._argparse import Parser
+from deit_fast.cli.parsers import distill_store, train
 from studies import (
     curves,
     fashion_mnist,
@@ -92,7 +92,7 @@ def test_differences_follow_from_the_figures():
 
 
 def test_the_commands_shown_are_commands():
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = Parser()
     train.add_arguments(parser)
     shown = [parser.parse_args(shlex.split(line)[2:]) for line in fashion_mnist.commands()]
     assert [args.distill for args in shown] == [None, None, "soft", "hard", "hard"]
@@ -149,7 +149,7 @@ def test_the_commands_shown_on_stores_are_commands():
     parsers = {"train": train, "distill-store": distill_store}
     found = []
     for name, *options in shown:
-        parser = argparse.ArgumentParser(exit_on_error=False)
+        parser = Parser()
         parsers[name].add_arguments(parser)
         found.append(parser.parse_args(options))
     _, written, labels, live, stored = found

@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..datasets import ImageSet
-from ..recipe import Recipe
+from ..recipe import VIEW_SETTINGS, Recipe
 from ..student import Settings
 from .manifest import Manifest
 from .reader import Store
-from .views import SETTINGS, Views, describe_transform, fingerprint, versions
+from .views import Views, describe_transform, fingerprint, versions
 
 
 def recipe_settings(store: Store) -> dict:
     """Settings for a recipe that trains from a store: what decides its views, each of them once."""
-    return {name: store.manifest.transform[name] for name in SETTINGS} | {"repeated_aug": 1}
+    return {name: store.manifest.transform[name] for name in VIEW_SETTINGS} | {"repeated_aug": 1}
 
 
 def adopt_settings(store: Store, settings: Settings) -> Settings:

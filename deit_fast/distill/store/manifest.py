@@ -10,14 +10,15 @@ from typing import Any, cast
 import numpy as np
 
 from .. import checkpoints
+from ..recipe import VIEW_SETTINGS
 from .format import CHECKSUM, HEADER, Damaged, check_header, make_header, record_dtype
-from .views import SETTINGS
 
 MANIFEST = "manifest.json"
 PARTS: dict[str, dict[str, Any]] = {  # of a manifest's dicts
     "teacher": {"architecture": str, "weights": str},
     "images": {"count": int, "classes": int, "labels": str, "names": str},
-    "transform": dict.fromkeys(SETTINGS, object) | {"input_size": list, "mean": list, "std": list},
+    "transform": dict.fromkeys(VIEW_SETTINGS, object)
+    | {"input_size": list, "mean": list, "std": list},
     "sample": {"images": list, "pictures": str},
     "notes": {"teacher": str, "versions": dict},
 }

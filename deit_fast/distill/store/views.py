@@ -21,13 +21,8 @@ import deit_fast
 
 from ..augment import TRIES, Augmented, reseed, transform_of
 from ..datasets import ImageSet
-from ..recipe import Recipe
+from ..recipe import VIEW_SETTINGS, Recipe
 
-# the settings of a recipe that decide the views
-SETTINGS = (
-    "crop", "scale", "hflip", "color_jitter", "auto_augment", "interpolation", "erasing", "mixup",
-    "cutmix", "mixup_prob", "mixup_switch_prob",
-)  # fmt: skip
 SAMPLED = 64  # views that tell whether this machine makes the same ones
 PACKAGES = (deit_fast, np, PIL, timm, torch, torchvision)
 
@@ -39,10 +34,10 @@ def describe_transform(recipe: Recipe, config: dict) -> dict:
     """Describe what decides the views, as JSON has it.
 
     Args:
-        recipe: Its `SETTINGS` are taken.
+        recipe: Its `VIEW_SETTINGS` are taken.
         config: timm's data configuration: "input_size" (channels, height, width), "mean", "std".
     """
-    found = {name: getattr(recipe, name) for name in SETTINGS}
+    found = {name: getattr(recipe, name) for name in VIEW_SETTINGS}
     found = {name: float(value) if type(value) is int else value for name, value in found.items()}
     found |= {name: [float(x) for x in config[name]] for name in ("mean", "std")}
     return found | {"input_size": list(config["input_size"])}

@@ -66,7 +66,7 @@ def write(
         data: See `datasets.open_images`.
         out: The store's folder.
         teacher: See `load_teacher`. Views have its channels, mean and std.
-        recipe: Only what decides the views counts (`views.SETTINGS`).
+        recipe: Only what decides the views counts (`recipe.VIEW_SETTINGS`).
         epochs: How many the store is to have.
         k: Classes in a record.
         count: So many of the images only.

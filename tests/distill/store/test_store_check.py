@@ -66,7 +66,15 @@ def test_the_store_command(data, net, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"teacher   {net} (test_resnet, weights " in said and "2 of 2 epochs are whole" in said
     assert "K = 2, 16 bytes" in said and "hflip=0.25" in said and "mixup=0.0" in said
-    assert main(["distill-store", "check", str(data), store, "--teacher", str(net)]) == 0
+    assert main(["distill-store", "info", store, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["whole"], found["damaged"], found["epochs"], found["bytes"]) == (True, {}, 2, 928)
+    assert found["transform"]["hflip"] == 0.25 and len(found["key"]) == 32
+    check = ["distill-store", "check", str(data), store, "--teacher", str(net)]
+    assert main([*check, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"records": 48, "mean_difference": 0.0, "different_indices": 0.0}
+    assert main(check) == 0
     said = capsys.readouterr().out
     assert "48 records: mean absolute difference" in said and "0.00e+00, different indices" in said
     state = deit_fast.from_pretrained(net, strict=False).state_dict()

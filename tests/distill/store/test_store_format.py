@@ -1,6 +1,7 @@
 """The format of a soft-label store, and that damage to it is found."""
 
 import dataclasses
+import json
 import shutil
 import zlib
 
@@ -92,6 +93,9 @@ def test_a_damaged_file_is_named_and_the_rest_is_used(damage, data, net, whole, 
     assert main(["distill-store", "info", str(copy)]) == 1
     said = capsys.readouterr().out
     assert f"epoch 1: {caught.value}" in said and "2 of 3 epochs are whole" in said
+    assert main(["distill-store", "info", str(copy), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["whole"] and found["damaged"] == {"1": str(caught.value)}
     # deleted, it is written anew
     path.unlink()
     write_store(data, copy, net)
