@@ -26,15 +26,8 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The arguments; None: those of the process.
-
-    Returns:
-        The exit code: 0; 1 if some input failed; 2 for an error; 130 for Ctrl-C.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `deit-fast` with all its commands."""
     parser = argparse.ArgumentParser(
         prog="deit-fast",
         description="DeiT on NVIDIA GPUs with fused kernels, computing what timm computes.",
@@ -48,7 +41,19 @@ def main(argv: list[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         module.add_arguments(command)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0; 1 if some input failed; 2 for an error; 130 for Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
