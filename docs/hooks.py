@@ -11,6 +11,7 @@ A link to a file of the repository that is no page becomes the file's name.
 
 import argparse
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -85,6 +86,7 @@ def relink(markdown: str, source: str, page: str) -> str:
 
 def cli_reference() -> str:
     """Every command of `deit-fast`, as Markdown."""
+    os.environ["COLUMNS"] = "100"  # not this terminal's
     sys.path.insert(0, str(PACKAGE.parent))
     try:
         from deit_fast.cli import build_parser
@@ -116,9 +118,9 @@ def _command(parser, level):
         and not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
     ]
     if options:
-        yield "| argument | default | |\n|---|---|---|"
+        yield "| argument | |\n|---|---|"
         for action in options:
-            yield f"| {_name(action)} | {_default(action)} | {_help(parser, action)} |"
+            yield f"| {_name(action)} | {_help(parser, action)} |"
     if parser.epilog:
         yield f"\n```text\n{parser.epilog.strip()}\n```\n"
     yield from _commands(parser, level + 1)
@@ -140,21 +142,12 @@ def _name(action):
     return ", ".join(f"`{option}{takes}`" for option in action.option_strings).replace("|", "\\|")
 
 
-def _default(action):
-    if action.default in (None, argparse.SUPPRESS, False, [], ()) or action.nargs == 0:
-        return "required" if action.required and action.option_strings else ""
-    value = action.default
-    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return f"`{text}`".replace("|", "\\|")
-
-
 def _help(parser, action):
-    if not action.help:
-        return ""
     values = {**vars(action), "prog": parser.prog}
     if action.choices:
         values["choices"] = ", ".join(map(str, action.choices))
-    return _escape(" ".join((action.help % values).split()))
+    text = _escape(" ".join(((action.help or "") % values).split()))
+    return f"required; {text}".rstrip("; ") if action.required and action.option_strings else text
 
 
 def _escape(text):
