@@ -280,9 +280,8 @@ def _program(file, args, monkeypatch, module=None):
 
 
 def _pip(args):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    extras = re.findall(r"(?m)^(\w+) = \[", text.split("\n[")[0])
     for arg in args:
         for names in re.findall(r"(?:^\.|deit_fast)\[([\w,-]+)\]", arg):
             unknown = set(names.split(",")).difference(extras)
