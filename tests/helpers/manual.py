@@ -136,7 +136,9 @@ def run_page(page, folder, monkeypatch):
             try:
                 exec(compile(source, str(page), "exec"), namespace)
             except BaseException as error:
-                pytest.fail(f"{_where(error, block)}: {type(error).__name__}: {error}")
+                pytest.fail(
+                    f"{_where(error, block)}: {type(error).__name__}: {error}", pytrace=False
+                )
         elif block.language == "bash" and block.directive == "run":
             for line, command in commands(block):
                 failed = _run(command)
