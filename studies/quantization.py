@@ -4,8 +4,8 @@
 
 The model that comes with deit_fast on Fashion-MNIST, and DeiT-S with random weights on photographs:
 as `deit_fast.quantize` serves them, and simulated with other scales and with attention's matmuls in
-FP8. Writes docs/quantization.json and from that file the page, quantization.md. `--quick` is a
-smoke run on few images and DeiT-Ti; give it another `--docs`. The data is Debian's package
+FP8. Writes docs/studies/quantization.json and from that file the page, quantization.md. `--quick`
+is a smoke run on few images and DeiT-Ti; give it another `--docs`. The data is Debian's package
 dataset-fashion-mnist, or any folder with the same idx files.
 """
 
@@ -46,7 +46,7 @@ ARITHMETIC = {"DeiT-B": (768, 198), "DeiT-B at 384 pixels": (768, 578)}  # featu
 
 
 def main():
-    parser = runs.parser_of(__doc__, runs.ROOT / "docs")
+    parser = runs.parser_of(__doc__, runs.ROOT / "docs" / "studies")
     args = parser.parse_args()
     plan = QUICK if args.quick else FULL
     study = {

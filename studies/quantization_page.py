@@ -16,16 +16,9 @@ def page(study) -> str:
     titles = TITLES | {"photographs": f"photographs, {plan['photographs']}, random"}
     served = [(title, row) for name, title in titles.items() for row in found[name]["served"]]
     lines = [
-        "# Quantization: FP8 and INT8",
+        "# What FP8 and INT8 cost in accuracy",
         "",
-        "```python",
-        'report = deit_fast.quantize(model, "fp8", calibration=images)  # or "int8"; in place',
-        "deit_fast.restore(model)  # and back",
-        "```",
-        "",
-        "```bash",
-        "deit-fast quantize deit_base --calibration imagenet --data imagenet --worst --out base",
-        "```",
+        "How to quantize a model: [Quantization](../guide/quantization.md).",
         "",
         "## What is quantized, and how",
         "",

@@ -164,11 +164,11 @@ def test_the_commands_shown_on_stores_are_commands():
 
 
 def study_of_quantization():
-    return json.loads((DOCS.parent / "quantization.json").read_text())
+    return json.loads((DOCS / "quantization.json").read_text())
 
 
 def test_the_page_of_quantization_is_what_the_data_says():
-    assert (DOCS.parent / "quantization.md").read_text() == quantization.page(
+    assert (DOCS / "quantization.md").read_text() == quantization.page(
         study_of_quantization()
     )
 
