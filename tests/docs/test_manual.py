@@ -1,9 +1,12 @@
 """The README and the manual: every block runs or parses, every link leads somewhere."""
 
 import re
+import subprocess
+import sys
 
 import manual
 import pytest
+import selection
 import yaml
 from manual import DOCS, PAGES, ROOT
 
@@ -99,3 +102,20 @@ def test_every_page_is_in_the_navigation():
     pages = {str(page.relative_to(DOCS)) for page in PAGES if DOCS in page.parents}
     generated = set(re.findall(r'": "([\w-]+\.md)"', (DOCS / "hooks.py").read_text()))
     assert named == pages | generated
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    selection.extra("docs", "mkdocs", "material", "mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = re.compile(
+        r"<(?:script|link|img|source|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*"
+    )
+    pages = list(tmp_path.rglob("*.html"))
+    found = [match for page in pages for match in loaded.findall(page.read_text())]
+    assert not found
+    reference = (tmp_path / "reference/cli.html").read_text()
+    assert "deit-fast classify" in reference and "--checkpoint-key" in reference
+    assert len(pages) > 30
