@@ -65,7 +65,7 @@ def test_the_curves_are_read_from_the_logs(tmp_path):
 
 
 def test_the_commands_of_curves_evaluate_after_each_epoch():
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = Parser()
     train.add_arguments(parser)
     page = (DOCS / "curves.md").read_text()
     shown = [line for line in page.splitlines() if line.startswith("deit-fast train")]
@@ -168,9 +168,7 @@ def study_of_quantization():
 
 
 def test_the_page_of_quantization_is_what_the_data_says():
-    assert (DOCS / "quantization.md").read_text() == quantization.page(
-        study_of_quantization()
-    )
+    assert (DOCS / "quantization.md").read_text() == quantization.page(study_of_quantization())
 
 
 def test_the_study_of_quantization_is_complete():
