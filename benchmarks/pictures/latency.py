@@ -34,20 +34,21 @@ def predicted() -> dict[str, list[tuple[int, float]]]:
 
 
 def measured(chip: Chip, mode: str) -> dict[str, list[tuple[int, float]]]:
-    """Measured (batch, ms) of each network: each call waited for, else of a given batch."""
-    found = {}
+    """Measured (batch, ms) of each network, by the protocol of the chip."""
+    protocol, found = _protocol(chip), {}
+    batches = sorted({r.batch for r in chip.models if r.protocol == protocol})
     for network in NETWORKS:
-        for protocol in ("latency", "batch"):
-            rows = [chip.row(OF[network], mode, protocol, b) for b in _batches(chip, protocol)]
-            points = [(r.batch, r.ms_median) for r in rows if r and r.status == "measured"]
-            if points:
-                found[network] = points
-                break
+        rows = [chip.row(OF[network], mode, protocol, batch) for batch in batches]
+        points = [(r.batch, r.ms_median) for r in rows if r and r.status == "measured"]
+        if points:
+            found[network] = points
     return found
 
 
-def _batches(chip, protocol):
-    return sorted({r.batch for r in chip.models if r.protocol == protocol})
+def _protocol(chip):
+    """One for a comparison: each call waited for, else of a given batch."""
+    waited = any(r.protocol == "latency" and r.status == "measured" for r in chip.models)
+    return "latency" if waited else "batch"
 
 
 def draw(chips: list[Chip]) -> Picture:
