@@ -75,7 +75,7 @@ def _scale(axes, points):
     axes.set_xlim(min(xs) / 1.3, max(xs) * 6)
     axes.set_xticks(sorted(set(xs)), [str(x) for x in sorted(set(xs))])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    style.logarithmic(axes.yaxis)
 
 
 def _predicted(axes):
