@@ -7,5 +7,7 @@ latency.py     latency against batch size
 roofline.py    operations of the forward pass under the roofline
 studies.py     the training studies of docs/studies
 attention.py   attention maps of the shipped model on shipped images
+screenshots.py of the HTML report, by Chromium
+example.py     made-up results for them, where nothing was measured
 __main__.py    the command
 """

@@ -34,20 +34,21 @@ def predicted() -> dict[str, list[tuple[int, float]]]:
 
 
 def measured(chip: Chip, mode: str) -> dict[str, list[tuple[int, float]]]:
-    """Measured (batch, ms) of each network: each call waited for, else of a given batch."""
-    found = {}
+    """Measured (batch, ms) of each network, by the protocol of the chip."""
+    protocol, found = _protocol(chip), {}
+    batches = sorted({r.batch for r in chip.models if r.protocol == protocol})
     for network in NETWORKS:
-        for protocol in ("latency", "batch"):
-            rows = [chip.row(OF[network], mode, protocol, b) for b in _batches(chip, protocol)]
-            points = [(r.batch, r.ms_median) for r in rows if r and r.status == "measured"]
-            if points:
-                found[network] = points
-                break
+        rows = [chip.row(OF[network], mode, protocol, batch) for batch in batches]
+        points = [(r.batch, r.ms_median) for r in rows if r and r.status == "measured"]
+        if points:
+            found[network] = points
     return found
 
 
-def _batches(chip, protocol):
-    return sorted({r.batch for r in chip.models if r.protocol == protocol})
+def _protocol(chip):
+    """One for a comparison: each call waited for, else of a given batch."""
+    waited = any(r.protocol == "latency" and r.status == "measured" for r in chip.models)
+    return "latency" if waited else "batch"
 
 
 def draw(chips: list[Chip]) -> Picture:
@@ -74,7 +75,7 @@ def _scale(axes, points):
     axes.set_xlim(min(xs) / 1.3, max(xs) * 6)
     axes.set_xticks(sorted(set(xs)), [str(x) for x in sorted(set(xs))])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    style.logarithmic(axes.yaxis)
 
 
 def _predicted(axes):

@@ -14,8 +14,8 @@ def training(study: dict) -> Picture:
     plan = study["plan"]
     below = (
         f"{plan['count']:,} images of Fashion-MNIST, {study['tested']:,} to test on, one seed, "
-        "measured on a CPU in fp32.\nWith distillation half of the loss is the cross-entropy with "
-        "the teacher's decision: compare its course, not its level."
+        "measured on a CPU in fp32.\nWith distillation half of the loss is cross-entropy with "
+        "the teacher's decision: compare courses, not levels."
     )
     figure = style.frame(4.5, "Training loss and accuracy by epoch", below)
     left, right = style.panels(figure, 2, top=1.2)

@@ -18,7 +18,9 @@ from html import escape
 import matplotlib
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 # name -> on light, on dark: Okabe and Ito's hues, each with enough contrast for its background.
@@ -126,6 +128,14 @@ def heading(axes: Axes, text: str, below: str = "") -> None:
     at = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9.5}
     axes.annotate(text, (0, 1), (0, 22 if below else 8), fontweight="bold", color=INK, **at)
     axes.annotate(below, (0, 1), (0, 8), color=MUTED, **at)
+
+
+def logarithmic(axis: Axis, subs: tuple[int, ...] = (1,)) -> None:
+    """Plain numbers at these multiples of each power of ten; on a short axis at 1, 2 and 5."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=subs if high > 30 * low else (1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def svg(picture: Picture) -> bytes:

@@ -82,7 +82,7 @@ def _draw(figure, chips, gpu):
             words.append(_paper(axes, [] if gpu else predicted()))
         else:
             words.append(_chip(axes, chips[i - 1]))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        style.logarithmic(axes.xaxis)
     return Picture(figure, "Throughput against ImageNet top-1", " ".join(words))
 
 

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from benchmarks.table5 import ENTRIES
+from benchmarks.table5 import ENTRIES, distinct
 
 from . import targets
 from .cells import number, section, speed, table, text
@@ -33,7 +33,7 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
     newest = chip.newest
     hardware, protocol = newest.hardware, newest.protocol
     versions = ", ".join(f"{k} {v}" for k, v in hardware.items() if v is not None and k != "gpu")
-    limits = ", ".join(f"{name} {value:,.4g}" for name, value in chip.peak_rates.items())
+    limits = ", ".join(_rate(name, value) for name, value in chip.peak_rates.items())
     warning = (
         '<p class="warning">Measured on a CPU. deit_fast runs plain PyTorch there: these figures '
         "show that the suite works and say nothing about its kernels.</p>"
@@ -64,9 +64,16 @@ def render(chip: Chip, svgs: dict[str, bytes]) -> str:
             f"{protocol['runs']} timed calls after {protocol['warmup']}, {protocol['timer']}; "
             "input sets in turn; random weights; outputs checked against eager fp32 first"
         ),
-        peak_rates=escape(f"Peak rates, measured: {limits}."),
+        peak_rates=escape(f"Peak rates: {limits}."),
         body="\n".join(filter(None, sections)),
     )
+
+
+def _rate(name, value):
+    for end, unit in (("_tb_per_s", "TB/s"), ("_tflops", "TFLOP/s")):
+        if name.endswith(end):
+            return f"{name.removesuffix(end)} {value:,.4g} {unit}"
+    return f"{name} {value:,.4g}"
 
 
 def _plot(name, svgs):
@@ -150,7 +157,7 @@ def _quantized_table(chip):
 
 def _train_table(chip, protocol):
     modes, rows = chip.modes(protocol, train=True), []
-    for e in ENTRIES:
+    for e in distinct(list(ENTRIES)):
         for batch in chip.batches(e, protocol, train=True):
             found = {mode: chip.row(e, mode, protocol, batch) for mode in modes}
             ours, baseline = found.get(targets.OURS), found.get(targets.BASELINE)
@@ -180,7 +187,7 @@ def _host_table(chip):
 def _by_batch(chip, protocol, caption, cell):
     modes = chip.modes(protocol)
     rows = []
-    for e in ENTRIES:
+    for e in distinct(list(ENTRIES)):
         batches = {r.batch for r in chip.models if (r.timm_name, r.image_size) == e.measured_as}
         for batch in sorted(batches):
             found = [chip.row(e, mode, protocol, batch) for mode in modes]
