@@ -130,9 +130,7 @@ def study_of_quantization():
 
 
 def test_the_page_of_quantization_is_what_the_data_says():
-    assert (DOCS / "quantization.md").read_text() == quantization.page(
-        study_of_quantization()
-    )
+    assert (DOCS / "quantization.md").read_text() == quantization.page(study_of_quantization())
 
 
 def test_the_study_of_quantization_is_complete():
