@@ -27,6 +27,7 @@ import pytest
 import timm
 
 import deit_fast
+from benchmarks.stages.plan import NAMES as STAGES
 from deit_fast import cli
 
 ROOT = Path(__file__).parents[2]
@@ -226,9 +227,11 @@ def parse_command(words, monkeypatch):
     if program == "pip":
         return _pip(args)
     if program == "on_gpu.sh":
-        return _module("benchmarks.stages", args, monkeypatch)
+        return _stages(args)
     if program == "python" and args[0] == "-m":
         name = args[1]
+        if name == "benchmarks.stages":
+            return _stages(args[2:])
         if name.split(".")[0] in ("benchmarks", "studies", "deit_fast"):
             return _module(name, args[2:], monkeypatch)
         return None
@@ -249,6 +252,11 @@ def _parsed_by(parse, args):
         assert not error.code, f"does not parse: {' '.join(args)}"
 
 
+def _stages(names):
+    unknown = set(names).difference(STAGES)
+    assert not unknown, f"no stage {', '.join(unknown)}"
+
+
 def _module(name, args, monkeypatch):
     file = ROOT.joinpath(*name.split("."))
     file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
@@ -264,7 +272,9 @@ def _program(file, args, monkeypatch, module=None):
         real(parser, args, namespace)
         raise _Parsed
 
-    if "argparse" not in file.read_text() and "main(" not in file.read_text():
+    parsers = ("argparse", "parser_of(")
+    if file.name != "__main__.py" and not any(p in file.read_text() for p in parsers):
+        # it would run
         assert not args, f"{file.name} takes no arguments"
         return
     with monkeypatch.context() as patch:
