@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from datetime import date
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)),
                       help="of each contender (default: the cores, %(default)s)")  # fmt: skip
     made.add_argument("--minutes", type=float, default=5.0,
-                      help="for the rounds; building comes on top (default: %(default)s)")  # fmt: skip
+                      help="for the rounds, without building (default: %(default)s)")  # fmt: skip
     made.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-<model>/race.json")
     return made
 
@@ -92,8 +93,8 @@ def _checked(args, parse):
 
 
 def _print(cell, load):
-    print(f"{cell['network']}, batch {cell['batch']}, {cell['rounds']} rounds, "
-          f"load average {load.load_average:.2f}, others {load.other_percent:.1f}% of the CPU time, "
+    print(f"{cell['network']}, batch {cell['batch']}, {cell['rounds']} rounds, load average "
+          f"{load.load_average:.2f}, others {load.other_percent:.1f}% of the CPU time, "
           f"steal {load.steal_percent:.1f}%")  # fmt: skip
     for row in cell["rows"]:
         name = f"  {CONTENDERS[row['contender']][0]:36}"
@@ -111,6 +112,8 @@ def _print(cell, load):
 def main(argv: list[str] | None = None) -> int:
     """Run; 2 where an argument is wrong, 1 where the baseline does not run."""
     parse = parser()
+    # ends the workers too, which may be stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse.parse_args(argv)
     facts = _checked(args, parse)
     stamp = {

@@ -107,7 +107,8 @@ def openvino(model: nn.Module, images: np.ndarray, threads: int) -> Call:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         core = ov.Core()
-        made = core.compile_model(core.read_model(_exported(model, images, folder)), "CPU", settings)
+        network = core.read_model(_exported(model, images, folder))
+        made = core.compile_model(network, "CPU", settings)
     request = made.create_infer_request()
     return lambda images: request.infer({0: images})[0].copy()
 

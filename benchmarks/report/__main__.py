@@ -9,8 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from deit_fast.bench.results import CorruptResults
+from deit_fast.bench.results import CorruptResults, paths
 
+from . import race
 from .measured import Chip
 from .readme import readme_tables, with_tables
 
@@ -23,7 +24,7 @@ def read_chips(folder: Path) -> list[Chip]:
     Raises:
         CorruptResults: A file is damaged; the message names it.
     """
-    folders = [path for path in sorted(folder.glob("*/")) if any(path.glob("*.json"))]
+    folders = [path for path in sorted(folder.glob("*/")) if paths(path)]
     return [Chip.read(path) for path in folders]
 
 
@@ -47,13 +48,18 @@ def main(argv: list[str] | None = None) -> int:
         chips = read_chips(args.results)
         readme = args.readme.read_text()
         expected = with_tables(readme, readme_tables(chips))
+        # a README elsewhere, of a rehearsal, has no manual beside it
+        manual = race.renewed(args.readme.parent, args.results)
     except (CorruptResults, ValueError, FileNotFoundError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    stale = {path: new for path, (old, new) in manual.items() if new != old}
     if args.check:
+        for path in stale:
+            print(f"report: {path} is not what the results say; run without --check")
         if expected != readme:
             print(f"report: {args.readme} is not what the results say; run without --check")
-        return int(expected != readme)
+        return int(expected != readme or bool(stale))
 
     from . import page, plots  # matplotlib takes a second
 
@@ -67,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     if expected != readme:
         write(args.readme, expected.encode())
         print(f"{args.readme}: tables renewed")
+    for path, text in stale.items():
+        write(path, text.encode())
+        print(f"{path}: renewed")
     if not chips:
         print(f"no results in {args.results}")
     return 0
