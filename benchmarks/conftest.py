@@ -110,7 +110,7 @@ def session(pytestconfig):
     """The run that all tests share."""
     try:
         pytestconfig.bench_suite = suite.Suite.start(pytestconfig.bench_options)
-        for path in pytestconfig.bench_suite.folder.glob("*.json"):
+        for path in results.paths(pytestconfig.bench_suite.folder):
             results.load(path)  # before anything is measured
     except results.CorruptResults as error:
         pytest.exit(f"{error}; left untouched", returncode=4)

@@ -65,7 +65,7 @@ def files(lease: check.Lease, folder: Path) -> dict[Path, results.Results]:
         )  # fmt: skip
         for row in new:
             made[path].put(row)
-    for path in folder.glob("*.json"):
+    for path in results.paths(folder):
         old = results.load(path)
         if old.hardware["gpu"] != header["hardware"]["gpu"]:
             raise ValueError(f"{path}: holds results of {old.hardware['gpu']}")

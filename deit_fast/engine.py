@@ -3,14 +3,15 @@
 On a GPU the forward pass of each batch size is a CUDA graph over static buffers, so that the host
 launches no kernel. There are two graphs for each size, which alternate, and copies from the host
 run on a stream of their own: while one batch is computed, the next is copied. On a CPU the engine
-calls the model in inference mode, a batch at a time.
+calls the model in inference mode, a batch at a time, or what torch.compile makes of it.
 """
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -70,8 +71,12 @@ class InferenceEngine:
         device: that the model is expected to be on; None: any.
         image_size: in pixels, or (height, width). Default: the model's.
         output: "logits", or "features", (B, D), the input of the model's heads (timm's pre_logits).
-        prepare: the kinds of input, "float" and "uint8", whose graphs are captured now. Those of
-            the other kind are captured at its first call.
+        prepare: the kinds of input, "float" and "uint8", whose graphs are captured, or whose code
+            is compiled, now. Those of the other kind are at its first call.
+        compile: on a CPU, call what torch.compile makes of the model for each batch size, which
+            takes a minute and needs a C++ compiler. It saves the time that Python takes between
+            operations. Fewer images are padded to the nearest size, as on a GPU. A model that
+            torch.compile cannot take as one graph raises its error.
 
     Raises:
         ValueError: for options that do not fit, and for a model in train mode, on several devices
@@ -90,6 +95,7 @@ class InferenceEngine:
         image_size: int | tuple[int, int] | None = None,
         output: str = "logits",
         prepare: Sequence[str] = INPUTS,
+        compile: bool = False,
     ) -> None:
         if (batch_size is None) == (batch_sizes is None):
             raise ValueError(
@@ -107,6 +113,7 @@ class InferenceEngine:
         self._expected: dict[str, Any] = {"dtype": dtype, "device": device}
         self._image_size = image_size
         self._prepare, self._lock = tuple(prepare), threading.Lock()
+        self._compile = compile
         config = data_config(model)
         self.mean, self.std = config["mean"], config["std"]
         channels, *size = config["input_size"]
@@ -118,8 +125,22 @@ class InferenceEngine:
         # of each (kind of input, batch size) two graphs, the next one first
         self._graphs: dict[tuple[str, int], list[GraphedForward]] = {}
         self._workspace = 0
+        if self._compile and self.device.type != "cpu":
+            raise ValueError(
+                f"compile: {compile} with a model on {self.device}, expected a CPU: elsewhere the "
+                "engine's CUDA graphs save the time between operations"
+            )
+        self._prepare_all()
+
+    def _prepare_all(self) -> None:
+        """Capture or compile for every batch size."""
         if self._graphed:
             self._capture_all()
+        elif self._compile:
+            self._compiled: dict[tuple[str, int], tuple[Tensor, Callable]] = {}
+            for kind in self._prepare:
+                for size in self.batch_sizes:
+                    self._call(self._blank(kind, size))
 
     def _read_model(self) -> None:
         """Read device, dtype and weights of the model; raises if it can't run."""
@@ -176,12 +197,29 @@ class InferenceEngine:
             self._check_model()
             if self._graphed and len(images):
                 return self._replay(images, kind)
-            with torch.inference_mode():
-                parts = [
-                    self._forward(part.to(self.device))
-                    for part in images.split(self.batch_sizes[-1])
-                ]
+            parts = self._call(images)
         return torch.cat(parts)  # outside inference mode: a tensor for every use
+
+    def _call(self, images: Tensor) -> list[Tensor]:
+        """The results of a CPU, or of no images, a batch at a time."""
+        if self._compile and len(images):
+            return self._call_compiled(images)
+        with torch.inference_mode():
+            return [self._forward(p.to(self.device)) for p in images.split(self.batch_sizes[-1])]
+
+    def _call_compiled(self, images: Tensor) -> list[Tensor]:
+        parts, first = [], 0
+        with torch.inference_mode(False), torch.no_grad():
+            for size in self._plan(len(images)):
+                part, kind = images[first : first + size], self._kind(images)
+                first += size
+                if (kind, size) not in self._compiled:
+                    self._compiled[kind, size] = self._blank(kind, size), compiled(self._forward)
+                # an own buffer: PyTorch compiles anew for a tensor of inference mode
+                buffer, forward = self._compiled[kind, size]
+                buffer[: len(part)] = part
+                parts.append(forward(buffer)[: len(part)])
+        return parts
 
     def refresh(self) -> None:
         """Read the model again, and capture again what was captured."""
@@ -191,8 +229,7 @@ class InferenceEngine:
             self._read_model()
             self._prepare = tuple({kind: None for kind, _ in self._graphs}) or self._prepare
             self._graphs, self._workspace = {}, 0
-            if self._graphed:
-                self._capture_all()
+            self._prepare_all()
 
     @property
     def memory(self) -> Memory:
@@ -213,7 +250,7 @@ class InferenceEngine:
     def __reduce__(self):
         options = {
             "batch_sizes": self.batch_sizes, "image_size": self._image_size, "output": self.output,
-            "prepare": self._prepare, **self._expected,
+            "prepare": self._prepare, "compile": self._compile, **self._expected,
         }  # fmt: skip
         return partial(InferenceEngine, **options), (self.model,)
 
@@ -273,15 +310,18 @@ class InferenceEngine:
             model: Any = self.model  # timm's
             return model.forward_head(model.forward_features(images), pre_logits=True)
 
-    def _capture(self, kind, size):
+    def _blank(self, kind: str, size: int) -> Tensor:
         channels, height, width = self.image_shape
         shape, dtype = self.image_shape, self.dtype
         if kind == "uint8":
             shape, dtype = (height, width, channels), torch.uint8
+        with torch.inference_mode(False):  # whatever mode the caller is in
+            return torch.zeros(size, *shape, dtype=dtype, device=self.device)
+
+    def _capture(self, kind, size):
         pair = []
         for _ in range(2):
-            with torch.inference_mode(False):  # whatever mode the caller is in
-                images = torch.zeros(size, *shape, dtype=dtype, device=self.device)
+            images = self._blank(kind, size)
             pair.append(GraphedForward(self._forward, images, self._pool, self._compute))
             self._workspace += pair[-1].workspace
         self._graphs[kind, size] = pair
@@ -316,6 +356,17 @@ class InferenceEngine:
             if on_host(images):  # the caller may overwrite them from now on
                 graph.filled.synchronize()
         return result
+
+
+def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
+    """torch.compile of a method, as one graph for one shape.
+
+    PyTorch keeps what it compiled with the method's code, and compiles no more after 8 models or
+    shapes. So this compiles a copy of the code.
+    """
+    function = forward.__func__
+    alone = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(MethodType(alone, forward.__self__), dynamic=False, fullgraph=True)
 
 
 def has_graphs(device: torch.device) -> bool:

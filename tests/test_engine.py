@@ -6,6 +6,7 @@ import threading
 import warnings
 
 import pytest
+import selection
 import timm
 import torch
 from checking import assert_close, assert_differ, seeded
@@ -538,3 +539,29 @@ def test_real_graphs_see_weights_and_serve_threads():
         run(floats(1))
     run.refresh()
     assert run(floats(1)).dtype == torch.float16
+
+
+@pytest.mark.slow
+def test_compiled_on_a_cpu():
+    selection.compiler()
+    m = model(depth=1)
+    fast = InferenceEngine(m, batch_sizes=(1, 3), prepare=("float",), compile=True)
+    for count in (0, 1, 2, 4):
+        assert_outputs(fast(floats(count)), m, floats(count))
+    with torch.inference_mode():
+        inside = floats(2)
+        assert_outputs(fast(inside), m, inside)
+    assert set(fast._compiled) == {("float", 1), ("float", 3)}
+    before = fast(floats(1))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.data.mul_(1.1)  # without a new version of the parameter
+    assert_outputs(fast(floats(1)), m, floats(1))
+    assert_differ(before, fast(floats(1)))
+
+
+def test_only_a_cpu_compiles(monkeypatch):
+    on_gpu = (torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(engine, "device_and_dtype", lambda model, **expected: on_gpu)
+    with pytest.raises(ValueError, match="compile: True with a model on cuda, expected a CPU"):
+        InferenceEngine(model(), 1, compile=True)

@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from deit_fast.bench.results import CorruptResults
+from deit_fast.bench.results import CorruptResults, paths
 
-from . import comparison
+from . import comparison, race
 from .measured import Chip
 from .readme import readme_tables, with_block, with_tables
 
@@ -25,7 +25,7 @@ def read_chips(folder: Path) -> list[Chip]:
     Raises:
         CorruptResults: A file is damaged; the message names it.
     """
-    folders = [path for path in sorted(folder.glob("*/")) if any(path.glob("*.json"))]
+    folders = [path for path in sorted(folder.glob("*/")) if paths(path)]
     return [Chip.read(path) for path in folders]
 
 
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             text, block = page.read_text(), comparison.for_manual(chips)
             new = with_block(text, block, comparison.BEGIN, comparison.END, str(page))
             changed[page] = (text, new)
+        changed |= race.renewed(args.readme.parent, args.results)
     except (CorruptResults, ValueError, FileNotFoundError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{chip.name}: {chip.folder / 'report.html'}")
     for path, text in changed.items():
         write(path, text.encode())
-        print(f"{path}: tables renewed")
+        print(f"{path}: renewed")
     if not chips:
         print(f"no results in {args.results}")
     return 0

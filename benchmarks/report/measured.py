@@ -25,8 +25,7 @@ class Chip:
         Raises:
             CorruptResults: A file is damaged; the message names it.
         """
-        paths = sorted(folder.glob("*.json"))
-        return cls(folder, {path.stem: results.load(path) for path in paths})
+        return cls(folder, {path.stem: results.load(path) for path in results.paths(folder)})
 
     @property
     def newest(self) -> Results:

@@ -32,6 +32,7 @@ DECIDES = (
     "activation_scales",
 )  # fmt: skip
 HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")
+OTHER_FORMATS = ("race.json",)  # files beside them that benchmarks/cpu_race writes
 RENAMED = {"ceilings": "peak_rates", "fraction_of_ceiling": "fraction_of_peak_rate"}  # before 0.1
 
 
@@ -166,6 +167,11 @@ class Results:
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def paths(folder: Path) -> list[Path]:
+    """The results files of a chip's folder."""
+    return sorted(p for p in folder.glob("*.json") if p.name not in OTHER_FORMATS)
 
 
 def load(path: Path) -> Results:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _checks, _dispatch, _policy
+from . import cpu
 from .backward import run_backward, run_gelu_backward
 from .configs import ROW_STATS_WIDTH
 from .forward import run
@@ -214,6 +215,8 @@ def _torch(x, weight, bias, activation, residual, layer_scale, row_scale):
 
     A new tensor for each step costs a CPU more than the arithmetic.
     """
+    if row_scale is None and cpu.serves(x, weight, bias, residual, layer_scale):
+        return cpu.run(x, weight, bias, activation, residual, layer_scale)
     tensors = [t for t in (x, weight, bias, residual, layer_scale) if t is not None]
     if row_scale is not None or _dispatch.needs_dispatcher(*tensors):
         return linear_reference(x, weight, bias, activation, residual, layer_scale, row_scale)
