@@ -3,11 +3,11 @@
 import pytest
 
 from benchmarks import kernel_rows, suite
+from benchmarks.measured import Chip
 from benchmarks.operations import Operation
 from benchmarks.options import Options, suits
 from benchmarks.progress import Reporter
 from benchmarks.report import comparison
-from benchmarks.report.measured import Chip
 from deit_fast.bench import results, tables
 from deit_fast.kernels.cases import deit_cases
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.measured import Chip
 from benchmarks.report.__main__ import ROOT, read_chips, write
-from benchmarks.report.measured import Chip
 from deit_fast.bench.results import CorruptResults
 
 TEXTS = ("title", "desc", "text")

@@ -6,7 +6,7 @@ factor a mode.
 
 from pathlib import Path
 
-from benchmarks.report.measured import Chip
+from benchmarks.measured import Chip
 from benchmarks.table5 import ENTRIES, distinct
 from deit_fast.bench.modes import MODES
 from deit_fast.bench.results import KernelRow, ModelRow, Results

@@ -1,8 +1,8 @@
 """Latency of a forward pass against its batch size."""
 
+from benchmarks.measured import Chip
 from benchmarks.predict.chips import H100
 from benchmarks.predict.model import predict
-from benchmarks.report.measured import Chip
 from benchmarks.table5 import ENTRIES, distinct
 
 from . import style

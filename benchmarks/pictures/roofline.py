@@ -3,9 +3,9 @@
 from collections import defaultdict
 from math import atan, degrees, log10
 
+from benchmarks.measured import Chip
 from benchmarks.predict.chips import H100
 from benchmarks.predict.model import case_of, predict
-from benchmarks.report.measured import Chip
 
 from . import style
 from .labels import Label, place

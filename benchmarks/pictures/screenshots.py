@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.measured import Chip
 from benchmarks.report import page, plots
 from benchmarks.report.__main__ import write
-from benchmarks.report.measured import Chip
 
 from .example import chip as example_chip
 

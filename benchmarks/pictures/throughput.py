@@ -1,8 +1,8 @@
 """Throughput against ImageNet top-1: Figure 1 of the paper."""
 
+from benchmarks.measured import Chip
 from benchmarks.predict.chips import H100
 from benchmarks.predict.model import images_per_s
-from benchmarks.report.measured import Chip
 from benchmarks.table5 import ENTRIES, distinct
 from deit_fast.bench.modes import MODES
 

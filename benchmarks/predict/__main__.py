@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report.measured import Chip as Measured
+from benchmarks.measured import Chip as Measured
 from benchmarks.table5 import DISTILLED as NETWORKS
 from benchmarks.table5 import ENTRIES
 from deit_fast.kernels.quantize import FORMATS

@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.measured import Chip
 from deit_fast.bench.results import CorruptResults, paths
 
 from . import comparison, race
-from .measured import Chip
 from .readme import readme_tables, with_block, with_tables
 
 ROOT = Path(__file__).parents[2]

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from benchmarks.measured import Chip, rank_correlation, ratio
 from benchmarks.table5 import ENTRIES, Entry
 from deit_fast.bench import tables
 from deit_fast.bench.measure import FEWEST
 from deit_fast.bench.results import ModelRow
-
-from .measured import Chip, rank_correlation, ratio
 
 BEGIN, END = "<!-- table5-cpu: begin -->", "<!-- table5-cpu: end -->"
 NOTHING = "No CPU has been measured yet."

@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from benchmarks.measured import Chip, rank_correlation, ratio
 from benchmarks.table5 import ENTRIES, distinct
 
 from . import targets
 from .cells import number, section, speed, table, text
-from .measured import Chip, rank_correlation, ratio
 from .targets import QuantizedComparison, training_target
 
 ALT = {

@@ -5,10 +5,9 @@ import io
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import ENTRIES, distinct
 from deit_fast.bench.modes import MODES
-
-from .measured import Chip, ratio
 
 LINES = {  # one line of Figure 1 each: name -> beginning and end of the networks' names
     "ResNet": ("ResNet", ""),

@@ -1,9 +1,9 @@
 """The README's tables, in Markdown."""
 
+from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import ENTRIES, RELATIVES, distinct
 
 from . import targets
-from .measured import Chip, ratio
 from .predicted import predicted_table
 from .targets import QuantizedComparison, training_target
 

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
+from benchmarks.measured import Chip, ratio
 from benchmarks.table5 import Entry
 from deit_fast.bench.results import ModelRow
-
-from .measured import Chip, ratio
 
 HEADING = "target on an H100 or H200"
 # Training: images/s of `OURS` over those of `BASELINE`, at no more memory. Both are compiled into

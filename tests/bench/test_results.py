@@ -12,7 +12,7 @@ import pytest
 from made_up_results import HARDWARE, kernel_row, model_row, results_of
 
 from benchmarks import table5
-from benchmarks.report.measured import ratio
+from benchmarks.measured import ratio
 from deit_fast.bench import results
 from deit_fast.bench.results import CorruptResults, KernelRow, ModelRow
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from made_up_results import model_row, results_of
 
+from benchmarks.measured import Chip
 from benchmarks.report import comparison
-from benchmarks.report.measured import Chip
 from benchmarks.table5 import ENTRIES, select
 from deit_fast.bench import tables
 

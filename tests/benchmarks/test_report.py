@@ -11,11 +11,11 @@ import pytest
 import selection
 from made_up_results import kernel_row, model_row, results_of
 
-from benchmarks import table5
+from benchmarks import measured, table5
+from benchmarks.measured import Chip, ratio
 from benchmarks.report import __main__ as report
-from benchmarks.report import comparison, measured
+from benchmarks.report import comparison
 from benchmarks.report import page as page_module
-from benchmarks.report.measured import Chip, ratio
 from benchmarks.report.predicted import predicted_table
 from benchmarks.report.readme import BEGIN, END, gpu_tables
 from benchmarks.table5 import ENTRIES
