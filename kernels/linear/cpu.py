@@ -80,10 +80,11 @@ def run(
     """
     N, K = weight.shape
     bias = None if bias is None else bias.contiguous()
-    fuses_residual = residual is not None and activation == "none" and layer_scale is None
-    added = residual.reshape(-1, N).contiguous() if fuses_residual else None
+    added = None
+    if residual is not None and activation == "none" and layer_scale is None:
+        added = residual.reshape(-1, N).contiguous()
     y = _fwd(x.reshape(-1, K).contiguous(), weight.contiguous(), bias, added, activation)
     y = y.view(*x.shape[:-1], N)
     if layer_scale is not None:
         y = y * layer_scale
-    return y if residual is None or fuses_residual else residual + y
+    return y if residual is None or added is not None else residual + y
