@@ -115,11 +115,12 @@ def at_least(rows: int, least: int) -> bool:
     A program exported with a dynamic batch serves any number of rows: there it is False, and leaves
     no guard.
     """
-    return statically_known_true(rows >= least) if _is_exporting() else rows >= least
+    return statically_known_true(rows >= least) if is_exporting() else rows >= least
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), a constant of the trace."""
     return torch.compiler.is_exporting()  # traced, torch 2.11 takes every compilation for one
 
 

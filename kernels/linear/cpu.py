@@ -40,7 +40,7 @@ def serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if torch.compiler.is_compiling():
-        return not (_dispatch.wants_grad(*tensors) or torch.compiler.is_exporting())
+        return not (_dispatch.wants_grad(*tensors) or _dispatch.is_exporting())
     return not _dispatch.needs_dispatcher(*tensors)
 
 
