@@ -30,9 +30,20 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     manual.run_page(page, tmp_path, monkeypatch)
 
 
+def is_served(words):
+    return "examples/serve_http.py" in words
+
+
 def test_commands_parse(monkeypatch, capsys):
-    """All but pytest's, whose options take seconds to find out."""
-    assert not wrong_commands(monkeypatch, capsys, lambda words: "pytest" not in words[:3])
+    """All but pytest's, whose options take seconds to find out, and the server's."""
+    assert not wrong_commands(
+        monkeypatch, capsys, lambda words: "pytest" not in words[:3] and not is_served(words)
+    )
+
+
+def test_commands_of_the_server_parse(monkeypatch, capsys):
+    selection.extra("serve", "uvicorn", "fastapi")
+    assert not wrong_commands(monkeypatch, capsys, is_served)
 
 
 @pytest.mark.slow
