@@ -30,8 +30,8 @@ OF_ROOT = {
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
-def on_config(config):
-    """Put the package together before mkdocstrings looks for it."""
+def on_startup(command, dirty):
+    """Put the package together before mkdocstrings looks for its folder, at on_config."""
     shutil.rmtree(PACKAGE.parent, ignore_errors=True)
     for folder, into in (("deit_fast", PACKAGE), ("kernels", PACKAGE / "kernels")):
         for file in (ROOT / folder).rglob("*"):  # which follows no links
@@ -39,7 +39,6 @@ def on_config(config):
                 link = into / file.relative_to(ROOT / folder)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(file)
-    return config
 
 
 def on_files(files, config):
