@@ -126,6 +126,7 @@ def test_same_is_bytes_of_one_matplotlib_and_texts_of_two():
     assert not pictures.same(b"<!-- cut -->\n<svg", content)
 
 
+@pytest.mark.slow
 def test_a_wrong_name_and_a_damaged_file_are_errors(tmp_path, capsys, drawing):
     assert pictures.main(["--only", "nothing", "--out", str(tmp_path)]) == 2
     assert "--only: 'nothing', expected one of throughput" in capsys.readouterr().err
@@ -136,6 +137,7 @@ def test_a_wrong_name_and_a_damaged_file_are_errors(tmp_path, capsys, drawing):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_check_finds_a_stale_and_a_missing_picture(tmp_path, capsys, drawing):
     studies = shutil.copytree(ROOT / "docs" / "studies", tmp_path / "studies")
     args = ["--only", "training", "--out", str(tmp_path), "--studies", str(studies)]
@@ -151,10 +153,12 @@ def test_check_finds_a_stale_and_a_missing_picture(tmp_path, capsys, drawing):
     assert (tmp_path / "training.svg").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_shipped_pictures_are_what_the_data_say(capsys, drawing):
     assert pictures.main(["--check"]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ("NVIDIA Made-up", None), ids=("gpu", "cpu"))
 @pytest.mark.parametrize("name", ("throughput", "latency", "roofline"))
 def test_measured_points_and_no_text_over_another(name, gpu, tmp_path, drawing):
@@ -184,6 +188,7 @@ def test_measured_points_and_no_text_over_another(name, gpu, tmp_path, drawing):
         assert "fc2 1000 FLOP per byte 500 TFLOP/s" in picture.description
 
 
+@pytest.mark.slow
 def test_shipped_pictures_have_no_text_over_another(drawing):
     from benchmarks.pictures import labels, style
 
@@ -192,6 +197,7 @@ def test_shipped_pictures_have_no_text_over_another(drawing):
             assert labels.collisions(draw().figure) == [], name
 
 
+@pytest.mark.slow
 def test_a_text_over_another_and_one_that_leaves_are_found(drawing):
     from benchmarks.pictures import labels, style
 
@@ -204,6 +210,7 @@ def test_a_text_over_another_and_one_that_leaves_are_found(drawing):
     assert found == ["'a long text at the right' leaves the figure", "'first' overlaps 'second'"]
 
 
+@pytest.mark.slow
 def test_colours_differ_from_their_background_enough_to_be_read(drawing):
     """WCAG's contrast: 4.5 for texts, on white and on GitHub's and mkdocs-material's dark."""
     from benchmarks.pictures.style import COLOURS
@@ -224,6 +231,7 @@ def test_colours_differ_from_their_background_enough_to_be_read(drawing):
     assert len({light for light, _ in COLOURS.values()}) == len(COLOURS)
 
 
+@pytest.mark.slow
 def test_screenshots_of_the_report(tmp_path, drawing):
     selection.tool("chromium", "google-chrome")
     assert pictures.main(["--report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 0
@@ -235,6 +243,7 @@ def test_screenshots_of_the_report(tmp_path, drawing):
     assert light.getpixel((3, 3)) > 240 > 40 > dark.getpixel((3, 3))
 
 
+@pytest.mark.slow
 def test_the_example_says_that_it_is_one(drawing):
     from benchmarks.pictures.example import chip
     from benchmarks.report import page

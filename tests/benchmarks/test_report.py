@@ -109,6 +109,7 @@ def test_every_prediction_is_marked_as_one():
     assert len(cells) == 8 and all(re.fullmatch(r"[\d,]+ predicted", cell) for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_manuals_page_is_written_and_checked(folder, readme, drawing, capsys):
     (path,) = folder.glob("*/table5.json")
     results_of(*everything(), gpu=None).save(path)

@@ -41,6 +41,7 @@ def test_commands_parse(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_commands_of_the_server_parse(monkeypatch, capsys):
     selection.extra("serve", "uvicorn", "fastapi")
     assert not wrong_commands(monkeypatch, capsys, is_served)

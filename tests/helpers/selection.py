@@ -14,8 +14,8 @@
     pytest --no-skips-but="GPU tool"    fails if a test was skipped for a reason that begins with
                                         none of these words; --no-skips-but= if any was skipped
 
-A test that calls one of the first four is marked slow: the default run needs no more than what
-pip install '.[test]' brings.
+A test that calls one of the first four is marked slow, and fails without that mark: the default
+run needs no more than what pip install '.[test]' brings, also where all is installed.
 """
 
 import inspect
@@ -27,8 +27,26 @@ import pytest
 import torch
 
 
+_running = []  # the test that runs; more than one where a test runs pytest in its process
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.pop()
+
+
+def _must_be_slow(what):
+    if _running and not _running[-1].get_closest_marker("slow"):
+        pytest.fail(f"{_running[-1].name} needs {what}: expected the mark slow", pytrace=False)
+
+
 def extra(name, *packages):
     """Without importing them: that is the test's, and a package that is broken fails it."""
+    _must_be_slow(f"the extra {name}")
     for package in packages:
         if find_spec(package) is None:
             pytest.skip(
@@ -38,6 +56,7 @@ def extra(name, *packages):
 
 def tool(*names):
     """The path of the first of these programs that there is."""
+    _must_be_slow(" or ".join(names))
     for path in filter(None, map(shutil.which, names)):
         return path
     pytest.skip(f"tool: expected {' or '.join(names)}")
@@ -54,6 +73,7 @@ def skip_without_tensor_descriptors(config, device):
 
 
 def data(path, what):
+    _must_be_slow(what)
     if not path.exists():
         pytest.skip(f"data: no {what} in {path}")
 

@@ -24,16 +24,19 @@ def test_on_a_gpu(): pass
 def test_passes(one, two): assert two >= one
 """
 EXTRA = """
+@pytest.mark.slow
 def test_of_an_extra(): selection.extra("train", "pytest", "no_such_package")
 """
 TOOL = """
-import selection
+import pytest, selection
+@pytest.mark.slow
 def test_by_a_tool(): selection.tool("no-such-a", "no-such-b")
 """
 FILE = "import pytest\npytest.skip('windows: not here', allow_module_level=True)\n"
 DATA = """
 @pytest.fixture(params=["a", "b"])
 def images(request): selection.data(Path("absent"), "images")
+@pytest.mark.slow
 def test_on_data(images): pass
 """
 
@@ -123,6 +126,35 @@ def test_marks_say_why(run, monkeypatch, on_gpu):
         assert f"test_it: the mark {wrong[:3]} has no reason" in done.stderr.str()
 
 
+UNMARKED = """
+import pytest, selection
+from pathlib import Path
+
+@pytest.fixture
+def images(): selection.data(Path("/"), "images")
+
+def test_by_way_of_a_fixture(images): pass
+def test_of_an_extra(): selection.extra("test", "pytest")
+def test_by_a_tool(): selection.tool("sh")
+
+@pytest.mark.slow
+def test_marked(images): selection.extra("test", "pytest"), selection.tool("sh")
+"""
+
+
+def test_what_needs_more_is_marked_slow(run):
+    """Also where there is all that it needs."""
+    done = run([UNMARKED], "-rA")
+    assert done.parseoutcomes() == {"passed": 1, "failed": 2, "errors": 1}
+    for line in (
+        "test_by_way_of_a_fixture needs images: expected the mark slow",
+        "test_of_an_extra needs the extra test: expected the mark slow",
+        "test_by_a_tool needs sh: expected the mark slow",
+    ):
+        assert line in done.stdout.str()
+
+
+@pytest.mark.slow
 def test_what_is_there_is_not_skipped(tmp_path, monkeypatch):
     selection.extra("test", "pytest", "xdist")
     selection.data(tmp_path, "folder")
