@@ -113,8 +113,7 @@ class InferenceEngine:
         self._expected: dict[str, Any] = {"dtype": dtype, "device": device}
         self._image_size = image_size
         self._prepare, self._lock = tuple(prepare), threading.Lock()
-        self._compile = compile
-        config = data_config(model)
+        self._compile, config = compile, data_config(model)
         self.mean, self.std = config["mean"], config["std"]
         channels, *size = config["input_size"]
         if image_size is not None:
@@ -134,6 +133,8 @@ class InferenceEngine:
 
     def _prepare_all(self) -> None:
         """Capture or compile for every batch size."""
+        modules = list(self.model.modules())
+        self._built_of = Snapshot(modules, modules)
         if self._graphed:
             self._capture_all()
         elif self._compile:
@@ -163,8 +164,6 @@ class InferenceEngine:
             for kind in self._prepare:
                 for size in reversed(self.batch_sizes):  # the smaller reuse the larger's memory
                     self._capture(kind, size)
-        modules = list(self.model.modules())
-        self._captured = Snapshot(modules, modules)
         hooked = [n or "(the model)" for n, m in self.model.named_modules() if has_hooks(m)]
         if hooked:
             warnings.warn(
@@ -277,15 +276,15 @@ class InferenceEngine:
             raise RuntimeError(
                 "model: in train mode since the engine was built, expected model.eval()"
             )
-        if self._graphed:
+        if self._graphed or self._compile:
             if self._weights_now() != self._pointers:
                 raise RuntimeError(
                     "model: its weights lie elsewhere than when the engine was built: call "
                     "engine.refresh() after replacing or moving them"
                 )
-            if not self._captured.is_current():
+            if not self._built_of.is_current():
                 raise RuntimeError(
-                    "model: it has other modules or hooks than when the engine was built, and the "
+                    "model: it has other modules or hooks than when the engine was built, and its "
                     "graphs don't run them: call engine.refresh()"
                 )
             return
@@ -362,11 +361,14 @@ def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
     """torch.compile of a method, as one graph for one shape.
 
     PyTorch keeps what it compiled with the method's code, and compiles no more after 8 models or
-    shapes. So this compiles a copy of the code.
+    shapes. So this compiles a copy of the code. Its guards on modules would take 1 ms of each call;
+    the engine's own check of the model takes their place.
     """
     function = forward.__func__
     alone = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(MethodType(alone, forward.__self__), dynamic=False, fullgraph=True)
+    method = MethodType(alone, forward.__self__)
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(method, dynamic=False, fullgraph=True, options=options)
 
 
 def has_graphs(device: torch.device) -> bool:

@@ -558,6 +558,17 @@ def test_compiled_on_a_cpu():
             p.data.mul_(1.1)  # without a new version of the parameter
     assert_outputs(fast(floats(1)), m, floats(1))
     assert_differ(before, fast(floats(1)))
+    with torch.no_grad():
+        m.head.bias = torch.nn.Parameter(m.head.bias + 1)
+    with pytest.raises(RuntimeError, match="its weights lie elsewhere"):
+        fast(floats(1))
+    fast.refresh()
+    assert_outputs(fast(floats(1)), m, floats(1))
+    m.blocks[0].mlp.register_forward_hook(lambda module, args, result: 2 * result)
+    with pytest.raises(RuntimeError, match="its graphs don't run them"):
+        fast(floats(1))
+    fast.refresh()
+    assert_outputs(fast(floats(1)), m, floats(1))
 
 
 def test_only_a_cpu_compiles(monkeypatch):

@@ -26,7 +26,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-
 _running = []  # the test that runs; more than one where a test runs pytest in its process
 
 
