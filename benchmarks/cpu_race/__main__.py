@@ -18,6 +18,7 @@ from .contenders import BASELINE, CONTENDERS, NETWORKS, SMOKE
 RESULTS = Path(__file__).parents[1] / "results"
 # of a call of each network, in units of DeiT-Ti's, to share the time
 COST = {"tiny": 1.0, "small": 3.7, "base": 14.0, "smoke": 1.0}
+SWITCH = 8.0  # of the least that a turn takes, in the same units
 
 
 def _names(known, what):
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
                       help="of calls in a turn, one at least (default: %(default)s)")  # fmt: skip
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)),
                       help="of each contender (default: the cores, %(default)s)")  # fmt: skip
-    made.add_argument("--minutes", type=float, default=5.0,
+    made.add_argument("--minutes", type=float, default=10.0,
                       help="for the rounds, without building (default: %(default)s)")  # fmt: skip
     made.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-<model>/race.json")
     return made
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}, {args.threads} threads each; "
           f"load average {os.getloadavg()[0]:.2f}; {args.out}", flush=True)  # fmt: skip
     for i, (model, batch) in enumerate(cells):
-        shares = [COST[m] * b + 2 for m, b in cells[i:]]
+        shares = [COST[m] * b + SWITCH for m, b in cells[i:]]
         network, timm_name = SMOKE if model == "smoke" else NETWORKS[model]
         start = time.monotonic()
         try:

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chips = read_chips(args.results)
         readme = args.readme.read_text()
-        changed = {args.readme: (readme, with_tables(readme, readme_tables(chips)))}
+        tables = (readme_tables(chips), race.readme_table(race.read_races(args.results)))
+        changed = {args.readme: (readme, with_tables(readme, "\n\n".join(filter(None, tables))))}
         page = args.readme.parent / TABLE5_CPU
         if page.exists():  # a README elsewhere, of a rehearsal, has no manual beside it
             text, block = page.read_text(), comparison.for_manual(chips)

@@ -1,4 +1,4 @@
-"""The race of benchmarks.cpu_race: its table for the manual, and a plot of bars."""
+"""The race of benchmarks.cpu_race: its tables for the manual and the README, and a plot of bars."""
 
 from html import escape
 from pathlib import Path
@@ -63,6 +63,45 @@ def tables(races: dict[str, dict]) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+# the README's columns, which shows fewer
+SHORT = {
+    "compile": "compile", "compile-freezing": "compile, frozen", "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO", "ours": "ours", "ours-compile": "ours, compile",
+    "ours-engine": "ours, engine",
+}  # fmt: skip
+
+
+def readme_table(races: dict[str, dict]) -> str:
+    """One table for each CPU, a line for each cell, in Markdown; "" without any race."""
+    parts = []
+    for race in races.values():
+        machine, cells = race["machine"], _in_order(race)
+        days = " to ".join(sorted({min(c["date"] for c in cells), max(c["date"] for c in cells)}))
+        lines = [
+            f"Measured on a CPU ({machine['cpu']}, {machine['cores']} cores, {machine['isa']}, "
+            f"{days}), fp32: images/s in multiples of timm's eager model. No Triton kernel runs on "
+            f"a CPU, so this says nothing about a GPU. Spreads, times, versions: [DeiT on a "
+            f"CPU]({PAGE}).",
+            "",
+            "| network | batch | " + " | ".join(SHORT.values()) + " |",
+            "|---|---:|" + "---:|" * len(SHORT),
+        ]
+        for cell in cells:
+            rows = {r["contender"]: r for r in cell["rows"] if r["status"] == "measured"}
+            found = [_times(cell, rows[name]) if name in rows else "–" for name in SHORT]
+            load = Load(cell["load_average"], cell["other_percent"], cell["steal_percent"])
+            batch = f"{cell['batch']}, disturbed" if load.warning else str(cell["batch"])
+            lines.append("| " + " | ".join([cell["network"], batch, *found]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _times(cell, row):
+    """The ratio to timm's eager model; bold where it is the fastest, or within 3% of it."""
+    speed = f"{row['ratio_median']:.2f}"
+    return f"**{speed}**" if row["ratio_median"] >= WITHIN * _fastest(cell) else speed
+
+
 def _in_order(race):
     """Cells by size and batch, as a reader looks for them."""
     order = ["DeiT-Ti distilled", "DeiT-S distilled", "DeiT-B distilled"]
@@ -95,12 +134,9 @@ def _table(cell):
             note = (row["note"] or "").replace("|", "\\|")
             lines.append(f"| {name} | {row['status']}: {note} | | | | | | |")
             continue
-        speed = f"{row['ratio_median']:.2f}"
-        if row["ratio_median"] >= WITHIN * _fastest(cell):
-            speed = f"**{speed}**"
         lines.append(
             f"| {name} | {row['ms_median']:.1f} | {row['ms_p20']:.1f} to {row['ms_p80']:.1f} "
-            f"| {row['images_per_s']:.1f} | {speed} | {row['ratio_p20']:.2f} to "
+            f"| {row['images_per_s']:.1f} | {_times(cell, row)} | {row['ratio_p20']:.2f} to "
             f"{row['ratio_p80']:.2f} | {row['cpu_ms']:.1f} | {row['relative_error']:.0e} |"
         )
     return "\n".join([title, "", *lines])

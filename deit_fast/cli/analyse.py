@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from deit_fast.distill import analyse, evaluate
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder, Unreadable, find
 
-from . import _data, _models
+from . import _data, _json, _models
 from .parsers.analyse import MOST
 
 
@@ -33,7 +34,11 @@ def run(args: argparse.Namespace) -> int:
     plots = None if args.out is None else _import_plots()
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-    return {"disagreement": _disagreement, "tokens": _tokens}[args.analysis](args, setting, plots)
+    analysis = {"disagreement": _disagreement, "tokens": _tokens}[args.analysis]
+    with _json.output(args.json) as write:
+        found = analysis(args, setting, plots)
+        write(found)
+        return _data.report_skipped(found["skipped"])
 
 
 def _import_plots() -> ModuleType:
@@ -45,7 +50,7 @@ def _import_plots() -> ModuleType:
 
 def _disagreement(
     args: argparse.Namespace, setting: _data.Setting, plots: ModuleType | None
-) -> int:
+) -> dict[str, Any]:
     wanted = analyse.parse_classifiers(args.models)
     models = {
         name: _models.load(argparse.Namespace(**vars(args) | {"model": name}), strict=False)
@@ -75,20 +80,22 @@ def _disagreement(
         for number, name, row in zip(numbers, names, rates, strict=True)
     ]
     _data.show(title, ("", "classifier"), tuple(numbers), cells)
+    result = {
+        "data": args.data, "split": args.split, "images": count, "classifiers": names,
+        "disagreement": rates.tolist(), "skipped": [list(pair) for pair in skipped.items()],
+    }  # fmt: skip
     if plots is not None:
         lines = [(name, *row) for name, row in zip(names, rates.tolist(), strict=True)]
         _write_csv(args.out / "disagreement.csv", ("", *names), lines)
-        result = {
-            "data": args.data, "split": args.split, "images": count, "classifiers": names,
-            "disagreement": rates.tolist(), "skipped": [list(pair) for pair in skipped.items()],
-        }  # fmt: skip
         text = json.dumps(result, indent=1) + "\n"
         (args.out / "disagreement.json").write_text(text, encoding="utf-8")
         plots.matrix(names, rates, title, args.out / "disagreement.png")
-    return _data.report_skipped(list(skipped.items()))
+    return result
 
 
-def _tokens(args: argparse.Namespace, setting: _data.Setting, plots: ModuleType | None) -> int:
+def _tokens(
+    args: argparse.Namespace, setting: _data.Setting, plots: ModuleType | None
+) -> dict[str, Any]:
     model = _models.load(args, strict=False)
     images = _data.images_for(model, args)
     model.to(setting.device, _models.DTYPES[setting.dtype])
@@ -101,7 +108,10 @@ def _tokens(args: argparse.Namespace, setting: _data.Setting, plots: ModuleType 
     if plots is not None:
         _write_csv(args.out / "tokens.csv", ("after", "cosine"), found.cosines.items())
         plots.line(found.cosines, title, "mean cosine", args.out / "tokens.png")
-    return _data.report_skipped(found.skipped)
+    return {
+        "data": args.data, "split": args.split, "model": args.model, "images": found.images,
+        "cosines": found.cosines, "skipped": [list(pair) for pair in found.skipped],
+    }  # fmt: skip
 
 
 def _attention(args: argparse.Namespace) -> int:

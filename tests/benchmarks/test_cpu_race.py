@@ -137,9 +137,19 @@ def test_what_others_take_is_told(monkeypatch):
     assert Load(0.1, 1.0, 0.0).warning is None
 
 
+IN_README = (
+    "Measured on a CPU (Imaginary <1>, 2 cores, AVX9, 2026-01-02), fp32: images/s in multiples of "
+    "timm's eager model. No Triton kernel runs on a CPU, so this says nothing about a GPU. "
+    "Spreads, times, versions: [DeiT on a CPU](docs/results/cpu.md).\n\n"
+    "| network | batch | compile | compile, frozen | ONNX Runtime | OpenVINO | ours "
+    "| ours, compile | ours, engine |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    "| DeiT-Ti distilled | 4 | **2.21** | – | – | – | **2.25** | – | – |"
+)
+
+
 @pytest.fixture
 def manual(tmp_path):
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{predicted_table()}\n{END}\n")
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{predicted_table()}\n\n{IN_README}\n{END}\n")
     page = tmp_path / "docs" / "results" / "cpu.md"
     page.parent.mkdir(parents=True)
     page.write_text(f"before\n{race_report.BEGIN}\nold\n{race_report.END}\nafter\n")
@@ -172,10 +182,13 @@ def test_the_report_renews_the_page_and_the_plot(tmp_path, manual, capsys):
 def test_a_disturbed_race_says_so():
     text = race_report.tables({"x": {"machine": MACHINE, "cells": [cell(other_percent=40.0)]}})
     assert "**Disturbed: other processes took 40% of the CPU time.**" in text
+    cells = [cell(other_percent=40.0), cell(date="2026-01-05")]
+    text = race_report.readme_table({"x": {"machine": MACHINE, "cells": cells}})
+    assert "| 4, disturbed |" in text and "2026-01-02 to 2026-01-05" in text
 
 
 def test_without_a_race_the_page_says_so(tmp_path):
-    assert race_report.tables({}) == race_report.NOTHING
+    assert race_report.tables({}) == race_report.NOTHING and race_report.readme_table({}) == ""
     assert race_report.renewed(tmp_path, tmp_path) == {}
 
 

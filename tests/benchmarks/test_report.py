@@ -93,7 +93,7 @@ def test_readme_tables(folder, readme, drawing, capsys):
 
 
 @pytest.mark.slow
-def test_a_cpu_claims_nothing_in_the_readme(folder, readme, drawing):
+def test_a_cpus_table5_is_not_in_the_readme(folder, readme, drawing):
     (path,) = folder.glob("*/table5.json")
     results_of(*everything(), gpu=None).save(path)
     assert report.main(["--results", str(folder), "--readme", str(readme)]) == 0

@@ -164,7 +164,9 @@ def test_disagreement_command(folder, saved, tmp_path, capsys):
     assert_figure(out / "disagreement.png")
 
 
-def test_each_model_runs_once_and_skipped_images_are_told(folder, saved, capsys, monkeypatch):
+def test_each_model_runs_once_and_skipped_images_are_told(
+    folder, saved, tmp_path, capsys, monkeypatch
+):
     real, calls = evaluate.predictions, []
     monkeypatch.setattr(
         evaluate, "predictions", lambda m, *a, **k: calls.append(m) or real(m, *a, **k)
@@ -174,13 +176,17 @@ def test_each_model_runs_once_and_skipped_images_are_told(folder, saved, capsys,
     two, one = saved["two"], saved["one"]
     command = disagreement(folder, "--models")
     try:
-        assert main([*command, f"{two}:class", one, f"{two}:distill"]) == 1
+        specs, path = (f"{two}:class", one, f"{two}:distill"), tmp_path / "rates.json"
+        assert main([*command, *specs, "--json", str(path)]) == 1
     finally:
         broken.unlink()
     printed = capsys.readouterr()
     assert len(calls) == 2 and "over 20 images" in printed.out
     assert printed.err.count("broken.png: cannot identify image file") == 1
     assert "skipped: 1 unreadable images" in printed.err and f"{two}:joint" not in printed.out
+    found = json.loads(path.read_text())
+    assert len(found["disagreement"]) == len(found["classifiers"]) == 4
+    assert found["skipped"] == [["c0/broken.png", found["skipped"][0][1]]]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_runs(
@@ -290,7 +296,11 @@ def test_without_matplotlib_nothing_is_run(folder, saved, tmp_path, capsys, monk
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'deit_fast[train]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([*command]) == 0
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)  # alone there
+    assert found["images"] == 20 and found["skipped"] == []
+    assert list(found["cosines"]) == ["input", "block 1", "block 2", "block 3", "norm"]
 
 
 @pytest.mark.slow

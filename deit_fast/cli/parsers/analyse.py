@@ -68,6 +68,7 @@ def add_arguments(parser: Parser) -> None:
     )  # fmt: skip
     for one in (pairs, tokens):
         one.add_argument("--out", type=Path, metavar="DIR", help="also write files and a plot")
+        _options.add_json(one)
     _options.add_weights(tokens, heads=False)
     for one in (pairs, tokens):
         _options.add_running(one)
