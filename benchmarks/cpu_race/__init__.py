@@ -14,4 +14,5 @@ the turn's figure. Ratios are taken within a round.
     turns        the driver: starts workers, gives them turns
     machine      what the CPU is, and what else ran on it meanwhile
     figures      the figures, their file
+    operators    a command of its own: where a contender's time goes
 """

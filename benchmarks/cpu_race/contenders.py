@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -99,18 +100,22 @@ def onnxruntime(model: nn.Module, images: np.ndarray, threads: int) -> Call:
 
 def openvino(model: nn.Module, images: np.ndarray, threads: int) -> Call:
     """OpenVINO, on timm's model exported at this batch size."""
+    request = compile_openvino(model, images, threads).create_infer_request()
+    return lambda images: request.infer({0: images})[0].copy()
+
+
+def compile_openvino(model: nn.Module, images: np.ndarray, threads: int, **more: str) -> Any:
+    """OpenVINO's compiled model, in fp32; `more` are other settings of OpenVINO's."""
     import openvino as ov
 
     settings = {
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "f32", **more,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         core = ov.Core()
         network = core.read_model(_exported(model, images, folder))
-        made = core.compile_model(network, "CPU", settings)
-    request = made.create_infer_request()
-    return lambda images: request.infer({0: images})[0].copy()
+        return core.compile_model(network, "CPU", settings)
 
 
 def _exported(model, images, folder):
