@@ -134,7 +134,7 @@ class InferenceEngine:
     def _prepare_all(self) -> None:
         """Capture or compile for every batch size."""
         modules = list(self.model.modules())
-        self._built_of = Snapshot(modules, modules)
+        self._built_of, self._heads = Snapshot(modules, modules), getattr(self.model, "heads", None)
         if self._graphed:
             self._capture_all()
         elif self._compile:
@@ -282,10 +282,11 @@ class InferenceEngine:
                     "model: its weights lie elsewhere than when the engine was built: call "
                     "engine.refresh() after replacing or moving them"
                 )
-            if not self._built_of.is_current():
+            heads = getattr(self.model, "heads", None)
+            if not self._built_of.is_current() or heads != self._heads:
                 raise RuntimeError(
-                    "model: it has other modules or hooks than when the engine was built, and its "
-                    "graphs don't run them: call engine.refresh()"
+                    "model: it has other modules, heads or hooks than when the engine was built, "
+                    "and its graphs don't run them: call engine.refresh()"
                 )
             return
         owner, name = self._where[0]
@@ -360,9 +361,8 @@ class InferenceEngine:
 def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
     """torch.compile of a method, as one graph for one shape.
 
-    PyTorch keeps what it compiled with the method's code, and compiles no more after 8 models or
-    shapes. So this compiles a copy of the code. Its guards on modules would take 1 ms of each call;
-    the engine's own check of the model takes their place.
+    PyTorch keeps what it compiled with the method's code, for 8 models or shapes at most: so this
+    compiles a copy. Guards on modules, 1 ms a call, are left out: the engine checks the model.
     """
     function = forward.__func__
     alone = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

@@ -564,6 +564,10 @@ def test_compiled_on_a_cpu():
         fast(floats(1))
     fast.refresh()
     assert_outputs(fast(floats(1)), m, floats(1))
+    m.heads = "distill"  # as set_heads does
+    with pytest.raises(RuntimeError, match="other modules, heads or hooks"):
+        fast(floats(1))
+    m.heads = "joint"
     m.blocks[0].mlp.register_forward_hook(lambda module, args, result: 2 * result)
     with pytest.raises(RuntimeError, match="its graphs don't run them"):
         fast(floats(1))

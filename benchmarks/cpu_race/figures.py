@@ -80,19 +80,26 @@ def load(path: Path) -> dict:
         raise CorruptRace(f"{path}: not JSON ({error})") from None
     if not isinstance(race, dict) or set(race) != {"machine", "cells"}:
         raise CorruptRace(f"{path}: expected an object with machine and cells")
+    if not isinstance(race["cells"], list):
+        raise CorruptRace(f"{path}: cells is {race['cells']!r}, expected a list")
     for i, cell in enumerate(race["cells"]):
         for name, kind in CELL.items():
             value = cell.get(name) if isinstance(cell, dict) else None
             if not isinstance(value, (int, float) if kind is float else kind):
                 raise CorruptRace(f"{path}: cells[{i}].{name} is {value!r}, expected {kind}")
         for j, row in enumerate(cell["rows"]):
-            if set(row) != {"contender", "status", "note", *FIGURES}:
+            if not isinstance(row, dict) or set(row) != {"contender", "status", "note", *FIGURES}:
                 raise CorruptRace(f"{path}: cells[{i}].rows[{j}] has other fields than expected")
             if row["status"] not in STATUSES:
                 raise CorruptRace(
                     f"{path}: cells[{i}].rows[{j}].status is {row['status']!r}, expected one of "
                     f"{STATUSES}"
                 )
+            for name in FIGURES if row["status"] == "measured" else ():
+                if not isinstance(row[name], (int, float)):
+                    raise CorruptRace(
+                        f"{path}: cells[{i}].rows[{j}].{name} is {row[name]!r}, expected a number"
+                    )
     return race
 
 

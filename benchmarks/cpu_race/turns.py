@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +46,8 @@ class Worker:
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
         time.sleep(PAUSE)
-        try:
+        with suppress(BrokenPipeError):  # it has ended, as its answer says
             print(json.dumps({"turn": seconds}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            return {"failed": "ended"}
         done = self.answer()
         self.pause()
         return done
@@ -66,7 +64,8 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # of a line that nobody read
+                    pipe.close()
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,9 @@ def started(
 
     Yields:
         The workers whose logits are right; the answers of all.
+
+    Raises:
+        RuntimeError: The baseline does not run.
     """
     workers: dict[str, Worker] = {}
     answers: dict[str, dict] = {}
@@ -94,6 +96,8 @@ def started(
         for name in contenders:
             workers[name] = Worker(name, timm_name, batch, threads)
             answers[name] = _checked(workers[name].answer(), answers.get(BASELINE))
+            if "error" not in answers[BASELINE]:
+                raise RuntimeError(f"{BASELINE}: {answers[BASELINE]}, expected it to run")
             workers[name].pause()
         yield {n: w for n, w in workers.items() if "error" in answers[n]}, answers
     finally:
@@ -135,8 +139,6 @@ def run(
         RuntimeError: The baseline does not run.
     """
     with started(contenders, timm_name, batch, threads) as (workers, answers):
-        if BASELINE not in workers:
-            raise RuntimeError(f"{BASELINE}: {answers[BASELINE]}, expected it to run")
         watch = Watch([w.process.pid for w in workers.values()])
         turns: dict[str, list[dict]] = {name: [] for name in workers}
         order, shuffle, begun = list(workers), random.Random(seed), time.monotonic()
@@ -148,13 +150,15 @@ def run(
                 turns[name].append(workers[name].turn(turn))
         load, took = watch.read(), time.monotonic() - begun
     rows = []
+    broken = {n: t["failed"] for n, ts in turns.items() for t in reversed(ts) if "failed" in t}
+    if BASELINE in broken:
+        raise RuntimeError(f"{BASELINE}: {broken[BASELINE]}, expected it to run")
     for name in contenders:
-        broken = next((t["failed"] for t in turns.get(name, ()) if "failed" in t), None)
         if name not in workers:
             ((status, note),) = answers[name].items()
             rows.append(figures.row_without_figures(name, status, note))
-        elif broken:
-            rows.append(figures.row_without_figures(name, "failed", broken))
+        elif name in broken:
+            rows.append(figures.row_without_figures(name, "failed", broken[name]))
         else:
             row = (name, answers[name]["error"], turns[name], turns[BASELINE], batch)
             rows.append(figures.measured_row(*row))

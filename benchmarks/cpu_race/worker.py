@@ -2,7 +2,8 @@
 
     {"turn": seconds}  ->  {"times": [ms, ...], "cpu_ms": CPU time of a call, "faults": of a call}
 
-The first line it writes is {"logits": [...]}, or {"unavailable": why} or {"failed": why}.
+The first line it writes is {"logits": [...]}, or {"unavailable": why}. Whatever goes wrong is the
+last line, {"failed": why}.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 import warnings
+from typing import TextIO
 
 ALONE_MS = 250.0  # a call this long brings its weights into the caches itself
 
@@ -33,6 +35,17 @@ def turn(call, images, seconds: float, last_ms: float) -> dict:
 
 
 def main() -> None:
+    """Take part in the race; say what went wrong."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints must not come between
+    try:
+        take_part(out)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        print(json.dumps({"failed": reason}), file=out)
+
+
+def take_part(out: TextIO) -> None:
     """Build the contender, say so, and take turns until the input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("contender")
@@ -40,8 +53,6 @@ def main() -> None:
     parser.add_argument("batch", type=int)
     parser.add_argument("threads", type=int)
     args = parser.parse_args()
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not come between
 
     import numpy as np
     import torch
@@ -58,10 +69,6 @@ def main() -> None:
         logits = call(images)
     except ImportError as error:
         print(json.dumps({"unavailable": str(error)}), file=out)
-        return
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        print(json.dumps({"failed": reason}), file=out)
         return
     print(json.dumps({"logits": logits.astype(float).ravel().tolist()}), file=out)
     last = 0.0

@@ -1,11 +1,8 @@
 """What `deit-fast analyse` does; its options are in parsers/analyse.py."""
 
 import argparse
-import csv
-import json
 import os
 import tempfile
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +13,7 @@ import torch
 from torch import nn
 
 from deit_fast import attention_weights
-from deit_fast.distill import analyse, evaluate
+from deit_fast.distill import analyse, checkpoints, evaluate, run_folder
 from deit_fast.engine import data_config
 from deit_fast.images import Decoder, Unreadable, find
 
@@ -85,10 +82,12 @@ def _disagreement(
         "disagreement": rates.tolist(), "skipped": [list(pair) for pair in skipped.items()],
     }  # fmt: skip
     if plots is not None:
-        lines = [(name, *row) for name, row in zip(names, rates.tolist(), strict=True)]
-        _write_csv(args.out / "disagreement.csv", ("", *names), lines)
-        text = json.dumps(result, indent=1) + "\n"
-        (args.out / "disagreement.json").write_text(text, encoding="utf-8")
+        lines = [
+            {"": name} | dict(zip(names, row, strict=True))
+            for name, row in zip(names, rates.tolist(), strict=True)
+        ]
+        run_folder.write_csv(args.out / "disagreement.csv", lines)
+        run_folder.write_json(args.out / "disagreement.json", result)
         plots.matrix(names, rates, title, args.out / "disagreement.png")
     return result
 
@@ -106,7 +105,8 @@ def _tokens(
     cells = [(place, f"{cosine:.4f}") for place, cosine in found.cosines.items()]
     _data.show(title, ("after",), ("cosine",), cells)
     if plots is not None:
-        _write_csv(args.out / "tokens.csv", ("after", "cosine"), found.cosines.items())
+        lines = [{"after": place, "cosine": cosine} for place, cosine in found.cosines.items()]
+        run_folder.write_csv(args.out / "tokens.csv", lines)
         plots.line(found.cosines, title, "mean cosine", args.out / "tokens.png")
     return {
         "data": args.data, "split": args.split, "model": args.model, "images": found.images,
@@ -169,10 +169,6 @@ def _table(args: argparse.Namespace) -> int:
         title = "top-1 and top-5 in %, mean ± standard deviation over seeds"
         _data.show(title, analyse.COLUMNS[:4], analyse.COLUMNS[4:], rows)
     else:
-        args.out.write_text(analyse.markdown(rows), encoding="utf-8")
+        text = analyse.markdown(rows).encode()
+        checkpoints.write_atomically(args.out, lambda file: file.write(text))
     return 0
-
-
-def _write_csv(path: Path, header: tuple, rows: Iterable[tuple]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])

@@ -37,8 +37,8 @@ def serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False
     if _checks.autocast_dtype(x) is not None or not torch.backends.mkldnn.enabled:
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
+    if _dispatch.is_transformed() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False  # forward-mode differentiation would lose the tangents
     if torch.compiler.is_compiling():
         return not (_dispatch.wants_grad(*tensors) or _dispatch.is_exporting())
     return not _dispatch.needs_dispatcher(*tensors)

@@ -1,6 +1,8 @@
 """The race on a CPU: what it measures, its file, its table and its plot."""
 
 import json
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -69,13 +71,19 @@ def test_another_machine_is_refused(tmp_path):
     assert path.read_bytes() == before
 
 
+NO_TIME = row("ours", 5.0, 8.0) | {"ms_p20": None}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not JSON"),
         ("[]", "expected an object with machine and cells"),
         (json.dumps({"machine": MACHINE, "cells": [cell(batch="8")]}), r"cells\[0\].batch is '8'"),
+        (json.dumps({"machine": MACHINE, "cells": None}), "cells is None, expected a list"),
         (json.dumps({"machine": MACHINE, "cells": [cell(rows=[{}])]}), r"rows\[0\] has other"),
+        (json.dumps({"machine": MACHINE, "cells": [cell(rows=[3])]}), r"rows\[0\] has other"),
+        (json.dumps({"machine": MACHINE, "cells": [cell(rows=[NO_TIME])]}), r"\.ms_p20 is None"),
     ],
 )
 def test_a_damaged_file_is_left_as_it_is(tmp_path, text, message):
@@ -194,6 +202,48 @@ def test_without_a_race_the_page_says_so(tmp_path):
 
 def test_the_other_tables_do_not_read_the_race(tmp_path, manual):
     assert report.read_chips(tmp_path / "results") == []
+
+
+PROGRAM = """
+import json, sys
+name = sys.argv[1]
+if name == "broken": raise SystemExit(3)
+print(json.dumps({"logits": [1.0, float("nan") if name == "wrong" else 2.0]}), flush=True)
+for i, line in enumerate(sys.stdin):
+    if name == "dies" and i == 1: raise SystemExit(4)
+    print(json.dumps({"times": [2.0], "cpu_ms": 2.0, "faults": 0.0}), flush=True)
+"""
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """contenders, the first as the baseline -> the outcome of four rounds of PROGRAM."""
+    real = subprocess.Popen
+
+    def run(*names):
+        monkeypatch.setattr(turns, "BASELINE", names[0])
+        monkeypatch.setattr(
+            turns.subprocess, "Popen",
+            lambda c, **options: real([sys.executable, "-c", PROGRAM, c[3]], **options),
+        )  # fmt: skip
+        return turns.run(list(names), "t", 1, 1, rounds=4, turn=0.0, seconds=60.0)
+
+    return run
+
+
+def test_a_contender_that_ends_leaves_the_others(race):
+    outcome = race("eager", "dies", "broken", "ours")
+    assert outcome.rounds == 4
+    assert [(r["status"], r["note"]) for r in outcome.rows] == [
+        ("measured", None), ("failed", "ended with 4"), ("failed", "ended with 3"),
+        ("measured", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dies", "broken", "wrong"])
+def test_without_a_baseline_there_is_no_race(race, name):
+    with pytest.raises(RuntimeError, match=f"{name}: .*, expected it to run"):
+        race(name, "ours")
 
 
 @pytest.mark.slow

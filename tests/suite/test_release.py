@@ -138,7 +138,8 @@ def test_an_index_can_show_it(built):
     metadata = email.message_from_bytes(contents(wheel_of(built[0]))[f"{DIST_INFO}/METADATA"])
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    readme = metadata.get_payload(decode=True).decode()
+    assert readme.strip() == (ROOT / "README.md").read_text().strip()
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     beyond, lowest = re.fullmatch(r"<3\.(\d+),>=3\.(\d+)", metadata["Requires-Python"]).groups()
     minors = re.findall(r"Python :: 3\.(\d+)$", "\n".join(metadata.get_all("Classifier")), re.M)

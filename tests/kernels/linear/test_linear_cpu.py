@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checking import assert_close, seed
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_fast.kernels import linear, linear_reference
@@ -67,6 +68,18 @@ def test_where_it_may_not_serve(monkeypatch, case):
         got = linear(x, weight, bias, residual=residual)
         assert_close(got, linear_reference(x, weight, bias, "none", residual))
     assert not served
+
+
+def test_tangents_are_kept():
+    x, weight, bias, residual, _ = operands()
+    primals = (x, weight, bias, residual)
+    tangents = tuple(map(torch.randn_like, primals))
+    reference = torch.func.jvp(lambda *o: linear_reference(*o[:3], "none", o[3]), primals, tangents)
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = list(map(forward_ad.make_dual, primals, tangents))
+        found = forward_ad.unpack_dual(linear(*duals[:3], residual=duals[3]))
+    assert_close(found.primal, reference[0])
+    assert_close(found.tangent, reference[1])
 
 
 def test_strides_and_no_columns(monkeypatch):
