@@ -73,10 +73,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.cpu_race.operators", description=__doc__.splitlines()[0]
     )
     made.add_argument("--models", nargs="+", choices=(*NETWORKS, "smoke"), default=["small"],
-                      metavar="NAME", help=f"of {', '.join(NETWORKS)} (default: small)")  # fmt: skip
+                      metavar="NAME", help=f"{', '.join(NETWORKS)} (default: small)")  # fmt: skip
     made.add_argument("--batch", type=int, default=8, help="(default: %(default)s)")
     made.add_argument("--contenders", nargs="+", choices=PROFILED, default=list(PROFILED),
-                      metavar="NAME", help=f"of {', '.join(PROFILED)}; default: all")  # fmt: skip
+                      metavar="NAME", help=f"{', '.join(PROFILED)}; default: all")  # fmt: skip
     made.add_argument("--threads", type=int, default=torch.get_num_threads(),
                       help="(default: %(default)s)")  # fmt: skip
     return made

@@ -60,7 +60,7 @@ def draw(chips: list[Chip]) -> Picture:
         f"Each point is one kernel of a DeiT at batch {BATCH}, bf16, {kind}. Above it: the most "
         "that its\nmemory traffic (slope) or the matrix units (level) allow"
     )
-    said += "." if chip else "; both rates were measured on another H100."
+    said += "." if chip else "; both rates were measured on an H100."
     figure = style.frame(5.2, f"Roofline of the forward pass, {name}", said)
     axes = style.panels(figure, 1)[0]
     bandwidth, peak = rates["copy_tb_per_s"], rates["bf16_tflops"]

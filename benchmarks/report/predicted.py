@@ -12,10 +12,10 @@ def predicted_table() -> str:
     """Images/s of the distilled DeiTs on an H100, in Markdown; "predicted" stands in each cell."""
     rates = H100.peak_rates
     title = (
-        f"No GPU has been measured yet. Predicted for an {H100.label}, images/s, batch {BATCH}, "
-        f"from each launch's FLOPs and bytes at {rates['bf16_tflops']:.0f} TFLOP/s (bf16 matmul) "
-        f"and {rates['copy_tb_per_s']:.1f} TB/s (copy), rates measured on another {H100.label} "
-        "(`python -m benchmarks.predict`):"
+        f"deit_fast has not been measured on a GPU yet. Predicted for an {H100.label}, images/s, "
+        f"batch {BATCH}, from each launch's FLOPs and bytes at {rates['bf16_tflops']:.0f} TFLOP/s "
+        f"(a plain bf16 matmul) and {rates['copy_tb_per_s']:.1f} TB/s (a plain copy), both "
+        f"measured on an {H100.label} (`python -m benchmarks.predict`):"
     )
     lines = ["| network | " + " | ".join(MODES) + " |", "|---|" + "---:|" * len(MODES)]
     for network in DISTILLED:

@@ -1,14 +1,16 @@
 """The race on a CPU: what it measures, its file, its table and its plot."""
 
 import json
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks.cpu_race import __main__ as command
-from benchmarks.cpu_race import contenders, figures, machine, turns
+from benchmarks.cpu_race import contenders, figures, machine, operators, turns
 from benchmarks.cpu_race.machine import Load, Watch
 from benchmarks.report import __main__ as report
 from benchmarks.report import race as race_report
@@ -244,6 +246,23 @@ def test_a_contender_that_ends_leaves_the_others(race):
 def test_without_a_baseline_there_is_no_race(race, name):
     with pytest.raises(RuntimeError, match=f"{name}: .*, expected it to run"):
         race(name, "ours")
+
+
+def test_the_longest_operators_come_first():
+    times = {f"op {i}": (2.0, float(i)) for i in range(12)}
+    lines = list(operators.table("ours", times))
+    assert len(lines) == operators.SHOWN + 2
+    assert lines[0] == "| ours | op 11 | 2 | 11.00 |"
+    assert lines[-2:] == ["| ours | 4 others | 8 | 6.00 |", "| ours | **sum** | | **66.0** |"]
+
+
+def test_operators_of_a_small_network(capsys):
+    chosen = ["--contenders", "eager", "ours", "--threads", str(torch.get_num_threads())]
+    operators.main(["--models", "smoke", "--batch", "8", *chosen])
+    text = capsys.readouterr().out
+    assert text.startswith(f"{contenders.SMOKE[0]}, batch 8, ")
+    assert re.search(r"\| timm, eager \| aten::addmm \| \d \| \d+\.\d\d \|", text), text
+    assert "| ours | mkldnn::_linear_pointwise |" in text and text.count("**sum**") == 2
 
 
 @pytest.mark.slow
