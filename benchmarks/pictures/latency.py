@@ -52,7 +52,8 @@ def _protocol(chip):
 
 
 def draw(chips: list[Chip]) -> Picture:
-    """The predicted H100, where no GPU was measured, and a panel for each chip with rows."""
+    """The predicted H100, where no GPU was measured, and a panel for each chip with lines."""
+    chips = [chip for chip in chips if _has_lines(chip)]
     gpu = any(not chip.is_cpu for chip in chips)
     count = len(chips) + (not gpu)
     said = "Time of one forward pass of DeiT with distillation token, by images in the batch."
@@ -67,6 +68,11 @@ def draw(chips: list[Chip]) -> Picture:
     for one in axes:
         one.set(xlabel="images in the batch", ylabel="ms, logarithmic")
     return Picture(figure, "Latency against batch size", " ".join(words))
+
+
+def _has_lines(chip):
+    """Whether some network was measured at two batch sizes."""
+    return any(len(p) > 1 for mode in _modes(chip) for p in measured(chip, mode).values())
 
 
 def _scale(axes, points):

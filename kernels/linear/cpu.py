@@ -3,7 +3,7 @@
 F.linear copies the bias into its result, lets the BLAS library accumulate onto it, and leaves GELU
 and residual to one more pass over memory each. oneDNN's matmul does all of it at once. The weight
 is read as it lies, at each call, so that a change in place is seen; packing it beforehand would
-save another 2 to 4% of the matmul. docs/results/cpu.md has the measurements.
+save another 4 to 7% of the matmul. docs/results/cpu.md has the measurements.
 
 The operator that PyTorch has for this is its compiler's own, which calls it with packed weights
 only. So torch.compile sees an operator of ours. It has no autograd: in training F.linear serves.

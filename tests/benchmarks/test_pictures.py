@@ -9,6 +9,7 @@ import pytest
 import selection
 from made_up_results import kernel_row, model_row, results_of
 
+from benchmarks.measured import Chip
 from benchmarks.pictures import __main__ as pictures
 from benchmarks.report.__main__ import read_chips
 from benchmarks.table5 import ENTRIES, distinct
@@ -186,6 +187,15 @@ def test_measured_points_and_no_text_over_another(name, gpu, tmp_path, drawing):
         assert "batch 8" not in of_cpu  # of another protocol
     if name == "roofline" and gpu:
         assert "fc2 1000 FLOP per byte 500 TFLOP/s" in picture.description
+
+
+@pytest.mark.slow
+def test_one_batch_size_makes_no_line(tmp_path, drawing):
+    from benchmarks.pictures import latency, style
+
+    results_of(model_row(SMALL, "eager_fp32", 2.0, **CPU), gpu=None).save(tmp_path / "table5.json")
+    with style.drawing():
+        assert "measured" not in latency.draw([Chip.read(tmp_path)]).description
 
 
 @pytest.mark.slow
