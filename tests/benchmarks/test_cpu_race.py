@@ -262,7 +262,7 @@ def test_operators_of_a_small_network(capsys):
     for contender, name in (("eager", "aten::addmm"), ("ours", "mkldnn::_linear_pointwise")):
         times = operators.of_pytorch(contender, contenders.SMOKE[1], images, threads)
         calls, ms = times[name]
-        assert calls >= 2 and 0 < ms < sum(ms for _, ms in times.values())
+        assert calls >= 1 and 0 < ms < sum(ms for _, ms in times.values())
     chosen = ["--contenders", "eager", "ours", "--threads", str(threads)]
     operators.main(["--models", "smoke", "--batch", "2", *chosen])
     text = capsys.readouterr().out
