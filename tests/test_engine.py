@@ -261,7 +261,7 @@ def test_replaced_weights_need_refresh(fake):
     assert_outputs(run(floats(3)), m, floats(3))
 
 
-@pytest.mark.parametrize("what", ["layer", "hook", "dropout", "other hooks dictionary"])
+@pytest.mark.parametrize("what", ["layer", "hook", "dropout", "other hooks dictionary", "heads"])
 def test_a_changed_model_needs_refresh(fake, what):
     """A graph runs no hook, and no module that came in after it."""
     m = model()
@@ -271,11 +271,13 @@ def test_a_changed_model_needs_refresh(fake, what):
         m.blocks[0].mlp.act = nn.ReLU().eval()
     elif what == "dropout":
         m.blocks[0].mlp.drop1.p = 0.5
+    elif what == "heads":
+        m.heads = "class"
     else:
         if what == "other hooks dictionary":
             act._forward_hooks = type(act._forward_hooks)()
         act.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.raises(RuntimeError, match="other modules or hooks .* engine.refresh"):
+    with pytest.raises(RuntimeError, match="other modules, heads or hooks .* engine.refresh"):
         run(floats(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
