@@ -367,8 +367,8 @@ def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
     function = forward.__func__
     alone = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     method = MethodType(alone, forward.__self__)
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    return torch.compile(method, dynamic=False, fullgraph=True, options=options)
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(method, dynamic=False, fullgraph=True, options={"guard_filter_fn": skip})
 
 
 def has_graphs(device: torch.device) -> bool:
