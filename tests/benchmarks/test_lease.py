@@ -28,7 +28,7 @@ def measured(copy):
     """A run of the steps that are quick on a CPU."""
     out = copy.parent / "out"
     steps = ("peak_rates", "tune", "sanitizer")
-    done = lease(copy, "--out", out, "--seconds", 540, "--steps", *steps)
+    done = lease(copy, "--out", out, "--seconds", 2000, "--steps", *steps)
     return out, done
 
 
@@ -55,7 +55,7 @@ def test_a_run_on_a_bare_copy(measured):
 def test_what_was_done_is_kept(copy, measured):
     out, _ = measured
     again = copy.parent / "again"
-    done = lease(copy, "--out", again, "--resume", out, "--seconds", 540, "--steps", "peak_rates")
+    done = lease(copy, "--out", again, "--resume", out, "--seconds", 2000, "--steps", "peak_rates")
     assert done.returncode == 0, done.stdout + done.stderr
     header = json.loads((again / "lease.json").read_text())
     assert len(header["runs"]) == 2
