@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _chips, _dispatch, _policy
+from . import _checks, _chips, _dispatch, _plans, _policy
 from .quantize import _round, _scales, meta
 
 MAX_N = 8192  # one row is held in registers
@@ -140,7 +140,21 @@ def run(
     if M > 0:
         grid = (_dispatch.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _layer_norm_kernel[grid](x, residual, weight, bias, y, h, scales, M, N, eps, **config)
+            _plans.launch(
+                _layer_norm_kernel,
+                grid,
+                x,
+                residual,
+                weight,
+                bias,
+                y,
+                h,
+                scales,
+                M,
+                N,
+                eps,
+                **config,
+            )
 
 
 def _alloc(x, residual, out_dtype):
@@ -199,7 +213,20 @@ def layer_norm_backward(
     programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))
     sums = h.new_empty(programs, 2, N, dtype=torch.float32)
     with torch.cuda.device_of(h):
-        _layer_norm_backward_kernel[(programs,)](h, weight, dy, dh, dx, sums, M, N, eps, **config)
+        _plans.launch(
+            _layer_norm_backward_kernel,
+            (programs,),
+            h,
+            weight,
+            dy,
+            dh,
+            dx,
+            sums,
+            M,
+            N,
+            eps,
+            **config,
+        )
     return dx, sums.sum(0)
 
 

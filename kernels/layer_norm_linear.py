@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _dispatch, _explain, _policy, _tuned
+from . import _checks, _dispatch, _explain, _plans, _policy, _tuned
 from .layer_norm import MAX_N, layer_norm, layer_norm_backward, layer_norm_reference, meta
 from .layer_norm import _fwd as normalise
 from .linear import ACTIVATIONS, linear, linear_reference
@@ -109,9 +109,28 @@ def _fwd(
     with torch.cuda.device_of(x):
         if row_stats is None:
             row_stats = x.new_empty(1, 2, M, dtype=torch.float32)
-            _row_stats_kernel[(_dispatch.cdiv(M, config["BLOCK_M"]),)](x, row_stats, M, K, **config)
-        _fold_layer_norm_kernel[(_dispatch.cdiv(N, config["BLOCK_M"]),)](
-            weight, bias, norm_weight, norm_bias, folded, shift, sums, N, K, **config
+            _plans.launch(
+                _row_stats_kernel,
+                (_dispatch.cdiv(M, config["BLOCK_M"]),),
+                x,
+                row_stats,
+                M,
+                K,
+                **config,
+            )
+        _plans.launch(
+            _fold_layer_norm_kernel,
+            (_dispatch.cdiv(N, config["BLOCK_M"]),),
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            folded,
+            shift,
+            sums,
+            N,
+            K,
+            **config,
         )
     run(y, x, folded, shift, activation=activation, row_stats=row_stats, column_sums=sums, eps=eps)
     return y

@@ -6,6 +6,7 @@ import timm.layers
 import timm.models.vision_transformer as timm_vit
 import torch
 
+from deit_fast.kernels._plans import planned
 from deit_fast.kernels.layer_norm_linear import uses_row_stats
 
 from ._base import (
@@ -76,6 +77,7 @@ class Block(Fast, timm_vit.Block):
         x = self.attn.branch_around_linears(x, self.norm1, self.ls1, self.drop_path1)
         return self.mlp.branch_around_linears(x, self.norm2, self.ls2, self.drop_path2)
 
+    @planned()
     def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
         """The fused forward, with row statistics from the block before and for the next one.
 
@@ -103,6 +105,7 @@ class Block(Fast, timm_vit.Block):
         )
         return x if wanted else (x, None)
 
+    @planned()
     def forward_prefix(
         self, x: torch.Tensor, prefix: int, row_stats: torch.Tensor | None = None
     ) -> torch.Tensor:

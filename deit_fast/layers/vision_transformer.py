@@ -11,6 +11,7 @@ from timm.models import checkpoint, checkpoint_seq
 from torch import nn
 
 from deit_fast import kernels
+from deit_fast.kernels._plans import planned
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
@@ -57,6 +58,7 @@ class FastTransformer(Fast):
     global_pool: str
     grad_checkpointing: bool
 
+    @planned(without=("blocks", "norm", "fc_norm", "head", "head_dist", "head_drop"))
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Patches, positions and prefix tokens, (B, T + n, D), of an image."""
         if not self._fuses_patches(image):
@@ -133,6 +135,7 @@ class FastTransformer(Fast):
             x = run_blocks(self.blocks, x, return_row_stats=False)[0]
         return self.norm(x)
 
+    @planned(inference=True)
     def forward(self, x, attn_mask=None, is_causal=False):
         """Logits (B, classes).
 
@@ -143,8 +146,12 @@ class FastTransformer(Fast):
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         classify = self._classifier_operands()
         if classify is None:
-            return self.forward_head(self.norm(self._run_prefix(x)))
+            return self._norm_and_head(self._run_prefix(x))
         return kernels.classifier(self._run_prefix(x), **classify, implementation=self.backend)
+
+    @planned(without=("blocks", "patch_embed", "pos_drop", "norm_pre", "patch_drop"))
+    def _norm_and_head(self, x):
+        return self.forward_head(self.norm(x))
 
     def forward_pre_logits(self, x):
         """The input of the heads, (B, D): timm's `forward_head(..., pre_logits=True)`.
@@ -160,12 +167,12 @@ class FastTransformer(Fast):
         x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
         run_last, prunes, called = last, kind_of(last) is Block, is_intercepted(last)
         if prunes:
-            run_last = partial(last if called else last.forward_prefix, prefix=len(self._heads()))
+            run_last = partial(_last_prefix, last, called, len(self._heads()))
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
             return checkpoint(run_last, x)
         x, row_stats = run_blocks(before, x, return_row_stats=prunes and not called)
-        return run_last(x) if row_stats is None else run_last(x, row_stats=row_stats)
+        return run_last(x) if row_stats is None else run_last(x, row_stats)
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]
@@ -273,6 +280,10 @@ def run_blocks(blocks, x, return_row_stats=True, kind=Block):
         else:
             x, row_stats = block(x), None
     return x, row_stats
+
+
+def _last_prefix(block, called, prefix, x, row_stats=None):
+    return block(x, prefix=prefix) if called else block.forward_prefix(x, prefix, row_stats)
 
 
 def _height_width(image: torch.Tensor) -> tuple[int, int]:

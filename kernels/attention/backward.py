@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _chips, _dispatch
+from .. import _chips, _dispatch, _plans
 from .configs import meta_backward
 from .forward import _dims, _row_mask, _rows
 
@@ -182,7 +182,7 @@ def run_backward(
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     if B * H:
         with torch.cuda.device_of(q):
-            _attention_backward_kernel[(B * H * (tiles_m + tiles_n),)](
+            _plans.launch(_attention_backward_kernel, (B * H * (tiles_m + tiles_n),),
                 q, k, v, o, do, lse, dq, dk, dv, q_sums, kv_sums, *strides, dq.stride(1),
                 dk.stride(1), H, scale, N=N, L=L, HEAD_DIM=d, **config,
             )  # fmt: skip

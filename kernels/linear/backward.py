@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from . import configs
 from .configs import BACKWARD_META
 from .epilogue import _gelu_and_slope
@@ -98,7 +98,7 @@ def run_backward(
     rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
     exact = (dy if dz is None else dz).dtype == torch.float32
     with torch.cuda.device_of(dy):
-        _linear_backward_kernel[grid](
+        _plans.launch(_linear_backward_kernel, grid,
             dy, z, layer_scale, row_scale, dz, a, db, dls, M, N, rows_per_sample, activation,
             exact, **BACKWARD_META,
         )  # fmt: skip

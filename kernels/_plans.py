@@ -1,0 +1,142 @@
+"""Launch plans: a function that runs in Python once, and after that as a list of steps in C++.
+
+    @planned()                  a method of a module whose calls become plans
+    launch(kernel, grid, ...)   how a Triton kernel is launched, so that a plan can hold it
+
+The first call of a kind runs as written and is recorded (`_plan_recorder.Recorder`): the launches
+of Triton's kernels, PyTorch's operators below autograd, and the tensors between them. The next
+calls of that kind run the steps without Python, the dispatcher or Triton's launcher (csrc/plan.h):
+outputs come from PyTorch's allocator, launches go to the current stream. In training a plan is one
+node of the autograd graph, and the first backward is recorded as well (`_plan_calls`).
+
+A kind of call is (csrc/guards.h): the shapes, strides, dtypes, devices and alignment of the tensors
+and of the parameters; the other arguments; grad mode, inference mode and autocast; the classes,
+attributes, children, parameters and hooks of the modules. A call that differs in any of them runs
+in Python. Parameters are read where they lie at each call, so changes of their values are seen.
+
+Python runs, by name in `why_not(module)`: hooks inside a module, modules of other libraries, tensor
+subclasses, operators whose result the host needs. It also runs under torch.compile and torch.jit,
+torch.func, TorchDispatchModes, hooks for saved tensors, and for a gradient of a gradient.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import _explain, _plan_library
+from ._plan_recorder import Recorder
+
+F = TypeVar("F", bound=Callable[..., Any])
+_local = threading.local()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`, which a plan can repeat.
+
+    Args:
+        kernel: A function decorated with `triton.jit`.
+        grid: The number of programs in one to three dimensions.
+        *args: The kernel's first arguments.
+        **meta: Its other arguments, and Triton's options.
+    """
+    compiled = kernel[grid](*args, **meta)
+    recorder = recording()
+    if recorder is not None:
+        recorder.launched(kernel, compiled, grid, args, meta)
+
+
+def recording() -> Recorder | None:
+    """What records this thread's calls, if anything does."""
+    return getattr(_local, "recorder", None)
+
+
+def record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, recorded."""
+    _local.recorder = recorder
+    try:
+        with recorder:
+            return function(*args)
+    finally:
+        _local.recorder = None
+
+
+def changed() -> None:
+    """To be called when a setting of this package changes: no plan made before is used again."""
+    if _plan_library.loaded is not None:
+        _plan_library.loaded.changed()
+
+
+class Plans(dict[str, Any]):
+    """The plans of one module, by the name of the method; a copy of the module has none."""
+
+    def __init__(self, owner: int | None = None) -> None:
+        super().__init__()
+        self.owner = owner
+        self.reasons: dict[str, str] = {}  # why calls of a method run in Python
+
+    def __copy__(self):
+        return Plans()
+
+    def __deepcopy__(self, memo):
+        return Plans()
+
+    def __reduce__(self):
+        return Plans, ()
+
+
+def plans_of(module: nn.Module) -> Plans:
+    """The plans of a module, which it keeps in its `__dict__`."""
+    plans = module.__dict__.get("_plans")
+    if plans is None or plans.owner != id(module):
+        plans = module.__dict__["_plans"] = Plans(id(module))
+    return plans
+
+
+def why_not(module: nn.Module) -> dict[str, str]:
+    """Why calls of methods of a module run in Python, by the name of the method."""
+    return dict(plans_of(module).reasons)
+
+
+def planned(*, without: Sequence[str] = (), inference: bool = False) -> Callable[[F], F]:
+    """Decorator of a method of a module: its calls run as launch plans.
+
+    Such a method takes positional arguments, and returns a tensor or a tuple of tensors and None.
+
+    Args:
+        without: Names of children that the method does not touch.
+        inference: Whether only calls without gradients become plans.
+    """
+
+    def decorate(method: F) -> F:
+        name = method.__name__
+
+        @wraps(method)
+        def run(self, *args, **kwargs):
+            if (
+                kwargs
+                or torch.compiler.is_compiling()
+                or (_plan_library.loaded is None and _plan_library.library() is None)
+                or (inference and torch.is_grad_enabled())
+                or _explain.decisions is not None
+                or recording() is not None
+            ):
+                return method(self, *args, **kwargs)
+            one = plans_of(self).get(name)
+            if one is None:
+                one = plans_of(self)[name] = _plan_library.loaded.Planned()
+            result = one(*args)
+            if result is NotImplemented:
+                return method(self, *args)
+            if result is None:
+                from ._plan_calls import first_call
+
+                return first_call(method, self, args, one, without)
+            return result
+
+        return run  # type: ignore[return-value]  # of the same signature
+
+    return decorate
