@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _chips, _plan_library, _plans
+from . import _plan_library, _plans
 from ._plan_recorder import Recorder, Step
 
 MOST_STALE = 8  # times that a method's modules may change before its calls stay in Python
@@ -27,8 +27,7 @@ TYPE, CLASS, ITEM, VALUE, SIZE = range(5)  # as in csrc/guards.h
 
 def first_call(method: Callable, module: nn.Module, args: tuple, planned: Any, without) -> Any:
     """`method(module, *args)`, after which there is a plan, or a reason why not."""
-    device = next(a for a in args if isinstance(a, Tensor)).device
-    if not (device.type == "cuda" or _chips.is_simulated()):
+    if not any(map(_plans.has_kernels, args)):
         return method(module, *args)
     call = Call(method, module, args, planned, without)
     why = call.why_not()

@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from . import _explain, _plan_library
+from . import _chips, _explain, _plan_library
 from ._plan_recorder import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -101,6 +102,18 @@ def why_not(module: nn.Module) -> dict[str, str]:
     return dict(plans_of(module).reasons)
 
 
+def has_kernels(tensor: object) -> bool:
+    """Whether it is a tensor whose operations are kernels that a plan can launch."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    interpreted = _chips.INTERPRET and _plan_library.WANTED == "1"
+    return tensor.is_cuda or _chips.is_simulated() or interpreted
+
+
+def _loads(args):
+    return any(map(has_kernels, args)) and _plan_library.library() is not None
+
+
 def planned(*, without: Sequence[str] = (), inference: bool = False) -> Callable[[F], F]:
     """Decorator of a method of a module: its calls run as launch plans.
 
@@ -119,10 +132,11 @@ def planned(*, without: Sequence[str] = (), inference: bool = False) -> Callable
             if (
                 kwargs
                 or torch.compiler.is_compiling()
-                or (_plan_library.loaded is None and _plan_library.library() is None)
+                or (_plan_library.loaded is None and not _loads(args))
                 or (inference and torch.is_grad_enabled())
                 or _explain.decisions is not None
                 or recording() is not None
+                or forward_ad._current_level >= 0
             ):
                 return method(self, *args, **kwargs)
             one = plans_of(self).get(name)

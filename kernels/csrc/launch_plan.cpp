@@ -31,6 +31,13 @@ Shape shape_of(py::handle sizes, py::handle strides, py::handle dtype) {
   return {dims(sizes), dims(strides), dtype_of(dtype)};
 }
 
+c10::List<bool> bools(const py::list &list) {
+  c10::List<bool> found;
+  for (py::handle one : list)
+    found.push_back(one.cast<bool>());
+  return found;
+}
+
 // A constant argument of an operator. Throws for kinds that no operator of ours is called with.
 c10::IValue constant(py::handle value) {
   PyObject *o = value.ptr();
@@ -52,8 +59,14 @@ c10::IValue constant(py::handle value) {
     return (int64_t)reinterpret_cast<THPLayout *>(o)->layout;
   if (THPMemoryFormat_Check(o))
     return (int64_t)reinterpret_cast<THPMemoryFormat *>(o)->memory_format;
-  if (PyList_Check(o) || PyTuple_Check(o))
+  if (PyList_Check(o) || PyTuple_Check(o)) {
+    auto list = value.cast<py::list>();
+    if (list.size() && PyBool_Check(list[0].ptr()))
+      return bools(list);
+    if (list.size() && PyFloat_Check(list[0].ptr()))
+      return value.cast<std::vector<double>>();
     return value.cast<std::vector<int64_t>>();
+  }
   TORCH_CHECK(false, "an argument of type ", Py_TYPE(o)->tp_name);
 }
 

@@ -160,7 +160,7 @@ public:
         given.push_back(&THPVariable_Unpack(argument));
       }
     }
-    if (given.empty())
+    if (given.empty() || !(given[0]->is_cuda() || given[0]->is_cpu())) // a CPU stands in for a GPU
       return Py_NewRef(Py_NotImplemented);
     State now = State::now(given[0]->device().type());
     for (auto kind = kinds.begin(); kind != kinds.end(); ++kind) {
