@@ -61,7 +61,8 @@ class FastTransformer(Fast):
         """Patches, positions and prefix tokens, (B, T + n, D), of an image."""
         if not self._fuses_patches(image):
             return self.patch_drop(self._pos_embed(self.patch_embed(self._normalized(image))))
-        tokens = [t[0] for t in self._prefix_tokens()]
+        # views without a copy in backward, which an index would have
+        tokens = [t.flatten(0, 1) for t in self._prefix_tokens()]
         prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
         if pos_embed is not None:
@@ -72,7 +73,7 @@ class FastTransformer(Fast):
                     old_size=self.patch_embed.grid_size,
                     num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
                 )
-            pos_embed = pos_embed[0]
+            pos_embed = pos_embed.flatten(0, 1)
         x = self.patch_embed.embed(image, pos_embed, prefix, *self._pixels_of(image))
         if pos_embed is not None:  # as timm: no dropout without positions
             x = self.pos_drop(x)
@@ -245,6 +246,12 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return operands and operands | {"fusion": self.heads}
 
     def forward_head(self, x, pre_logits=False):
+        own = self.training and not pre_logits and not is_traced(x) and not self._is_overridden()
+        if own and x.shape[1] == 2:
+            # timm's, but one operator splits the tokens: backward of two indices is five launches
+            tokens = [self.head_drop(t) for t in x.unbind(1)]
+            y, y_dist = (head(t) for head, t in zip(self._heads(), tokens, strict=True))
+            return (y, y_dist) if self.distilled_training else (y + y_dist) / 2
         if self.training or pre_logits or self.heads == "joint":
             return super().forward_head(x, pre_logits=pre_logits)
         logits = [head(self.head_drop(x[:, t])) for t, head in enumerate(self._heads())]

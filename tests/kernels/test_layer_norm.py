@@ -117,7 +117,8 @@ def test_op_contract(device):
     torch.library.opcheck(_fwd.op, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
     dy, h = torch.randn(2, 6, 64, device=device).unbind()
     for dh in (None, dy):
-        torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, weight, 1e-6, FP16))
+        rest = (weight, bias.half(), 1e-6, FP16)
+        torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, *rest))
 
 
 def test_compiles_into_one_graph(device):
