@@ -49,26 +49,26 @@ def _column_sums_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr,  # in: (P, N) in fp32; None from some one on
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, y5_ptr,  # out: (N,)
     P0, P1, P2, P3, P4, P5, N0, N1, N2, N3, N4, N5,
-    row0, row1, row2, row3, row4, row5,  # strides
+    x0_row, x1_row, x2_row, x3_row, x4_row, x5_row,  # strides
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    _sum_columns(block, x0_ptr, y0_ptr, P0, N0, row0, BLOCK_P, BLOCK_N)
+    _sum_columns(block, x0_ptr, y0_ptr, P0, N0, x0_row, BLOCK_P, BLOCK_N)
     if x1_ptr is not None:
         block -= tl.cdiv(N0, BLOCK_N)
-        _sum_columns(block, x1_ptr, y1_ptr, P1, N1, row1, BLOCK_P, BLOCK_N)
+        _sum_columns(block, x1_ptr, y1_ptr, P1, N1, x1_row, BLOCK_P, BLOCK_N)
     if x2_ptr is not None:
         block -= tl.cdiv(N1, BLOCK_N)
-        _sum_columns(block, x2_ptr, y2_ptr, P2, N2, row2, BLOCK_P, BLOCK_N)
+        _sum_columns(block, x2_ptr, y2_ptr, P2, N2, x2_row, BLOCK_P, BLOCK_N)
     if x3_ptr is not None:
         block -= tl.cdiv(N2, BLOCK_N)
-        _sum_columns(block, x3_ptr, y3_ptr, P3, N3, row3, BLOCK_P, BLOCK_N)
+        _sum_columns(block, x3_ptr, y3_ptr, P3, N3, x3_row, BLOCK_P, BLOCK_N)
     if x4_ptr is not None:
         block -= tl.cdiv(N3, BLOCK_N)
-        _sum_columns(block, x4_ptr, y4_ptr, P4, N4, row4, BLOCK_P, BLOCK_N)
+        _sum_columns(block, x4_ptr, y4_ptr, P4, N4, x4_row, BLOCK_P, BLOCK_N)
     if x5_ptr is not None:
         block -= tl.cdiv(N4, BLOCK_N)
-        _sum_columns(block, x5_ptr, y5_ptr, P5, N5, row5, BLOCK_P, BLOCK_N)
+        _sum_columns(block, x5_ptr, y5_ptr, P5, N5, x5_row, BLOCK_P, BLOCK_N)
 
 
 # 32 columns are a cache line of 128 bytes; few columns a program, because DeiT has few. 16 loads
