@@ -73,7 +73,7 @@ def by_table(x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> str | 
     if torch.compiler.is_compiling():  # rows may be a symbol: of "separate" alone, for all of them
         return None if uses_row_stats(x, weight) else "separate"
     found = _lookup(x, rows, weight.shape[0], dtype)
-    return found and found["implementation"]
+    return None if found is None else str(found["implementation"])
 
 
 def choose(x: Tensor, M: int, N: int) -> Config:
