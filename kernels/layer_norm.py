@@ -103,9 +103,6 @@ def _layer_norm_backward_kernel(
         diff = tl.where(mask, h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(diff * diff, axis=1) / N + eps)[:, None]
         xhat = diff * rstd
-        if y_ptr is not None:  # as forward computed it
-            b = tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
-            tl.store(y_ptr + offs, xhat * w + b, mask=mask)
         g = dy * w
         mean_g, mean_gx = tl.sum(g, axis=1) / N, tl.sum(g * xhat, axis=1) / N
         dx = rstd * (g - mean_g[:, None] - xhat * mean_gx[:, None])
@@ -114,6 +111,9 @@ def _layer_norm_backward_kernel(
         tl.store(dx_ptr + offs, dx, mask=mask)
         dw += dy * xhat
         db += dy
+        if y_ptr is not None:  # as forward computed it; last, when few other numbers are alive
+            b = tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_ptr + offs, xhat * w + b, mask=mask)
     sums_ptr += tl.program_id(0).to(tl.int64) * 2 * N
     tl.store(sums_ptr + cols, tl.sum(dw, axis=0), mask=in_cols)
     tl.store(sums_ptr + N + cols, tl.sum(db, axis=0), mask=in_cols)
@@ -122,6 +122,16 @@ def _layer_norm_backward_kernel(
 # Of backward, per SM: what is resident at once, such as 6 programs of 4 warps. Each program writes
 # one partial sum.
 BACKWARD_WARPS = 24
+
+
+def meta_backward(N: int, again: bool) -> dict:
+    """Tile and warps of backward, which are forward's.
+
+    Where y is written again, 80 registers a thread: more would leave 5 programs of 4 warps
+    resident.
+    """
+    config = meta(N)
+    return config | {"maxnreg": 80} if again and config["num_warps"] == 4 else config
 
 
 def run(
@@ -197,7 +207,7 @@ def run_backward(
         Partial sums of dweight and dbias, (programs, 2, N) in fp32, for `column_sums`.
     """
     M, N = h.shape
-    config = meta(N)
+    config = meta_backward(N, y is not None)
     resident = max(1, BACKWARD_WARPS // config["num_warps"])
     programs = resident * _chips.chip(h.device).num_sms
     programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))
