@@ -1,31 +1,22 @@
-"""The first call of a kind: it runs in Python, is recorded, and becomes a launch plan."""
+"""The call of a kind that is recorded: it runs in Python and becomes a launch plan."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _plan_library, _plans
+from ._plan_guards import Seen, why_no_tensor
 from ._plan_recorder import Recorder, Step
 
 MOST_STALE = 8  # times that a method's modules may change before its calls stay in Python
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# of a class: what a method reads of it
-CLASS_ATTRIBUTES = ("forward", "backend", "recompute", "heads")
-# of a module's __dict__: what no forward reads
-IGNORED = {"_plans", "_plan_cache", "_non_persistent_buffers_set", "_is_full_backward_hook",
-           "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-           "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
-           "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}  # fmt: skip
-TYPE, CLASS, ITEM, VALUE, SIZE = range(5)  # as in csrc/guards.h
 
 
-def first_call(method: Callable, module: nn.Module, args: tuple, planned: Any, without) -> Any:
+def recorded_call(method: Callable, module: nn.Module, args: tuple, planned: Any, without) -> Any:
     """`method(module, *args)`, after which there is a plan, or a reason why not."""
     if not any(map(_plans.has_kernels, args)):
         return method(module, *args)
@@ -124,40 +115,30 @@ class Call:
     def __init__(self, method, module, args, planned, without):
         self.method, self.module, self.args, self.planned = method, module, args, planned
         self.without = without
-        self.modules = list(_inside(module, without))
         self.tensors = [a for a in args if isinstance(a, Tensor)]
-        every = (t for m in self.modules for d in (m._parameters, m._buffers) for t in d.values())
-        self.held = list({id(t): t for t in every if t is not None}.values())
+        self.held = self.seen().held
         self.inputs = [*self.tensors, *self.held]
         self.kind: Any = None
         self.shape: Any = None  # of the result: numbers in the place of tensors
+
+    def see(self) -> None:
+        """Note what the plan depends on, as it is now: before grad mode or a module changes."""
+        device = self.tensors[0].device
+        self.kind = _plan_library.loaded.Kind(device, self.args, self.seen().guards)
+
+    def seen(self) -> Seen:
+        """What the method reads of its modules, as they are now."""
+        kept = _plans.plans_of(self.module).seen
+        seen = kept.get(self.method.__name__)
+        if seen is None or not seen.guards.hold():
+            seen = kept[self.method.__name__] = Seen(self.module, self.without)
+        return seen
 
     def why_not(self) -> str | None:
         """Why no plan can be made of it; None: it can be tried."""
         if self.planned.stale > MOST_STALE:
             return "its modules changed at nearly every call"
-        if any(getattr(nn_module, f"_global{name}") for name in HOOKS):
-            return "PyTorch has hooks on every module"
-        for t in self.inputs:
-            if type(t) not in (Tensor, nn.Parameter):
-                return f"a tensor is a {type(t).__name__}"
-            if t.layout != torch.strided:
-                return f"a tensor has the layout {t.layout}"
-        for m in self.modules:
-            name = type(m).__name__
-            if type(m).__module__.partition(".")[0] not in ("torch", "timm", "deit_fast"):
-                return f"a {name} is of {type(m).__module__}"
-            if m is not self.module and ("forward" in m.__dict__ or m._compiled_call_impl):
-                return f"a {name} has a forward of its own"
-            if m is not self.module and any(getattr(m, hooks) for hooks in HOOKS):
-                return f"a {name} has hooks"
-        return None
-
-    def see(self) -> None:
-        """Note what the plan depends on, as it is now: before grad mode or a module changes."""
-        guards = list(_guards(self.module, self.without))
-        device = self.tensors[0].device
-        self.kind = _plan_library.loaded.Kind(device, self.args, guards)
+        return self.seen().why_not or next(filter(None, map(why_no_tensor, self.tensors)), None)
 
     def refuse(self, why: str) -> None:
         """Calls of this kind run in Python."""
@@ -327,51 +308,3 @@ def _renumbered(argument, number):
     if isinstance(argument, list):
         return [_renumbered(one, number) for one in argument]
     return argument
-
-
-# Guards
-
-
-def _inside(module: nn.Module, without: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """A module and those inside it, parents first."""
-    yield module
-    for name, child in module._modules.items():
-        if child is not None and name not in without:
-            yield from _inside(child)
-
-
-def _guards(module: nn.Module, without: Sequence[str] = ()) -> Iterator[tuple]:
-    """What a method of a module may read of it and of the modules inside it: see csrc/guards.h."""
-    for name in HOOKS:
-        hooks = getattr(nn_module, f"_global{name}")
-        yield SIZE, hooks, len(hooks), None
-    classes = {}
-    for part in _inside(module, without):
-        kind = type(part)
-        classes |= {kind: None, getattr(kind, "timm_class", kind): None}
-        yield TYPE, part, kind, None
-        yield from _attributes(part, without if part is module else ())
-    for kind in classes:
-        for name in CLASS_ATTRIBUTES:
-            owner = next((c for c in kind.__mro__ if name in c.__dict__), None)
-            if owner is not None:
-                yield CLASS, kind, name, owner.__dict__[name]
-
-
-def _attributes(part, without):
-    own = part.__dict__
-    yield SIZE, own, len(own), None
-    for name, value in own.items():
-        if name in IGNORED:
-            continue
-        if name in HOOKS:
-            yield SIZE, value, len(value), None
-        elif name in ("_parameters", "_buffers", "_modules"):
-            yield SIZE, value, len(value), None
-            yield from ((ITEM, value, key, one) for key, one in value.items() if key not in without)
-        elif isinstance(value, (bool, int, float, str, type(None))):
-            yield VALUE, own, name, value
-        else:
-            yield ITEM, own, name, value
-            if name == "pretrained_cfg":
-                yield from ((ITEM, value, k, value[k]) for k in ("mean", "std") if k in value)

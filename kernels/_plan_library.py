@@ -56,18 +56,26 @@ def wait() -> Any:
     return library()
 
 
+def changed() -> None:
+    """To be called when a setting of this package changes: no plan made before is used again."""
+    if loaded is not None:
+        loaded.changed()
+
+
 def status() -> str:
     """One line for people: whether calls run as launch plans, and if not, why."""
     if loaded is not None:
-        return f"ready, {loaded.__file__}"
+        return "ready"
     if _why_not is not None:
         return f"none: {_why_not}"
     if _build is not None:
         return "being built"
-    if path_of_build().exists():
-        return f"built, {path_of_build()}"
     why = why_not_buildable()
-    return f"none: {why}" if why else "built at the first call on a GPU"
+    if why is not None and not why.startswith("there is no C++"):
+        return f"none: {why}"
+    if path_of_build().exists():
+        return "built"
+    return f"none: {why}" if why else "to be built at the first call on a GPU"
 
 
 def _start() -> None:
@@ -123,6 +131,12 @@ def command(path: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
+def cache_folder() -> Path:
+    """What this package keeps: DEIT_FAST_CACHE, or deit_fast in the user's cache directory."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DEIT_FAST_CACHE") or Path(cache_home, "deit_fast"))
+
+
 def path_of_build() -> Path:
     """Where the library is kept, for these sources and these versions."""
     import triton
@@ -131,10 +145,8 @@ def path_of_build() -> Path:
     for source in sorted(SOURCE.iterdir()):
         digest.update(source.read_bytes())
     digest.update("\n".join(command(Path("-"))).encode())
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = os.environ.get("DEIT_FAST_PLANS_FOLDER") or str(Path(cache, "deit_fast"))
     tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-triton{triton.__version__}"
-    return Path(folder) / f"launch_plan-{tag}-{digest.hexdigest()[:12]}.so"
+    return cache_folder() / "plans" / f"launch_plan-{tag}-{digest.hexdigest()[:12]}.so"
 
 
 def build() -> Path:
@@ -151,11 +163,16 @@ def build() -> Path:
     why = why_not_buildable()
     if why is not None:
         raise RuntimeError(why)
+    import fcntl  # of Linux
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, path.name)  # several processes may build it at once
-        subprocess.run(command(part), check=True, capture_output=True, text=True)
-        part.replace(path)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a node: one builds, the others wait
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder, path.name)
+                subprocess.run(command(part), check=True, capture_output=True, text=True)
+                part.replace(path)
     return path
 
 

@@ -3,16 +3,18 @@
     @planned()                  a method of a module whose calls become plans
     launch(kernel, grid, ...)   how a Triton kernel is launched, so that a plan can hold it
 
-The first call of a kind runs as written and is recorded (`_plan_recorder.Recorder`): the launches
-of Triton's kernels, PyTorch's operators below autograd, and the tensors between them. The next
-calls of that kind run the steps without Python, the dispatcher or Triton's launcher (csrc/plan.h):
-outputs come from PyTorch's allocator, launches go to the current stream. In training a plan is one
-node of the autograd graph, and the first backward is recorded as well (`_plan_calls`).
+The second call of a kind runs as written, like the first, and is recorded
+(`_plan_recorder.Recorder`): the launches of Triton's kernels, PyTorch's operators below autograd,
+and the tensors between them. The next calls of that kind run the steps without Python, the
+dispatcher or Triton's launcher (csrc/plan.h): outputs come from PyTorch's allocator, launches go to
+the current stream. In training a plan is one node of the autograd graph, and the backward of the
+second call is recorded as well (`_plan_calls`).
 
 A kind of call is (csrc/guards.h): the shapes, strides, dtypes, devices and alignment of the tensors
-and of the parameters; the other arguments; grad mode, inference mode and autocast; the classes,
-attributes, children, parameters and hooks of the modules. A call that differs in any of them runs
-in Python. Parameters are read where they lie at each call, so changes of their values are seen.
+and of the parameters; the other arguments; grad mode, inference mode, autocast and PyTorch's
+choice of attention; this package's settings; the classes, attributes, children, parameters and
+hooks of the modules. A call that differs in any of them runs in Python. Parameters are read where
+they lie at each call, so changes of their values are seen.
 
 Python runs, by name in `why_not(module)`: hooks inside a module, modules of other libraries, tensor
 subclasses, operators whose result the host needs. It also runs under torch.compile and torch.jit,
@@ -20,7 +22,8 @@ torch.func, TorchDispatchModes, hooks for saved tensors, and for a gradient of a
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -33,6 +36,8 @@ from ._plan_recorder import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 _local = threading.local()
+at_once = False  # a kind of call is recorded when it comes first, not when it comes a second time
+_off = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -50,6 +55,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         recorder.launched(kernel, compiled, grid, args, meta)
 
 
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Context in which no call runs as a plan, for comparisons; not for several threads at once."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
 def recording() -> Recorder | None:
     """What records this thread's calls, if anything does."""
     return getattr(_local, "recorder", None)
@@ -65,12 +81,6 @@ def record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:
         _local.recorder = None
 
 
-def changed() -> None:
-    """To be called when a setting of this package changes: no plan made before is used again."""
-    if _plan_library.loaded is not None:
-        _plan_library.loaded.changed()
-
-
 class Plans(dict[str, Any]):
     """The plans of one module, by the name of the method; a copy of the module has none."""
 
@@ -78,6 +88,7 @@ class Plans(dict[str, Any]):
         super().__init__()
         self.owner = owner
         self.reasons: dict[str, str] = {}  # why calls of a method run in Python
+        self.seen: dict[str, Any] = {}  # `_plan_calls.Seen` of a method
 
     def __copy__(self):
         return Plans()
@@ -131,6 +142,7 @@ def planned(*, without: Sequence[str] = (), inference: bool = False) -> Callable
         def run(self, *args, **kwargs):
             if (
                 kwargs
+                or _off
                 or torch.compiler.is_compiling()
                 or (_plan_library.loaded is None and not _loads(args))
                 or (inference and torch.is_grad_enabled())
@@ -141,14 +153,14 @@ def planned(*, without: Sequence[str] = (), inference: bool = False) -> Callable
                 return method(self, *args, **kwargs)
             one = plans_of(self).get(name)
             if one is None:
-                one = plans_of(self)[name] = _plan_library.loaded.Planned()
+                one = plans_of(self)[name] = _plan_library.loaded.Planned(at_once)
             result = one(*args)
             if result is NotImplemented:
                 return method(self, *args)
             if result is None:
-                from ._plan_calls import first_call
+                from ._plan_calls import recorded_call
 
-                return first_call(method, self, args, one, without)
+                return recorded_call(method, self, args, one, without)
             return result
 
         return run  # type: ignore[return-value]  # of the same signature

@@ -22,8 +22,8 @@ def markdown(data: dict) -> str:
     kind = f"autocast to {settings['dtype']}" if settings["autocast"] else settings["dtype"]
     return (
         f"{on['cpu']}, one thread; Python {on['python']}, PyTorch {on['torch']}, Triton "
-        f"{on['triton']}, timm {on['timm']}; batch 1, {kind}, {settings['rounds']} rounds. No GPU "
-        f"was there; launches are no-ops.\n\n{table}"
+        f"{on['triton']}, timm {on['timm']}; batch 1, {kind}, {settings['rounds']} rounds; "
+        f"launch plans: {settings['plans']}. No GPU was there; launches are no-ops.\n\n{table}"
     )
 
 

@@ -1,4 +1,4 @@
-// The CUDA driver: the two functions of it that a plan calls, and the current stream.
+// The CUDA driver: the functions of it that a plan calls, and the current stream.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -15,6 +15,9 @@ struct Driver {
   decltype(&cuLaunchKernelEx) launch;
   decltype(&cuTensorMapEncodeTiled) encode; // null where the driver has none: before CUDA 12
   decltype(&cuGetErrorString) error;
+  decltype(&cuCtxGetCurrent) current;
+  decltype(&cuDevicePrimaryCtxRetain) retain;
+  decltype(&cuCtxSetCurrent) set_current;
 
   static const Driver &get() {
     static const Driver driver = load();
@@ -29,6 +32,16 @@ struct Driver {
     TORCH_CHECK(false, what, ": the CUDA driver says: ", text ? text : "unknown error");
   }
 
+  // A thread in which PyTorch has done nothing yet has no context, and a launch needs one.
+  void make_current(c10::Device device) const {
+    CUcontext context = nullptr;
+    check(current(&context), "cuCtxGetCurrent");
+    if (context)
+      return;
+    check(retain(&context, device.has_index() ? device.index() : 0), "cuDevicePrimaryCtxRetain");
+    check(set_current(context), "cuCtxSetCurrent");
+  }
+
 private:
   static Driver load() {
     void *library = dlopen("libcuda.so.1", RTLD_LAZY); // Triton has loaded it
@@ -36,8 +49,11 @@ private:
     auto find = [library](const char *name) { return dlsym(library, name); };
     Driver found{(decltype(launch))find("cuLaunchKernelEx"),
                  (decltype(encode))find("cuTensorMapEncodeTiled"),
-                 (decltype(error))find("cuGetErrorString")};
-    TORCH_CHECK(found.launch && found.error, "libcuda.so.1 has no cuLaunchKernelEx: CUDA 11.8 or newer is needed");
+                 (decltype(error))find("cuGetErrorString"),
+                 (decltype(current))find("cuCtxGetCurrent"),
+                 (decltype(retain))find("cuDevicePrimaryCtxRetain"),
+                 (decltype(set_current))find("cuCtxSetCurrent")};
+    TORCH_CHECK(found.launch && found.error && found.current && found.retain && found.set_current, "libcuda.so.1 has no cuLaunchKernelEx: CUDA 11.8 or newer is needed");
     return found;
   }
 };

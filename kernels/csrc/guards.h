@@ -1,6 +1,7 @@
 // What a plan was recorded under: it may run only while all of it is as it was.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
@@ -33,10 +34,19 @@ inline std::shared_ptr<py::object> shared(py::object object) {
           }};
 }
 
+// The very object, or an equal number or string: no code in Python runs.
+inline bool is_same(PyObject *a, PyObject *b) {
+  if (a == b)
+    return true;
+  bool plain = PyLong_CheckExact(a) || PyFloat_CheckExact(a) || PyUnicode_CheckExact(a);
+  return plain && Py_TYPE(a) == Py_TYPE(b) && PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+}
+
 // Kept between calls: what of PyTorch's state a function may depend on.
 struct State {
   bool grad, inference, autocast;
   at::ScalarType autocast_dtype;
+  int flags;     // of PyTorch: which attention serves, and determinism
   int64_t epoch; // of our own settings: see `changed` in _plans.py
 
   static inline int64_t epoch_now = 0;
@@ -44,11 +54,18 @@ struct State {
   static State now(c10::DeviceType device) {
     bool autocast = at::autocast::is_autocast_enabled(device);
     return {at::GradMode::is_enabled(), c10::InferenceMode::is_enabled(), autocast,
-            autocast ? at::autocast::get_autocast_dtype(device) : at::kFloat, epoch_now};
+            autocast ? at::autocast::get_autocast_dtype(device) : at::kFloat, flags_now(),
+            epoch_now};
+  }
+  static int flags_now() {
+    const auto &context = at::globalContext();
+    return context.userEnabledFlashSDP() | context.userEnabledMemEfficientSDP() << 1 |
+           context.userEnabledMathSDP() << 2 | context.userEnabledCuDNNSDP() << 3 |
+           context.deterministicAlgorithms() << 4;
   }
   bool operator==(const State &o) const {
     return grad == o.grad && inference == o.inference && autocast == o.autocast &&
-           autocast_dtype == o.autocast_dtype && epoch == o.epoch;
+           autocast_dtype == o.autocast_dtype && flags == o.flags && epoch == o.epoch;
   }
   bool operator!=(const State &o) const { return !(*this == o); }
 
@@ -158,14 +175,7 @@ private:
       return PyDict_GetItemWithError(item.a, item.b) == item.c;
     case VALUE: { // dictionary, key, an equal number or string
       PyObject *found = PyDict_GetItemWithError(item.a, item.b);
-      if (found == item.c)
-        return true;
-      if (!found || Py_TYPE(found) != Py_TYPE(item.c))
-        return false;
-      int same = PyObject_RichCompareBool(found, item.c, Py_EQ);
-      if (same < 0)
-        PyErr_Clear();
-      return same == 1;
+      return found && is_same(found, item.c);
     }
     case SIZE: // dictionary, how many
       return PyDict_GET_SIZE(item.a) == item.size;

@@ -205,22 +205,10 @@ std::shared_ptr<Pair> make_pair(std::shared_ptr<Plan> forward, std::shared_ptr<P
                                         shared(std::move(again))});
 }
 
-// arguments: what the function is called with, now. guards: see `Guards`.
-std::shared_ptr<Kind> kind_of(py::handle device, const py::tuple &arguments,
-                              const py::list &guards) {
-  auto kind = std::make_shared<Kind>();
-  kind->state = State::now(device_of(device).type());
-  py::tuple constants(arguments.size());
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    py::object one = arguments[i];
-    if (THPVariable_Check(one.ptr())) {
-      kind->tensors.emplace_back(i, TensorKey(THPVariable_Unpack(one.ptr())));
-      one = py::none();
-    }
-    constants[i] = one;
-  }
-  kind->constants = std::move(constants);
-  kind->guards = std::make_unique<Guards>(guards);
+// arguments: what the function is called with, now. guards: `Guards`.
+std::shared_ptr<Kind> kind_of(py::handle device, const py::tuple &arguments, py::object guards) {
+  auto kind = std::make_shared<Kind>(State::now(device_of(device).type()), arguments.ptr());
+  kind->guards = std::move(guards);
   return kind;
 }
 
@@ -235,32 +223,48 @@ void add(Planned &planned, std::shared_ptr<Kind> kind, std::shared_ptr<Pair> pai
   planned.add(std::move(kind));
 }
 
-Planned &planned_of(PyObject *self) { return py::cast<Planned &>(py::handle(self)); }
+template <class T> T &of(PyObject *self) { return py::cast<T &>(py::handle(self)); }
 
-// Planned is called without pybind11's search for an overload, and its guards are the garbage
-// collector's to see: they hold the module that holds the plans.
-void set_up(PyHeapTypeObject *heap_type) {
+bool is_made(PyObject *self) {
+  return reinterpret_cast<py::detail::instance *>(self)->simple_value_holder[0] != nullptr;
+}
+
+// The garbage collector has to see the guards: they hold the module that holds the plans.
+void set_up_guards(PyHeapTypeObject *heap_type) {
   PyTypeObject *type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject *self, visitproc visit, void *arg) -> int {
     Py_VISIT(Py_TYPE(self));
-    if (!reinterpret_cast<py::detail::instance *>(self)->simple_value_holder[0])
-      return 0; // not yet made
-    for (auto &kind : planned_of(self).kinds) {
-      if (int stop = kind->guards->traverse(visit, arg))
-        return stop;
+    return is_made(self) ? of<Guards>(self).traverse(visit, arg) : 0;
+  };
+  type->tp_clear = [](PyObject *self) -> int {
+    of<Guards>(self).clear();
+    return 0;
+  };
+}
+
+// Planned is called without pybind11's search for an overload.
+void set_up_planned(PyHeapTypeObject *heap_type) {
+  PyTypeObject *type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject *self, visitproc visit, void *arg) -> int {
+    Py_VISIT(Py_TYPE(self));
+    if (!is_made(self))
+      return 0;
+    for (auto &kind : of<Planned>(self).kinds) {
+      Py_VISIT(kind->guards.ptr());
       Py_VISIT(kind->constants.ptr());
       Py_VISIT(kind->result.ptr());
     }
     return 0;
   };
   type->tp_clear = [](PyObject *self) -> int {
-    planned_of(self).kinds.clear();
+    of<Planned>(self).kinds.clear();
     return 0;
   };
   type->tp_call = [](PyObject *self, PyObject *arguments, PyObject *) -> PyObject * {
     try {
-      return planned_of(self).call(arguments);
+      return of<Planned>(self).call(arguments);
     } catch (py::error_already_set &error) {
       error.restore();
     } catch (py::builtin_exception &error) {
@@ -294,8 +298,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("begin_range", &Builder::begin_range)
       .def("end_range", &Builder::end_range)
       .def("done", &Builder::done);
-  py::class_<Planned>(m, "Planned", py::custom_type_setup(set_up))
-      .def(py::init<>())
+  py::class_<Guards>(m, "Guards", py::custom_type_setup(set_up_guards))
+      .def(py::init<const py::list &>())
+      .def("hold", &Guards::hold);
+  py::class_<Planned>(m, "Planned", py::custom_type_setup(set_up_planned))
+      .def(py::init<bool>())
       .def("add", &add)
       .def_readonly("stale", &Planned::stale)
       .def_property_readonly("pairs", [](const Planned &planned) {

@@ -231,6 +231,8 @@ public:
   void run(Slots &held) const {
     held.resize(slots);
     c10::DeviceGuard guard(device);
+    if (!launches.empty())
+      Driver::get().make_current(device);
     CUstream stream = current_stream(device);
     c10::Allocator *allocator = c10::GetAllocator(device.type());
     if (C10_UNLIKELY(at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()))

@@ -103,11 +103,23 @@ struct Kind {
   py::tuple constants; // the arguments; a tensor's place holds None
   std::vector<std::pair<size_t, TensorKey>> tensors; // arguments
   std::vector<TensorKey> held;
-  std::unique_ptr<Guards> guards;
+  py::object guards;          // `Guards`; null: seen once, and not recorded
   std::shared_ptr<Pair> pair; // null: not planned
   py::object result;          // of the call, with the number of an output in a tensor's place
 
-  enum Fit { OTHER, STALE, FITS };
+  // arguments: what the function is called with, now.
+  Kind(State state, PyObject *arguments) : state(state), constants(PyTuple_GET_SIZE(arguments)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
+      PyObject *one = PyTuple_GET_ITEM(arguments, i);
+      if (THPVariable_Check(one)) {
+        tensors.emplace_back(i, TensorKey(THPVariable_Unpack(one)));
+        one = Py_None;
+      }
+      PyTuple_SET_ITEM(constants.ptr(), i, Py_NewRef(one));
+    }
+  }
+
+  enum Fit { OTHER, NOTED, STALE, FITS };
 
   Fit fit(const State &now, PyObject *arguments, const std::vector<const Tensor *> &given) const {
     if (now != state || given.size() != tensors.size())
@@ -125,14 +137,12 @@ struct Kind {
         continue;
       }
       PyObject *constant = PyTuple_GET_ITEM(constants.ptr(), i);
-      if (argument != constant &&
-          (Py_TYPE(argument) != Py_TYPE(constant) ||
-           PyObject_RichCompareBool(argument, constant, Py_EQ) != 1)) {
-        PyErr_Clear();
+      if (!is_same(argument, constant))
         return OTHER;
-      }
     }
-    if (!guards->hold())
+    if (!guards) // a null object
+      return NOTED;
+    if (!guards.cast<const Guards &>().hold())
       return STALE;
     for (size_t i = 0; pair && i < held.size(); ++i)
       if (!held[i].fits(pair->held[i]))
@@ -143,11 +153,16 @@ struct Kind {
 
 class Planned {
 public:
-  static constexpr size_t MOST = 16; // kinds of calls that are kept
-  std::list<std::shared_ptr<Kind>> kinds;             // the latest first
-  size_t stale = 0;                  // kinds dropped because a module had changed
+  static constexpr size_t MOST = 64; // kinds of calls that are kept
+  static constexpr size_t FORGIVES = 64; // calls
+  std::list<std::shared_ptr<Kind>> kinds; // the latest first
+  size_t stale = 0; // kinds dropped because a module had changed, less one for each 64 plans run
+
+  explicit Planned(bool at_once) : at_once(at_once) {}
 
   // The function's result; NotImplemented: run it in Python; None: run it there and record it.
+  //
+  // A kind is recorded when it comes a second time (unless `at_once`): many sizes come only once.
   PyObject *call(PyObject *arguments) {
     if (State::why_seen())
       return Py_NewRef(Py_NotImplemented);
@@ -167,6 +182,9 @@ public:
       switch ((*kind)->fit(now, arguments, given)) {
       case Kind::OTHER:
         continue;
+      case Kind::NOTED:
+        kinds.erase(kind);
+        return Py_NewRef(Py_None);
       case Kind::STALE:
         ++stale;
         kinds.erase(kind);
@@ -176,10 +194,15 @@ public:
           kinds.splice(kinds.begin(), kinds, kind);
         if (!(*kind)->pair)
           return Py_NewRef(Py_NotImplemented);
+        if (++runs % FORGIVES == 0 && stale)
+          --stale;
         return run(**kind, given);
       }
     }
-    return Py_NewRef(Py_None);
+    if (at_once)
+      return Py_NewRef(Py_None);
+    add(std::make_shared<Kind>(now, arguments));
+    return Py_NewRef(Py_NotImplemented);
   }
 
   void add(std::shared_ptr<Kind> kind) {
@@ -189,6 +212,9 @@ public:
   }
 
 private:
+  bool at_once;
+  size_t runs = 0;
+
   static PyObject *run(const Kind &kind, const std::vector<const Tensor *> &given) {
     auto pair = kind.pair; // another thread may drop the kind
     py::object result = kind.result;
