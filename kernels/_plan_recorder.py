@@ -65,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self.why_not: str | None = None
         self.steps: list[Step] = []
         self.inputs = 0
+        self._launches = False
         self.slots = 0
         self.backward_from: int | None = None
         self.upstream: list[int] = []  # slots of the gradients that backward starts from
@@ -118,7 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.why_not is not None:
+        if self._launches or self.why_not is not None:
             return func(*args, **kwargs)
         body = bodies.get(func)
         if body is not None:
@@ -184,8 +185,13 @@ class Recorder(TorchDispatchMode):
         self.steps.append(Step("call", tuple(reads), made, (*name, arguments, list(makes))))
         return None
 
-    def launched(self, kernel, compiled, grid, args, meta) -> None:
-        """A launch of a Triton kernel, with the arguments as `_plans.launch` got them."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+        """Launch a Triton kernel, with the arguments as `_plans.launch` got them."""
+        self._launches = True  # Triton's interpreter calls operators of PyTorch's
+        try:
+            compiled = kernel[grid](*args, **meta)
+        finally:
+            self._launches = False
         if self.why_not is not None or math.prod(grid) == 0:
             return
         bound = dict(zip(kernel.arg_names, args, strict=False)) | meta

@@ -49,10 +49,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         *args: The kernel's first arguments.
         **meta: Its other arguments, and Triton's options.
     """
-    compiled = kernel[grid](*args, **meta)
     recorder = recording()
-    if recorder is not None:
-        recorder.launched(kernel, compiled, grid, args, meta)
+    if recorder is None:
+        kernel[grid](*args, **meta)
+    else:
+        recorder.launch(kernel, grid, args, meta)
 
 
 @contextmanager

@@ -314,5 +314,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   m.def("make_pair", &make_pair);
   m.def("why_seen", &State::why_seen);
+  m.def("runs", [] { return Planned::all_runs; });
   m.def("changed", [] { ++State::epoch_now; });
 }

@@ -158,6 +158,8 @@ public:
   std::list<std::shared_ptr<Kind>> kinds; // the latest first
   size_t stale = 0; // kinds dropped because a module had changed, less one for each 64 plans run
 
+  static inline size_t all_runs = 0; // plans that ran in this process, those of backward not counted
+
   explicit Planned(bool at_once) : at_once(at_once) {}
 
   // The function's result; NotImplemented: run it in Python; None: run it there and record it.
@@ -188,21 +190,19 @@ public:
       case Kind::STALE:
         ++stale;
         kinds.erase(kind);
-        return Py_NewRef(Py_None);
+        return note(now, arguments);
       case Kind::FITS:
         if (kind != kinds.begin())
           kinds.splice(kinds.begin(), kinds, kind);
         if (!(*kind)->pair)
           return Py_NewRef(Py_NotImplemented);
+        ++all_runs;
         if (++runs % FORGIVES == 0 && stale)
           --stale;
         return run(**kind, given);
       }
     }
-    if (at_once)
-      return Py_NewRef(Py_None);
-    add(std::make_shared<Kind>(now, arguments));
-    return Py_NewRef(Py_NotImplemented);
+    return note(now, arguments);
   }
 
   void add(std::shared_ptr<Kind> kind) {
@@ -214,6 +214,13 @@ public:
 private:
   bool at_once;
   size_t runs = 0;
+
+  PyObject *note(const State &now, PyObject *arguments) {
+    if (at_once)
+      return Py_NewRef(Py_None);
+    add(std::make_shared<Kind>(now, arguments));
+    return Py_NewRef(Py_NotImplemented);
+  }
 
   static PyObject *run(const Kind &kind, const std::vector<const Tensor *> &given) {
     auto pair = kind.pair; // another thread may drop the kind

@@ -1,0 +1,472 @@
+"""Launch plans: the same bits as in Python, and Python wherever something differs."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from modelling import images, tiny_pair
+from planning import assert_equal, stepped
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deit_fast import kernels
+from deit_fast.kernels import _plan_calls, _plans, _tuned
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytest_plugins = ["planning"]
+
+
+def small(device, dtype=torch.bfloat16, **kwargs):
+    model = tiny_pair("triton", **{"depth": 1, "img_size": 32} | kwargs)[1].to(device, dtype)
+    return model, images(model).to(device, dtype)
+
+
+@pytest.fixture
+def inference(plans, device):
+    """A model, a batch, and a call without gradients that is a plan."""
+    model, x = small(device)
+    with torch.no_grad():
+        plans.warm(lambda: model(x))
+        yield model, x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inference(plans, device, dtype):
+    model, x = small(device, dtype, depth=2)
+    with torch.no_grad():
+        plans.warm(lambda: model(x))
+        for scale in (1, 3):
+            with _plans.in_python():
+                expected = plans.called(lambda scale=scale: model(scale * x), plan=False)
+            assert_equal([plans.called(lambda scale=scale: model(scale * x))], [expected])
+
+
+@pytest.mark.parametrize("grads", ["all", "frozen", "images"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+def test_training(plans, device, dtype, grads):
+    amp = dtype == "autocast"
+    model, x = small(device, torch.float32 if amp else dtype, depth=2, init_values=1e-2)
+    model.train()
+    if grads == "frozen":
+        for name, p in model.named_parameters():
+            p.requires_grad_("qkv" not in name and "norm" not in name)
+    x.requires_grad_(grads == "images")
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            return [*stepped(model, x), x.grad]
+
+    with _plans.in_python():
+        expected = step()
+    x.grad = None
+    plans.warm(step)
+    x.grad = None
+    assert_equal(plans.called(step), expected)
+
+
+def test_a_kind_is_recorded_when_it_comes_again(plans, device):
+    model, x = small(device)
+    with torch.no_grad():
+        for batch, expected in ((2, False), (1, False), (2, False), (1, False), (2, True)):
+            plans.called(lambda batch=batch: model(x[:batch]), plan=expected)
+        plans.called(lambda: model(x[:1]))
+
+
+def replaced(model):
+    model.blocks[0].norm1 = copy.deepcopy(model.blocks[0].norm1)
+    with torch.no_grad():
+        model.blocks[0].norm1.weight.mul_(2)
+
+
+def weight_replaced(model):
+    model.head.weight = nn.Parameter(2 * model.head.weight)
+
+
+def hooked(model):
+    model.blocks[0].attn.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def other_class(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.head.__class__ = Doubled
+
+
+def own_forward(model):
+    model.head.forward = lambda x: x[:, :11] * 0
+
+
+def hook_everywhere(model):
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    model.undo = hook.remove
+
+
+CHANGES = {
+    "module replaced": replaced,
+    "weight replaced": weight_replaced,
+    "hook": hooked,
+    "other class": other_class,
+    "own forward": own_forward,
+    "hook on every module": hook_everywhere,
+    "attribute": lambda model: setattr(model.norm, "eps", 0.5),
+    "module removed": lambda model: setattr(model, "blocks", nn.Sequential()),
+    "parameter frozen": lambda model: model.head.weight.requires_grad_(False),
+    "bias removed": lambda model: setattr(model.head, "bias", None),
+    "epsilon of a block": lambda model: setattr(model.blocks[0].norm2, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_module_is_seen(inference, plans, change):
+    model, x = inference
+    before = model(x)
+    CHANGES[change](model)
+    try:
+        got = plans.called(lambda: model(x), plan=False)
+        with _plans.in_python():
+            assert_equal([got], [model(x)])
+        if change not in ("parameter frozen", "hook on every module"):
+            assert not torch.equal(got, before)
+    finally:
+        getattr(model, "undo", lambda: None)()
+
+
+def other_values(model, x):
+    model.head.weight.mul_(2)
+
+
+def other_memory(model, x):
+    model.head.weight.data = 2 * model.head.weight.data
+
+
+def other_images(model, x):
+    x.mul_(2)
+
+
+@pytest.mark.parametrize("change", [other_values, other_memory, other_images])
+def test_values_are_read_at_each_call(inference, plans, change):
+    model, x = inference
+    before = model(x)
+    change(model, x)
+    got = plans.called(lambda: model(x))
+    with _plans.in_python():
+        assert_equal([got], [model(x)])
+    assert not torch.equal(got, before)
+
+
+SETTINGS = {
+    "exclude": lambda: kernels.exclude("attention"),
+    "tuned tables": _tuned.forget,
+    "determinism": lambda: torch.use_deterministic_algorithms(False),
+    "grad mode": lambda: torch.set_grad_enabled(True),
+}
+CONTEXTS = {
+    "forced": lambda: _tuned.forced("attention", {"implementation": "torch"}),
+    "attention of PyTorch": lambda: sdpa_kernel(SDPBackend.MATH),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "in_python": _plans.in_python,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_changes_is_seen(inference, plans, setting):
+    model, x = inference
+    try:
+        SETTINGS[setting]()
+        plans.called(lambda: model(x), plan=False)
+    finally:
+        kernels.exclude()
+        torch.set_grad_enabled(False)
+
+
+@pytest.mark.cpu("the autocast of a CPU")
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_context_is_seen(inference, plans, context):
+    model, x = inference
+    with CONTEXTS[context]():
+        plans.called(lambda: model(x), plan=False)
+    if context != "forced":  # then every plan is made again
+        plans.called(lambda: model(x))
+
+
+class Seen(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def in_mode(model, x):
+    with Seen() as seen:
+        model(x)
+    assert seen.count > 5
+
+
+def of_a_subclass(model, x):
+    model(x.as_subclass(Subclass))
+
+
+def in_vmap(model, x):
+    torch.func.vmap(model)(x[None])
+
+
+def in_functional_call(model, x):
+    torch.func.functional_call(model, {"head.bias": model.head.bias + 1}, (x,))
+
+
+def with_saved_tensor_hooks(model, x):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        model(x)
+
+
+def in_jit_trace(model, x):
+    torch.jit.trace(model, (x,), check_trace=False)
+
+
+def in_explain(model, x):
+    assert kernels.explain(lambda: model(x))
+
+
+@pytest.mark.cpu("traces on a CPU")
+@pytest.mark.parametrize(
+    "call",
+    [
+        in_mode,
+        of_a_subclass,
+        in_vmap,
+        in_functional_call,
+        with_saved_tensor_hooks,
+        in_jit_trace,
+        in_explain,
+    ],
+)
+def test_python_runs_where_each_operator_must_be_seen(inference, plans, call):
+    model, x = inference
+    for _ in range(3):
+        plans.called(lambda: call(model, x), plan=False)
+    plans.called(lambda: model(x), plan=call is not in_functional_call)
+
+
+def test_compile_and_export_trace_through(inference, plans):
+    model, x = inference
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_equal([compiled(x)], [expected])
+    exported = torch.export.export(model, (x,)).module()
+    assert_equal([exported(x)], [expected])
+
+
+def test_other_calls(inference, plans):
+    model, x = inference
+    with torch.no_grad():
+        plans.called(lambda: model(x.clone(memory_format=torch.channels_last)), plan=False)
+        plans.called(lambda: model(x[:, :, :, ::1].transpose(2, 3)), plan=False)
+        odd = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+        odd.copy_(x)
+        got = plans.called(lambda: model(odd), plan=False)
+        assert_equal([got], [model(x)])
+
+
+def test_bad_input_has_its_error(inference, plans):
+    model, x = inference
+    for bad in (x[:, :1], x[:, :, :20], x[0], x.int()):
+        for _ in range(3):
+            with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError)):
+                model(bad)
+    plans.called(lambda: model(x))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_have_plans_of_their_own(inference, plans, copied):
+    model, x = inference
+    expected, other = model(x), copied(model)
+    assert not other.__dict__["_plans"] if copied is not copy.copy else True
+    if copied is not copy.copy:
+        other.head.weight.mul_(2)
+    plans.called(lambda: other(x), plan=False)
+    assert torch.equal(other(x), expected) == (copied is copy.copy)
+    assert_equal([plans.called(lambda: model(x))], [expected])
+
+
+def test_a_replica_of_data_parallel_has_plans_of_its_own(inference, plans):
+    model, x = inference
+    expected, replica = model(x), model._replicate_for_data_parallel()
+    for name, parameter in model._parameters.items():
+        setattr(replica, name, parameter)  # as DataParallel does
+    replica.head = nn.Linear(64, 11, dtype=x.dtype)
+    assert not torch.equal(plans.called(lambda: replica(x), plan=False), expected)
+    assert_equal([plans.called(lambda: model(x))], [expected])
+
+
+def test_models_are_freed(plans, device):
+    model, x = small(device)
+    with torch.no_grad():
+        plans.warm(lambda: model(x))
+    plans.warm(lambda: stepped(model, x))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_modules_that_change_all_the_time_stay_in_python(inference, plans):
+    model, x = inference
+    for i in range(3 * _plan_calls.MOST_STALE):
+        model.norm.eps = 1e-6 * (i + 1)
+        model(x)
+    assert _plans.why_not(model) == {"forward": "its modules changed at nearly every call"}
+    model.norm.eps = 1e-6
+    plans.called(lambda: model(x), plan=False)
+
+
+def test_why_not(plans, device):
+    model, x = small(device)
+    with torch.no_grad():
+        model.blocks[0].attn.register_forward_hook(lambda *args: None)
+        for _ in range(3):
+            plans.called(lambda: model(x), plan=False)
+        assert _plans.why_not(model)["forward"] == "a Attention has hooks"
+
+
+def test_as_many_kinds_as_a_server_has(plans, device):
+    model, _ = small(device)
+    norm_and_head = model._norm_and_head
+    with torch.no_grad():
+        for _ in range(2):
+            for tokens in range(4, 44):
+                norm_and_head(torch.zeros(1, tokens, 64, dtype=torch.bfloat16, device=device))
+        for tokens in range(4, 44):
+            x = torch.zeros(1, tokens, 64, dtype=torch.bfloat16, device=device)
+            plans.called(lambda x=x: norm_and_head(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_profilers_see_a_range_for_each_operation(inference, plans, training):
+    model, x = inference
+    torch.set_grad_enabled(training)
+    call = (lambda: stepped(model, x)) if training else lambda: model(x)
+    with _plans.in_python(), torch.profiler.profile() as python:
+        call()
+    plans.called(call, plan=not training)
+    call()
+    with torch.profiler.profile() as profile:
+        plans.called(call)
+    ours = [
+        [e.name for e in p.events() if e.name.startswith("deit_fast::")] for p in (python, profile)
+    ]
+    if training:  # through the dispatcher Python has a range for forward and none for backward
+        assert {"deit_fast::linear", "deit_fast::attention_backward"} <= set(ours[1])
+    else:
+        assert len(ours[1]) > 5
+
+
+def test_backward_twice(plans, device):
+    model, x = small(device)
+    model.train()
+
+    def forward():
+        return sum(t.float().sum() for t in model(x))
+
+    plans.warm(lambda: forward().backward())
+    loss = plans.called(forward)
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    once = model.head.weight.grad.clone()
+    loss.backward()
+    assert_equal([model.head.weight.grad], [2 * once])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_saved_tensors_that_were_written_to(plans, device):
+    model, x = small(device)
+    model.train()
+
+    def forward():
+        return sum(t.float().sum() for t in model(x))
+
+    plans.warm(lambda: forward().backward())
+    loss = forward()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_second_derivatives(plans, device, drop_path_rate):
+    model, x = small(device, torch.float32, drop_path_rate=drop_path_rate)
+    model.train()
+    x.requires_grad_()
+
+    def penalty():
+        torch.manual_seed(5)
+        loss = sum(t.square().sum() for t in model(x))
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), model.blocks[0].attn.qkv.weight)
+
+    with _plans.in_python():
+        expected = penalty()
+    for _ in range(2):
+        stepped(model, x)
+    for _ in range(2):  # its terms are added in another order
+        torch.testing.assert_close(penalty(), expected)
+
+
+def test_checkpoint(plans, device):
+    model, x = small(device)
+    model.train()
+    with _plans.in_python():
+        expected = stepped(model, x)
+    model.set_grad_checkpointing(True)
+    for _ in range(3):
+        assert_equal(plans.called(lambda: stepped(model, x), plan=False), expected)
+
+
+def test_drop_path_draws_as_in_python(plans, device):
+    model, x = small(device, drop_path_rate=0.5, depth=2)
+    model.train()
+
+    def step():
+        torch.manual_seed(3)
+        return stepped(model, x)
+
+    with _plans.in_python():
+        expected = step()
+    plans.warm(step)
+    assert_equal(plans.called(step), expected)
+
+
+def test_gradients_under_ddp(plans, device, tmp_path):
+    model, x = small(device)
+    model.train()
+    with _plans.in_python():
+        expected = [p.grad.clone() for p in _stepped(model, x)]
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        plans.warm(lambda: _stepped(parallel, x))
+        assert_equal([p.grad for p in plans.called(lambda: _stepped(parallel, x))], expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _stepped(model, x):
+    stepped(model, x)
+    return list(model.parameters())
