@@ -9,7 +9,6 @@ be read, or is another chip's, or names what no operation offers, is ignored wit
 """
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator

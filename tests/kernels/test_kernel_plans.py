@@ -313,12 +313,14 @@ def test_a_replica_of_data_parallel_has_plans_of_its_own(inference, plans):
 
 
 def test_models_are_freed(plans, device):
-    model, x = small(device)
-    with torch.no_grad():
-        plans.warm(lambda: model(x))
-    plans.warm(lambda: stepped(model, x))
-    gone = weakref.ref(model)
-    del model
+    def used():
+        model, x = small(device)
+        with torch.no_grad():
+            plans.warm(lambda: model(x))
+        plans.warm(lambda: stepped(model, x))
+        return weakref.ref(model)
+
+    gone = used()
     gc.collect()
     assert gone() is None
 
