@@ -54,11 +54,13 @@ def why_no_tensor(tensor: Tensor) -> str | None:
 
 def _why_no_module(part, module):
     name = type(part).__name__
+    if part is module:
+        return None
     if type(part).__module__.partition(".")[0] not in ("torch", "timm", "deit_fast"):
         return f"a {name} is of {type(part).__module__}"
-    if part is not module and ("forward" in part.__dict__ or part._compiled_call_impl):
+    if ("forward" in part.__dict__ or part._compiled_call_impl):
         return f"a {name} has a forward of its own"
-    if part is not module and any(getattr(part, hooks) for hooks in HOOKS):
+    if any(getattr(part, hooks) for hooks in HOOKS):
         return f"a {name} has hooks"
     return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deit_fast.kernels import _policy, _tuned
+from deit_fast.kernels import _plan_library, _policy, _tuned
 from deit_fast.kernels.quantize import FORMATS
 
 CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
@@ -59,12 +59,13 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     """The chip, driver and versions that a results file records.
 
     Returns:
-        Keys gpu and driver (None on a CPU), cuda, cpu, threads, python, torch, triton, timm and
+        Keys gpu and driver (None on a CPU), plans (of launches; not on a CPU), cuda, cpu, threads, python, torch, triton, timm and
         torchao (None where it is not installed).
     """
     found: dict[str, str | int | None] = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
     if device.type == "cuda":
-        found |= {"gpu": device_name(device), "driver": _driver()}
+        _plan_library.wait()  # which calls of ours run as plans is not left to chance
+        found |= {"gpu": device_name(device), "driver": _driver(), "plans": _plan_library.status()}
     found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
     for package in ("torch", "triton", "timm", "torchao"):

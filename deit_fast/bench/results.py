@@ -265,8 +265,7 @@ def build(hardware: dict) -> str:
         hardware: As `device.hardware` returns it.
     """
     named = ["gpu", "torch", "triton", "timm", "torchao"]
-    if hardware["gpu"] is None:
-        named += ["cpu", "threads"]
+    named += ["cpu", "threads"] if hardware["gpu"] is None else ["plans"]
     digest = hashlib.sha256(json.dumps({n: hardware.get(n) for n in named}).encode())
     digest.update(kernel_digest().encode() + str(choices_digest(hardware)).encode())
     package = Path(deit_fast.__file__).parent
@@ -276,7 +275,7 @@ def build(hardware: dict) -> str:
 
 def kernel_digest() -> str:
     """A digest of the kernels' sources, those in folders too."""
-    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py",))
+    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py", "csrc/*"))
 
 
 def sources() -> str:
