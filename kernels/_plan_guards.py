@@ -58,7 +58,7 @@ def _why_no_module(part, module):
         return None
     if type(part).__module__.partition(".")[0] not in ("torch", "timm", "deit_fast"):
         return f"a {name} is of {type(part).__module__}"
-    if ("forward" in part.__dict__ or part._compiled_call_impl):
+    if "forward" in part.__dict__ or part._compiled_call_impl:
         return f"a {name} has a forward of its own"
     if any(getattr(part, hooks) for hooks in HOOKS):
         return f"a {name} has hooks"

@@ -76,7 +76,8 @@ def timed(contender: Contender, repeats: int, clock=time.process_time_ns) -> flo
 def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> tuple[list[float], list[float]]:
     """Microseconds that the first two calls of a batch size take more than calls in Python.
 
-    The second is recorded, and becomes a launch plan. Of each size for which no kernel was compiled.
+    The second is recorded, and becomes a launch plan. Sizes for which a kernel was compiled are
+    left out.
 
     Raises:
         RuntimeError: Every size needed one.

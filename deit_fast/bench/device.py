@@ -59,8 +59,8 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     """The chip, driver and versions that a results file records.
 
     Returns:
-        Keys gpu and driver (None on a CPU), plans (of launches; not on a CPU), cuda, cpu, threads, python, torch, triton, timm and
-        torchao (None where it is not installed).
+        Keys gpu and driver (None on a CPU), plans (of launches; not on a CPU), cuda, cpu, threads,
+        python, torch, triton, timm and torchao (None where it is not installed).
     """
     found: dict[str, str | int | None] = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
     if device.type == "cuda":

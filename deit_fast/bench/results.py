@@ -275,7 +275,8 @@ def build(hardware: dict) -> str:
 
 def kernel_digest() -> str:
     """A digest of the kernels' sources, those in folders too."""
-    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py", "csrc/*"))
+    folder = Path(deit_fast.kernels.__file__).parent
+    return _sources(hashlib.sha256(), folder, ("**/*.py", "csrc/*"))
 
 
 def sources() -> str:

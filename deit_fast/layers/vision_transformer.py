@@ -119,6 +119,7 @@ class FastTransformer(Fast):
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
 
+    @planned(inference=True)
     def forward_features(self, x, attn_mask=None, is_causal=False):
         """Tokens after the final norm, (B, T + n, D), all of them."""
         if is_traced(x) or self._is_overridden():
@@ -153,6 +154,7 @@ class FastTransformer(Fast):
     def _norm_and_head(self, x):
         return self.forward_head(self.norm(x))
 
+    @planned(inference=True)
     def forward_pre_logits(self, x):
         """The input of the heads, (B, D): timm's `forward_head(..., pre_logits=True)`.
 
