@@ -41,6 +41,24 @@ def _mean_and_rstd(
 
 
 @triton.jit
+def _load(x_ptrs, g_ptr, h_ptr, k, ks, K, EVEN_K: tl.constexpr):
+    """BLOCK_K columns of the rows from column k on, and of LayerNorm's weight and bias."""
+    if EVEN_K:
+        return tl.load(x_ptrs + k), tl.load(g_ptr + k + ks), tl.load(h_ptr + k + ks)
+    else:
+        inside = k + ks < K
+        x = tl.load(x_ptrs + k, mask=inside[None, :], other=0.0)
+        g = tl.load(g_ptr + k + ks, mask=inside, other=0.0)
+        return x, g, tl.load(h_ptr + k + ks, mask=inside, other=0.0)
+
+
+@triton.jit
+def _normalise(x, mean, rstd, g, h, DTYPE: tl.constexpr):
+    x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    return (x * g.to(tl.float32)[None, :] + h.to(tl.float32)[None, :]).to(DTYPE)
+
+
+@triton.jit
 def _layer_norm_linear_kernel(
     x_ptr, g_ptr, h_ptr, w_ptr, b_ptr,  # in: (M, K) (K,) (K,) (N, K) (N,) or None
     row_stats_ptr,  # in: (PARTS, 2, M) in fp32, or None
@@ -75,18 +93,14 @@ def _layer_norm_linear_kernel(
         safe_cols = tl.where(cols < N, cols, 0)
         w_ptrs = w_ptr + (safe_cols[None, :] * K + ks[:, None])
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    x, g, h = _load(x_ptrs, g_ptr, h_ptr, 0, ks, K, EVEN_K)
+    # Normalised one step ahead. A loop-carried operand of a dot goes to shared memory, where one
+    # that is computed in the same step goes through registers, and ptxas serialises the dots.
+    x = _normalise(x, mean, rstd, g, h, DTYPE)
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs + k)
-            g, h = tl.load(g_ptr + k + ks), tl.load(h_ptr + k + ks)
-        else:
-            inside = k + ks < K
-            x = tl.load(x_ptrs + k, mask=inside[None, :], other=0.0)
-            g = tl.load(g_ptr + k + ks, mask=inside, other=0.0)
-            h = tl.load(h_ptr + k + ks, mask=inside, other=0.0)
-        x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        x = x * g.to(tl.float32)[None, :] + h.to(tl.float32)[None, :]
-        x = x.to(y_ptr.dtype.element_ty)
+        ahead = tl.where(k + BLOCK_K < K, k + BLOCK_K, 0)  # after the last step: not used
+        next_x, g, h = _load(x_ptrs, g_ptr, h_ptr, ahead, ks, K, EVEN_K)
         if TMA:
             w = w_ptr.load([first_col, k]).T
         elif EVEN_K:
@@ -94,6 +108,7 @@ def _layer_norm_linear_kernel(
         else:
             w = tl.load(w_ptrs + k, mask=(k + ks < K)[:, None], other=0.0)
         acc = tl.dot(x, w, acc)
+        x = _normalise(next_x, mean, rstd, g, h, DTYPE)
     vectors, training = (b_ptr, None, None, None, None, None), (None, None, None)
     if SPLIT:  # as in `linear`
         HALF: tl.constexpr = BLOCK_N // 2
