@@ -109,7 +109,6 @@ def _layer_norm_linear_prologue(
 ):  # fmt: skip
     cycles = NORMALISE_CYCLES + (STATISTICS_CYCLES if row_stats is None else 0)
     tiles = math.ceil(weight.shape[0] / PROLOGUE_WIDTH)
-    x = x.flatten(0, -2)
     return _gemm(
         "layer_norm_linear_prologue", x, weight, (norm_weight, norm_bias, bias, row_stats), out,
         activation, prologue=cycles * tiles * x.numel(),

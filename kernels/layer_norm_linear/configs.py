@@ -76,14 +76,14 @@ def by_table(x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> str | 
     return None if found is None else str(found["implementation"])
 
 
-def choose(x: Tensor, M: int, N: int) -> Config:
+def choose(x: Tensor, N: int) -> Config:
     """The prologue kernel's configuration by tuned table, otherwise by rule.
 
     Args:
-        x: (..., K).
-        M: Rows of x.
+        x: (M, K).
         N: Output features.
     """
+    M = x.shape[0]
     found = _lookup(x, M, N, x.dtype)
     if found is not None and found["implementation"] == "prologue":
         return {k: v for k, v in found.items() if k != "implementation"}

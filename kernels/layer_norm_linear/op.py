@@ -53,25 +53,21 @@ def _prologue(
     eps: float,
     activation: str,
 ) -> Tensor:
-    y = _alloc_prologue(x, weight)
+    y = x.new_empty(x.shape[0], weight.shape[0])
     if y.numel():
         prologue.run(y, x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation)
     return y
 
 
-def _alloc_prologue(x, weight):
-    """What the prologue returns, for x (M, K) or (S, T, K); also its fake."""
-    return x.new_empty(math.prod(x.shape[:-1]), weight.shape[0])
-
-
 @_prologue.register_fake
 def _(x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation):
-    return _alloc_prologue(x, weight)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @_prologue.register_flops
 def _(x, norm_weight, norm_bias, weight, *args, **kwargs):
-    return 2 * math.prod(x) * weight[0]
+    (M, K), N = x, weight[0]
+    return 2 * M * N * K
 
 
 def layer_norm_linear_backward(
@@ -215,10 +211,8 @@ def layer_norm_linear(
             _policy.resolve("linear", x, "triton", record=False)
         operands = (norm_weight, norm_bias, weight, bias, row_stats)
         contiguous = (t if t is None else t.contiguous() for t in operands)
-        if chosen == "prologue":
-            x2 = x if _is_rows_of_samples(x) else x.reshape(-1, K).contiguous()
-            return _prologue(x2, *contiguous, eps, activation).view(*lead, N)
-        return _fwd(x.reshape(-1, K).contiguous(), *contiguous, eps, activation).view(*lead, N)
+        serve = _prologue if chosen == "prologue" else _fwd
+        return serve(x.reshape(-1, K).contiguous(), *contiguous, eps, activation).view(*lead, N)
     if insists:
         raise ValueError(f"layer_norm_linear: implementation {implementation!r}, but {reason}")
     # under autocast the GEMM rounds its input anyway: the LayerNorm writes it rounded
@@ -227,8 +221,3 @@ def layer_norm_linear(
     y = layer_norm(x, norm_weight, norm_bias, eps, _checks.autocast_dtype(x), norm_by)
     # without return_row_stats a tensor
     return linear(y, weight, bias, activation, implementation=gemm_by)  # type: ignore[return-value]
-
-
-def _is_rows_of_samples(x: Tensor) -> bool:
-    """Whether x (S, T, K) is the first T rows of each of S samples, say, without a copy."""
-    return x.dim() == 3 and x.stride()[1:] == (x.shape[2], 1) and not x.is_contiguous()

@@ -63,25 +63,16 @@ def _layer_norm_linear_kernel(
     x_ptr, g_ptr, h_ptr, w_ptr, b_ptr,  # in: (M, K) (K,) (K,) (N, K) (N,) or None
     row_stats_ptr,  # in: (PARTS, 2, M) in fp32, or None
     y_ptr,  # out: (M, N)
-    M, N, K, rows_per_sample, x_stride_batch, eps,
+    M, N, K, eps,
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of act(LN(x) @ W^T + b).
-
-    A x_stride_batch that is not None says that only rows_per_sample consecutive rows lie K elements
-    apart, and the samples that far.
-    """
+    """One tile of act(LN(x) @ W^T + b)."""
     first_row, rows_left, first_col = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     rows, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     # Rows and columns outside read the first ones and are not stored: no mask in the loop.
     safe_rows = tl.where(rows < rows_left, rows, 0)
-    if x_stride_batch is None:
-        x_ptrs = x_ptr + first_row.to(tl.int64) * K + (safe_rows[:, None] * K + ks[None, :])
-    else:
-        row = first_row + safe_rows
-        offs = (row // rows_per_sample).to(tl.int64) * x_stride_batch + row % rows_per_sample * K
-        x_ptrs = x_ptr + offs[:, None] + ks[None, :]
+    x_ptrs = x_ptr + first_row.to(tl.int64) * K + (safe_rows[:, None] * K + ks[None, :])
     if row_stats_ptr is not None:
         mean, rstd = _row_mean_and_rstd(
             row_stats_ptr, first_row, rows_left, M, K, eps, PARTS, BLOCK_M
@@ -132,11 +123,11 @@ def run(
     y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor,
     bias: Tensor | None, row_stats: Tensor | None, eps: float, activation: str,
 ) -> None:  # fmt: skip
-    """Launch the kernel. All but x is contiguous.
+    """Launch the kernel. Every operand is contiguous.
 
     Args:
         y: Output, (M, N).
-        x: (M, K), or (S, T, K) with M = S T, whose samples may lie apart.
+        x: (M, K).
         norm_weight: (K,), in any float dtype, as norm_bias.
         norm_bias: (K,).
         weight: (N, K).
@@ -145,21 +136,17 @@ def run(
         eps: Of LayerNorm.
         activation: "none" or "gelu".
     """
-    (M, N), K = y.shape, weight.shape[1]
-    if x.dim() == 3 and x.stride()[1:] != (K, 1) or x.dim() == 2:
-        x = x.contiguous()
-    config = configs.choose(x, M, N)
+    (M, K), N = x.shape, weight.shape[0]
+    config = configs.choose(x, N)
     if config["TMA"] and not tma_can_address(weight, weight):
         config = config | {"TMA": False}
-    strided = not x.is_contiguous()
     tiles = _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"])
     w = weight
     if config["TMA"]:
         w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
     with torch.cuda.device_of(x):
         _layer_norm_linear_kernel[(tiles,)](
-            x, norm_weight, norm_bias, w, bias, row_stats, y, M, N, K,
-            x.shape[1] if strided else None, x.stride(0) if strided else None, eps,
-            ACTIVATION=activation, PARTS=1 if row_stats is None else row_stats.shape[0],
+            x, norm_weight, norm_bias, w, bias, row_stats, y, M, N, K, eps, ACTIVATION=activation,
+            PARTS=1 if row_stats is None else row_stats.shape[0],
             EVEN_K=K % config["BLOCK_K"] == 0, **config,
         )  # fmt: skip

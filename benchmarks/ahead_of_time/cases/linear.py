@@ -179,33 +179,31 @@ def layer_norm_linear(arch: int) -> Iterator[Case]:
 def layer_norm_prologue(arch: int) -> Iterator[Case]:
     """LayerNorm in the prologue of the GEMM.
 
-    Statistics from the rows or from the GEMM before; the rows side by side or a sample apart.
+    Statistics from the rows or from the GEMM before.
     """
     for config in kernel_module("layer_norm_linear").configs(capability(arch)):
-        for name, activation, present in (
-            ("bias", "none", ()),
-            ("bias+gelu", "gelu", ()),
-            ("bias+gelu, row_stats", "gelu", ("row_stats_ptr",)),
-            ("bias, prefix tokens", "none", ("rows_per_sample", "x_stride_batch")),
+        for name, activation, row_stats in (
+            ("bias", "none", None),
+            ("bias+gelu", "gelu", None),
+            ("bias, row_stats", "none", FP32),
+            ("bias+gelu, row_stats", "gelu", FP32),
+            ("bias, odd K", "none", None),
         ):
             for dtype in (BF16, FP16) if name == "bias+gelu" else (BF16,):
-                yield _prologue(arch, config, name, activation, present, dtype)
+                yield _prologue(arch, config, name, activation, row_stats, dtype)
 
 
-def _prologue(arch, config, name, activation, present, dtype):
+def _prologue(arch, config, name, activation, row_stats, dtype):
     M, K, N = TOKENS, 192, 576
     signature = pointers("x_ptr g_ptr h_ptr w_ptr b_ptr y_ptr", dtype)
     if config["TMA"]:
         signature["w_ptr"] = (dtype, config["BLOCK_N"], config["BLOCK_K"])
-    optional = {"row_stats_ptr": FP32, "rows_per_sample": "i32", "x_stride_batch": "i32"}
-    signature |= {k: v for k, v in optional.items() if k in present}
     return Case(
         op="layer_norm_linear", kernel="_layer_norm_linear_kernel", arch=arch,
         label=f"prologue: {name}, {tile_name(config)}, {TRITON_TYPE[dtype]}",
-        signature=signature | integers("M N K") | floats("eps"),
-        constexprs={"ACTIVATION": activation, "EVEN_K": True, "PARTS": K // 64}, meta=config,
-        bytes=(M * K + N * K + M * N) * dtype.itemsize, flops=2 * M * N * K,
-        asynchronous=True,
+        signature=signature | {"row_stats_ptr": row_stats} | integers("M N K") | floats("eps"),
+        constexprs={"ACTIVATION": activation, "EVEN_K": "odd" not in name, "PARTS": K // 64},
+        meta=config, bytes=(M * K + N * K + M * N) * dtype.itemsize, flops=2 * M * N * K,
     )  # fmt: skip
 
 
