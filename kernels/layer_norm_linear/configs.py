@@ -20,9 +20,9 @@ def _tile_config(m, n, k, warps, stages, tma=False, split=False):
     }  # fmt: skip
 
 
-# The rule takes the first that gives every SM a tile, else the last. Several CTAs share an SM: one's
-# normalisation runs beside another's matmul (3, 2, 4 and 4 on sm_90). Not listed: 128 x 128 in 8
-# warps, whose 153 to 180 registers leave room for one, and spill where they are limited to 128.
+# The rule takes the first that gives every SM a tile, else the last. Several CTAs share an SM:
+# one's normalisation runs beside another's matmul (3, 2, 4 and 4 on sm_90). Not listed: 128 x 128
+# in 8 warps, whose 153 to 180 registers leave room for one, and spill where limited to 128.
 HOPPER_CONFIGS = [
     _tile_config(64, 128, 64, 4, 3, tma=True, split=True),
     _tile_config(128, 64, 64, 8, 3, tma=True),
