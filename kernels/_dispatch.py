@@ -127,6 +127,11 @@ def at_least(rows: int, least: int) -> bool:
     return statically_known_true(rows >= least) if is_exporting() else rows >= least
 
 
+def at_most(rows: int, most: int) -> bool:
+    """`rows <= most`, as `at_least`."""
+    return statically_known_true(rows <= most) if is_exporting() else rows <= most
+
+
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """torch.compiler.is_exporting(), a constant of the trace."""

@@ -158,16 +158,9 @@ def _fwd(
     shift = x.new_empty(D, dtype=torch.float32 if is_gemm else x.dtype)
     with torch.cuda.device_of(x):
         _plans.launch(
-            _fold_batch_norm_kernel,
-            (D,),
-            weight,
-            *norm,
-            folded,
-            shift,
-            weight[0].numel(),
-            eps,
-            **FOLD_META,
-        )
+            _fold_batch_norm_kernel, (D,),
+            weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META,
+        )  # fmt: skip
     if is_gemm:
         last = "gelu_last" if residual is not None and activation == "gelu" else activation
         rows = None if residual is None else _rows(residual)

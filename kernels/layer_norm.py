@@ -141,20 +141,9 @@ def run(
         grid = (_dispatch.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
             _plans.launch(
-                _layer_norm_kernel,
-                grid,
-                x,
-                residual,
-                weight,
-                bias,
-                y,
-                h,
-                scales,
-                M,
-                N,
-                eps,
-                **config,
-            )
+                _layer_norm_kernel, grid,
+                x, residual, weight, bias, y, h, scales, M, N, eps, **config,
+            )  # fmt: skip
 
 
 def _alloc(x, residual, out_dtype):
@@ -214,19 +203,9 @@ def layer_norm_backward(
     sums = h.new_empty(programs, 2, N, dtype=torch.float32)
     with torch.cuda.device_of(h):
         _plans.launch(
-            _layer_norm_backward_kernel,
-            (programs,),
-            h,
-            weight,
-            dy,
-            dh,
-            dx,
-            sums,
-            M,
-            N,
-            eps,
-            **config,
-        )
+            _layer_norm_backward_kernel, (programs,),
+            h, weight, dy, dh, dx, sums, M, N, eps, **config,
+        )  # fmt: skip
     return dx, sums.sum(0)
 
 

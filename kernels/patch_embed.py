@@ -209,18 +209,9 @@ def _fold(weight, bias, mean, std):
     BLOCK = triton.next_power_of_2(PH * PW)
     with torch.cuda.device_of(weight):
         _plans.launch(
-            _fold_pixels_kernel,
-            (D,),
-            weight,
-            bias,
-            *mean,
-            *std,
-            folded,
-            shift,
-            C=C,
-            PIXELS=PH * PW,
-            BLOCK=BLOCK,
-        )
+            _fold_pixels_kernel, (D,),
+            weight, bias, *mean, *std, folded, shift, C=C, PIXELS=PH * PW, BLOCK=BLOCK,
+        )  # fmt: skip
     return folded, shift
 
 

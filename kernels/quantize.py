@@ -151,17 +151,9 @@ def _fwd(x: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
         config = meta(width)
         with torch.cuda.device_of(x):
             _plans.launch(
-                _quantize_kernel,
-                (_dispatch.cdiv(M * parts, config["BLOCK_M"]),),
-                x,
-                values,
-                scales,
-                M,
-                parts,
-                width,
-                INT8=dtype == torch.int8,
-                **config,
-            )
+                _quantize_kernel, (_dispatch.cdiv(M * parts, config["BLOCK_M"]),),
+                x, values, scales, M, parts, width, INT8=dtype == torch.int8, **config,
+            )  # fmt: skip
     return values, scales
 
 

@@ -180,16 +180,6 @@ def run(
     config = configs(H, qkv.dtype)[0]
     with torch.cuda.device_of(qkv):
         _plans.launch(
-            _talking_heads_kernel,
-            (B * _dispatch.cdiv(N, config["BLOCK_M"]),),
-            qkv,
-            wl,
-            ww,
-            bw,
-            o,
-            lse,
-            N,
-            scale,
-            **sizes(H, d),
-            **config,
-        )
+            _talking_heads_kernel, (B * _dispatch.cdiv(N, config["BLOCK_M"]),),
+            qkv, wl, ww, bw, o, lse, N, scale, **sizes(H, d), **config,
+        )  # fmt: skip

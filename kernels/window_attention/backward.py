@@ -182,18 +182,9 @@ def run_backward(
     saved = (qkv, biases, o, do, lse)
     with torch.cuda.device_of(qkv):
         _plans.launch(
-            _window_attention_backward_kernel,
-            (windows * H * 2 * tiles,),
-            *saved,
-            dqkv,
-            Y,
-            X,
-            H,
-            scale,
-            WINDOW=window,
-            HEAD_DIM=d,
-            **config,
-        )
+            _window_attention_backward_kernel, (windows * H * 2 * tiles,),
+            *saved, dqkv, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **config,
+        )  # fmt: skip
         if dbiases is not None:
             # a few programs per SM, each over many windows
             blocks = H * tiles * tiles
@@ -204,13 +195,9 @@ def run_backward(
                 **scores_config,
             )  # fmt: skip
             _plans.launch(
-                _window_attention_biases_kernel,
-                (H * L,),
-                ds.sum(0),
-                dbiases,
-                WINDOW=window,
-                **BIASES_META,
-            )
+                _window_attention_biases_kernel, (H * L,),
+                ds.sum(0), dbiases, WINDOW=window, **BIASES_META,
+            )  # fmt: skip
 
 
 def forward_twice_differentiable(qkv: Tensor, biases: Tensor, window: int, scale: float) -> Tensor:

@@ -117,20 +117,9 @@ def run(
     grid = (num_windows(qkv, window) * H * _dispatch.cdiv(window**2, config["BLOCK_M"]),)
     with torch.cuda.device_of(qkv):
         _plans.launch(
-            _window_attention_kernel,
-            grid,
-            qkv,
-            biases,
-            o,
-            lse,
-            Y,
-            X,
-            H,
-            scale * LOG2_E,
-            WINDOW=window,
-            HEAD_DIM=d,
-            **config,
-        )
+            _window_attention_kernel, grid,
+            qkv, biases, o, lse, Y, X, H, scale * LOG2_E, WINDOW=window, HEAD_DIM=d, **config,
+        )  # fmt: skip
 
 
 def num_windows(qkv: Tensor, window: int) -> int:

@@ -23,6 +23,7 @@ NAMES = {
         "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32",
         "_linear_kernel", "_depthwise_conv_kernel",
         "_patch_embed_kernel", "_classifier_kernel", "_layer_norm_mlp_kernel",
+        "_layer_norm_linear_kernel",
         "aten::addmm", "aten::mkldnn_convolution",
     ],
     "attention": [

@@ -116,6 +116,18 @@ def test_two_ctas_share_an_sm(rows):
 
 
 @pytest.mark.slow
+def test_the_prologue_of_layer_norm_linear(rows):
+    """wgmma on sm_90, whose dots each wait for x to be normalised: two CTAs or more share an SM,
+    so that one multiplies meanwhile."""
+    found = [r for r in rows if r["label"].startswith("prologue: ")]
+    kinds = Counter(r["arch"] for r in found)
+    assert kinds[80] == kinds[90] == len(found) / 2 >= 20
+    even = [r for r in found if "odd K" not in r["label"]]
+    assert not bad(even, lambda r: r["ctas_per_sm"] < 2)
+    assert not bad(found, lambda r: (r["arch"] == 90) != (r["wgmma"] > 0))
+
+
+@pytest.mark.slow
 def test_quantized_operands_are_multiplied_as_such(rows):
     """Not widened on the way, by the instruction of the type; each format on each chip that has
     it. sm_80 has no e4m3."""

@@ -27,9 +27,9 @@ OF_ANY = (
     linear.epilogue, linear.backward, images.conv_norm,
 )  # fmt: skip
 OF_DOTS = (
-    linear.forward, linear.one_row, linear.layer_norm_linear, linear.layer_norm_mlp,
-    attention.forward, attention.backward, variants.talking_heads, images.patch_embed,
-    images.patch_embed_fold, classifier.forward, variants.window_attention,
+    linear.forward, linear.one_row, linear.layer_norm_linear, linear.layer_norm_prologue,
+    linear.layer_norm_mlp, attention.forward, attention.backward, variants.talking_heads,
+    images.patch_embed, images.patch_embed_fold, classifier.forward, variants.window_attention,
 )  # fmt: skip
 
 
