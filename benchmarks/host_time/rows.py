@@ -1,6 +1,7 @@
 """What is timed: timm's model, ours and ours in an engine; operations and their references."""
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median, quantiles
 
@@ -165,17 +166,29 @@ def measure(
     Raises:
         RuntimeError: A stand-in cannot be had.
     """
-    settings = {
-        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
-        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
-    }  # fmt: skip
-    stand_ins = StandIns.install()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "CUDA initialization")  # PyTorch finds the stand-in
-    try:
+    settings = settings_of(dtype, autocast, rounds, quick)
+    with one_thread():
+        stand_ins = StandIns.install()
         rows = [found for name in networks for found in network_rows(name, settings, stand_ins)]
         rows += [found for op in ops for found in operation_rows(op, settings, stand_ins)]
         return {"hardware": hardware(torch.device("cpu")), "settings": settings, "rows": rows}
+
+
+def settings_of(dtype: str, autocast: bool, rounds: int, quick: bool) -> dict:
+    """What the results were measured with."""
+    return {
+        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
+        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
+    }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, which warns of no GPU: it finds the stand-in."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "CUDA initialization")
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
