@@ -48,10 +48,11 @@ def kind_of(images: Tensor, image_shape: tuple[int, ...], device: torch.device) 
         ValueError: for another shape or device.
     """
     channels, height, width = image_shape
+    shape: tuple[int, ...] = image_shape
     if images.dtype == torch.uint8:
         kind, shape = "uint8", (height, width, channels)
     elif images.is_floating_point():
-        kind, shape = "float", image_shape
+        kind = "float"
     else:
         raise TypeError(f"images: dtype {images.dtype}, expected floating point or uint8")
     if images.dim() != 4 or tuple(images.shape[1:]) != shape:

@@ -474,30 +474,6 @@ def test_options_that_are_none(options, message):
         InferenceEngine(model(), **options)
 
 
-@pytest.mark.parametrize(
-    "images, error, message",
-    [
-        ([1], TypeError, "images: list"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "dtype torch.int32"),
-        (torch.zeros(3, 64, 64), ValueError, r"expected \(B, 3, 64, 64\)"),
-        (
-            torch.zeros(1, 64, 64, 3),
-            ValueError,
-            r"shape \(1, 64, 64, 3\), expected \(B, 3, 64, 64\)",
-        ),
-        (
-            torch.zeros(1, 3, 64, 64).byte(),
-            ValueError,
-            r"expected \(B, 64, 64, 3\) for torch.uint8",
-        ),
-        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "on meta, expected cpu or the host"),
-    ],
-)
-def test_images_that_are_none(images, error, message):
-    with pytest.raises(error, match=message):
-        InferenceEngine(model(), 2)(images)
-
-
 @pytest.mark.cpu("the graph is simulated")
 @pytest.mark.parametrize("make", [floats, uint8s])
 @pytest.mark.parametrize("format", [None, slow("fp8"), "int8"])
