@@ -127,6 +127,7 @@ CHANGES = {
     **{name: (change, "its weights lie elsewhere") for name, change in WEIGHTS.items()},
     **{name: (change, "other modules, heads or hooks") for name, change in MODULES.items()},
     "train": (lambda m: m.train(), "in train mode since"),
+    "train, the model alone": (lambda m: setattr(m, "training", True), "in train mode since"),
 }
 
 
@@ -162,6 +163,14 @@ def test_a_global_hook_is_noticed(fake):
     run(images())
 
 
+def test_another_forward_of_a_class_is_noticed(fake, monkeypatch):
+    run = InferenceEngine(model(), batch_size=2, prepare=("float",))
+    run(images())
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * x)
+    with pytest.raises(RuntimeError, match="other modules, heads or hooks"):
+        run(images())
+
+
 def test_one_number_for_another(fake):
     """Equal ones too: comparing dictionaries of tensors with one number would not tell."""
     m = model()
@@ -194,11 +203,16 @@ def test_what_changes_nothing_is_looked_at_once(fake, monkeypatch, change):
 
 def test_a_model_with_hooks_of_its_own_runs(fake):
     m = model()
-    m.head.register_forward_hook(lambda *_: None)
+    handle = m.head.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="hooks on head ran"):
         run = InferenceEngine(m, batch_size=2, prepare=("float",))
     before = run(images())
     assert_close(run(images()), before)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="other modules, heads or hooks"):
+        run(images())
+    m.head.register_forward_hook(lambda *_: None)
+    run(images())  # as many as before
     m.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="other modules, heads or hooks"):
         run(images())
