@@ -4,6 +4,7 @@
     python -m benchmarks.host_time --dtype fp16
     python -m benchmarks.host_time --autocast           fp32 weights, matmuls in --dtype
     python -m benchmarks.host_time --quick              DeiT-Ti, few rounds, few operations
+    python -m benchmarks.host_time --stages             an engine's call in its parts, nothing else
 
 For timm's eager model, ours, and ours in an `InferenceEngine`; and for each operation, PyTorch's
 eager reference and ours. Tensors lie on the CPU and count as lying on an H100:
@@ -31,8 +32,9 @@ from pathlib import Path
 
 from benchmarks.operations import OPS
 
+from . import stages
 from .rows import DTYPES, NETWORKS, measure
-from .table import markdown
+from .table import markdown, stages_markdown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=None, help="default: 15; --quick: 3")
     parser.add_argument("--operations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--quick", action="store_true", help="DeiT-Ti, few operations")
+    parser.add_argument("--stages", action="store_true", help="an engine's call in its parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same as data")
     args = parser.parse_args(argv)
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 15
@@ -59,10 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     networks = args.networks or list(NETWORKS)[: 1 if args.quick else None]
     ops = OPS[: 3 if args.quick else None] if args.operations else ()
     try:
-        data = measure(networks, args.dtype, args.autocast, rounds, ops, args.quick)
+        if args.stages:
+            data = stages.measure(networks, args.dtype, args.autocast, rounds, args.quick)
+        else:
+            data = measure(networks, args.dtype, args.autocast, rounds, ops, args.quick)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    print(markdown(data))
+    print(stages_markdown(data) if args.stages else markdown(data))
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0

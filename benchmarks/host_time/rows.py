@@ -1,6 +1,7 @@
 """What is timed: timm's model, ours and ours in an engine; operations and their references."""
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median, quantiles
 
@@ -168,19 +169,30 @@ def measure(
     Raises:
         RuntimeError: A stand-in cannot be had.
     """
-    settings = {
-        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
-        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
-    }  # fmt: skip
-    stand_ins = StandIns.install()
-    _plan_library.wait()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "CUDA initialization")  # PyTorch finds the stand-in
-    try:
+    with one_thread():
+        stand_ins = StandIns.install()
+        settings = settings_of(dtype, autocast, rounds, quick)
         rows = [found for name in networks for found in network_rows(name, settings, stand_ins)]
         rows += [found for op in ops for found in operation_rows(op, settings, stand_ins)]
-        settings["plans"] = _plan_library.status()
         return {"hardware": hardware(torch.device("cpu")), "settings": settings, "rows": rows}
+
+
+def settings_of(dtype: str, autocast: bool, rounds: int, quick: bool) -> dict:
+    """What the results were measured with."""
+    return {
+        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
+        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
+        "plans": _plan_library.status(),
+    }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, which warns of no GPU: it finds the stand-in."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "CUDA initialization")
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The results as a Markdown table."""
+"""The results as Markdown tables."""
 
 
 def markdown(data: dict) -> str:
@@ -12,6 +12,20 @@ def markdown(data: dict) -> str:
         ratio = "-" if one["ratio"] is None else f"{one['ratio']:.2f}"
         name = f"DeiT-{one['network']}: {one['call']}"
         lines.append([name, *_times(one["timm_us"]), *_times(one["ours_us"]), ratio, counts])
+    return _with_settings(data, lines)
+
+
+def stages_markdown(data: dict) -> str:
+    """The table of an engine's call in its parts, and what it was measured with."""
+    lines = [["an engine's call", "us", "least"], ["---", "---:", "---:"]]
+    for one in data["rows"]:
+        us = one["us"]
+        name = f"DeiT-{one['network']}: {one['stage']}"
+        lines.append([name, f"{us['median']:.1f}", f"{us['least']:.1f}"])
+    return _with_settings(data, lines)
+
+
+def _with_settings(data, lines):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(
         "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.operations import OPS, cast, operations
 from deit_fast.bench.device import hardware
-from deit_fast.kernels import _plan_library, _plans
+from deit_fast.kernels import _plans
 from deit_fast.kernels.cases import deit_cases
 
 from .rows import DTYPES, one_thread, settings_of, summary
@@ -121,9 +121,8 @@ def measure(dtype="bf16", rounds=15, ops=OPS, quick=False) -> dict:
     Raises:
         RuntimeError: A stand-in cannot be had.
     """
-    settings = settings_of(dtype, False, rounds, quick)
     with one_thread():
         stand_ins = StandIns.install()
+        settings = settings_of(dtype, False, rounds, quick)
         rows = [found for op in ops for found in operation_rows(op, settings, stand_ins)]
-        settings["plans"] = _plan_library.status()
         return {"hardware": hardware(torch.device("cpu")), "settings": settings, "rows": rows}

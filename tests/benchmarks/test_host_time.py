@@ -14,7 +14,7 @@ import torch
 import deit_fast
 from benchmarks.host_time import __main__ as command
 from benchmarks.host_time import rows as rows_module
-from benchmarks.host_time import stand_ins, table, turns
+from benchmarks.host_time import stages, stand_ins, table, turns
 from benchmarks.host_time.turns import Contender, compare
 from deit_fast.bench import launches
 from deit_fast.kernels._chips import Chip
@@ -98,6 +98,42 @@ def test_the_table_is_the_data(quick):
     assert cells[1] == f"{row['timm_us']['median']:,.0f}" and cells[7] == f"{row['ratio']:.2f}"
     assert cells[4] == f"{row['ours_us']['median']:,.0f}"
     assert data["settings"]["rounds"] == 2 and data["hardware"]["triton"] in out
+
+
+@pytest.mark.slow
+def test_the_stages_of_an_engines_call(tmp_path):
+    selection.compiler()
+    file = tmp_path / "data.json"
+    done = started(
+        "-m", "benchmarks.host_time", "--stages", "--quick", "--rounds", 2, "--json", file
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(file.read_text())
+    assert done.stdout == table.stages_markdown(data) + "\n"
+    rows = {row["stage"]: row["us"]["median"] for row in data["rows"]}
+    assert len(rows) == 9 and list(rows)[0] == stages.CALL and list(rows)[-1] == stages.BETWEEN
+    assert rows["check of the model"] == max(us for name, us in rows.items() if name != stages.CALL)
+    assert 0 < rows["copy in"] < rows[stages.CALL] < 1e4
+
+
+def test_what_the_stages_leave_of_the_call():
+    times = {stages.CALL: [10.0, 20.0], "a": [1.0, 2.0], "b": [3.0, 3.0]}
+    rows = stages.rows_of("S", times)
+    assert [row["stage"] for row in rows] == [*times, stages.BETWEEN]
+    assert {row["network"] for row in rows} == {"S"}
+    assert rows[-1]["us"]["median"] == 10.5 and rows[-1]["us"]["least"] == 6.0
+    us = {"cpu": "C", "python": "3", "torch": "2", "triton": "3", "timm": "1"}
+    settings = {"dtype": "bf16", "autocast": False, "rounds": 2}
+    lines = table.stages_markdown({"hardware": us, "settings": settings, "rows": rows}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-4:]]
+    assert cells[0] == [f"DeiT-S: {stages.CALL}", "15.0", "10.0"]
+    assert cells[3] == [f"DeiT-S: {stages.BETWEEN}", "10.5", "6.0"]
+
+
+def test_an_engine_without_the_short_way_has_no_stages():
+    engine = deit_fast.InferenceEngine(deit_fast.create_model("deit_tiny").eval(), 1)
+    with pytest.raises(RuntimeError, match="expected what the engine runs unchecked"):
+        stages.stages(engine, torch.zeros(0, 3, 224, 224))
 
 
 class Gpu:
