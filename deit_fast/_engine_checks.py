@@ -1,23 +1,24 @@
 """Whether a model is still the one that an engine was built of.
 
 A graph reads the memory that the weights had when it was captured, and runs the modules of then. So
-after each replay everything is compared with what it was: `Unchanged` does it in flat lists that C
-code walks through (_same_objects.py), 277 modules and 155 weights of DeiT-Ti in some 30 us. What
-differs there may still be harmless: `ModelCheck` then looks at it again, one thing after another,
-and says what changed.
+after each replay everything is compared with what it was: `Unchanged` does it in C++ where there is
+the library of launch plans, else in flat lists. What differs there may still be harmless:
+`ModelCheck` then looks at it again, one thing after another, and says what changed.
 """
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._same_objects import same_objects
+from .kernels import _plan_library
 from .layers._snapshot import Snapshot
 
 _Place = tuple[dict[str, Any], str]
+_OWN_CALLS = ("forward", "_compiled_call_impl")  # an instance's own
 # PyTorch 2.14 has the first, which takes a tenth less time; 2.11 has not
 _address = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 
@@ -99,8 +100,8 @@ class ModelCheck:
 class Unchanged:
     """`unchanged()` is True only if nothing that `ModelCheck` compares has changed.
 
-    Host time matters: this runs at every call. Lists are walked through by C code, 10 to 60 ns a
-    thing: no generators, and no method calls but those of tensors.
+    Host time matters: this runs at every call. In Python lists are walked through by C code, 10 to
+    60 ns a thing: no generators, and no method calls but those of tensors.
 
     Args:
         model: the model.
@@ -119,18 +120,19 @@ class Unchanged:
         gone = any(w is None for w in self.weights)
         self.never = gone or snapshot.has_hooks or any(snapshot.overrides)
         weights = [p["weight"] for p in snapshot.parameters if p.get("weight") is not None]
-        typed = [*snapshot.modules, *weights]
+        self.typed = [*snapshot.modules, *weights]
+        self.types = list(map(type, self.typed))
         children = [(c, name) for c in snapshot.children[0] for name in c]
-        attributes = list(zip(*snapshot.attributes, strict=True))
-        all_places = [*places, *children, *attributes]
-        owners, keys = [owner for owner, _ in all_places], [key for _, key in all_places]
-        self.objects = (
-            typed, list(map(type, typed)), snapshot.dicts, ["forward", "_compiled_call_impl"],
-            owners, keys, [owner.get(key) for owner, key in all_places],
-            [len(c) for c, _ in (*places, *children)] + [None] * len(attributes),
-        )  # fmt: skip
-        self.same_objects = same_objects()
+        owners, names = zip(
+            *places, *children, *zip(*snapshot.attributes, strict=True), strict=True
+        )
+        self.owners, self.names = list(owners), list(names)
+        self.objects = [owner.get(name) for owner, name in zip(owners, names, strict=True)]
+        self.dicts = snapshot.dicts
+        self.sized = list({id(owner): owner for owner, _ in (*places, *children)}.values())
+        self.sizes = list(map(len, self.sized))
         self.classes, self.forwards = snapshot.classes, snapshot.forwards
+        self.guards: Any = None
         if not self.never:
             self.addresses = list(map(_address, self.weights))
             self.dtypes = [w.dtype for w in self.weights]
@@ -139,13 +141,40 @@ class Unchanged:
         """Compare."""
         return (
             not self.never
-            and self.same_objects(*self.objects)
-            and list(map(_address, self.weights)) == self.addresses
-            and [w.dtype for w in self.weights] == self.dtypes
+            and self._same_objects()
             and [c.forward for c in self.classes] == self.forwards
             and RemovableHandle.next_id == self.next_hook_id
             and getattr(self.model, "heads", None) == self.heads
             and not self.model.training
+        )
+
+    def _same_objects(self):
+        if self.guards is None:
+            if _plan_library.library() is None:
+                return self._same_objects_reference()
+            self.guards = _plan_library.guards(self._checks())
+        return self.guards.hold()
+
+    def _checks(self):
+        yield from (
+            (_plan_library.TYPE, *pair, None) for pair in zip(self.typed, self.types, strict=True)
+        )
+        places = zip(self.owners, self.names, self.objects, strict=True)
+        yield from ((_plan_library.ITEM, *place) for place in places)
+        sizes = zip(self.sized, self.sizes, strict=True)
+        yield from ((_plan_library.SIZE, *pair, None) for pair in sizes)
+        yield from ((_plan_library.ABSENT, d, k, None) for d in self.dicts for k in _OWN_CALLS)
+        memory = zip(self.weights, self.addresses, self.dtypes, strict=True)
+        yield from ((_plan_library.MEMORY, *place) for place in memory)
+
+    def _same_objects_reference(self):
+        return (
+            list(map(type, self.typed)) == self.types
+            and all(map(is_, map(dict.get, self.owners, self.names), self.objects))
+            and list(map(len, self.sized)) == self.sizes
+            and not any(key in own for own in self.dicts for key in _OWN_CALLS)
+            and list(map(_address, self.weights)) == self.addresses
+            and [w.dtype for w in self.weights] == self.dtypes
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import _plan_library
+from ._plan_library import CLASS, ITEM, SIZE, TYPE, VALUE
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of a class: what a method reads of it
@@ -16,7 +17,6 @@ IGNORED = {"_plans", "_plan_cache", "_non_persistent_buffers_set", "_is_full_bac
            "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
            "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
            "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}  # fmt: skip
-TYPE, CLASS, ITEM, VALUE, SIZE = range(5)  # as in csrc/guards.h
 
 
 class Seen:
@@ -40,7 +40,7 @@ class Seen:
         self.why_not = next(filter(None, reasons), None)
         if any(getattr(nn_module, f"_global{name}") for name in HOOKS):
             self.why_not = "PyTorch has hooks on every module"
-        self.guards = _plan_library.loaded.Guards(list(_guards(module, without)))
+        self.guards = _plan_library.guards(_guards(module, without))
 
 
 def why_no_tensor(tensor: Tensor) -> str | None:

@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,8 @@ SOURCE = Path(__file__).parent / "csrc"
 WANTED = os.environ.get("DEIT_FAST_PLANS", "")
 if WANTED not in ("", "0", "1"):
     raise ValueError(f"DEIT_FAST_PLANS: {WANTED!r}, expected 0, 1 or nothing")
+
+TYPE, CLASS, ITEM, VALUE, SIZE, MEMORY, ABSENT = range(7)  # kinds of checks: csrc/guards.h
 
 loaded: ModuleType | None = None
 _why_not: str | None = "DEIT_FAST_PLANS is 0" if WANTED == "0" else None
@@ -54,6 +57,16 @@ def wait() -> Any:
     if _build is not None:
         _build.join()
     return library()
+
+
+def guards(checks: Iterable[tuple]) -> Any:
+    """`Guards` of csrc/guards.h, once there is the library: `hold()` says whether all hold.
+
+    Args:
+        checks: each a kind and three things; the last ones may be None.
+    """
+    assert loaded is not None
+    return loaded.Guards(list(checks))
 
 
 def changed() -> None:

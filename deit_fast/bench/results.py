@@ -28,7 +28,7 @@ from deit_fast.kernels import _tuned
 
 # the package's modules, or packages, that decide what a model launches
 DECIDES = (
-    "layers", "engine", "_cuda_graph", "_engine_checks", "_engine_images", "_same_objects",
+    "layers", "engine", "_cuda_graph", "_engine_checks", "_engine_images",
     "_model_config", "swap", "models", "heads", "quantization", "activation_scales", "_names",
 )  # fmt: skip
 HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")

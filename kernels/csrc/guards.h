@@ -10,6 +10,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -118,15 +119,15 @@ struct TensorKey {
 // before children: a child is read only while its parent still has it.
 class Guards {
 public:
-  enum Kind { TYPE, CLASS, ITEM, VALUE, SIZE };
+  enum Kind { TYPE, CLASS, ITEM, VALUE, SIZE, MEMORY, ABSENT };
 
   explicit Guards(const py::list &checks) {
     for (py::handle one : checks) {
       auto check = one.cast<py::tuple>();
       auto held = [&](int i) { return Py_NewRef(PyTuple_GET_ITEM(check.ptr(), i)); };
       items.push_back({(Kind)check[0].cast<int>(), held(1), held(2), held(3), 0});
-      if (items.back().kind == SIZE)
-        items.back().size = check[2].cast<Py_ssize_t>();
+      if (items.back().kind == SIZE || items.back().kind == MEMORY)
+        items.back().number = check[2].cast<uint64_t>();
     }
   }
   Guards(const Guards &) = delete;
@@ -161,7 +162,7 @@ private:
   struct Item {
     Kind kind;
     PyObject *a, *b, *c;
-    Py_ssize_t size;
+    uint64_t number;
   };
   std::vector<Item> items;
 
@@ -178,7 +179,15 @@ private:
       return found && is_same(found, item.c);
     }
     case SIZE: // dictionary, how many
-      return PyDict_GET_SIZE(item.a) == item.size;
+      return (uint64_t)PyDict_GET_SIZE(item.a) == item.number;
+    case ABSENT: // dictionary, key
+      return PyDict_Contains(item.a, item.b) == 0;
+    case MEMORY: { // tensor, address, dtype
+      const auto *impl = THPVariable_Unpack(item.a).unsafeGetTensorImpl();
+      return reinterpret_cast<uint64_t>(impl->data()) == item.number &&
+             c10::typeMetaToScalarType(impl->dtype()) ==
+                 reinterpret_cast<THPDtype *>(item.c)->scalar_type;
+    }
     }
     return false;
   }
