@@ -10,6 +10,7 @@ launch, and keep the copies for backward.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ def wants_node(x: Tensor, tensors: Iterable[Tensor | None], residual: Tensor | N
 
 
 def operands(
-    op: str, names: Sequence[str], x: Tensor, tensors: Sequence[Tensor | None], inner: int,
-    add: bool,
+    op: str, names: Sequence[str], x: Tensor, tensors: Sequence[Any], inner: int, add: bool,
 ) -> tuple[list[Tensor | None], torch.dtype]:  # fmt: skip
     """The tensors after x as the training operator takes them: checked and contiguous.
 

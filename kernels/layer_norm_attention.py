@@ -23,6 +23,8 @@ H d), biases (3 H d,) and (D_out,), layer_scale (D_out,), row_scale (B,), the dr
 Precision is that of the parts: under autocast x stays fp32; LN(x), qkv and o have the GEMMs' dtype.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -303,19 +305,20 @@ def layer_norm_attention(
             residual is not None, recompute, implementation,
         )  # fmt: skip
         return (y, None) if return_row_stats else y
-    norm, rest = (norm_weight, norm_bias), (eps, "none", row_stats, implementation)
+    project = partial(
+        layer_norm_linear, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+        implementation=implementation,
+    )  # fmt: skip
     if queries is None:
-        qkv = layer_norm_linear(x, *norm, qkv_weight, qkv_bias, *rest)
+        qkv = project(x, weight=qkv_weight, bias=qkv_bias, row_stats=row_stats)
         q, k, v = qkv.unflatten(2, (3, num_heads, d)).unbind(2)
     else:
         first, split = x[:, :queries].contiguous(), rows // 3
         if residual is not None:
             residual = first if residual is x else residual[:, :queries].contiguous()
         b, b_kv = (None, None) if qkv_bias is None else (qkv_bias[:split], qkv_bias[split:])
-        q = layer_norm_linear(
-            first, *norm, qkv_weight[:split], b, eps, implementation=implementation
-        ).unflatten(2, (num_heads, d))
-        kv = layer_norm_linear(x, *norm, qkv_weight[split:], b_kv, *rest)
+        q = project(first, weight=qkv_weight[:split], bias=b).unflatten(2, (num_heads, d))
+        kv = project(x, weight=qkv_weight[split:], bias=b_kv, row_stats=row_stats)
         k, v = kv.unflatten(2, (2, num_heads, d)).unbind(2)
     o = attention(q, k, v, scale, implementation=attention_by)
     return linear(

@@ -191,6 +191,11 @@ class FastTransformer(Fast):
         """Whether the container does nothing but call one block after the other."""
         return type(blocks) is nn.Sequential and not is_intercepted(blocks)
 
+    def _has_plain_heads(self) -> bool:
+        """Whether the heads are Linears behind a Dropout, without hooks."""
+        plain = all(map(is_plain_linear, self._heads())) and not why_not_dropouts(self, "head_drop")
+        return plain and can_bypass(self.head_drop, *self._heads())
+
     def _classifier_operands(self) -> dict | None:
         """Arguments of `kernels.classifier`, or None where timm's own head has to run.
 
@@ -202,11 +207,9 @@ class FastTransformer(Fast):
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_plain_linear, heads)) or why_not_dropouts(self, "head_drop"):
+        if not self._has_plain_heads() or not can_bypass(*self._final_norms()):
             return None
         if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
-            return None
-        if not can_bypass(*self._final_norms(), self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
@@ -247,8 +250,10 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
 
     def forward_head(self, x, pre_logits=False):
         own = self.training and not pre_logits and not is_traced(x) and not self._is_overridden()
-        if own and x.shape[1] == 2:
-            # timm's, but one operator splits the tokens: backward of two indices is five launches
+        own = own and not getattr(self.head_drop, "inplace", False)
+        if own and x.shape[1] == 2 and self._has_plain_heads():
+            # timm's, but one operator splits the tokens: backward of two indices is five launches.
+            # Nothing may change its outputs in place.
             tokens = [self.head_drop(t) for t in x.unbind(1)]
             y, y_dist = (head(t) for head, t in zip(self._heads(), tokens, strict=True))
             return (y, y_dist) if self.distilled_training else (y + y_dist) / 2
