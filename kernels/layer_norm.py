@@ -124,14 +124,13 @@ def _layer_norm_backward_kernel(
 BACKWARD_WARPS = 24
 
 
-def meta_backward(N: int, again: bool) -> dict:
+def meta_backward(N: int) -> dict:
     """Tile and warps of backward, which are forward's.
 
-    Where y is written again, 80 registers a thread: more would leave 5 programs of 4 warps
-    resident.
+    4 warps get at most 80 registers a thread: with more only 5 programs would be resident.
     """
     config = meta(N)
-    return config | {"maxnreg": 80} if again and config["num_warps"] == 4 else config
+    return config | {"maxnreg": 80} if config["num_warps"] == 4 else config
 
 
 def run(
@@ -207,7 +206,7 @@ def run_backward(
         Partial sums of dweight and dbias, (programs, 2, N) in fp32, for `column_sums`.
     """
     M, N = h.shape
-    config = meta_backward(N, y is not None)
+    config = meta_backward(N)
     resident = max(1, BACKWARD_WARPS // config["num_warps"])
     programs = resident * _chips.chip(h.device).num_sms
     programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))

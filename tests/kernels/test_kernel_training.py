@@ -61,6 +61,7 @@ def inputs_of(node, device):
     fn, reference, inputs = NODES[node]
     inputs = inputs(device=device)
     inputs.pop("residual", None)
+    inputs["row_scale"] = torch.tensor([4 / 3, 0.0], device=device)  # drawn, it may be all zeros
     return lambda **rest: fn(**rest, implementation="triton"), reference, inputs
 
 
@@ -82,6 +83,9 @@ def test_parameters_of_several_dtypes(node, device):
     half = {k: t.half() for k, t in inputs.items() if k == "x" or "weight" in k or "bias" in k}
     inputs |= {k: t for k, t in half.items() if not k.startswith("norm")}
     got = with_gradients(fn, inputs)
+    for name in ("norm_weight", "norm_bias", "layer_scale"):
+        rounded = got[name].half().float()
+        assert not torch.equal(rounded, got[name]), f"{name}: rounded to half precision on the way"
     truth = with_gradients(reference, inputs, torch.float64)
     torchs = with_gradients(reference, {k: to(t, FP16) for k, t in inputs.items()})
     assert_gradients_as_accurate({k: t.half() for k, t in got.items()}, torchs, truth)

@@ -119,6 +119,8 @@ def test_op_contract(device):
     for dh in (None, dy):
         rest = (weight, bias.half(), 1e-6, FP16)
         torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, *rest))
+    made = layer_norm_backward(dy, None, h, *rest)
+    assert [t.dtype for t in made] == [FP16, FP32, FP16]  # those asked for, weight's and bias's
 
 
 def test_compiles_into_one_graph(device):

@@ -40,7 +40,7 @@ def backward(arch: int) -> Iterator[Case]:
                     | pointers("b_ptr", stream if again else None)
                     | pointers("y_ptr", dtype if again else None)
                     | {"dy_ptr": dtype, "sums_ptr": FP32} | integers("M N") | floats("eps"),
-                    meta=module.meta_backward(D, again),
+                    meta=module.meta_backward(D),
                     bytes=ROWS * D * (3 * stream.itemsize + (1 + again) * dtype.itemsize),
                 )  # fmt: skip
 

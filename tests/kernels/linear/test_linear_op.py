@@ -44,6 +44,8 @@ def test_op_contract(device):
     scales = (layer_scale.detach(), torch.ones(3, device=device))
     half = bias.detach().half()
     torch.library.opcheck(linear_backward.op, (dy, z, half, *scales, "gelu", FP16))
+    made = linear_backward(dy, z, half, *scales, "gelu", FP32)
+    assert [t.dtype for t in made] == [FP32, FP16, FP32]  # that asked for, bias's, layer_scale's
     torch.library.opcheck(linear_backward.op, (dy, None, None, None, None, "none", FP32))
     rest = (None,) * 4
     torch.library.opcheck(_fwd.op, (*tensors[:2], *rest, "none", False, False, "cublas"))
