@@ -137,7 +137,7 @@ class Recorder(TorchDispatchMode):
     # what was seen
 
     def _record(self, func, args, kwargs, made):
-        results = made if isinstance(made, (tuple, list)) else (made,)
+        results = () if made is None else made if isinstance(made, (tuple, list)) else (made,)
         if not all(isinstance(t, Tensor) for t in results):
             return self.refuse(f"{func} returns no tensor: the host needs its result")
         if func in _EMPTY:
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
             self.steps.append(Step("alloc", (), (slot,), self._own[slot][1:4]))
             return None
         known = [self._is_known(t) for t in results]
-        if all(known) and not func._schema.is_mutable:
+        if known and all(known) and not func._schema.is_mutable:
             return None  # views
         if any(tag in func.tags for tag in _UNKNOWN) or func._schema.name.startswith(
             "aten::_scaled"
@@ -172,9 +172,10 @@ class Recorder(TorchDispatchMode):
             else:
                 value = put(value)
             arguments.append(value)
-            written = parameter.alias_info is not None and parameter.alias_info.is_write
-            if written and isinstance(value, tuple) and self._base_of(value[0]) < self.inputs:
-                return self.refuse(f"{func} writes to an argument or a parameter")
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                slots = [one[0] for one in (value if isinstance(value, list) else [value]) if one]
+                if any(self._base_of(slot) < self.inputs for slot in slots):
+                    return self.refuse(f"{func} writes to an argument or a parameter")
         makes = tuple(-1 if seen else self._new(t) for t, seen in zip(results, known, strict=True))
         if _RANDOM in func.tags:
             if func is not aten.bernoulli_.float:

@@ -121,10 +121,11 @@ class Block(Fast, timm_vit.Block):
         """
         if self.plan(x) is not FUSED:
             return self.forward(x)[:, :prefix].contiguous()
-        first = x[:, :prefix].contiguous()
-        scales = branch_scales(self.ls1, self.drop_path1, x)
-        x = self.attn.branch(x, self.norm1, first, row_stats, residual=first, **scales)
-        scales = branch_scales(self.ls2, self.drop_path2, x)
+        scales = branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
+        x = self.attn.branch(
+            x, self.norm1, row_stats=row_stats, residual=x, queries=prefix, **scales
+        )
+        scales = branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
         return self.mlp.branch(x, self.norm2, residual=x, **scales)
 
 

@@ -63,7 +63,8 @@ class FastTransformer(Fast):
         """Patches, positions and prefix tokens, (B, T + n, D), of an image."""
         if not self._fuses_patches(image):
             return self.patch_drop(self._pos_embed(self.patch_embed(self._normalized(image))))
-        tokens = [t[0] for t in self._prefix_tokens()]
+        # views without a copy in backward, which an index would have
+        tokens = [t.flatten(0, 1) for t in self._prefix_tokens()]
         prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
         if pos_embed is not None:
@@ -74,7 +75,7 @@ class FastTransformer(Fast):
                     old_size=self.patch_embed.grid_size,
                     num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
                 )
-            pos_embed = pos_embed[0]
+            pos_embed = pos_embed.flatten(0, 1)
         x = self.patch_embed.embed(image, pos_embed, prefix, *self._pixels_of(image))
         if pos_embed is not None:  # as timm: no dropout without positions
             x = self.pos_drop(x)
@@ -199,6 +200,11 @@ class FastTransformer(Fast):
         """Whether the container does nothing but call one block after the other."""
         return type(blocks) is nn.Sequential and not is_intercepted(blocks)
 
+    def _has_plain_heads(self) -> bool:
+        """Whether the heads are Linears behind a Dropout, without hooks."""
+        plain = all(map(is_plain_linear, self._heads())) and not why_not_dropouts(self, "head_drop")
+        return plain and can_bypass(self.head_drop, *self._heads())
+
     def _classifier_operands(self) -> dict | None:
         """Arguments of `kernels.classifier`, or None where timm's own head has to run.
 
@@ -210,11 +216,9 @@ class FastTransformer(Fast):
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_plain_linear, heads)) or why_not_dropouts(self, "head_drop"):
+        if not self._has_plain_heads() or not can_bypass(*self._final_norms()):
             return None
         if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
-            return None
-        if not can_bypass(*self._final_norms(), self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
@@ -254,6 +258,14 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return operands and operands | {"fusion": self.heads}
 
     def forward_head(self, x, pre_logits=False):
+        own = self.training and not pre_logits and not is_traced(x) and not self._is_overridden()
+        own = own and not getattr(self.head_drop, "inplace", False)
+        if own and x.shape[1] == 2 and self._has_plain_heads():
+            # timm's, but one operator splits the tokens: backward of two indices is five launches.
+            # Nothing may change its outputs in place.
+            tokens = [self.head_drop(t) for t in x.unbind(1)]
+            y, y_dist = (head(t) for head, t in zip(self._heads(), tokens, strict=True))
+            return (y, y_dist) if self.distilled_training else (y + y_dist) / 2
         if self.training or pre_logits or self.heads == "joint":
             return super().forward_head(x, pre_logits=pre_logits)
         logits = [head(self.head_drop(x[:, t])) for t, head in enumerate(self._heads())]

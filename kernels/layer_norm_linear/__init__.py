@@ -32,13 +32,12 @@ of a row. "prologue" and "fold" are for half precision and inference only.
 """
 
 from .configs import uses_row_stats
-from .op import IMPLEMENTATIONS, layer_norm_linear, layer_norm_linear_backward
+from .op import IMPLEMENTATIONS, layer_norm_linear
 from .reference import layer_norm_linear_reference
 
 __all__ = [
     "IMPLEMENTATIONS",
     "layer_norm_linear",
-    "layer_norm_linear_backward",
     "layer_norm_linear_reference",
     "uses_row_stats",
 ]

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch, _explain, _policy
-from ..layer_norm import MAX_N, layer_norm, layer_norm_backward
-from ..layer_norm import _fwd as normalise
+from ..layer_norm import MAX_N, layer_norm
 from ..linear import ACTIVATIONS, linear
 from . import configs, fold, prologue
 
@@ -68,35 +67,6 @@ def _(x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation):
 def _(x, norm_weight, norm_bias, weight, *args, **kwargs):
     (M, K), N = x, weight[0]
     return 2 * M * N * K
-
-
-def layer_norm_linear_backward(
-    dz: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, normed: Tensor,
-    eps: float, dresidual: Tensor | None = None, wants_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Backward through linear and LayerNorm, on contiguous operands.
-
-    Args:
-        dz: (M, N), the gradient of the linear layer's result.
-        x: (M, K), the rows that were normalised.
-        norm_weight: (K,).
-        norm_bias: (K,).
-        weight: (N, K).
-        normed: LN(x), (M, K) in dz's dtype; empty to recompute it.
-        eps: Added to the variance.
-        dresidual: (M, K), a gradient that is added to dx.
-        wants_weight: Whether weight has a gradient.
-
-    Returns:
-        dx (M, K) in x's dtype, dnorm_weight and dnorm_bias (K,) in fp32, dweight (N, K) or None.
-    """
-    dweight = None
-    if wants_weight:
-        if not normed.numel():
-            normed = normalise(x, None, norm_weight, norm_bias, eps, dz.dtype)[0]
-        dweight = dz.t() @ normed
-    dx, dnorm = layer_norm_backward(dz @ weight, dresidual, x, norm_weight, eps, x.dtype)
-    return dx, dnorm[0], dnorm[1], dweight
 
 
 def _choose(

@@ -82,8 +82,47 @@ def test_the_launches_are_the_models(quick):
     assert rows["inference"]["timm_launches"] == 12 * 10 + 1 + 1 + 1 + 1 + 2 + 2 + 1
     training = rows["forward + backward"]["ours_launches"]["triton"]
     assert training > 1.8 * triton
+    assert training <= 190 and rows["forward + backward"]["ours_launches"]["pytorch"] <= 130
     assert rows["an engine's call"]["ours_launches"] == {"triton": 0, "pytorch": 2}  # the copies
     assert rows["linear qkv, forward"]["timm_launches"] == 1
+
+
+STEP = """
+import torch
+from benchmarks.host_time.rows import NETWORKS
+from benchmarks.host_time.stand_ins import StandIns
+from benchmarks.host_time.turns import Contender
+from deit_fast.bench.modes import Mode
+from deit_fast.bench.network import Network
+from deit_fast.bench.step import Step
+
+stand_ins = StandIns.install()
+network = Network(NETWORKS["Ti"], None, torch.device("cpu"))
+for mode in (
+    Mode("", torch.bfloat16, fast=True, train=True),
+    Mode("", torch.float32, autocast=torch.bfloat16, fast=True, train=True),
+):
+    step = Step(network, mode)
+    images = step.cast(network.batch(1))
+    contender = Contender(lambda: step(images))
+    with stand_ins.operators.idle():
+        stand_ins.launches(contender)
+        assert stand_ins.working(contender) == []
+        print(*stand_ins.launches(contender))
+"""
+
+
+@pytest.mark.slow
+def test_the_launches_of_a_training_step():
+    """Of DeiT-Ti distilled: in bf16, and under autocast, which casts weights and heads."""
+    selection.compiler()
+    done = started("-W", "ignore", "-c", STEP)
+    assert done.returncode == 0, done.stderr
+    (triton, torchs), (amp_triton, amp_torchs) = (
+        map(int, line.split()) for line in done.stdout.splitlines()
+    )
+    assert 170 < triton <= 190 and 100 < torchs <= 130
+    assert amp_triton == triton and torchs + 24 < amp_torchs <= 165
 
 
 @pytest.mark.slow
