@@ -202,7 +202,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 17
-    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    every = ctx.saved_tensors  # once: checkpoints ask for it
+    tensors, saved = every[:9], every[9:]
     nothing = (None,) * 9  # of row_scale and the arguments that are no tensors
     if torch.is_grad_enabled():  # a second derivative is wanted
 
