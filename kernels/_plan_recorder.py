@@ -339,11 +339,12 @@ class Parameters:
         ref = self.recorder.ref(base)
         self.reads.append(ref.slot)
         shape, strides = list(descriptor.shape), list(descriptor.strides)
+        last = size * sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         self.maps.append({
             "at": at, "slot": ref.slot, "bytes": ref.bytes, "swizzle": meta["swizzle"],
             "type": _map_type(meta["elem_type"]), "nan": descriptor.padding == "nan",
             "sizes": shape[::-1], "strides": [size * s for s in strides[:-1][::-1]],
-            "box": list(meta["block_size"])[::-1],
+            "box": list(meta["block_size"])[::-1], "small": last + 1 < 128 * 1024,
         })  # fmt: skip
         for extent in shape:
             self.number("i32", extent)

@@ -1,4 +1,4 @@
-// The CUDA driver: the two functions of it that a plan calls, and the current stream.
+// The CUDA driver: what of it a plan calls, and the current stream.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -15,6 +15,7 @@ struct Driver {
   decltype(&cuLaunchKernelEx) launch;
   decltype(&cuTensorMapEncodeTiled) encode; // null where the driver has none: before CUDA 12
   decltype(&cuGetErrorString) error;
+  int version; // 13010: CUDA 13.1
 
   static const Driver &get() {
     static const Driver driver = load();
@@ -36,8 +37,10 @@ private:
     auto find = [library](const char *name) { return dlsym(library, name); };
     Driver found{(decltype(launch))find("cuLaunchKernelEx"),
                  (decltype(encode))find("cuTensorMapEncodeTiled"),
-                 (decltype(error))find("cuGetErrorString")};
+                 (decltype(error))find("cuGetErrorString"), 0};
     TORCH_CHECK(found.launch && found.error, "libcuda.so.1 has no cuLaunchKernelEx: CUDA 11.8 or newer is needed");
+    if (auto version = (decltype(&cuDriverGetVersion))find("cuDriverGetVersion"))
+      version(&found.version);
     return found;
   }
 };
