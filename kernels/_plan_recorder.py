@@ -25,6 +25,7 @@ aten = torch.ops.aten
 _EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default,
           aten.new_empty_strided.default, aten.empty_like.default}  # fmt: skip
 _UNKNOWN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _RANDOM = torch.Tag.nondeterministic_seeded
 # A kernel's parameter by its type in Triton's signature, as the struct module writes it
 _FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B",
@@ -124,11 +125,9 @@ class Recorder(TorchDispatchMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        if func._can_decompose():
-            with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # not `decompose`: in torch 2.11 that copies in a dropout that does nothing
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         made = func(*args, **kwargs)
         self._record(func, args, kwargs, made)
         return made

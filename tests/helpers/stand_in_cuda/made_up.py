@@ -42,8 +42,8 @@ def _copy_kernel(x_desc, y_desc, scale, M: tl.constexpr, N: tl.constexpr):
 def numbers(x, **options):
     y = torch.empty_like(x)
     _plans.launch(
-        _numbers_kernel, (3, 2), x, None, True, 7, -(2**31), 2**40, 2**63 + 5, 0.1, 1, (x.shape[0], 2.5),
-        y, N=128, **options,
+        _numbers_kernel, (3, 2), x, None, True, 7, -(2**31), 2**40, 2**63 + 5, 0.1, 1,
+        (x.shape[0], 2.5), y, N=128, **options,
     )  # fmt: skip
     return y
 
