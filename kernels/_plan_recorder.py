@@ -25,6 +25,7 @@ aten = torch.ops.aten
 _EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default,
           aten.new_empty_strided.default, aten.empty_like.default}  # fmt: skip
 _UNKNOWN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _RANDOM = torch.Tag.nondeterministic_seeded
 # A kernel's parameter by its type in Triton's signature, as the struct module writes it
 _FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B",
@@ -125,11 +126,9 @@ class Recorder(TorchDispatchMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        if func._can_decompose():
-            with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # not `decompose`: in torch 2.11 that copies in a dropout that does nothing
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         made = func(*args, **kwargs)
         self._record(func, args, kwargs, made)
         return made
@@ -346,11 +345,12 @@ class Parameters:
         ref = self.recorder.ref(base)
         self.reads.append(ref.slot)
         shape, strides = list(descriptor.shape), list(descriptor.strides)
+        last = size * sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         self.maps.append({
             "at": at, "slot": ref.slot, "bytes": ref.bytes, "swizzle": meta["swizzle"],
             "type": _map_type(meta["elem_type"]), "nan": descriptor.padding == "nan",
             "sizes": shape[::-1], "strides": [size * s for s in strides[:-1][::-1]],
-            "box": list(meta["block_size"])[::-1],
+            "box": list(meta["block_size"])[::-1], "small": last + 1 < 128 * 1024,
         })  # fmt: skip
         for extent in shape:
             self.number("i32", extent)

@@ -1,4 +1,4 @@
-// The CUDA driver: the functions of it that a plan calls, and the current stream.
+// The CUDA driver: what of it a plan calls, and the current stream.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -18,6 +18,7 @@ struct Driver {
   decltype(&cuCtxGetCurrent) current;
   decltype(&cuDevicePrimaryCtxRetain) retain;
   decltype(&cuCtxSetCurrent) set_current;
+  int version; // 13010: CUDA 13.1
 
   static const Driver &get() {
     static const Driver driver = load();
@@ -52,8 +53,11 @@ private:
                  (decltype(error))find("cuGetErrorString"),
                  (decltype(current))find("cuCtxGetCurrent"),
                  (decltype(retain))find("cuDevicePrimaryCtxRetain"),
-                 (decltype(set_current))find("cuCtxSetCurrent")};
-    TORCH_CHECK(found.launch && found.error && found.current && found.retain && found.set_current, "libcuda.so.1 has no cuLaunchKernelEx: CUDA 11.8 or newer is needed");
+                 (decltype(set_current))find("cuCtxSetCurrent"), 0};
+    bool all = found.launch && found.error && found.current && found.retain && found.set_current;
+    TORCH_CHECK(all, "libcuda.so.1 has no cuLaunchKernelEx: CUDA 11.8 or newer is needed");
+    if (auto version = (decltype(&cuDriverGetVersion))find("cuDriverGetVersion"))
+      version(&found.version);
     return found;
   }
 };

@@ -193,6 +193,7 @@ private:
     map.sizes = one["sizes"].cast<std::vector<cuuint64_t>>();
     map.strides = one["strides"].cast<std::vector<cuuint64_t>>();
     map.box = one["box"].cast<std::vector<cuuint32_t>>();
+    map.small = one["small"].cast<bool>();
     return map;
   }
 };

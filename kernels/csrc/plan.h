@@ -105,6 +105,7 @@ struct Map {
   CUtensorMapFloatOOBfill fill;
   std::vector<cuuint64_t> sizes, strides; // innermost first; strides in bytes, without the first
   std::vector<cuuint32_t> box;
+  bool small; // less than 128 KiB
 
   struct Cached {
     alignas(64) CUtensorMap map;
@@ -136,9 +137,14 @@ struct Map {
 private:
   CUresult encode(void *pointer, CUtensorMap *map) const {
     static const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-    return Driver::get().encode(map, type, (cuuint32_t)box.size(), pointer, sizes.data(),
-                                strides.data(), box.data(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, fill);
+    CUresult result = Driver::get().encode(
+        map, type, (cuuint32_t)box.size(), pointer, sizes.data(), strides.data(), box.data(), steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, fill);
+    // Drivers up to CUDA 13.1 set this bit wrongly, for which Blackwell reads memory that is not
+    // there: known issue of NVIDIA's release 595.71, and Triton clears it from 3.7 on
+    if (result == CUDA_SUCCESS && small && Driver::get().version <= 13010)
+      reinterpret_cast<cuuint64_t *>(map)[1] &= ~(cuuint64_t(1) << 21);
+    return result;
   }
 };
 

@@ -2,9 +2,11 @@
 
     DEIT_FAST_PLANS=1 python -m pytest -p plans_twice tests/layers
 
-The tests then see what the plans compute, in Triton's interpreter: outputs and gradients.
+The tests then see what the plans compute, in Triton's interpreter: outputs and gradients. The
+summary says how many calls ran as plans; where none did, the run fails.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,6 +40,22 @@ def twice(method, module, args, planned, without):
 
 _plan_calls.recorded_call = twice
 _plans.at_once = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist is done: its calls count as well."""
+    replayed[0] += getattr(node, "workeroutput", {}).get("replayed", 0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Fails where tests passed and no call ran as a plan."""
+    worker = getattr(session.config, "workeroutput", None)
+    if worker is not None:
+        worker["replayed"] = replayed[0]
+    elif session.exitstatus == pytest.ExitCode.OK and not replayed[0]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
