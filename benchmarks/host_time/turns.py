@@ -10,7 +10,7 @@ from statistics import median
 from torch import Tensor
 
 from deit_fast.bench.step import Step
-from deit_fast.kernels import _plans
+from deit_fast.layers import _plans
 
 IN_PYTHON = 5  # calls with which the first ones of a batch size are compared
 

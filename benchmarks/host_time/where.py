@@ -9,8 +9,8 @@ from torch import nn
 
 from benchmarks.operations import OPS, cast, operations
 from deit_fast.bench.device import hardware
-from deit_fast.kernels import _plans
 from deit_fast.kernels.cases import deit_cases
+from deit_fast.layers import _plans
 
 from .rows import DTYPES, one_thread, settings_of, summary
 from .stand_ins import StandIns

@@ -6,7 +6,6 @@ import timm.layers
 import timm.models.vision_transformer as timm_vit
 import torch
 
-from deit_fast.kernels._plans import planned
 from deit_fast.kernels.layer_norm_linear import uses_row_stats
 
 from ._base import (
@@ -19,6 +18,7 @@ from ._base import (
 )
 from ._branch import branch_scales
 from ._fusion import FUSED
+from ._plans import planned
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp

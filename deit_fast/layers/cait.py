@@ -11,7 +11,6 @@ from timm.models import checkpoint_seq
 
 from deit_fast import kernels
 from deit_fast.kernels import talking_heads
-from deit_fast.kernels._plans import planned
 from deit_fast.kernels.attention import HEAD_DIMS
 
 from ._base import (
@@ -26,6 +25,7 @@ from ._base import (
 from ._branch import drop_path_mask
 from ._fusion import is_traced
 from ._hooks import is_observed
+from ._plans import planned
 from .block import wants_row_stats
 from .layer_norm import LayerNorm
 from .mlp import Mlp

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from deit_fast import kernels
-from deit_fast.kernels._plans import planned
 from deit_fast.kernels.window_attention import HEAD_DIM
 
 from ._base import (
@@ -28,6 +27,7 @@ from ._base import (
     why_not_parts,
 )
 from ._branch import branch_scales
+from ._plans import planned
 from .layer_norm import LayerNorm
 from .mlp import why_not_mlp
 

@@ -11,13 +11,13 @@ from timm.models import checkpoint, checkpoint_seq
 from torch import nn
 
 from deit_fast import kernels
-from deit_fast.kernels._plans import planned
 from deit_fast.kernels.classifier import fuse
 from deit_fast.kernels.patch_embed import normalize_reference
 
 from ._base import Fast, is_identity, is_plain_linear, kind_of, why_not_dropouts
 from ._fusion import FUSED, is_traced
 from ._hooks import can_bypass, is_intercepted, is_monkey_patched, is_observed
+from ._plans import planned
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit_fast.kernels import _plan_calls, _plans
+from deit_fast.layers._plans import decorator
 
-_record = _plan_calls.recorded_call
+_record = decorator.recorded_call
 replayed = [0]
 
 
@@ -38,8 +38,8 @@ def twice(method, module, args, planned, without):
     return again
 
 
-_plan_calls.recorded_call = twice
-_plans.at_once = True
+decorator.recorded_call = twice
+decorator.at_once = True
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -39,8 +39,10 @@ from benchmarks.operations import (
     operations,
     tensors,
 )
-from deit_fast.kernels import _plan_library, _plans
+from deit_fast.kernels import _plan_library
 from deit_fast.kernels.cases import deit_cases
+from deit_fast.layers import _plans
+from deit_fast.layers._plans import decorator
 
 from . import made_up
 from .exercise import BATCH, BF16, FP16, FP32, MODELS, SMS
@@ -320,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = Memory(args.library)
     gpu.keep(memory.where)
     _plan_library.wait()
-    _plans.at_once = True
+    decorator.at_once = True
     compared = Compared(gpu, memory)
     with sdpa_kernel(SDPBackend.MATH):  # in fp32: a plan can repeat its operators
         for group in args.groups:

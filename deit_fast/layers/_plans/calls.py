@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _plan_library, _plans
-from ._plan_guards import Seen, why_no_tensor
-from ._plan_recorder import Recorder, Step
+from deit_fast.kernels import _plan_library, _plans
+from deit_fast.kernels._plan_recorder import Recorder, Step
+
+from .guards import Seen, why_no_tensor
+from .kept import plans_of
 
 MOST_STALE = 8  # times that a method's modules may change before its calls stay in Python
 
@@ -108,7 +110,7 @@ class Call:
         method: of the module's class, as written.
         module: whose method it is.
         args: positional.
-        planned: the method's plans, csrc/planned.h.
+        planned: the method's plans, kernels/csrc/planned.h.
         without: names of children that the method does not touch.
     """
 
@@ -128,7 +130,7 @@ class Call:
 
     def seen(self) -> Seen:
         """What the method reads of its modules, as they are now."""
-        kept = _plans.plans_of(self.module).seen
+        kept = plans_of(self.module).seen
         seen = kept.get(self.method.__name__)
         if seen is None or not seen.guards.hold():
             seen = kept[self.method.__name__] = Seen(self.module, self.without)
@@ -142,7 +144,7 @@ class Call:
 
     def refuse(self, why: str) -> None:
         """Calls of this kind run in Python."""
-        _plans.plans_of(self.module).reasons[self.method.__name__] = why
+        plans_of(self.module).reasons[self.method.__name__] = why
         if self.planned.stale <= MOST_STALE:
             if self.kind is None:
                 self.see()

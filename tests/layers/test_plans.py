@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from checking import assert_close
 from modelling import images, tiny_pair
 from planning import assert_equal, stepped
 from torch import nn
@@ -14,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast import kernels
-from deit_fast.kernels import _plan_calls, _plans, _tuned
+from deit_fast.kernels import _tuned
+from deit_fast.layers import _plans
+from deit_fast.layers._plans.calls import MOST_STALE
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 pytest_plugins = ["planning"]
@@ -192,7 +195,7 @@ def test_a_context_is_seen(inference, plans, context):
     model, x = inference
     with CONTEXTS[context]():
         plans.called(lambda: model(x), plan=False)
-    if context != "forced":  # then every plan is made again
+    if context != "forced":  # then a plan is recorded once more
         plans.called(lambda: model(x))
 
 
@@ -327,7 +330,7 @@ def test_models_are_freed(plans, device):
 
 def test_modules_that_change_all_the_time_stay_in_python(inference, plans):
     model, x = inference
-    for i in range(3 * _plan_calls.MOST_STALE):
+    for i in range(3 * MOST_STALE):
         model.norm.eps = 1e-6 * (i + 1)
         model(x)
     assert _plans.why_not(model) == {"forward": "its modules changed at nearly every call"}
@@ -426,7 +429,7 @@ def test_second_derivatives(plans, device, drop_path_rate):
     for _ in range(2):
         stepped(model, x)
     for _ in range(2):  # its terms are added in another order
-        torch.testing.assert_close(penalty(), expected)
+        assert_close(penalty(), expected)
 
 
 def test_checkpoint(plans, device):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import _plan_library
-from ._plan_library import CLASS, ITEM, SIZE, TYPE, VALUE
+from deit_fast.kernels import _plan_library
+from deit_fast.kernels._plan_library import CLASS, ITEM, SIZE, TYPE, VALUE
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of a class: what a method reads of it
@@ -23,7 +23,7 @@ class Seen:
     """A module and those inside it, as they are now.
 
     Attributes:
-        guards: they hold while nothing has changed, csrc/guards.h.
+        guards: they hold while nothing has changed, kernels/csrc/guards.h.
         held: the parameters and buffers.
         why_not: why no plan can be made with them; None: it can be tried.
 
@@ -74,7 +74,7 @@ def inside(module: nn.Module, without: Sequence[str] = ()) -> Iterator[nn.Module
 
 
 def _guards(module: nn.Module, without: Sequence[str] = ()) -> Iterator[tuple]:
-    """What a method of a module may read of it and of the modules inside it: see csrc/guards.h."""
+    """What a method of a module may read of it and of those inside it: kernels/csrc/guards.h."""
     for name in HOOKS:
         hooks = getattr(nn_module, f"_global{name}")
         yield SIZE, hooks, len(hooks), None
