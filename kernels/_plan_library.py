@@ -31,7 +31,7 @@ if WANTED not in ("", "0", "1"):
 
 TYPE, CLASS, ITEM, VALUE, SIZE, MEMORY, ABSENT = range(7)  # kinds of checks: csrc/guards.h
 
-loaded: ModuleType | None = None
+loaded: Any = None  # the module
 _why_not: str | None = "DEIT_FAST_PLANS is 0" if WANTED == "0" else None
 _lock = threading.Lock()
 _build: threading.Thread | None = None
@@ -65,7 +65,6 @@ def guards(checks: Iterable[tuple]) -> Any:
     Args:
         checks: each a kind and three things; the last ones may be None.
     """
-    assert loaded is not None
     return loaded.Guards(list(checks))
 
 

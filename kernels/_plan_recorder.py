@@ -269,7 +269,7 @@ class Recorder(TorchDispatchMode):
             return self._own[0]
         slot, start, _ = found
         offset = tensor.storage_offset() * tensor.element_size() - start
-        return Ref(slot, tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
+        return Ref(slot, tuple(tensor.shape), tensor.stride(), tensor.dtype, int(offset))
 
     def slot_of(self, tensor: Tensor) -> int:
         """The slot with this very tensor; a view of another slot gets one of its own."""

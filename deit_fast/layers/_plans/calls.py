@@ -18,7 +18,9 @@ from .kept import plans_of
 MOST_STALE = 8  # times that a method's modules may change before its calls stay in Python
 
 
-def recorded_call(method: Callable, module: nn.Module, args: tuple, planned: Any, without) -> Any:
+def recorded_call(
+    method: Callable, module: nn.Module, args: tuple, planned: Any, without: Sequence[str]
+) -> Any:
     """`method(module, *args)`, after which there is a plan, or a reason why not."""
     if not any(map(_plans.has_kernels, args)):
         return method(module, *args)
@@ -73,12 +75,12 @@ class _Recorded(torch.autograd.Function):
         return tuple(t.detach() if t.requires_grad else t for t in results)
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx, *given):
         call, inputs = ctx.call, ctx.inputs
-        upstream = [g.contiguous() for g, one in zip(upstream, ctx.which, strict=True) if one]
+        upstream = [g.contiguous() for g, one in zip(given, ctx.which, strict=True) if one]
         if torch.is_grad_enabled():
-            given = [*ctx.saved_tensors, *ctx.random, *call.held]
-            return None, *call.again(len(ctx.random), given, upstream)
+            saved = [*ctx.saved_tensors, *ctx.random, *call.held]
+            return None, *call.again(len(ctx.random), saved, upstream)
         if ctx.results is None:
             raise RuntimeError(
                 "backward runs a second time through a graph that was freed: "
@@ -165,7 +167,7 @@ class Call:
             except RuntimeError as error:  # an argument that C++ does not take
                 recorder.refuse(str(error))
         if pair is None:
-            self.refuse(recorder.why_not)
+            self.refuse(recorder.why_not or "")
         else:
             self.planned.add(self.kind, pair, self.shape)
 
@@ -193,8 +195,8 @@ class Call:
             numbers = {slot: i for i, slot in enumerate(_numbered(forward, inputs))}
             saved = [numbers[slot] for slot in saved]
         held = [self.inputs[i] for i in kept]
-        first = arguments + len(recorder.random)
-        return _plan_library.loaded.make_pair(plan, second, held, saved, first, again)
+        needed = arguments + len(recorder.random)
+        return _plan_library.loaded.make_pair(plan, second, held, saved, needed, again)
 
     @property
     def again(self) -> Callable:

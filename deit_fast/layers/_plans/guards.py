@@ -78,7 +78,7 @@ def _guards(module: nn.Module, without: Sequence[str] = ()) -> Iterator[tuple]:
     for name in HOOKS:
         hooks = getattr(nn_module, f"_global{name}")
         yield SIZE, hooks, len(hooks), None
-    classes = {}
+    classes: dict[type, None] = {}
     for part in inside(module, without):
         kind = type(part)
         classes |= {kind: None, getattr(kind, "timm_class", kind): None}
