@@ -25,6 +25,19 @@ def stages_markdown(data: dict) -> str:
     return _with_settings(data, lines)
 
 
+def where_markdown(data: dict) -> str:
+    """The table of where the host time of operations goes, and what it was measured with."""
+    parts = list(data["rows"][0]["shares"])
+    lines = [["", "launches", "in Python, us", *parts, "as a plan, us"]]
+    lines.append(["---"] + ["---:"] * (len(parts) + 3))
+    for one in data["rows"]:
+        python, plan = one["python_us"]["median"], one["plan_us"]["median"]
+        shares = [f"{one['shares'][part] * python:.0f}" for part in parts]
+        last = one["why_not"] or f"{plan:.1f}"
+        lines.append([one["call"], str(one["launches"]), f"{python:.0f}", *shares, last])
+    return _with_settings(data, lines)
+
+
 def _with_settings(data, lines):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(

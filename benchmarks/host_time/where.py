@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.operations import OPS, cast, operations
 from deit_fast.bench.device import hardware
@@ -59,13 +60,20 @@ class _Planned(nn.Module):
 
     def __init__(self, call: Callable, inputs: dict) -> None:
         super().__init__()
-        self.call, self.inputs = call, inputs
-        self.names = [name for name, x in inputs.items() if isinstance(x, torch.Tensor)]
-        self.tensors = [inputs[name] for name in self.names]
+        self.call = call
+        self.leaves, self.spec = tree_flatten(inputs)
+        self.tensors = [_apart(x) for x in self.leaves if isinstance(x, torch.Tensor)]
 
     @_plans.planned()
     def forward(self, *tensors):
-        return self.call(**self.inputs | dict(zip(self.names, tensors, strict=True)))
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return self.call(**tree_unflatten(leaves, self.spec))
+
+
+def _apart(x):
+    """The tensor in memory of its own: a plan's arguments share none."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
 
 
 def operation_rows(op: str, settings: dict, stand_ins: StandIns) -> Iterator[dict]:
