@@ -91,6 +91,63 @@ def sanitized(started, folder):
     return env | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
+THREADS = """
+import json, threading, time
+import torch
+import deit_fast
+import stand_in_cuda
+from deit_fast.kernels import _plan_library
+
+gpu = stand_in_cuda.install((9, 0))
+library = _plan_library.wait()
+model = deit_fast.create_model("deit_tiny", depth=1).to(torch.bfloat16).eval()
+batches = [torch.zeros(i + 1, 3, 224, 224, dtype=torch.bfloat16) for i in range(4)]
+torch.set_num_threads(1)
+
+def call(x):
+    with torch.no_grad():
+        return model(x)
+
+for x in batches:
+    for _ in range(3):
+        call(x)
+gpu.forget()
+each = []
+for x in batches:
+    call(x)
+    each.append(len(gpu.launches()) - sum(each))
+gpu.forget()
+runs, shapes = library.runs(), []
+work = lambda x: shapes.extend(tuple(call(x).shape) for _ in range(25))
+gpu.sleep(1000)
+start = time.perf_counter()
+work(batches[0])
+alone = time.perf_counter() - start
+threads = [threading.Thread(target=work, args=(x,)) for x in batches]
+start = time.perf_counter()
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+print(json.dumps({
+    "each": each, "launches": len(gpu.launches()), "runs": library.runs() - runs,
+    "reasons": gpu.reasons(), "alone": alone, "together": time.perf_counter() - start,
+    "shapes": sorted(set(shapes)), "calls": len(shapes),
+}))
+"""
+
+
+def test_threads_launch_at_the_same_time(started):
+    """Four threads, new to CUDA, one model: none waits for another's launches."""
+    done = started("-W", "ignore", "-c", THREADS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["reasons"] == [] and found["runs"] == found["calls"] == 5 * 25
+    assert found["shapes"] == [[i, 1000] for i in (1, 2, 3, 4)]
+    assert found["launches"] == 25 * (found["each"][0] + sum(found["each"]))
+    assert found["together"] < 2.5 * found["alone"]
+
+
 def test_plans_access_no_memory_but_their_own(started, tmp_path):
     """Launches with every kind of parameter, under the compiler's sanitizers."""
     compared(started, "9.0", "made_up", **sanitized(started, tmp_path))

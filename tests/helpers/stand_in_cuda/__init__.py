@@ -124,6 +124,10 @@ class StandIn:
         count = self.library.stand_in_reasons()
         return [self.library.stand_in_reason(i).decode() for i in range(count)]
 
+    def sleep(self, microseconds: int) -> None:
+        """Every launch takes so long from now on."""
+        self.library.stand_in_sleep(microseconds)
+
     def forget(self) -> None:
         self.library.stand_in_forget()
 

@@ -6,12 +6,14 @@
  */
 #include "cuda.h"
 #include <elf.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MAX_REASONS 256
 #define MAX_PARAMETERS 256
@@ -49,7 +51,8 @@ static struct {
   int major, minor, sms, shared_optin, shared_sm;
 } chip = {9, 0, 132, 232448, 233472};
 static Launch *launches;
-static int count, capacity, loads, maps;
+static int count, capacity, loads, maps, pause_us;
+static pthread_mutex_t launching = PTHREAD_MUTEX_INITIALIZER;
 static char reasons[MAX_REASONS][256];
 static int reason_count;
 /* Writes whose memory an address is, if it is any's: a launch's text has that and not the address.
@@ -82,6 +85,7 @@ const Launch *stand_in_launch(int i) { return &launches[i]; }
 int stand_in_reasons(void) { return reason_count; }
 const char *stand_in_reason(int i) { return reasons[i]; }
 void stand_in_keep(bool (*given)(uint64_t, char *, size_t)) { where = given; }
+void stand_in_sleep(int microseconds) { pause_us = microseconds; }
 void stand_in_forget(void) {
   while (count)
     free(launches[--count].text);
@@ -113,7 +117,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return ordinal ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 static char the_context;
-static CUcontext current;
+static __thread CUcontext current;
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   *context = (CUcontext)&the_context;
   return CUDA_SUCCESS;
@@ -436,6 +440,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
     return refuse(bad, "%s: a cluster of %u for a grid of %u", name, cluster, grid[0]);
   if (!arguments)
     return refuse(bad, "%s: no arguments", name);
+  if (!current)
+    return refuse(CUDA_ERROR_INVALID_CONTEXT, "%s: this thread has no context", name);
+  if (pause_us)
+    usleep(pause_us);
+  pthread_mutex_lock(&launching);
   if (count == capacity) {
     capacity = capacity ? 2 * capacity : 1024;
     launches = realloc(launches, capacity * sizeof *launches);
@@ -451,5 +460,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
   launch->spills = module->local_bytes;
   if (where)
     launch->text = text_of(config, function, arguments);
+  pthread_mutex_unlock(&launching);
   return CUDA_SUCCESS;
 }
