@@ -3,6 +3,7 @@
 #include <ATen/ScalarOps.h>
 #include <torch/csrc/Device.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Layout.h>
 #include <torch/csrc/MemoryFormat.h>
 #include <torch/csrc/utils/pybind.h>
@@ -264,16 +265,9 @@ void set_up_planned(PyHeapTypeObject *heap_type) {
     return 0;
   };
   type->tp_call = [](PyObject *self, PyObject *arguments, PyObject *) -> PyObject * {
-    try {
-      return of<Planned>(self).call(arguments);
-    } catch (py::error_already_set &error) {
-      error.restore();
-    } catch (py::builtin_exception &error) {
-      error.set_error();
-    } catch (const std::exception &error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return nullptr;
+    HANDLE_TH_ERRORS // PyTorch's classes: torch.OutOfMemoryError
+    return of<Planned>(self).call(arguments);
+    END_HANDLE_TH_ERRORS
   };
 }
 

@@ -475,3 +475,19 @@ def test_gradients_under_ddp(plans, device, tmp_path):
 def _stepped(model, x):
     stepped(model, x)
     return list(model.parameters())
+
+
+class Picks(nn.Module):
+    @_plans.planned()
+    def forward(self, x, i):
+        return x.index_select(0, i) * 2
+
+
+def test_errors_in_a_plan_are_pytorchs(plans, device):
+    module, x = Picks(), torch.arange(3.0, device=device)
+    good, bad = torch.tensor([1, 2], device=device), torch.tensor([1, 7], device=device)
+    assert_equal([plans.warm(lambda: module(x, good))], [torch.tensor([2.0, 4.0])])
+    if device == "cpu":
+        with pytest.raises(IndexError, match="out of range"), plans.expected(plan=True):
+            module(x, bad)
+        assert_equal([plans.called(lambda: module(x, good))], [torch.tensor([2.0, 4.0])])
