@@ -11,6 +11,7 @@ The environment variable DEIT_FAST_PLANS says otherwise:
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def path_of_build() -> Path:
     for source in sorted(SOURCE.iterdir()):
         digest.update(source.read_bytes())
     digest.update("\n".join(command(Path("-"))).encode())
-    tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-triton{triton.__version__}"
+    versions = f"torch{torch.__version__}-triton{triton.__version__}"
+    tag = f"{platform.machine()}-{sys.implementation.cache_tag}-{versions}"
     return cache_folder() / "plans" / f"launch_plan-{tag}-{digest.hexdigest()[:12]}.so"
 
 
@@ -180,11 +182,14 @@ def build() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a node: one builds, the others wait
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder, path.name)
-                subprocess.run(command(part), check=True, capture_output=True, text=True)
-                part.replace(path)
+        try:
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                    part = Path(folder, path.name)
+                    subprocess.run(command(part), check=True, capture_output=True, text=True)
+                    part.replace(path)
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open
     return path
 
 

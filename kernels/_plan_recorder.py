@@ -65,7 +65,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.why_not: str | None = None
         self.steps: list[Step] = []
-        self.inputs = 0
+        self.device = inputs[0].device
+        self._inputs: set[int] = set()  # slots
         self._launches = False
         self.slots = 0
         self.backward_from: int | None = None
@@ -83,8 +84,9 @@ class Recorder(TorchDispatchMode):
         """A slot that is given to the plan."""
         if tensor.untyped_storage()._cdata in self._memory and tensor.numel():
             self.refuse("two of its tensors share memory")
-        self.inputs += 1
-        return self._new(tensor)
+        slot = self._new(tensor)
+        self._inputs.add(slot)
+        return slot
 
     def refuse(self, why: str) -> None:
         """No plan is made."""
@@ -107,7 +109,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(tensor, Tensor):
             return self.refuse(f"it returns a {type(tensor).__name__}")
         slot = self.slot_of(tensor)
-        if self.why_not is None and self._base_of(slot) < self.inputs:
+        if self.why_not is None and self._base_of(slot) in self._inputs:
             self.refuse("it returns an argument or a parameter")
         self.outputs.append(slot)
         return len(self.outputs) - 1
@@ -140,12 +142,16 @@ class Recorder(TorchDispatchMode):
         if not all(isinstance(t, Tensor) for t in results):
             return self.refuse(f"{func} returns no tensor: the host needs its result")
         if func in _EMPTY:
+            if made.device != self.device:
+                return self.refuse(f"it makes a tensor on {made.device}")
             slot = self._new(made)
             self.steps.append(Step("alloc", (), (slot,), self._own[slot][1:4]))
             return None
         known = [self._is_known(t) for t in results]
         if known and all(known) and not func._schema.is_mutable:
             return None  # views
+        if isinstance(made, list):
+            return self.refuse(f"{func} returns a list")
         if any(tag in func.tags for tag in _UNKNOWN) or func._schema.name.startswith(
             "aten::_scaled"
         ):
@@ -173,12 +179,12 @@ class Recorder(TorchDispatchMode):
             arguments.append(value)
             if parameter.alias_info is not None and parameter.alias_info.is_write:
                 slots = [one[0] for one in (value if isinstance(value, list) else [value]) if one]
-                if any(self._base_of(slot) < self.inputs for slot in slots):
+                if any(self._base_of(slot) in self._inputs for slot in slots):
                     return self.refuse(f"{func} writes to an argument or a parameter")
         makes = tuple(-1 if seen else self._new(t) for t, seen in zip(results, known, strict=True))
         if _RANDOM in func.tags:
             if func is not aten.bernoulli_.float:
-                self.refuse(f"{func} draws random numbers")
+                return self.refuse(f"{func} draws random numbers")
             self.random[self._base_of(arguments[0][0])] = args[0]
         name = func._schema.name, func._schema.overload_name
         made = tuple(slot for slot in makes if slot >= 0)

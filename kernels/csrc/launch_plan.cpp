@@ -200,11 +200,9 @@ private:
 };
 
 std::shared_ptr<Pair> make_pair(std::shared_ptr<Plan> forward, std::shared_ptr<Plan> backward,
-                                std::vector<Tensor> held, std::vector<int> saved,
-                                size_t first, py::object again) {
-  return std::shared_ptr<Pair>(new Pair{std::move(forward), std::move(backward), std::move(held),
-                                        std::move(saved), first,
-                                        shared(std::move(again))});
+                                std::vector<int> saved, size_t first, py::object again) {
+  return std::shared_ptr<Pair>(new Pair{std::move(forward), std::move(backward), std::move(saved),
+                                        first, shared(std::move(again))});
 }
 
 // arguments: what the function is called with, now. guards: `Guards`.
@@ -214,12 +212,13 @@ std::shared_ptr<Kind> kind_of(py::handle device, const py::tuple &arguments, py:
   return kind;
 }
 
-// pair: None where no plan can be made. result: of the call, with numbers in the place of tensors.
+// pair: None where no plan can be made. held: parameters and buffers that are inputs of its plans.
+// result: of the call, with numbers in the place of tensors.
 void add(Planned &planned, std::shared_ptr<Kind> kind, std::shared_ptr<Pair> pair,
-         py::object result) {
-  if (pair)
-    for (const Tensor &t : pair->held)
-      kind->held.emplace_back(t);
+         const py::list &held, py::object result) {
+  kind->parameters = py::tuple(held);
+  for (size_t i = 0; i < held.size(); ++i)
+    kind->held.emplace_back(kind->parameter(i));
   kind->pair = std::move(pair);
   kind->result = std::move(result);
   planned.add(std::move(kind));
@@ -256,6 +255,7 @@ void set_up_planned(PyHeapTypeObject *heap_type) {
     for (auto &kind : of<Planned>(self).kinds) {
       Py_VISIT(kind->guards.ptr());
       Py_VISIT(kind->constants.ptr());
+      Py_VISIT(kind->parameters.ptr());
       Py_VISIT(kind->result.ptr());
     }
     return 0;

@@ -21,7 +21,6 @@ using NodePointer = decltype(Edge::function); // shared or intrusive, as the ver
 // Both plans of one kind of call, and what they read.
 struct Pair {
   std::shared_ptr<Plan> forward, backward; // backward: null in inference
-  std::vector<Tensor> held;                // inputs beside the arguments: parameters and buffers
   std::vector<int> saved;                  // slots of forward that the node saves
   size_t first; // of the saved ones, that a second derivative needs: arguments, random numbers
   std::shared_ptr<py::object> again; // the function in Python, for a second derivative
@@ -35,24 +34,34 @@ struct BelowAutograd { // and below autocast, where the steps were recorded
 struct PlanNode final : torch::autograd::Node {
   std::shared_ptr<Pair> pair;
   std::vector<SavedVariable> saved;
+  std::vector<Tensor> held; // parameters and buffers
 
   std::string name() const override { return "DeitFastBackward"; }
 
-  void release_variables() override { saved.clear(); }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    saved.clear();
+  }
 
   variable_list apply(variable_list &&grads) override {
-    TORCH_CHECK(!saved.empty() || pair->saved.empty(), torch::autograd::ERR_BACKWARD_TWICE);
     bool any = false;
     for (const Tensor &grad : grads)
       any |= grad.defined();
     if (!any)
       return variable_list(num_outputs());
-    for (size_t i = 0; i < grads.size(); ++i)
+    for (size_t i = 0; i < grads.size(); ++i) {
       grads[i] = grads[i].defined() ? grads[i].contiguous() : input_metadata(i).zeros_like();
+      if (!is_aligned(grads[i])) // kernels were specialised for addresses of the allocator's
+        grads[i] = grads[i].clone();
+    }
     Slots slots;
     slots.reserve(pair->backward->slots);
-    for (auto &variable : saved)
-      slots.push_back(variable.unpack(this_node<NodePointer>(this)));
+    {
+      std::lock_guard<std::mutex> lock(mutex_); // other threads may run this graph
+      TORCH_CHECK(!saved.empty() || pair->saved.empty(), torch::autograd::ERR_BACKWARD_TWICE);
+      for (auto &variable : saved)
+        slots.push_back(variable.unpack(this_node<NodePointer>(this)));
+    }
     if (at::GradMode::is_enabled())
       return differentiable(slots, grads);
     BelowAutograd below;
@@ -77,7 +86,7 @@ private:
     py::list tensors;
     for (size_t i = 0; i < pair->first; ++i)
       tensors.append(py::cast(slots[i]));
-    for (const Tensor &t : pair->held)
+    for (const Tensor &t : held)
       tensors.append(py::cast(t));
     py::list upstream;
     for (const Tensor &t : grads)
@@ -102,6 +111,7 @@ struct Kind {
   State state;
   py::tuple constants; // the arguments; a tensor's place holds None
   std::vector<std::pair<size_t, TensorKey>> tensors; // arguments
+  py::tuple parameters; // and buffers: inputs beside the arguments; Python's, for its collector
   std::vector<TensorKey> held;
   py::object guards;          // `Guards`; null: seen once, and not recorded
   std::shared_ptr<Pair> pair; // null: not planned
@@ -144,10 +154,14 @@ struct Kind {
       return NOTED;
     if (!guards.cast<const Guards &>().hold())
       return STALE;
-    for (size_t i = 0; pair && i < held.size(); ++i)
-      if (!held[i].fits(pair->held[i]))
+    for (size_t i = 0; i < held.size(); ++i)
+      if (!held[i].fits(parameter(i)))
         return STALE;
     return FITS;
+  }
+
+  const Tensor &parameter(size_t i) const {
+    return THPVariable_Unpack(PyTuple_GET_ITEM(parameters.ptr(), i));
   }
 };
 
@@ -229,12 +243,12 @@ private:
     slots.reserve(pair->forward->slots);
     for (const Tensor *t : given)
       slots.push_back(*t);
-    for (const Tensor &t : pair->held)
-      slots.push_back(t);
+    for (size_t i = 0; i < kind.held.size(); ++i)
+      slots.push_back(kind.parameter(i));
     std::vector<Tensor> outputs;
     {
       py::gil_scoped_release release;
-      outputs = pair->backward ? record(pair, slots) : compute(*pair, slots);
+      outputs = pair->backward ? record(pair, slots, given.size()) : compute(*pair, slots);
       slots.clear();
     }
     if (PyLong_CheckExact(result.ptr()))
@@ -264,14 +278,17 @@ private:
   }
 
   // `compute`, with a node in the autograd graph.
-  static std::vector<Tensor> record(const std::shared_ptr<Pair> &pair, Slots &slots) {
+  static std::vector<Tensor> record(const std::shared_ptr<Pair> &pair, Slots &slots,
+                                    size_t arguments) {
     torch::autograd::edge_list edges;
     for (int i = 0; i < pair->forward->inputs; ++i)
       edges.push_back(slots[i].requires_grad() ? torch::autograd::impl::gradient_edge(slots[i])
                                                : Edge());
+    std::vector<Tensor> held(slots.begin() + arguments, slots.begin() + pair->forward->inputs);
     std::vector<Tensor> outputs = compute(*pair, slots);
     NodePointer node = make_node();
     auto *made = static_cast<PlanNode *>(node.get());
+    made->held = std::move(held);
     made->set_next_edges(std::move(edges));
     made->pair = pair;
     for (Tensor &output : outputs)

@@ -6,6 +6,7 @@ import pickle
 import weakref
 
 import pytest
+import timm
 import torch
 from checking import assert_close
 from modelling import images, tiny_pair
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_fast import kernels
+import deit_fast
+from deit_fast import kernels, layers
 from deit_fast.kernels import _tuned
 from deit_fast.layers import _plans
 from deit_fast.layers._plans.calls import MOST_STALE
@@ -110,7 +112,22 @@ def hook_everywhere(model):
     model.undo = hook.remove
 
 
+def other_parameters(model):
+    model.head._parameters = {
+        name: nn.Parameter(2 * p) for name, p in model.head._parameters.items()
+    }
+
+
+def timms_method(model):
+    cls = timm.models.vision_transformer.VisionTransformer
+    before = cls.pool
+    cls.pool = lambda self, x, pool_type=None: 2 * before(self, x, pool_type)
+    model.undo = lambda: setattr(cls, "pool", before)
+
+
 CHANGES = {
+    "other dictionary of parameters": other_parameters,
+    "method of timm's class": timms_method,
     "module replaced": replaced,
     "weight replaced": weight_replaced,
     "hook": hooked,
@@ -321,6 +338,7 @@ def test_models_are_freed(plans, device):
         with torch.no_grad():
             plans.warm(lambda: model(x))
         plans.warm(lambda: stepped(model, x))
+        model.head.weight.register_hook(lambda grad, model=model: None)
         return weakref.ref(model)
 
     gone = used()
@@ -336,6 +354,96 @@ def test_modules_that_change_all_the_time_stay_in_python(inference, plans):
     assert _plans.why_not(model) == {"forward": "its modules changed at nearly every call"}
     model.norm.eps = 1e-6
     plans.called(lambda: model(x), plan=False)
+
+
+@pytest.mark.parametrize("when", ["before", "recorded", "after"])
+def test_hooks_of_parameters_run_once(plans, device, when):
+    """Those of a graph around the recorded one: not in it, and not in the plan."""
+    model, x = small(device, distilled=False)
+    model.train()
+    weight, calls = model.blocks[0].mlp.fc1.weight, []
+
+    def step(between=lambda: None):
+        loss = model(x).float().square().sum()
+        between()
+        model.zero_grad()
+        loss.backward()
+        return weight.grad.clone()
+
+    def register():
+        handles.append(weight.register_hook(lambda grad: calls.append(0) or 2 * grad))
+
+    handles = []
+    with _plans.in_python():
+        expected = step()
+    if when == "before":
+        register()
+    scale = 2 if handles else 1
+    assert_equal([step()], [scale * expected])
+    assert_equal([step(register if when == "recorded" else lambda: None)],
+                 [(1 if when == "after" else 2) * expected])  # fmt: skip
+    if when == "after":
+        register()
+    assert_equal([plans.called(step)], [2 * expected])
+    assert len(calls) == {"before": 3, "recorded": 2, "after": 1}[when]
+    handles[0].remove()
+    assert_equal([plans.called(step)], [expected])
+
+
+def test_random_choices_stay_in_python(plans, device):
+    model, x = small(device, patch_drop_rate=0.5)
+    model.train()
+    for _ in range(4):
+        stepped(model, torch.cat([x] * 20))
+    assert "random numbers" in _plans.why_not(model)["embed"]
+
+
+class Scaled(layers.VisionTransformer):
+    scale = [1]
+
+    def forward_head(self, x, pre_logits=False):
+        return self.scale[0] * super().forward_head(x, pre_logits)
+
+
+def test_code_of_a_subclass_is_not_left_out(plans, device):
+    model, x = small(device, distilled=False)
+    model.__class__ = Scaled
+    with torch.no_grad():
+        once = [plans.called(lambda: model(x), plan=False) for _ in range(4)][-1]
+        Scaled.scale[0] = 2
+        assert_equal([model(x)], [2 * once])
+        Scaled.scale[0] = 1
+    assert "a Scaled is of" in _plans.why_not(model)["forward"]
+
+
+def test_parameters_can_be_swapped(inference, plans):
+    model, x = inference
+    before, other = model(x), nn.Parameter(2 * model.head.weight.detach())
+    torch.utils.swap_tensors(model.head.weight, other)
+    assert not torch.equal(model(x), before)
+
+
+def test_restored_models_keep_no_plans(inference):
+    model, _ = inference
+    deit_fast.restore(model)
+    assert not any("_plans" in m.__dict__ for m in model.modules())
+    assert b"deit_fast" not in pickle.dumps(model)
+
+
+def test_upstream_gradients_at_any_address(plans, device):
+    model, x = small(device, distilled=False)
+    model.train()
+
+    def step():
+        y, buffer = model(x), torch.ones(1 + 2 * 11, dtype=x.dtype, device=device)
+        model.zero_grad()
+        y.backward(buffer[1:].view_as(y))
+        return [p.grad.clone() for p in model.parameters()]
+
+    with _plans.in_python():
+        expected = step()
+    plans.warm(lambda: stepped(model, x))
+    assert_equal(plans.called(step), expected)
 
 
 def test_why_not(plans, device):

@@ -1,7 +1,8 @@
 """The call of a kind that is recorded: it runs in Python and becomes a launch plan."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -92,17 +93,31 @@ class _Recorded(torch.autograd.Function):
             torch.autograd.grad, ctx.results, wanted, upstream, keep, allow_unused=True
         )
         recorder, ctx.recorder = ctx.recorder, None
-        if recorder is None:
-            found = iter(gradients())
-        else:
-            recorder.start_backward(upstream)
-            found = iter(_plans.record(recorder, gradients))
+        with _without_hooks(call.held):
+            if recorder is None:
+                found = iter(gradients())
+            else:
+                recorder.start_backward(upstream)
+                found = iter(_plans.record(recorder, gradients))
         grads = [next(found) if t.requires_grad else None for t in inputs]
         if recorder is not None:
             call.finish(recorder, grads)
         if not keep:
             ctx.results = None
         return None, *grads
+
+
+@contextmanager
+def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """No hooks of these tensors run: the graph around this one will run them."""
+    kept = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    try:
+        for t, _ in kept:
+            t._backward_hooks = None
+        yield
+    finally:
+        for t, hooks in kept:
+            t._backward_hooks = hooks
 
 
 class Call:
@@ -132,10 +147,10 @@ class Call:
 
     def seen(self) -> Seen:
         """What the method reads of its modules, as they are now."""
-        kept = plans_of(self.module).seen
-        seen = kept.get(self.method.__name__)
+        kept, name = plans_of(self.module).seen, self.method.__name__
+        seen = kept.get(name)
         if seen is None or not seen.guards.hold():
-            seen = kept[self.method.__name__] = Seen(self.module, self.without)
+            seen = kept[name] = Seen(self.module, name, self.without)
         return seen
 
     def why_not(self) -> str | None:
@@ -150,7 +165,7 @@ class Call:
         if self.planned.stale <= MOST_STALE:
             if self.kind is None:
                 self.see()
-            self.planned.add(self.kind, None, None)
+            self.planned.add(self.kind, None, [], None)
 
     def finish(self, recorder: Recorder, grads: Sequence | None = None) -> None:
         """Make the plans of what was recorded.
@@ -160,16 +175,16 @@ class Call:
             grads: the gradient of each input; None: inference.
         """
         slots = grads and [None if g is None else recorder.slot_of(g) for g in grads]
-        pair = None
+        pair, held = None, []
         if recorder.why_not is None:
             try:
-                pair = self._pair(recorder, slots)
+                pair, held = self._pair(recorder, slots)
             except RuntimeError as error:  # an argument that C++ does not take
                 recorder.refuse(str(error))
         if pair is None:
             self.refuse(recorder.why_not or "")
         else:
-            self.planned.add(self.kind, pair, self.shape)
+            self.planned.add(self.kind, pair, held, self.shape)
 
     def _pair(self, recorder, grads):
         device, arguments = self.tensors[0].device, len(self.tensors)
@@ -196,7 +211,7 @@ class Call:
             saved = [numbers[slot] for slot in saved]
         held = [self.inputs[i] for i in kept]
         needed = arguments + len(recorder.random)
-        return _plan_library.loaded.make_pair(plan, second, held, saved, needed, again)
+        return _plan_library.loaded.make_pair(plan, second, saved, needed, again), held
 
     @property
     def again(self) -> Callable:
@@ -229,7 +244,8 @@ def _again(method, module, constants, places, randoms, given, upstream):
         result = method(module(), *args)
     results = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
     wanted = [t for t in inputs if t.requires_grad]
-    found = torch.autograd.grad(results, wanted, upstream, create_graph=True, allow_unused=True)
+    with _without_hooks(others):
+        found = torch.autograd.grad(results, wanted, upstream, create_graph=True, allow_unused=True)
     grads = iter(found)
     return [next(grads) if t.requires_grad else None for t in inputs]
 

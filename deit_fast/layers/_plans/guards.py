@@ -11,7 +11,10 @@ from deit_fast.kernels._plan_library import CLASS, ITEM, SIZE, TYPE, VALUE
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of a class: what a method reads of it
-CLASS_ATTRIBUTES = ("forward", "backend", "recompute", "heads")
+CLASS_ATTRIBUTES = (
+    "forward", "forward_features", "forward_head", "forward_cls", "pool", "_pos_embed",
+    "get_attention_biases", "backend", "recompute", "heads",
+)  # fmt: skip
 # of a module's __dict__: what no forward reads
 IGNORED = {"_plans", "_plan_cache", "_non_persistent_buffers_set", "_is_full_backward_hook",
            "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -29,14 +32,17 @@ class Seen:
 
     Args:
         module: whose method is called.
+        method: its name.
         without: names of children that the method does not touch.
     """
 
-    def __init__(self, module: nn.Module, without: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, method: str, without: Sequence[str] = ()) -> None:
         modules = list(inside(module, without))
         tensors = (t for m in modules for d in (m._parameters, m._buffers) for t in d.values())
         self.held = list({id(t): t for t in tensors if t is not None}.values())
-        reasons = (*map(why_no_tensor, self.held), *(_why_no_module(m, module) for m in modules))
+        reasons = (
+            *map(why_no_tensor, self.held), *(_why_no_module(m, module, method) for m in modules),
+        )  # fmt: skip
         self.why_not = next(filter(None, reasons), None)
         if any(getattr(nn_module, f"_global{name}") for name in HOOKS):
             self.why_not = "PyTorch has hooks on every module"
@@ -52,12 +58,13 @@ def why_no_tensor(tensor: Tensor) -> str | None:
     return None
 
 
-def _why_no_module(part, module):
+def _why_no_module(part, module, method):
     name = type(part).__name__
+    if type(part).__module__.partition(".")[0] not in ("torch", "timm", "deit_fast"):
+        if part is not module or method not in type(part).__dict__:
+            return f"a {name} is of {type(part).__module__}"
     if part is module:
         return None
-    if type(part).__module__.partition(".")[0] not in ("torch", "timm", "deit_fast"):
-        return f"a {name} is of {type(part).__module__}"
     if "forward" in part.__dict__ or part._compiled_call_impl:
         return f"a {name} has a forward of its own"
     if any(getattr(part, hooks) for hooks in HOOKS):
@@ -100,6 +107,7 @@ def _attributes(part, without):
         if name in HOOKS:
             yield SIZE, value, len(value), None
         elif name in ("_parameters", "_buffers", "_modules"):
+            yield ITEM, own, name, value
             yield SIZE, value, len(value), None
             yield from ((ITEM, value, key, one) for key, one in value.items() if key not in without)
         elif isinstance(value, (bool, int, float, str, type(None))):
