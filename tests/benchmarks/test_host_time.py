@@ -27,7 +27,7 @@ def started(*command, **env):
         [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
     )
     env = (
-        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DEIT_FAST_PLANS")}
         | {"PYTHONPATH": path}
         | env
     )
