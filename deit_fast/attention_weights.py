@@ -204,7 +204,7 @@ def _copy_with(module: nn.Module, children: dict[str, Any]) -> Any:
     """A shallow copy of `module` with these children, not compiled; hooks are shared too."""
     copied = object.__new__(type(module))
     copied.__dict__.update(module.__dict__)
-    for name in ("_compiled_call_impl", "_plan_cache"):
+    for name in ("_compiled_call_impl", "_plan_cache", "_plans"):
         copied.__dict__.pop(name, None)
     copied.__dict__["_modules"] = module._modules | children
     return copied

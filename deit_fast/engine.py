@@ -1,9 +1,11 @@
 """InferenceEngine: images in, logits out, with as little as possible in between.
 
 On a GPU the forward pass of each batch size is a CUDA graph over static buffers, so that the host
-launches no kernel. There are two graphs for each size, which alternate, and copies from the host
-run on a stream of their own: while one batch is computed, the next is copied. On a CPU the engine
-calls the model in inference mode, a batch at a time, or what torch.compile makes of it.
+launches no kernel (_cuda_graph.py). There are two graphs for each size, which alternate, and copies
+from the host run on a stream of their own (_engine_images.py): while one batch is computed, the
+next is copied. That the model is still the one that was captured is checked while the GPU works,
+before the result is handed out (_engine_checks.py). On a CPU the engine calls the model in
+inference mode, a batch at a time, or what torch.compile makes of it.
 """
 
 import threading
@@ -14,15 +16,18 @@ from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deit_fast.kernels.patch_embed import normalize_reference
 
-from ._cuda_graph import GraphedForward
+from . import _engine_images
+from ._cuda_graph import Graphs, Ready
+from ._engine_checks import ModelCheck
+from ._engine_images import as_tensor, kind_of
 from ._model_config import data_config, device_and_dtype
 from .layers._hooks import has_hooks
-from .layers._snapshot import Snapshot
 from .layers.vision_transformer import FastTransformer
 
 OUTPUTS = ("logits", "features")
@@ -56,11 +61,13 @@ class InferenceEngine:
 
     Weights that are changed in place (optimizer steps, load_state_dict) are used by the next call.
     After replacing parameters or modules, moving the model, or setting other heads or hooks, call
-    `refresh()`: a call that finds the model changed raises RuntimeError. On a GPU hooks run only
-    when a graph is captured; a warning says so.
+    `refresh()`: a call that finds the model changed raises RuntimeError. On a GPU it looks for
+    changes after it has queued the work, and hands out no result of a model that changed; the
+    memory of the weights that were captured stays reserved until `refresh()`. Hooks run only when a
+    graph is captured there; a warning says so.
 
-    Calls from several threads are safe and run one after the other on the engine's own stream; the
-    stream of each caller waits for its own result. Pickling or copying an engine builds a new one.
+    Calls from several threads are safe and run one after the other, each on its caller's stream.
+    Pickling or copying an engine builds a new one.
 
     Args:
         model: the model, in eval mode.
@@ -121,9 +128,9 @@ class InferenceEngine:
         self.image_shape = (channels, *size)
         self._plan = lru_cache(maxsize=1024)(partial(plan_batches, self.batch_sizes))
         self._read_model()
-        # of each (kind of input, batch size) two graphs, the next one first
-        self._graphs: dict[tuple[str, int], list[GraphedForward]] = {}
-        self._workspace = 0
+        self._graphs: Graphs | None = None
+        # of images on the GPU that one graph has room for: (shape, dtype, device) -> what runs
+        self._ready: dict[tuple[Any, ...], Ready] = {}
         if self._compile and self.device.type != "cpu":
             raise ValueError(
                 f"compile: {compile} with a model on {self.device}, expected a CPU: elsewhere the "
@@ -133,8 +140,8 @@ class InferenceEngine:
 
     def _prepare_all(self) -> None:
         """Capture or compile for every batch size."""
-        modules = list(self.model.modules())
-        self._built_of, self._heads = Snapshot(modules, modules), getattr(self.model, "heads", None)
+        captured = self._graphed or self._compile
+        self._check = ModelCheck(self.model, self.device, self.dtype, captured)
         if self._graphed:
             self._capture_all()
         elif self._compile:
@@ -146,24 +153,13 @@ class InferenceEngine:
     def _read_model(self) -> None:
         """Read device, dtype and weights of the model; raises if it can't run."""
         self.device, self.dtype = device_and_dtype(self.model, **self._expected)
-        owners: list[dict[str, Any]] = [m._parameters for m in self.model.modules()]
-        owners += [m._buffers for m in self.model.modules()]
-        self._where = [(o, name) for o in owners for name, t in o.items() if t is not None]
-        self._pointers = self._weights_now()
         self._graphed = has_graphs(self.device)
 
-    def _weights_now(self) -> list[tuple[int, torch.dtype] | None]:
-        weights = (owner.get(name) for owner, name in self._where)
-        return [None if w is None else (w.data_ptr(), w.dtype) for w in weights]
-
     def _capture_all(self) -> None:
-        self._copies, self._compute = (torch.cuda.Stream(self.device) for _ in range(2))
-        self._pool = torch.cuda.graph_pool_handle()
-        self._queued, self._done = torch.cuda.Event(), torch.cuda.Event()
-        with torch.cuda.device(self.device):
-            for kind in self._prepare:
-                for size in reversed(self.batch_sizes):  # the smaller reuse the larger's memory
-                    self._capture(kind, size)
+        self._graphs = Graphs(self._forward, self._blank, self.device)
+        for kind in self._prepare:
+            for size in reversed(self.batch_sizes):  # the smaller reuse the larger's memory
+                self._graphs.capture(kind, size)
         hooked = [n or "(the model)" for n, m in self.model.named_modules() if has_hooks(m)]
         if hooked:
             warnings.warn(
@@ -172,32 +168,69 @@ class InferenceEngine:
                 stacklevel=3,
             )
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
         """Run the model.
 
         Args:
             images: float (B, C, H, W), normalised (another floating dtype is cast to the model's),
                 or uint8 (B, H, W, C), which is normalised with the model's mean and std. B may be
-                0. They are on the model's device, or on the host, best in pinned memory; those on
-                the host must be complete, since no stream is waited for.
+                0. A tensor on the model's device or on the host, or a numpy array. The least host
+                time is that of a tensor on the device, of the model's dtype, with as many images
+                as one of the batch sizes. Those on the host must be complete, since no stream is
+                waited for.
 
         Returns:
             (B, classes) logits or (B, D) features, a new tensor in the model's dtype on its device.
-            On a GPU the call returns when the images have been copied. The result is ready in the
-            order of the caller's stream, like any of PyTorch's.
+            On a GPU the call returns when the memory of images on the host may be used again. The
+            result is ready in the order of the caller's stream, like any of PyTorch's.
 
         Raises:
             ValueError: for images of another shape or on another device.
             TypeError: for images of another type.
             RuntimeError: if the model has changed since the engine was built.
         """
-        kind = self._kind(images)
         with self._lock:
-            self._check_model()
-            if self._graphed and len(images):
-                return self._replay(images, kind)
+            ready = self._find_ready(images)
+            if ready is not None:
+                assert self._graphs is not None
+                result = self._graphs.run_ready(ready, images)  # type: ignore[arg-type]
+                self._check.require_unchanged()  # while the GPU works
+                return result
+        return self._call_any(as_tensor(images))
+
+    def _find_ready(self, images: Any) -> Ready | None:
+        """What runs for images on the GPU like those of an earlier call; None: all is checked."""
+        try:
+            if images.requires_grad:
+                return None
+            return self._ready.get((images.shape, images.dtype, images.device))
+        except AttributeError:
+            return None
+
+    def _call_any(self, images: Tensor) -> Tensor:
+        """The call for images of any kind, number and place."""
+        kind = kind_of(images, self.image_shape, self.device)
+        with self._lock:
+            if self._graphs is not None and len(images):
+                sizes = self._plan(len(images))
+                self._capture_missing(kind, sizes)
+                result = self._graphs.run(images, kind, sizes)
+                self._check.require_unchanged()
+                if len(sizes) == 1 and not _engine_images.on_host(images):
+                    key = images.shape, images.dtype, images.device
+                    self._ready[key] = self._graphs.ready(kind, sizes[0], len(images))
+                return result
+            self._check.require_unchanged()
             parts = self._call(images)
         return torch.cat(parts)  # outside inference mode: a tensor for every use
+
+    def _capture_missing(self, kind: str, sizes: tuple[int, ...]) -> None:
+        assert self._graphs is not None
+        missing = {size for size in sizes if (kind, size) not in self._graphs.pairs}
+        if missing:
+            self._check.require_unchanged()  # later the change may be undone, but for the graph
+        for size in missing:
+            self._graphs.capture(kind, size)
 
     def _call(self, images: Tensor) -> list[Tensor]:
         """The results of a CPU, or of no images, a batch at a time."""
@@ -210,7 +243,8 @@ class InferenceEngine:
         parts, first = [], 0
         with torch.inference_mode(False), torch.no_grad():
             for size in self._plan(len(images)):
-                part, kind = images[first : first + size], self._kind(images)
+                part = images[first : first + size]
+                kind = kind_of(images, self.image_shape, self.device)
                 first += size
                 if (kind, size) not in self._compiled:
                     self._compiled[kind, size] = self._blank(kind, size), compiled(self._forward)
@@ -223,21 +257,23 @@ class InferenceEngine:
     def refresh(self) -> None:
         """Read the model again, and capture again what was captured."""
         with self._lock:
-            if self._graphs:
+            if self._graphs is not None:
                 torch.cuda.synchronize(self.device)  # before a graph that runs is destroyed
+                kinds = {kind: None for kind, _ in self._graphs.pairs}
+                self._prepare = tuple(kinds) or self._prepare
             self._read_model()
-            self._prepare = tuple({kind: None for kind, _ in self._graphs}) or self._prepare
-            self._graphs, self._workspace = {}, 0
+            self._graphs, self._ready = None, {}
             self._prepare_all()
 
     @property
     def memory(self) -> Memory:
         """The memory that the model and the engine's graphs take now."""
-        tensors = [t for owner, name in self._where if (t := owner.get(name)) is not None]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        graphs = [graph for pair in self._graphs.values() for graph in pair]
-        buffers = sum(graph.images.nbytes + graph.result.nbytes for graph in graphs)
-        return Memory(sum(storages.values()), buffers, self._workspace)
+        own = [t.untyped_storage() for t in self._check.tensors()]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in own}
+        pairs = [] if self._graphs is None else self._graphs.pairs.values()
+        buffers = sum(g.images.nbytes + g.result.nbytes for pair in pairs for g in pair)
+        workspace = 0 if self._graphs is None else self._graphs.workspace
+        return Memory(sum(storages.values()), buffers, workspace)
 
     def __repr__(self):
         sizes = ", ".join(map(str, self.batch_sizes))
@@ -252,49 +288,6 @@ class InferenceEngine:
             "prepare": self._prepare, "compile": self._compile, **self._expected,
         }  # fmt: skip
         return partial(InferenceEngine, **options), (self.model,)
-
-    def _kind(self, images: Tensor) -> str:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images: {type(images).__name__}, expected a torch.Tensor")
-        channels, height, width = self.image_shape
-        if images.dtype == torch.uint8:
-            kind, shape = "uint8", (height, width, channels)
-        elif images.is_floating_point():
-            kind, shape = "float", self.image_shape
-        else:
-            raise TypeError(f"images: dtype {images.dtype}, expected floating point or uint8")
-        if images.dim() != 4 or tuple(images.shape[1:]) != shape:
-            expected = ", ".join(map(str, shape))
-            got = tuple(images.shape)
-            raise ValueError(f"images: shape {got}, expected (B, {expected}) for {images.dtype}")
-        if not on_host(images) and images.device != self.device:
-            raise ValueError(f"images: on {images.device}, expected {self.device} or the host")
-        return kind
-
-    def _check_model(self) -> None:
-        if self.model.training:
-            raise RuntimeError(
-                "model: in train mode since the engine was built, expected model.eval()"
-            )
-        if self._graphed or self._compile:
-            if self._weights_now() != self._pointers:
-                raise RuntimeError(
-                    "model: its weights lie elsewhere than when the engine was built: call "
-                    "engine.refresh() after replacing or moving them"
-                )
-            heads = getattr(self.model, "heads", None)
-            if not self._built_of.is_current() or heads != self._heads:
-                raise RuntimeError(
-                    "model: it has other modules, heads or hooks than when the engine was built, "
-                    "and its graphs don't run them: call engine.refresh()"
-                )
-            return
-        owner, name = self._where[0]
-        if (owner[name].device, owner[name].dtype) != (self.device, self.dtype):
-            raise RuntimeError(
-                f"model: {owner[name].dtype} on {owner[name].device} now, {self.dtype} on "
-                f"{self.device} when the engine was built: call engine.refresh()"
-            )
 
     def _forward(self, images):
         """The forward pass that is captured, or called on a CPU."""
@@ -318,45 +311,6 @@ class InferenceEngine:
         with torch.inference_mode(False):  # whatever mode the caller is in
             return torch.zeros(size, *shape, dtype=dtype, device=self.device)
 
-    def _capture(self, kind, size):
-        pair = []
-        for _ in range(2):
-            images = self._blank(kind, size)
-            pair.append(GraphedForward(self._forward, images, self._pool, self._compute))
-            self._workspace += pair[-1].workspace
-        self._graphs[kind, size] = pair
-
-    def _replay(self, images, kind):
-        with torch.no_grad(), torch.cuda.device(self.device):
-            caller = torch.cuda.current_stream()
-            sizes = self._plan(len(images))
-            for size in sizes:
-                if (kind, size) not in self._graphs:
-                    self._capture(kind, size)
-            one = self._graphs[kind, sizes[0]][0].result
-            result = one.new_empty(len(images), *one.shape[1:])
-            # Images and result belong to the caller's stream: they are used after what it has
-            # queued, and given back to it at the end. Copies from the host wait neither for that
-            # nor for the forward pass of the last call.
-            self._queued.record(caller)
-            self._compute.wait_event(self._queued)
-            stream = self._copies if on_host(images) else self._compute
-            first = 0
-            try:
-                for size in sizes:
-                    pair = self._graphs[kind, size]
-                    graph = pair.pop(0)
-                    pair.append(graph)
-                    part = images[first : first + size]
-                    graph.replay(part, result[first : first + len(part)], stream, self._compute)
-                    first += len(part)
-            finally:
-                self._done.record(self._compute)
-                caller.wait_event(self._done)
-            if on_host(images):  # the caller may overwrite them from now on
-                graph.filled.synchronize()
-        return result
-
 
 def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
     """torch.compile of a method, as one graph for one shape.
@@ -374,11 +328,6 @@ def compiled(forward: Any) -> Callable[[Tensor], Tensor]:
 def has_graphs(device: torch.device) -> bool:
     """Whether an engine on this device captures CUDA graphs."""
     return device.type == "cuda"
-
-
-def on_host(images: Tensor) -> bool:
-    """Whether images are in host memory."""
-    return images.device.type == "cpu"
 
 
 def plan_batches(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:

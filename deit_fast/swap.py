@@ -212,7 +212,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Fast):
             timm_class = module.timm_class
-            for name in ("backend", "timm_class", "heads", "recompute", "_plan_cache"):
+            for name in ("backend", "timm_class", "heads", "recompute", "_plan_cache", "_plans"):
                 module.__dict__.pop(name, None)
             module.__class__ = timm_class
     return model

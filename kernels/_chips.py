@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _plan_library
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are decorated
 
 # Compute capability -> shared memory that one block may ask for, in bytes, and threads that an SM
@@ -56,10 +58,12 @@ def simulate_device(chip: Chip) -> Iterator[None]:
     """
     global _simulated
     before, _simulated = _simulated, chip
+    _plan_library.changed()
     try:
         yield
     finally:
         _simulated = before
+        _plan_library.changed()
 
 
 def is_simulated() -> bool:

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _plan_recorder, _plans
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Formula = TypeVar("Formula", bound=Callable[..., object])
@@ -32,6 +34,7 @@ class Op(Generic[R]):
         self.op = torch.library.custom_op(name, body, mutates_args=())
         self.register_fake = self.op.register_fake
         self.register_autograd = self.op.register_autograd
+        _plan_recorder.bodies[self.op._opoverload] = body
 
     def register_flops(self, formula: Formula) -> Formula:
         """Decorator: what PyTorch's FlopCounterMode counts for a call.
@@ -45,7 +48,12 @@ class Op(Generic[R]):
 
     def __call__(self, *args: object) -> R:
         tensors = [t for t in args if isinstance(t, torch.Tensor)]
-        return (self.op if needs_dispatcher(*tensors) else self.body)(*args)
+        function = self.op if needs_dispatcher(*tensors) else self.body
+        recorder = _plans.recording()
+        if recorder is None:
+            return function(*args)
+        with recorder.range(self.op._qualname):
+            return function(*args)
 
 
 def custom_op(name: str) -> Callable[[Callable[..., R]], Op[R]]:
@@ -65,7 +73,8 @@ def needs_dispatcher(*tensors: torch.Tensor) -> bool:
         or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
         or tensors[0].is_meta
         or wants_grad(*tensors)
-        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, counters
+        # fake tensors, make_fx, counters; a plan's recorder does not count
+        or torch._C._len_torch_dispatch_stack() > (_plans.recording() is not None)
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
@@ -116,6 +125,11 @@ def at_least(rows: int, least: int) -> bool:
     no guard.
     """
     return statically_known_true(rows >= least) if is_exporting() else rows >= least
+
+
+def at_most(rows: int, most: int) -> bool:
+    """`rows <= most`, as `at_least`."""
+    return statically_known_true(rows <= most) if is_exporting() else rows <= most
 
 
 @torch.compiler.assume_constant_result

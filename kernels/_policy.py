@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _chips, _dispatch, _explain
+from . import _chips, _dispatch, _explain, _plan_library
 from ._checks import DTYPES, FORMAT_NAMES, autocast_dtype
 
 MATMUL_OPS = (  # these need tensor cores
@@ -57,6 +57,7 @@ def exclude(*names: str) -> None:
         raise ValueError(f"exclude: unknown {', '.join(unknown)}, expected some of {EXCLUDABLE}")
     global _excluded
     _excluded = frozenset(names)
+    _plan_library.changed()
 
 
 def excluded() -> frozenset[str]:

@@ -9,7 +9,6 @@ be read, or is another chip's, or names what no operation offers, is ignored wit
 """
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from . import _chips, _explain
+from . import _chips, _explain, _plan_library
 
 # One choice, or a shape: what JSON holds. A table: (op, shape without M) -> [(M, choice)].
 Choice: TypeAlias = dict[str, Any]
@@ -40,9 +39,8 @@ _validators: dict[str, Validator] = {}
 
 
 def folder() -> Path:
-    """Where the user's tables are: DEIT_FAST_CACHE, or deit_fast in the user's cache directory."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DEIT_FAST_CACHE") or Path(cache_home, "deit_fast")) / "tuned"
+    """Where the user's tables are."""
+    return _plan_library.cache_folder() / "tuned"
 
 
 def slug(name: str) -> str:
@@ -65,10 +63,12 @@ def forced(op: str, choice: Choice) -> Iterator[None]:
     """Context in which `choice` serves `op`, whatever the shape: for tests and for tuning."""
     before = _forced.get(op)
     _forced[op] = choice
+    _plan_library.changed()
     try:
         yield
     finally:
         _forced.pop(op) if before is None else _forced.update({op: before})
+        _plan_library.changed()
 
 
 @contextmanager
@@ -76,10 +76,12 @@ def disabled(really: bool = True) -> Iterator[None]:
     """Context in which no table counts (unless not `really`): the rules decide."""
     global _disabled
     before, _disabled = _disabled, really or _disabled
+    _plan_library.changed()
     try:
         yield
     finally:
         _disabled = before
+        _plan_library.changed()
 
 
 @contextmanager
@@ -87,10 +89,12 @@ def assumed(rows: list[dict], chip: _chips.Chip) -> Iterator[None]:
     """Context in which these rows come before every table's: those of a tuning run under way."""
     global _assumed
     before, _assumed = _assumed, [_index(rows, chip)]
+    _plan_library.changed()
     try:
         yield
     finally:
         _assumed = before
+        _plan_library.changed()
 
 
 def lookup(op: str, shape: Shape, chip: _chips.Chip) -> Choice | None:
@@ -158,6 +162,7 @@ def forget() -> None:
     """Read the tables again at the next call."""
     _find.cache_clear()
     _tables.cache_clear()
+    _plan_library.changed()
 
 
 @cache

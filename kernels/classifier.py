@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _dispatch, _explain, _policy
+from . import _checks, _dispatch, _explain, _plans, _policy
 from .layer_norm import layer_norm, layer_norm_reference
 from .linear import linear, linear_reference
 
@@ -142,7 +142,7 @@ def _fwd(
     config = meta(head_weight.dtype)
     grid = (_dispatch.cdiv(B, config["BLOCK_M"]) * _dispatch.cdiv(C, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        _classifier_kernel[grid](
+        _plans.launch(_classifier_kernel, grid,
             x, norm_weight, norm_bias, head_weight, head_bias, dist_weight, dist_bias, out,
             B, C, x.stride(0), eps, 1.0 / len(tokens),
             D=D, FIRST=tokens[0], LAST=tokens[-1] + 1, SEPARATE=separate, **config,

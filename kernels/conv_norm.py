@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _dispatch, _explain, _policy
+from . import _checks, _dispatch, _explain, _plans, _policy
 from .linear import ACTIVATIONS
 from .linear.epilogue import _gelu
 from .linear.forward import run
@@ -148,7 +148,7 @@ def _fwd(
         tile, block = DEPTHWISE_META["TILE"], DEPTHWISE_META["BLOCK_C"]
         tiles = _dispatch.cdiv(Y_out, tile) * _dispatch.cdiv(X_out, tile) * _dispatch.cdiv(C, block)
         with torch.cuda.device_of(x):
-            _depthwise_conv_kernel[(B * tiles,)](
+            _plans.launch(_depthwise_conv_kernel, (B * tiles,),
                 x, weight, *norm, residual, y, C, Y, X, Y_out, X_out, eps, STRIDE=stride,
                 GELU=activation == "gelu", EXACT=exact, **DEPTHWISE_META,
             )  # fmt: skip
@@ -157,9 +157,10 @@ def _fwd(
     folded = weight.new_empty(weight.shape, dtype=x.dtype)
     shift = x.new_empty(D, dtype=torch.float32 if is_gemm else x.dtype)
     with torch.cuda.device_of(x):
-        _fold_batch_norm_kernel[(D,)](
-            weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META
-        )
+        _plans.launch(
+            _fold_batch_norm_kernel, (D,),
+            weight, *norm, folded, shift, weight[0].numel(), eps, **FOLD_META,
+        )  # fmt: skip
     if is_gemm:
         last = "gelu_last" if residual is not None and activation == "gelu" else activation
         rows = None if residual is None else _rows(residual)

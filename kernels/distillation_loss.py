@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _plans, _policy
 
 DISTILLATIONS = ("none", "soft", "hard")
 ALPHA = {"none": 0.0, "soft": 0.1, "hard": 0.5}  # the paper's weight of the teacher
@@ -210,7 +210,7 @@ def _fwd(
         Z_ROW, D_ROW, Y_ROW, T_ROW = (0 if x is None else x.stride(0) for x in (z, d, y, t))
         tau = temperature if distillation == "soft" else 1.0
         with torch.cuda.device_of(z):  # Triton launches on the current device; a no-op on CPU
-            _distillation_loss_kernel[(B,)](
+            _plans.launch(_distillation_loss_kernel, (B,),
                 z, d, y, t, rows, dz if class_grad else None, dd if dist_grad else None,
                 label_smoothing, 1.0 - alpha, alpha * tau**2, alpha * tau, 1.0 / tau, 1.0 / B,
                 C=C, Z_ROW=Z_ROW, D_ROW=D_ROW, Y_ROW=Y_ROW, T_ROW=T_ROW,

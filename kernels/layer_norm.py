@@ -10,7 +10,9 @@ Backward, per row, with g = dy * w and dh the gradient arriving at h:
 M rows, N features. Arithmetic, mean and rstd are fp32 whatever the dtypes. x, residual, weight and
 output may differ in dtype (autocast: fp32 residual stream in, bf16 out). Saved tensors: h (x where
 there is no residual), weight and bias. Backward reads the row anyway, so it recomputes mean and
-rstd. dw and db are summed over the rows of a program in fp32, then over the programs.
+rstd. dw and db are summed over the rows of a program in fp32, then over the programs and rounded
+once, by `column_sums`. Where a linear layer follows, the kernel can write y again on the way, which
+that layer's weight gradient reads.
 
 In inference the same kernel may quantize y, with per-row scales: layer_norm_quantized.
 """
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _chips, _dispatch, _policy
+from . import _checks, _chips, _dispatch, _plans, _policy, column_sums
 from .quantize import _round, _scales, meta
 
 MAX_N = 8192  # one row is held in registers
@@ -81,8 +83,8 @@ def _layer_norm_kernel(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    h_ptr, w_ptr, dy_ptr, dh_ptr,  # in: (M, N) (N,) (M, N) (M, N) or None
-    dx_ptr, sums_ptr,  # out: (M, N) (programs, 2, N)
+    h_ptr, w_ptr, dy_ptr, dh_ptr, b_ptr,  # in: (M, N) (N,) (M, N); (M, N) or None; (N,) or None
+    dx_ptr, sums_ptr, y_ptr,  # out: (M, N) (programs, 2, N); (M, N) or None
     M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
@@ -109,6 +111,9 @@ def _layer_norm_backward_kernel(
         tl.store(dx_ptr + offs, dx, mask=mask)
         dw += dy * xhat
         db += dy
+        if y_ptr is not None:  # as forward computed it; last, when few other numbers are alive
+            b = tl.load(b_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_ptr + offs, xhat * w + b, mask=mask)
     sums_ptr += tl.program_id(0).to(tl.int64) * 2 * N
     tl.store(sums_ptr + cols, tl.sum(dw, axis=0), mask=in_cols)
     tl.store(sums_ptr + N + cols, tl.sum(db, axis=0), mask=in_cols)
@@ -117,6 +122,15 @@ def _layer_norm_backward_kernel(
 # Of backward, per SM: what is resident at once, such as 6 programs of 4 warps. Each program writes
 # one partial sum.
 BACKWARD_WARPS = 24
+
+
+def meta_backward(N: int) -> dict:
+    """Tile and warps of backward, which are forward's.
+
+    4 warps get at most 80 registers a thread: with more only 5 programs would be resident.
+    """
+    config = meta(N)
+    return config | {"maxnreg": 80} if config["num_warps"] == 4 else config
 
 
 def run(
@@ -140,7 +154,10 @@ def run(
     if M > 0:
         grid = (_dispatch.cdiv(M, config["BLOCK_M"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device; a no-op on CPU
-            _layer_norm_kernel[grid](x, residual, weight, bias, y, h, scales, M, N, eps, **config)
+            _plans.launch(
+                _layer_norm_kernel, grid,
+                x, residual, weight, bias, y, h, scales, M, N, eps, **config,
+            )  # fmt: skip
 
 
 def _alloc(x, residual, out_dtype):
@@ -172,10 +189,54 @@ def _(x, residual, weight, bias, eps, out_dtype):
 _fwd.register_flops(_dispatch.no_flops)
 
 
+def run_backward(
+    dx: Tensor, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float,
+    bias: Tensor | None = None, y: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the backward kernel on contiguous operands of one row or more.
+
+    Args:
+        dx: Output (M, N).
+        dy: (M, N), the gradient of the normalised rows.
+        dh: (M, N), the gradient that reaches h otherwise, which is added to dx; None: none.
+        h: (M, N), the rows that were normalised.
+        weight: (N,).
+        eps: Added to the variance.
+        bias: (N,), with y only.
+        y: Output (M, N), the normalised rows once more; None: not wanted.
+
+    Returns:
+        Partial sums of dweight and dbias, (programs, 2, N) in fp32, for `column_sums`.
+    """
+    M, N = h.shape
+    config = meta_backward(N)
+    resident = max(1, BACKWARD_WARPS // config["num_warps"])
+    programs = resident * _chips.chip(h.device).num_sms
+    programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))
+    sums = h.new_empty(programs, 2, N, dtype=torch.float32)
+    bias = bias if y is not None else None
+    with torch.cuda.device_of(h):
+        _plans.launch(
+            _layer_norm_backward_kernel, (programs,),
+            h, weight, dy, dh, bias, dx, sums, y, M, N, eps, **config,
+        )  # fmt: skip
+    return sums
+
+
+def _alloc_backward(h, weight, bias, dtype):
+    """What layer_norm_backward returns; also its fake."""
+    return (
+        h.new_empty(h.shape, dtype=dtype),
+        weight.new_empty(h.shape[1]),
+        bias.new_empty(h.shape[1]),
+    )
+
+
 @_dispatch.custom_op("deit_fast::layer_norm_backward")
 def layer_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward of LayerNorm, on contiguous operands.
 
     Args:
@@ -183,29 +244,24 @@ def layer_norm_backward(
         dh: (M, N), the gradient that reaches h otherwise; None: none.
         h: (M, N), the rows that were normalised.
         weight: (N,).
+        bias: (N,), for its dtype alone.
         eps: Added to the variance.
         dtype: Of dx.
 
     Returns:
-        dx (M, N), which includes dh; dweight and dbias as (2, N) in fp32.
+        dx (M, N), which includes dh; dweight and dbias (N,), in the dtypes of weight and bias.
     """
-    M, N = h.shape
-    dx = h.new_empty(M, N, dtype=dtype)
-    if M == 0:
-        return dx, h.new_zeros(2, N, dtype=torch.float32)
-    config = meta(N)
-    resident = max(1, BACKWARD_WARPS // config["num_warps"])
-    programs = resident * _chips.chip(h.device).num_sms
-    programs = min(programs, _dispatch.cdiv(M, config["BLOCK_M"]))
-    sums = h.new_empty(programs, 2, N, dtype=torch.float32)
-    with torch.cuda.device_of(h):
-        _layer_norm_backward_kernel[(programs,)](h, weight, dy, dh, dx, sums, M, N, eps, **config)
-    return dx, sums.sum(0)
+    made = dx, dweight, dbias = _alloc_backward(h, weight, bias, dtype)
+    if h.shape[0] == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    sums = run_backward(dx, dy, dh, h, weight, eps)
+    column_sums.run([(sums[:, 0], dweight), (sums[:, 1], dbias)])
+    return made
 
 
 @layer_norm_backward.register_fake
-def _(dy, dh, h, weight, eps, dtype):
-    return h.new_empty(h.shape, dtype=dtype), h.new_empty(2, h.shape[1], dtype=torch.float32)
+def _(dy, dh, h, weight, bias, eps, dtype):
+    return _alloc_backward(h, weight, bias, dtype)
 
 
 layer_norm_backward.register_flops(_dispatch.no_flops)
@@ -235,7 +291,7 @@ def _backward(ctx, dy, dh):
     else:
         dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
         dtype = torch.promote_types(ctx.dtype, ctx.res_dtype or ctx.dtype)
-        dx, (dw, db) = layer_norm_backward(dy, dh, h, weight, ctx.eps, dtype)
+        dx, dw, db = layer_norm_backward(dy, dh, h, weight, bias, ctx.eps, dtype)
     dres = None if ctx.res_dtype is None or dx is None else dx.to(ctx.res_dtype)
     dtypes = (ctx.dtype, weight.dtype, bias.dtype)
     dx, dw, db = (

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _plans, _policy
 
 
 def _channels(values, like):
@@ -208,9 +208,10 @@ def _fold(weight, bias, mean, std):
     mean, std = (tuple(t) + (0.0,) * (4 - C) for t in (mean, std))
     BLOCK = triton.next_power_of_2(PH * PW)
     with torch.cuda.device_of(weight):
-        _fold_pixels_kernel[(D,)](
-            weight, bias, *mean, *std, folded, shift, C=C, PIXELS=PH * PW, BLOCK=BLOCK
-        )
+        _plans.launch(
+            _fold_pixels_kernel, (D,),
+            weight, bias, *mean, *std, folded, shift, C=C, PIXELS=PH * PW, BLOCK=BLOCK,
+        )  # fmt: skip
     return folded, shift
 
 
@@ -236,7 +237,7 @@ def _fwd(
     config = meta(D, weight.dtype, nhwc)
     tiles = _dispatch.cdiv(B * GH * GW, config["BLOCK_M"]) * _dispatch.cdiv(D, config["BLOCK_N"])
     with torch.cuda.device_of(image):
-        _patch_embed_kernel[(tiles,)](
+        _plans.launch(_patch_embed_kernel, (tiles,),
             image, weight, bias, pos_embed, prefix_tokens, y, B, D, GH, GW,
             C=C, PH=PH, PW=PW, T=T, POS_T=pos_t, NHWC=nhwc, **config,
         )  # fmt: skip

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _plans, _policy
 
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # Q
@@ -150,9 +150,10 @@ def _fwd(x: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
         M, width = x.shape[0], x.shape[1] // parts
         config = meta(width)
         with torch.cuda.device_of(x):
-            _quantize_kernel[(_dispatch.cdiv(M * parts, config["BLOCK_M"]),)](
-                x, values, scales, M, parts, width, INT8=dtype == torch.int8, **config
-            )
+            _plans.launch(
+                _quantize_kernel, (_dispatch.cdiv(M * parts, config["BLOCK_M"]),),
+                x, values, scales, M, parts, width, INT8=dtype == torch.int8, **config,
+            )  # fmt: skip
     return values, scales
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _dispatch, _policy
+from . import _checks, _dispatch, _plans, _policy
 from .distillation_loss import _add_block, _q_log_p, _rows, _sum_q_log_p
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -151,7 +151,7 @@ def _fwd(logits: Tensor, indices: Tensor, probs: Tensor, grad: bool) -> tuple[Te
     if B > 0:
         z, i, q = (_rows(x) for x in (logits, indices, probs))
         with torch.cuda.device_of(z):  # Triton launches on the current device; a no-op on CPU
-            _sparse_cross_entropy_kernel[(B,)](
+            _plans.launch(_sparse_cross_entropy_kernel, (B,),
                 z, i, q, rows, dz if grad else None, 1.0 / B, C=C, K=K, Z_ROW=z.stride(0),
                 I_ROW=i.stride(0), Q_ROW=q.stride(0), **meta(C, K),
             )  # fmt: skip

@@ -3,6 +3,7 @@ first kernel is decorated."""
 
 import os
 import tempfile
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # for the interpreter, before numpy is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -13,7 +14,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("DEIT_FAST_BACKEND", None)
-os.environ["DEIT_FAST_CACHE"] = tempfile.mkdtemp()  # no tuned table of this machine's user
+os.environ["DEIT_FAST_CACHE"] = cache = tempfile.mkdtemp()  # no tuned table of the user's
+os.environ.setdefault("DEIT_FAST_PLANS", "0")  # which calls run as plans is not left to chance
+plans = Path(tempfile.gettempdir(), "deit_fast_plans")  # their library is built once
+plans.mkdir(exist_ok=True)
+Path(cache, "plans").symlink_to(plans)
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that share cores wait for each other
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     threads = max(1, torch.get_num_threads() // workers)

@@ -171,6 +171,9 @@ OPERATIONS = TRAINED | {
     "conv_norm, a matmul": ("triton", partial(cases.conv_norm_inputs, 2, 8, 16, 4, 6, 1)),
     "conv_norm, depthwise": ("triton", partial(cases.conv_norm_inputs, 2, 8, 8, 4, 6, 3, 1, 1, 8)),
     "layer_norm_linear": ("fold", partial(cases.layer_norm_linear_inputs, 6, 64, 32)),
+    "layer_norm_linear, prologue": (
+        "prologue", partial(cases.layer_norm_linear_inputs, 6, 64, 32),
+    ),
     "layer_norm_mlp, fused": (
         "fused", partial(cases.layer_norm_mlp_inputs, 6, 2, 192, 64, scales=False),
     ),
@@ -189,7 +192,7 @@ CONSTANTS = ("row_scale", "target", "teacher_logits", "probs")
 def operation(name, on):
     """The operation, its reference, and inputs for both."""
     implementation, inputs = OPERATIONS[name]
-    dtype = torch.float16 if implementation in ("fold", "fused") else torch.float32
+    dtype = torch.float16 if implementation in ("fold", "prologue", "fused") else torch.float32
 
     def moved(t):
         return t.to(on, dtype if t.dtype == torch.float32 else t.dtype)

@@ -11,7 +11,7 @@ from types import ModuleType
 OPS = (
     "layer_norm", "linear", "quantize", "quantized_linear", "layer_norm_linear", "layer_norm_mlp",
     "attention", "patch_embed", "classifier", "distillation_loss", "window_attention", "conv_norm",
-    "sparse_cross_entropy", "talking_heads",
+    "sparse_cross_entropy", "talking_heads", "column_sums",
 )  # fmt: skip
 
 

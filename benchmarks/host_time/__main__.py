@@ -4,6 +4,8 @@
     python -m benchmarks.host_time --dtype fp16
     python -m benchmarks.host_time --autocast           fp32 weights, matmuls in --dtype
     python -m benchmarks.host_time --quick              DeiT-Ti, few rounds, few operations
+    python -m benchmarks.host_time --stages             an engine's call in its parts, nothing else
+    python -m benchmarks.host_time --where              operations: in Python in parts, and as plans
 
 For timm's eager model, ours, and ours in an `InferenceEngine`; and for each operation, PyTorch's
 eager reference and ours. Tensors lie on the CPU and count as lying on an H100:
@@ -31,8 +33,9 @@ from pathlib import Path
 
 from benchmarks.operations import OPS
 
+from . import stages, where
 from .rows import DTYPES, NETWORKS, measure
-from .table import markdown
+from .table import markdown, stages_markdown, where_markdown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=None, help="default: 15; --quick: 3")
     parser.add_argument("--operations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--quick", action="store_true", help="DeiT-Ti, few operations")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--stages", action="store_true", help="an engine's call in its parts")
+    only.add_argument("--where", action="store_true", help="operations in Python, and as plans")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same as data")
     args = parser.parse_args(argv)
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 15
@@ -59,10 +65,16 @@ def main(argv: list[str] | None = None) -> int:
     networks = args.networks or list(NETWORKS)[: 1 if args.quick else None]
     ops = OPS[: 3 if args.quick else None] if args.operations else ()
     try:
-        data = measure(networks, args.dtype, args.autocast, rounds, ops, args.quick)
+        if args.stages:
+            data = stages.measure(networks, args.dtype, args.autocast, rounds, args.quick)
+        elif args.where:
+            data = where.measure(args.dtype, rounds, ops, args.quick)
+        else:
+            data = measure(networks, args.dtype, args.autocast, rounds, ops, args.quick)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    print(markdown(data))
+    table = stages_markdown if args.stages else where_markdown if args.where else markdown
+    print(table(data))
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0

@@ -1,6 +1,7 @@
 """What is timed: timm's model, ours and ours in an engine; operations and their references."""
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median, quantiles
 
@@ -12,6 +13,7 @@ from deit_fast.bench.device import hardware
 from deit_fast.bench.modes import Mode
 from deit_fast.bench.network import Network
 from deit_fast.bench.step import Step
+from deit_fast.kernels import _plan_library
 from deit_fast.kernels.cases import deit_cases
 
 from .stand_ins import StandIns
@@ -29,7 +31,7 @@ MANY = (*range(33, 40), *range(41, 48), *range(49, 56))
 def network_rows(label: str, settings: dict, stand_ins: StandIns) -> list[dict]:
     """The rows of one DeiT.
 
-    Inference, forward and backward, an engine's call, the first call of another batch size.
+    Inference, forward and backward, an engine's call, the first two calls of another batch size.
     """
     network = Network(NETWORKS[label], None, torch.device("cpu"))
     dtype, gpu = DTYPES[settings["dtype"]], stand_ins.gpu
@@ -52,7 +54,7 @@ def network_rows(label: str, settings: dict, stand_ins: StandIns) -> list[dict]:
     with stand_ins.operators.idle():
         counts = {name: _prepared(name, c, stand_ins) for name, c in contenders.items()}
         times = compare(contenders, settings["rounds"], settings["block_us"], gpu)
-        extra = first_calls(step, batches, gpu)
+        first, second = first_calls(step, batches, gpu)
     pairs = {
         "inference": ("timm", "ours"), "forward + backward": ("timm training", "ours training"),
         "an engine's call": ("timm", "engine"),
@@ -61,8 +63,10 @@ def network_rows(label: str, settings: dict, stand_ins: StandIns) -> list[dict]:
         row(label, call, times[timm], times[ours], counts[timm], counts[ours])
         for call, (timm, ours) in pairs.items()
     ]
-    call = "first call of another batch size, beyond the next"
-    return [*rows, row(label, call, None, extra, None, None)]
+    for which, extra in (("first", first), ("second", second)):
+        call = f"{which} call of another batch size, beyond one in Python"
+        rows.append(row(label, call, None, extra, None, None))
+    return rows
 
 
 def _prepared(name, contender, stand_ins):
@@ -165,17 +169,30 @@ def measure(
     Raises:
         RuntimeError: A stand-in cannot be had.
     """
-    settings = {
-        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
-        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
-    }  # fmt: skip
-    stand_ins = StandIns.install()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "CUDA initialization")  # PyTorch finds the stand-in
-    try:
+    with one_thread():
+        stand_ins = StandIns.install()
+        settings = settings_of(dtype, autocast, rounds, quick)
         rows = [found for name in networks for found in network_rows(name, settings, stand_ins)]
         rows += [found for op in ops for found in operation_rows(op, settings, stand_ins)]
         return {"hardware": hardware(torch.device("cpu")), "settings": settings, "rows": rows}
+
+
+def settings_of(dtype: str, autocast: bool, rounds: int, quick: bool) -> dict:
+    """What the results were measured with."""
+    return {
+        "batch": 1, "dtype": dtype, "autocast": autocast, "rounds": rounds,
+        "quick": quick, "block_us": BLOCK_US / 4 if quick else BLOCK_US,
+        "plans": _plan_library.status(),
+    }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, which warns of no GPU: it finds the stand-in."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "CUDA initialization")
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)

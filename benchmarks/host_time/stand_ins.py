@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deit_fast.kernels import _chips
+from deit_fast.kernels import _chips, _plan_library
 
 from .turns import Contender
 
@@ -42,13 +42,15 @@ class StandIns:
         from stand_in_cuda.operators import Operators
 
         try:
-            return cls(stand_in_cuda.install(), Operators(), no_graphs)
+            found = cls(stand_in_cuda.install(), Operators(), no_graphs)
         except FileNotFoundError as error:
             raise RuntimeError(
                 f"no compiler {error.filename!r}, expected one of C and C++"
             ) from error
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"{error.cmd[0]} failed, expected compilers of C and C++") from error
+        _plan_library.wait()
+        return found
 
     def launches(self, contender: Contender) -> tuple[int, int]:
         """Launches of one call: Triton's, and those of PyTorch's own operators."""

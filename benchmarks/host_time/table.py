@@ -1,4 +1,4 @@
-"""The results as a Markdown table."""
+"""The results as Markdown tables."""
 
 
 def markdown(data: dict) -> str:
@@ -12,6 +12,33 @@ def markdown(data: dict) -> str:
         ratio = "-" if one["ratio"] is None else f"{one['ratio']:.2f}"
         name = f"DeiT-{one['network']}: {one['call']}"
         lines.append([name, *_times(one["timm_us"]), *_times(one["ours_us"]), ratio, counts])
+    return _with_settings(data, lines)
+
+
+def stages_markdown(data: dict) -> str:
+    """The table of an engine's call in its parts, and what it was measured with."""
+    lines = [["an engine's call", "us", "least"], ["---", "---:", "---:"]]
+    for one in data["rows"]:
+        us = one["us"]
+        name = f"DeiT-{one['network']}: {one['stage']}"
+        lines.append([name, f"{us['median']:.1f}", f"{us['least']:.1f}"])
+    return _with_settings(data, lines)
+
+
+def where_markdown(data: dict) -> str:
+    """The table of where the host time of operations goes, and what it was measured with."""
+    parts = list(data["rows"][0]["shares"])
+    lines = [["", "launches", "in Python, us", *parts, "as a plan, us"]]
+    lines.append(["---"] + ["---:"] * (len(parts) + 3))
+    for one in data["rows"]:
+        python, plan = one["python_us"]["median"], one["plan_us"]["median"]
+        shares = [f"{one['shares'][part] * python:.0f}" for part in parts]
+        last = one["why_not"] or f"{plan:.1f}"
+        lines.append([one["call"], str(one["launches"]), f"{python:.0f}", *shares, last])
+    return _with_settings(data, lines)
+
+
+def _with_settings(data, lines):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(
         "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
@@ -22,8 +49,8 @@ def markdown(data: dict) -> str:
     kind = f"autocast to {settings['dtype']}" if settings["autocast"] else settings["dtype"]
     return (
         f"{on['cpu']}, one thread; Python {on['python']}, PyTorch {on['torch']}, Triton "
-        f"{on['triton']}, timm {on['timm']}; batch 1, {kind}, {settings['rounds']} rounds. No GPU "
-        f"was there; launches are no-ops.\n\n{table}"
+        f"{on['triton']}, timm {on['timm']}; batch 1, {kind}, {settings['rounds']} rounds; "
+        f"launch plans: {settings['plans']}. No GPU was there; launches are no-ops.\n\n{table}"
     )
 
 

@@ -10,8 +10,9 @@ from statistics import median
 from torch import Tensor
 
 from deit_fast.bench.step import Step
+from deit_fast.layers import _plans
 
-NEXT_CALLS = 5  # with which the first call of a batch size is compared
+IN_PYTHON = 5  # calls with which the first ones of a batch size are compared
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def timed(contender: Contender, repeats: int, clock=time.process_time_ns) -> flo
         gc.enable()
 
 
-def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> list[float]:
-    """Microseconds that the first call of a batch size takes more than the next ones.
+def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> tuple[list[float], list[float]]:
+    """Microseconds that the first two calls of a batch size take more than calls in Python.
 
-    Of each size for which no kernel was compiled.
+    The second is recorded, and becomes a launch plan. Sizes for which a kernel was compiled are
+    left out.
 
     Raises:
         RuntimeError: Every size needed one.
@@ -83,9 +85,12 @@ def first_calls(step: Step, batches: Iterable[Tensor], gpu) -> list[float]:
     found = []
     for images in batches:
         loads, contender = gpu.loads(), Contender(lambda images=images: step(images))
-        first, *more = (timed(contender, 1) for _ in range(1 + NEXT_CALLS))
+        first, second = timed(contender, 1), timed(contender, 1)
+        with _plans.in_python():
+            usual = median(timed(contender, 1) for _ in range(IN_PYTHON))
         if gpu.loads() == loads:
-            found.append(first - median(more))
+            found.append((first - usual, second - usual))
     if not found:
         raise RuntimeError("every batch size had kernels of its own, expected one that had none")
-    return found
+    firsts, seconds = zip(*found, strict=True)
+    return list(firsts), list(seconds)

@@ -27,7 +27,12 @@ def prepare(work: Path) -> None:
         (work / folder).mkdir(exist_ok=True)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not initialise it
     os.environ["PYTHONUNBUFFERED"] = "1"
-    for variable in ("DEIT_FAST_BACKEND", "DEIT_FAST_EXCLUDE", "TRITON_INTERPRET"):
+    for variable in (
+        "DEIT_FAST_BACKEND",
+        "DEIT_FAST_EXCLUDE",
+        "DEIT_FAST_PLANS",
+        "TRITON_INTERPRET",
+    ):
         os.environ.pop(variable, None)
     os.environ["DEIT_FAST_COMMIT"] = commit()
     importable(work / "path")

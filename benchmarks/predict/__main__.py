@@ -26,7 +26,7 @@ from benchmarks.table5 import ENTRIES
 from deit_fast.kernels.quantize import FORMATS
 
 from .chips import GPUS, H100, Gpu
-from .model import MODES, case_of, predict
+from .model import MODES, case_of, measured_op, predict
 from .table import markdown
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -86,7 +86,7 @@ def show(
                  "predicted us", "measured us"):  # fmt: skip
         table.add_column(name, justify="right")
     for launch, count, times in rows:
-        clock = kernels.get((launch.op, network, case_of(launch, network)))
+        clock = kernels.get((measured_op(launch), network, case_of(launch, network)))
         figures = [f"{times[t]:.1f}" for t in ("arithmetic", "traffic", "epilogue", "predicted")]
         table.add_row(
             launch.op, launch.shape, str(count), f"{launch.flops / 1e9:.1f}",

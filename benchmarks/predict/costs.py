@@ -15,6 +15,9 @@ COPY_EFFICIENCY = 0.9
 LEAST_US = 2.0  # of any launch
 # the ahead-of-time count of GELU: instructions and of them MUFU an element; 128 and 16 lanes
 GELU_CYCLES = max(13 / 128, 2 / 16)
+# of one element that a prologue normalises, and of its first pass where that makes the statistics
+NORMALISE_CYCLES, STATISTICS_CYCLES = 6 / 128, 4 / 128
+PROLOGUE_WIDTH = 64  # columns of a tile: each normalises its rows again
 HIDDEN = 0.5
 
 
@@ -28,6 +31,7 @@ class Launch:
         flops: Floating-point operations of the matmuls.
         bytes: Bytes that must move.
         gelu: Elements that go through GELU.
+        prologue: Cycles of one lane that normalise, over all tiles.
         k: Inner dimension of the GEMM; None where there is none.
         parts: Kernels that it consists of.
         rate: Multiple of the matrix peak rate: 2 with quantized operands.
@@ -38,19 +42,23 @@ class Launch:
     flops: int
     bytes: int
     gelu: int = 0
+    prologue: float = 0.0
     k: int | None = None
     parts: int = 1
     rate: int = 1
 
     def times(self, peak_rates: dict) -> dict[str, float]:
-        """Microseconds: "arithmetic", "traffic", "epilogue" (not hidden) and "predicted"."""
+        """Microseconds: "arithmetic", "traffic", "epilogue" and "predicted".
+
+        The epilogue is its part that is not hidden, a prologue's with it.
+        """
         efficiency = ATTENTION_EFFICIENCY if self.k is None else _efficiency(self.k / self.rate)
         peak_rate = self.rate * peak_rates["bf16_tflops"]
         found = {
             "arithmetic": self.flops / (efficiency * peak_rate) / 1e6,
             "traffic": self.bytes / (COPY_EFFICIENCY * peak_rates["copy_tb_per_s"]) / 1e6,
         }
-        cycles = self.gelu * GELU_CYCLES * (1 - HIDDEN)
+        cycles = (self.gelu * GELU_CYCLES + self.prologue) * (1 - HIDDEN)
         found["epilogue"] = cycles / (SMS * CLOCK_GHZ * 1e3)
         total = max(found["arithmetic"], found["traffic"]) + found["epilogue"]
         return found | {"predicted": max(total, LEAST_US * self.parts)}
@@ -67,12 +75,12 @@ def _efficiency(k):
     return points[-1][1]
 
 
-def _gemm(op, x, weight, others, out, activation, parts=1, extra=0):
+def _gemm(op, x, weight, others, out, activation, parts=1, extra=0, prologue=0.0):
     (M, K), N = x.shape, weight.shape[0]
     shape = f"{M} x {K} -> {N}" + (", gelu" if activation == "gelu" else "")
     moved = _nbytes(x, weight, *others, out) + extra
     return Launch(
-        op, shape, 2 * M * N * K, moved, M * N * (activation == "gelu"), K, parts
+        op, shape, 2 * M * N * K, moved, M * N * (activation == "gelu"), prologue, K, parts
     )  # fmt: skip
 
 
@@ -96,12 +104,23 @@ def _layer_norm_linear(out, x, norm_weight, norm_bias, weight, bias, row_stats, 
     )  # fmt: skip
 
 
+def _layer_norm_linear_prologue(
+    out, x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation
+):  # fmt: skip
+    cycles = NORMALISE_CYCLES + (STATISTICS_CYCLES if row_stats is None else 0)
+    tiles = math.ceil(weight.shape[0] / PROLOGUE_WIDTH)
+    return _gemm(
+        "layer_norm_linear_prologue", x, weight, (norm_weight, norm_bias, bias, row_stats), out,
+        activation, prologue=cycles * tiles * x.numel(),
+    )  # fmt: skip
+
+
 def _layer_norm_mlp(out, x, norm_weight, norm_bias, w1, b1, w2, b2, residual, eps, emit):
     M, D = x.shape
     hidden = w1.shape[0]
     return Launch(
         "layer_norm_mlp", f"{M} x {D}, hidden {hidden}, fused", 4 * M * D * hidden,
-        _nbytes(x, w1, w2, residual, *out), M * hidden, D,
+        _nbytes(x, w1, w2, residual, *out), M * hidden, k=D,
     )  # fmt: skip
 
 
@@ -115,7 +134,7 @@ def _quantized_linear(
     others = (x_scales, weight_scales, bias, residual, layer_scale, row_scale)
     return Launch(
         "quantized_linear", shape, 2 * M * N * K, _nbytes(x, weight, *others, *out), M * N * gelu,
-        K, rate=2,
+        k=K, rate=2,
     )  # fmt: skip
 
 
@@ -162,7 +181,7 @@ def _patch_embed(out, image, weight, *_):
     kind = "uint8" if image.dtype == torch.uint8 else "float"
     return Launch(
         "patch_embed", f"{patches} x {K} -> {D}, {kind}", 2 * patches * K * D,
-        _nbytes(image, weight, out), 0, K,
+        _nbytes(image, weight, out), k=K,
     )  # fmt: skip
 
 
@@ -171,12 +190,13 @@ def _classifier(out, x, norm_weight, norm_bias, w0, b0, w1, *_):
     heads = 1 if w1 is None else 2
     return Launch(
         "classifier", f"{B} x {D} -> {w0.shape[0]}", 2 * heads * B * D * w0.shape[0],
-        2 * heads * B * D + _nbytes(w0, w1, out), 0, D,
+        2 * heads * B * D + _nbytes(w0, w1, out), k=D,
     )  # fmt: skip
 
 
 _READ = {
-    "linear": _linear, "layer_norm_linear": _layer_norm_linear, "layer_norm_mlp": _layer_norm_mlp,
+    "linear": _linear, "layer_norm_linear": _layer_norm_linear,
+    "layer_norm_linear_prologue": _layer_norm_linear_prologue, "layer_norm_mlp": _layer_norm_mlp,
     "attention": _attention, "layer_norm": _layer_norm, "patch_embed": _patch_embed,
     "classifier": _classifier, "talking_heads": _talking_heads,
     "quantized_linear": _quantized_linear, "quantize": _quantize,

@@ -22,10 +22,15 @@ MODES = {  # format of `deit_fast.quantize` -> mode of the benchmarks whose time
 }  # fmt: skip
 
 
+def measured_op(launch: Launch) -> str:
+    """The operation that its benchmark calls."""
+    return launch.op.removesuffix("_prologue")
+
+
 def case_of(launch: Launch, network: str) -> str | None:
     """The case of benchmarks/bench_<op>.py that is this launch; None where it has none."""
     D = DEIT[network].D
-    if launch.op in ("linear", "layer_norm_linear", "quantized_linear"):
+    if launch.op.endswith(("linear", "linear_prologue")):
         wide, *kind = launch.shape.split(" -> ")[1].removesuffix(", gelu").split(", ")
         names = {3 * D: "qkv", 4 * D: "fc1", D: "proj" if launch.k == D else "fc2"}
         name = names.get(int(wide))
@@ -102,6 +107,6 @@ def kernel_ms(
     for launch, _, times in predict(network, batch, limits, False, False, format, gpu=gpu)[0]:
         case = case_of(launch, network)
         if case is not None:
-            key = (launch.op, case)
+            key = (measured_op(launch), case)
             found[key] = max(found.get(key, 0.0), times["predicted"] / 1e3)
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deit_fast.kernels import _policy, _tuned
+from deit_fast.kernels import _plan_library, _policy, _tuned
 from deit_fast.kernels.quantize import FORMATS
 
 CLOCK_FIELDS = ("sm_mhz", "mem_mhz", "power_w", "temperature_c")
@@ -55,16 +55,23 @@ def slug(device: torch.device) -> str:
     return "-".join(["cpu", *re.findall(r"[a-z0-9]+", name.lower())])
 
 
-def hardware(device: torch.device) -> dict[str, str | int | None]:
+def hardware(device: torch.device, wait: bool = True) -> dict[str, str | int | None]:
     """The chip, driver and versions that a results file records.
 
+    Args:
+        device: A GPU or the CPU.
+        wait: Whether to wait until the library of launch plans is built, up to half a minute, so
+            that it is not left to chance which calls run as plans.
+
     Returns:
-        Keys gpu and driver (None on a CPU), cuda, cpu, threads, python, torch, triton, timm and
-        torchao (None where it is not installed).
+        Keys gpu and driver (None on a CPU), plans (of launches; not on a CPU), cuda, cpu, threads,
+        python, torch, triton, timm and torchao (None where it is not installed).
     """
     found: dict[str, str | int | None] = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
     if device.type == "cuda":
-        found |= {"gpu": device_name(device), "driver": _driver()}
+        if wait:
+            _plan_library.wait()
+        found |= {"gpu": device_name(device), "driver": _driver(), "plans": _plan_library.status()}
     found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
     for package in ("torch", "triton", "timm", "torchao"):

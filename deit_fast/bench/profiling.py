@@ -17,15 +17,15 @@ from .timing import release, synchronize
 FOREIGN = "not deit_fast's"  # the share of kernels that are not ours, of every kind
 _OURS = re.compile(
     r"^_((linear|quantized_linear|quantize|attention|attention_resident|layer_norm"
-    r"|layer_norm_mlp|patch_embed|classifier"
-    r"|distillation_loss|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|row_stats"
+    r"|layer_norm_mlp|layer_norm_linear|patch_embed|classifier|distillation_loss|column_sums"
+    r"|sparse_cross_entropy|linear_epilogue|fold_layer_norm|fold_pixels|row_stats"
     r"|layer_norm_backward|linear_backward|attention_backward|talking_heads(_dq|_dkv)?"
     r"|window_attention(_backward|_scores|_biases)?|depthwise_conv|fold_batch_norm)_kernel)"
 )
 KINDS = ("GEMM", "attention", "norm", "elementwise", "copies", "idle")
 # the first that matches a kernel's name (GPU) or an operator's (CPU)
 _NAMES = (
-    ("GEMM", r"^triton_tem|layer_norm_mlp"),
+    ("GEMM", r"^triton_tem|layer_norm_(mlp|linear)"),
     ("norm", r"^triton_(per|red|poi)\w*norm"),  # Inductor's fusions name what they hold
     ("elementwise", r"^triton_(per|red|poi)"),
     ("copies", r"memcpy|memset|copy|nchwToNhwc|nhwcToNchw|catarray|::cat\b|::contiguous|::clone"

@@ -28,8 +28,8 @@ from deit_fast.kernels import _tuned
 
 # the package's modules, or packages, that decide what a model launches
 DECIDES = (
-    "layers", "engine", "_cuda_graph", "_model_config", "swap", "models", "heads", "quantization",
-    "activation_scales", "_names",
+    "layers", "engine", "_cuda_graph", "_engine_checks", "_engine_images",
+    "_model_config", "swap", "models", "heads", "quantization", "activation_scales", "_names",
 )  # fmt: skip
 HEADER = ("hardware", "commit", "build", "date", "protocol", "peak_rates", "rows")
 OTHER_FORMATS = ("race.json",)  # files beside them that benchmarks/cpu_race writes
@@ -265,8 +265,7 @@ def build(hardware: dict) -> str:
         hardware: As `device.hardware` returns it.
     """
     named = ["gpu", "torch", "triton", "timm", "torchao"]
-    if hardware["gpu"] is None:
-        named += ["cpu", "threads"]
+    named += ["cpu", "threads"] if hardware["gpu"] is None else ["plans"]
     digest = hashlib.sha256(json.dumps({n: hardware.get(n) for n in named}).encode())
     digest.update(kernel_digest().encode() + str(choices_digest(hardware)).encode())
     package = Path(deit_fast.__file__).parent
@@ -276,7 +275,8 @@ def build(hardware: dict) -> str:
 
 def kernel_digest() -> str:
     """A digest of the kernels' sources, those in folders too."""
-    return _sources(hashlib.sha256(), Path(deit_fast.kernels.__file__).parent, ("**/*.py",))
+    folder = Path(deit_fast.kernels.__file__).parent
+    return _sources(hashlib.sha256(), folder, ("**/*.py", "csrc/*"))
 
 
 def sources() -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deit_fast.bench.device import hardware
-from deit_fast.kernels import _checks, _chips, _policy, _tuned
+from deit_fast.kernels import _checks, _chips, _plan_library, _policy, _tuned
 from deit_fast.kernels.quantize import FORMATS
 
 from . import _json
@@ -21,7 +21,7 @@ from .parsers import version_of
 
 PACKAGES = ("deit_fast", "torch", "triton", "timm", "torchvision", "safetensors")
 COLUMNS = ("operation", "dtype", "implementation", "why")
-ENVIRONMENT = ("DEIT_FAST_BACKEND", "DEIT_FAST_EXCLUDE", "TRITON_INTERPRET")
+ENVIRONMENT = ("DEIT_FAST_BACKEND", "DEIT_FAST_EXCLUDE", "DEIT_FAST_PLANS", "TRITON_INTERPRET")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +52,7 @@ def collect(chip: str | None = None) -> dict[str, Any]:
         "capability": capability,
         "asked": chip is not None,
         "operations": [dict(zip(COLUMNS, row, strict=True)) for row in _choices(capability)],
+        "plans": _plan_library.status(),
         "excluded": sorted(_policy.excluded()),
         "tuned": _tables(_chips.chip(torch.device("cuda"))) if cuda else [],
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -80,6 +81,7 @@ def _show(found: dict[str, Any], paths: bool) -> None:
         table.add_row("" if cells[0] == shown else cells[0], *cells[1:])
         shown = cells[0]
     console.print(table)
+    console.print(f"launch plans: {found['plans']}", soft_wrap=True, markup=False, highlight=False)
     if found["excluded"]:
         console.print(f"excluded: {', '.join(found['excluded'])} (DEIT_FAST_EXCLUDE)")
     if paths:

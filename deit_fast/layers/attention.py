@@ -1,7 +1,5 @@
 """Multi-head self-attention: qkv GEMM, attention on its output layout, projection GEMM."""
 
-from typing import Any
-
 import timm.layers
 
 from deit_fast import kernels
@@ -39,40 +37,27 @@ class Attention(Fast, timm.layers.Attention):
         o = self._attend_packed(linear(x, self.qkv, self.backend))
         return linear(o, self.proj, self.backend)
 
-    def branch(self, x, norm, first=None, row_stats=None, **epilogue):
+    def branch(self, x, norm, row_stats=None, **rest):
         """The attention branch of a Block, LayerNorm included.
 
         Args:
             x: (B, N, D), the residual stream.
             norm: the `deit_fast.layers.LayerNorm` in front.
-            first: (B, T, D), the first T tokens of x, if only these shall be queries.
             row_stats: the row statistics of x, if they are known.
-            epilogue: of the projection, as `deit_fast.kernels.linear` takes it.
+            rest: the epilogue of the projection and the number of queries T, if not all tokens are
+                queries, as `deit_fast.kernels.layer_norm_attention` takes them.
 
         Returns:
-            (B, N, D_out), or (B, T, D_out) with `first`; a pair with `return_row_stats`.
+            (B, N, D_out), or (B, T, D_out) with `queries`; a pair with `return_row_stats`.
         """
-        use: dict[str, Any] = {"implementation": self.backend}
-        fold = {"row_stats": row_stats, **use}
         norm_weight, norm_bias, eps = norm.operands
         weight, bias = weights(self.qkv)
         proj_weight, proj_bias = weights(self.proj)
-        if first is None:
-            return kernels.layer_norm_attention(
-                x, norm_weight, norm_bias, weight, bias, proj_weight, proj_bias, self.num_heads,
-                eps, attention_scale(self, self.head_dim), **epilogue, **fold,
-            )  # fmt: skip
-        rows = self.num_heads * self.head_dim
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
-        q = kernels.layer_norm_linear(
-            first, norm_weight, norm_bias, weight[:rows], q_bias, eps, **use
-        )
-        kv = kernels.layer_norm_linear(
-            x, norm_weight, norm_bias, weight[rows:], kv_bias, eps, **fold
-        )
-        q = q.unflatten(2, (self.num_heads, -1))
-        k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
-        return kernels.linear(self._attend(q, k, v), proj_weight, proj_bias, **epilogue, **use)
+        return kernels.layer_norm_attention(
+            x, norm_weight, norm_bias, weight, bias, proj_weight, proj_bias, self.num_heads,
+            eps, attention_scale(self, self.head_dim), row_stats=row_stats,
+            implementation=self.backend, **rest,
+        )  # fmt: skip
 
     def branch_around_linears(self, x, norm, layer_scale, drop_path):
         """The sum of x and its attention branch, fused around Linears that have to be called.

@@ -18,6 +18,7 @@ from ._base import (
 )
 from ._branch import branch_scales
 from ._fusion import FUSED
+from ._plans import planned
 from .attention import Attention
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -76,6 +77,7 @@ class Block(Fast, timm_vit.Block):
         x = self.attn.branch_around_linears(x, self.norm1, self.ls1, self.drop_path1)
         return self.mlp.branch_around_linears(x, self.norm2, self.ls2, self.drop_path2)
 
+    @planned()
     def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
         """The fused forward, with row statistics from the block before and for the next one.
 
@@ -103,6 +105,7 @@ class Block(Fast, timm_vit.Block):
         )
         return x if wanted else (x, None)
 
+    @planned()
     def forward_prefix(
         self, x: torch.Tensor, prefix: int, row_stats: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -118,10 +121,11 @@ class Block(Fast, timm_vit.Block):
         """
         if self.plan(x) is not FUSED:
             return self.forward(x)[:, :prefix].contiguous()
-        first = x[:, :prefix].contiguous()
-        scales = branch_scales(self.ls1, self.drop_path1, x)
-        x = self.attn.branch(x, self.norm1, first, row_stats, residual=first, **scales)
-        scales = branch_scales(self.ls2, self.drop_path2, x)
+        scales = branch_scales(self.ls1, self.drop_path1, x) | {"recompute": self.recompute}
+        x = self.attn.branch(
+            x, self.norm1, row_stats=row_stats, residual=x, queries=prefix, **scales
+        )
+        scales = branch_scales(self.ls2, self.drop_path2, x) | {"recompute": self.recompute}
         return self.mlp.branch(x, self.norm2, residual=x, **scales)
 
 

@@ -25,6 +25,7 @@ from ._base import (
 from ._branch import drop_path_mask
 from ._fusion import is_traced
 from ._hooks import is_observed
+from ._plans import planned
 from .block import wants_row_stats
 from .layer_norm import LayerNorm
 from .mlp import Mlp
@@ -165,6 +166,7 @@ class LayerScaleBlock(_LayerScaleBlock, timm_cait.LayerScaleBlock):
             return self.unfused(x)
         return self.forward_with_row_stats(x, None, False)[0]
 
+    @planned()
     def forward_with_row_stats(self, x, row_stats, return_row_stats=True):
         """As `deit_fast.layers.Block.forward_with_row_stats`."""
         wanted = wants_row_stats(x, self.mlp.fc1)
@@ -190,6 +192,10 @@ class LayerScaleBlockClassAttn(_LayerScaleBlock, timm_cait.LayerScaleBlockClassA
     def forward(self, x, x_cls):
         if self.plan(x).unfused:
             return self.unfused(x, x_cls)
+        return self._forward(x, x_cls)
+
+    @planned()
+    def _forward(self, x, x_cls):
         norm_weight, norm_bias, eps = self.norm1.operands
         u = kernels.layer_norm(
             torch.cat((x_cls, x), dim=1), norm_weight, norm_bias, eps, implementation=self.backend
@@ -218,6 +224,7 @@ class Cait(FastTransformer, timm_cait.Cait):
             x = self.patch_embed(self._normalized(image)) + self.pos_embed
         return self.pos_drop(x)
 
+    @planned(inference=True)
     def forward_features(self, x):  # type: ignore[override]  # timm's Cait takes no mask
         """Tokens after the final norm, (B, 1 + n, D), all of them."""
         if is_traced(x) or self._is_overridden():
@@ -227,6 +234,7 @@ class Cait(FastTransformer, timm_cait.Cait):
             x = torch.cat((self._class_token(x), x), dim=1)
         return self.norm(x)
 
+    @planned(inference=True)
     def forward(self, x):  # type: ignore[override]  # timm's Cait takes no mask
         """Logits (B, classes).
 

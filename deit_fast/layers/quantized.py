@@ -91,7 +91,7 @@ class QuantizedAttention(_QuantizedPart, Attention):
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return _linear(self._attend_for_proj(q, k, v), self.proj, self.backend, x)
 
-    def branch(self, x, norm, first=None, row_stats=None, **epilogue):
+    def branch(self, x, norm, row_stats=None, queries=None, **epilogue):
         """As `Attention.branch`."""
 
         def project(x, rows, row_stats=None):
@@ -101,9 +101,10 @@ class QuantizedAttention(_QuantizedPart, Attention):
             return _values(y).unflatten(2, (-1, self.num_heads, self.head_dim)).unbind(2)
 
         rows = self.num_heads * self.head_dim
-        if first is None:
+        if queries is None:
             q, k, v = project(x, slice(None), row_stats)
-        else:
+        else:  # the residual is x
+            epilogue["residual"] = first = x[:, :queries].contiguous()
             (q,), (k, v) = project(first, slice(rows)), project(x, slice(rows, None), row_stats)
         return _linear(self._attend_for_proj(q, k, v), self.proj, self.backend, x, **epilogue)
 

@@ -27,6 +27,7 @@ from ._base import (
     why_not_parts,
 )
 from ._branch import branch_scales
+from ._plans import planned
 from .layer_norm import LayerNorm
 from .mlp import why_not_mlp
 
@@ -90,6 +91,7 @@ class _Convolutions(Fast):
                 return f"has activation {class_name(part)}, not the exact GELU"
         return why_not_drop_path(module, "drop_path")
 
+    @planned()
     def forward(self, x):
         return self.unfused(x) if self.plan(x).unfused else self._fused(x)
 
@@ -223,6 +225,7 @@ class TinyVitBlock(Fast, timm_tiny.TinyVitBlock):
         why = why_not_parts(module, attn=Attention, mlp=NormMlp)
         return why or why_not_drop_path(module, "drop_path1", "drop_path2")
 
+    @planned()
     def forward(self, x):
         if self.plan(x).unfused:
             return self.unfused(x)

@@ -17,6 +17,7 @@ from deit_fast.kernels.patch_embed import normalize_reference
 from ._base import Fast, is_identity, is_plain_linear, kind_of, why_not_dropouts
 from ._fusion import FUSED, is_traced
 from ._hooks import can_bypass, is_intercepted, is_monkey_patched, is_observed
+from ._plans import planned
 from .block import Block
 from .layer_norm import LayerNorm
 from .patch_embed import PatchEmbed
@@ -57,11 +58,13 @@ class FastTransformer(Fast):
     global_pool: str
     grad_checkpointing: bool
 
+    @planned(without=("blocks", "norm", "fc_norm", "head", "head_dist", "head_drop"))
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """Patches, positions and prefix tokens, (B, T + n, D), of an image."""
         if not self._fuses_patches(image):
             return self.patch_drop(self._pos_embed(self.patch_embed(self._normalized(image))))
-        tokens = [t[0] for t in self._prefix_tokens()]
+        # views without a copy in backward, which an index would have
+        tokens = [t.flatten(0, 1) for t in self._prefix_tokens()]
         prefix = torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)
         pos_embed = self.pos_embed
         if pos_embed is not None:
@@ -72,7 +75,7 @@ class FastTransformer(Fast):
                     old_size=self.patch_embed.grid_size,
                     num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
                 )
-            pos_embed = pos_embed[0]
+            pos_embed = pos_embed.flatten(0, 1)
         x = self.patch_embed.embed(image, pos_embed, prefix, *self._pixels_of(image))
         if pos_embed is not None:  # as timm: no dropout without positions
             x = self.pos_drop(x)
@@ -117,6 +120,7 @@ class FastTransformer(Fast):
     def _prefix_tokens(self) -> list[nn.Parameter]:
         return [t for t in (self.cls_token, self.reg_token) if t is not None]
 
+    @planned(inference=True)
     def forward_features(self, x, attn_mask=None, is_causal=False):
         """Tokens after the final norm, (B, T + n, D), all of them."""
         if is_traced(x) or self._is_overridden():
@@ -133,6 +137,7 @@ class FastTransformer(Fast):
             x = run_blocks(self.blocks, x, return_row_stats=False)[0]
         return self.norm(x)
 
+    @planned(inference=True)
     def forward(self, x, attn_mask=None, is_causal=False):
         """Logits (B, classes).
 
@@ -143,9 +148,14 @@ class FastTransformer(Fast):
             return self.unfused(x, attn_mask=attn_mask, is_causal=is_causal)
         classify = self._classifier_operands()
         if classify is None:
-            return self.forward_head(self.norm(self._run_prefix(x)))
+            return self._norm_and_head(self._run_prefix(x))
         return kernels.classifier(self._run_prefix(x), **classify, implementation=self.backend)
 
+    @planned(without=("blocks", "patch_embed", "pos_drop", "norm_pre", "patch_drop"))
+    def _norm_and_head(self, x):
+        return self.forward_head(self.norm(x))
+
+    @planned(inference=True)
     def forward_pre_logits(self, x):
         """The input of the heads, (B, D): timm's `forward_head(..., pre_logits=True)`.
 
@@ -160,12 +170,12 @@ class FastTransformer(Fast):
         x, before, last = self.norm_pre(self.embed(x)), self.blocks[:-1], self.blocks[-1]
         run_last, prunes, called = last, kind_of(last) is Block, is_intercepted(last)
         if prunes:
-            run_last = partial(last if called else last.forward_prefix, prefix=len(self._heads()))
+            run_last = partial(_last_prefix, last, called, len(self._heads()))
         if self.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(before, x) if len(before) else x
             return checkpoint(run_last, x)
         x, row_stats = run_blocks(before, x, return_row_stats=prunes and not called)
-        return run_last(x) if row_stats is None else run_last(x, row_stats=row_stats)
+        return run_last(x) if row_stats is None else run_last(x, row_stats)
 
     def _heads(self) -> list[nn.Module]:
         return [self.head]
@@ -190,6 +200,11 @@ class FastTransformer(Fast):
         """Whether the container does nothing but call one block after the other."""
         return type(blocks) is nn.Sequential and not is_intercepted(blocks)
 
+    def _has_plain_heads(self) -> bool:
+        """Whether the heads are Linears behind a Dropout, without hooks."""
+        plain = all(map(is_plain_linear, self._heads())) and not why_not_dropouts(self, "head_drop")
+        return plain and can_bypass(self.head_drop, *self._heads())
+
     def _classifier_operands(self) -> dict | None:
         """Arguments of `kernels.classifier`, or None where timm's own head has to run.
 
@@ -201,11 +216,9 @@ class FastTransformer(Fast):
         heads = self._heads()
         if len(norms) != 1 or type(norms[0]) is not LayerNorm:
             return None
-        if not all(map(is_plain_linear, heads)) or why_not_dropouts(self, "head_drop"):
+        if not self._has_plain_heads() or not can_bypass(*self._final_norms()):
             return None
         if self.head_drop.training and getattr(self.head_drop, "p", 0) > 0:
-            return None
-        if not can_bypass(*self._final_norms(), self.head_drop, *heads):
             return None
         norm_weight, norm_bias, eps = norms[0].operands
         operands: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
@@ -245,6 +258,14 @@ class VisionTransformerDistilled(FastTransformer, timm_deit.VisionTransformerDis
         return operands and operands | {"fusion": self.heads}
 
     def forward_head(self, x, pre_logits=False):
+        own = self.training and not pre_logits and not is_traced(x) and not self._is_overridden()
+        own = own and not getattr(self.head_drop, "inplace", False)
+        if own and x.shape[1] == 2 and self._has_plain_heads():
+            # timm's, but one operator splits the tokens: backward of two indices is five launches.
+            # Nothing may change its outputs in place.
+            tokens = [self.head_drop(t) for t in x.unbind(1)]
+            y, y_dist = (head(t) for head, t in zip(self._heads(), tokens, strict=True))
+            return (y, y_dist) if self.distilled_training else (y + y_dist) / 2
         if self.training or pre_logits or self.heads == "joint":
             return super().forward_head(x, pre_logits=pre_logits)
         logits = [head(self.head_drop(x[:, t])) for t, head in enumerate(self._heads())]
@@ -273,6 +294,10 @@ def run_blocks(blocks, x, return_row_stats=True, kind=Block):
         else:
             x, row_stats = block(x), None
     return x, row_stats
+
+
+def _last_prefix(block, called, prefix, x, row_stats=None):
+    return block(x, prefix=prefix) if called else block.forward_prefix(x, prefix, row_stats)
 
 
 def _height_width(image: torch.Tensor) -> tuple[int, int]:

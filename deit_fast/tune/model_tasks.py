@@ -15,7 +15,8 @@ from .task import Task
 ORDER = ("linear", "attention", "layer_norm_linear", "layer_norm_mlp", "quantized_linear")
 _TASKS: dict[str, Callable[[Sequence[Any], Chip], Iterator[Task]]] = {
     "linear": linear.tasks, "layer_norm_linear": layer_norm_linear.tasks,
-    "attention": attention.tasks, "attention_quantized": attention.quantized_tasks,
+    "layer_norm_linear_prologue": layer_norm_linear.tasks, "attention": attention.tasks,
+    "attention_quantized": attention.quantized_tasks,
     "quantized_linear": quantized_linear.tasks,
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _chips, _dispatch
+from .. import _chips, _dispatch, _plans
 from .configs import meta_backward
 from .forward import _dims, _row_mask, _rows
 
@@ -153,7 +153,7 @@ def _attention_backward_kernel(
 def run_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
     lse: Tensor, scale: float, sums: bool = False,
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Launch the backward kernel.
 
     Args:
@@ -170,25 +170,24 @@ def run_backward(
         sums: Whether to sum the gradients over their rows as well.
 
     Returns:
-        With `sums` those of dq, dk and dv over samples and tokens, (3, H, d) in fp32.
+        With `sums` partial sums over samples and tokens for `column_sums`, in fp32: of dq (P, H d),
+        of dk and dv (P', 2 H d). Otherwise None and None.
     """
     (B, N, H, d), L = q.shape, k.shape[1]
     config = meta_backward(N, L, q.dtype, _chips.chip(q.device).capability)
     tiles_m, tiles_n = _dispatch.cdiv(N, config["BLOCK_M"]), _dispatch.cdiv(L, config["BLOCK_N"])
     q_sums = kv_sums = None
     if sums:
-        q_sums = q.new_empty((B, tiles_m, 1, H, d), dtype=torch.float32)
-        kv_sums = q.new_empty((B, tiles_n, 2, H, d), dtype=torch.float32)
+        q_sums = q.new_empty((B * tiles_m, H * d), dtype=torch.float32)
+        kv_sums = q.new_empty((B * tiles_n, 2 * H * d), dtype=torch.float32)
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     if B * H:
         with torch.cuda.device_of(q):
-            _attention_backward_kernel[(B * H * (tiles_m + tiles_n),)](
+            _plans.launch(_attention_backward_kernel, (B * H * (tiles_m + tiles_n),),
                 q, k, v, o, do, lse, dq, dk, dv, q_sums, kv_sums, *strides, dq.stride(1),
                 dk.stride(1), H, scale, N=N, L=L, HEAD_DIM=d, **config,
             )  # fmt: skip
-    if q_sums is None or kv_sums is None:
-        return None
-    return torch.cat([t.sum((0, 1)) for t in (q_sums, kv_sums)])
+    return q_sums, kv_sums
 
 
 def backward_torch(

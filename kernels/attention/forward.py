@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from ..quantize import _round, _scales
 from .configs import LEAST_KEYS, choose, pieces, tail
 
@@ -285,12 +285,12 @@ def run(
     with torch.cuda.device_of(q):
         if config["RESIDENT"]:
             keys = dict(zip(("KEYS_0", "KEYS_1", "KEYS_2"), pieces(L, least), strict=True))
-            _attention_resident_kernel[(B * H,)](
+            _plans.launch(_attention_resident_kernel, (B * H,),
                 q, k, v, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
                 HEAD_DIM=d, PER_HEAD=per_head, **keys, **options,
             )  # fmt: skip
         else:
-            _attention_kernel[(B * H * _dispatch.cdiv(N, config["BLOCK_M"]),)](
+            _plans.launch(_attention_kernel, (B * H * _dispatch.cdiv(N, config["BLOCK_M"]),),
                 q, k, v, bias, o, lse, scales, in_scale, *strides, B, N, H, scale * LOG2_E, L=L,
                 HEAD_DIM=d, PER_HEAD=per_head, BLOCK_N=config["BLOCK_N"],
                 BLOCK_TAIL=tail(L, config["BLOCK_N"], least), **options,

@@ -1,7 +1,5 @@
 """The operators deit_fast::attention*, their gradient, and the public function `attention`."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -70,40 +68,6 @@ def _(do, q, k, v, o, lse, scale):
 def _(do, q, k, *args, **kwargs):
     (B, N, H, d), L = q, k[1]
     return 8 * B * H * N * L * d  # dv, dp, dq, dk
-
-
-@_dispatch.custom_op("deit_fast::attention_backward_packed")
-def attention_backward_packed(
-    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradient of a packed qkv in one tensor, and that of the bias of the GEMM that made it.
-
-    Args:
-        do: Gradient of o, (B, N, H, d), contiguous.
-        qkv: (B, N, 3, H, d), contiguous.
-        o: (B, N, H, d), contiguous.
-        lse: (B, H, N) in fp32, units of log2.
-        scale: Of the scores.
-
-    Returns:
-        dqkv (B, N, 3, H, d), and its sum over samples and tokens, (3, H, d) in fp32.
-    """
-    dqkv = qkv.new_empty(qkv.shape)
-    dq, dk, dv = dqkv.unbind(2)
-    q, k, v = qkv.unbind(2)
-    sums = run_backward(dq, dk, dv, do, q, k, v, o, lse, scale, sums=True)
-    return dqkv, cast(Tensor, sums)
-
-
-@attention_backward_packed.register_fake
-def _(do, qkv, o, lse, scale):
-    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[2:], dtype=torch.float32)
-
-
-@attention_backward_packed.register_flops
-def _(do, qkv, *args, **kwargs):
-    B, N, _, H, d = qkv
-    return 8 * B * H * N * N * d
 
 
 def _save(ctx, inputs, output):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from ..linear.epilogue import _epilogue, _gelu
 from .configs import FUSED_D, choose
 
@@ -86,7 +86,7 @@ def run(
     (M, D), hidden = x.shape, fc1_weight.shape[0]
     config = choose(x, hidden)
     with torch.cuda.device_of(x):
-        _layer_norm_mlp_kernel[(_dispatch.cdiv(M, config["BLOCK_M"]),)](
+        _plans.launch(_layer_norm_mlp_kernel, (_dispatch.cdiv(M, config["BLOCK_M"]),),
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual,
             y, row_stats, M, eps, HIDDEN=hidden, D0=FUSED_D[D][0], D1=FUSED_D[D][1], **config,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _checks, _dispatch, _explain, _policy, _training
 from ..layer_norm import layer_norm_reference
 from ..layer_norm import run as normalise
-from ..layer_norm_linear import layer_norm_linear, layer_norm_linear_backward
+from ..layer_norm_linear import layer_norm_linear
 from ..linear import linear, linear_gelu_backward, linear_reference, worth_row_stats
 from ..linear.configs import ROW_STATS_WIDTH
 from ..linear.forward import run as run_linear
@@ -42,18 +42,20 @@ def _(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, res
     return _alloc(x, emit)
 
 
-def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
+def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute, dtype):
     """What forward returns in training; also its fake.
 
-    y, and for backward z, LN(x), a and what layer_scale scales, empty where they are not saved.
+    y, and for backward z, LN(x), a, what layer_scale scales, and the weights in the GEMMs' dtype.
+    They are empty where they are not saved.
     """
-    (M, D), (D_out, hidden), dtype = x.shape, fc2_weight.shape, fc1_weight.dtype
+    (M, D), (D_out, hidden) = x.shape, fc2_weight.shape
     return (
         x.new_empty(M, D_out, dtype=torch.promote_types(x.dtype, dtype)),
         x.new_empty(M, hidden, dtype=dtype),
         x.new_empty(0 if recompute else (M, D), dtype=dtype),
         x.new_empty(0 if recompute else (M, hidden), dtype=dtype),
         x.new_empty(0 if layer_scale is None else (M, D_out), dtype=dtype),
+        *_training.alloc_casts((fc1_weight, fc2_weight), dtype),
     )
 
 
@@ -61,10 +63,12 @@ def _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute):
 def _train(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None,
     fc2_weight: Tensor, fc2_bias: Tensor | None, layer_scale: Tensor | None,
-    row_scale: Tensor | None, eps: float, add: bool, recompute: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
-    y, z, normed, a, scaled = made
+    row_scale: Tensor | None, eps: float, add: bool, recompute: bool, dtype: torch.dtype,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute, dtype)
+    y, z, normed, a, scaled, *copies = made
+    fc1_weight, fc2_weight = _training.cast_weights((fc1_weight, fc2_weight), copies)
     if not y.numel():
         return made
     if recompute:  # what backward recomputes lives as long as it is read
@@ -82,8 +86,8 @@ def _train(
 
 
 @_train.register_fake
-def _(x, g, h, fc1_weight, b1, fc2_weight, b2, layer_scale, rs, eps, add, recompute, impl):
-    return _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute)
+def _(x, g, h, fc1_weight, b1, fc2_weight, b2, layer_scale, rs, eps, add, recompute, dtype, impl):
+    return _alloc_training(x, fc1_weight, fc2_weight, layer_scale, recompute, dtype)
 
 
 @_fwd.register_flops
@@ -93,37 +97,79 @@ def _(x, g, h, fc1_weight, b1, fc2_weight, *args, **kwargs):
     return 2 * M * hidden * (D + D_out)
 
 
+@_dispatch.custom_op("deit_fast::layer_norm_mlp_backward")
+def _train_backward(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor,
+    fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    layer_scale: Tensor | None, row_scale: Tensor | None, z: Tensor, normed: Tensor, a: Tensor,
+    scaled: Tensor, fc1_copy: Tensor, fc2_copy: Tensor, eps: float, add: bool, wants_fc1: bool,
+    wants_fc2: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    made = _training.alloc_gradients(x, tensors, (wants_fc1, wants_fc2))
+    if not dy.numel():
+        return tuple(t.zero_() for t in made)  # type: ignore[return-value]  # of eight
+    _, dg, dh, dw1, db1, dw2, db2, dls = made
+    w1, w2 = _training.in_use((fc1_weight, fc2_weight), (fc1_copy, fc2_copy))
+    dz2, b2_sums, ls_sums = _training.through_scales(
+        dy, scaled, layer_scale, row_scale, z.dtype, fc2_bias is not None
+    )
+    dz, recomputed, b1_sums = linear_gelu_backward(dz2, w2, z, implementation)
+    if wants_fc2:
+        dw2 = _training.weight_gradient(dz2, a if a.numel() else recomputed, fc2_weight.dtype)
+    del dz2, recomputed
+    dx, normed, norm_sums = _training.through_layer_norm(
+        dz @ w1, x, norm_weight, norm_bias, normed, eps, dy if add else None, wants_fc1
+    )
+    if wants_fc1:
+        dw1 = _training.weight_gradient(dz, normed, fc1_weight.dtype)
+    _training.finish(
+        (
+            (norm_sums[:, 0], dg), (norm_sums[:, 1], dh), (b2_sums, db2),
+            (None if fc1_bias is None else b1_sums, db1), (ls_sums, dls),
+        )
+    )  # fmt: skip
+    return dx, dg, dh, dw1, db1, dw2, db2, dls
+
+
+@_train_backward.register_fake
+def _(dy, x, g, h, w1, b1, w2, b2, ls, rs, *rest):
+    wants_fc1, wants_fc2, _ = rest[-3:]
+    return _training.alloc_gradients(x, (g, h, w1, b1, w2, b2, ls), (wants_fc1, wants_fc2))
+
+
+@_train_backward.register_flops
+def _(dy, x, g, h, fc1_weight, b1, fc2_weight, *rest, **kwargs):
+    (M, D), (D_out, hidden) = x, fc2_weight
+    wants_fc1, wants_fc2, _ = rest[-3:]
+    return 2 * M * hidden * (D * (1 + wants_fc1) + D_out * (1 + wants_fc2))
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.add, _, ctx.implementation = inputs
+    *tensors, ctx.eps, ctx.add, _, _, ctx.implementation = inputs
     _training.save(ctx, tensors, output)
 
 
 def _backward(ctx, dy, *_):
     if dy is None:
-        return (None,) * 13
-    *tensors, z, normed, a, scaled = ctx.saved_tensors
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ls, rs = tensors
-    nothing = (None,) * 5  # row_scale and what is no tensor
+        return (None,) * 14
+    *tensors, z, normed, a, scaled, fc1_copy, fc2_copy = ctx.saved_tensors
+    *inputs, rs = tensors
+    nothing = (None,) * 6  # row_scale and what is no tensor
     if torch.is_grad_enabled():  # a second derivative is wanted
-        return *_second_order(ctx, tensors, dy), *nothing
-    dy = dy.contiguous()
-    dz2, db2, dls = _training.through_scales(dy, scaled, ls, rs, z.dtype, fc2_bias is not None)
-    dz, recomputed, db1 = linear_gelu_backward(dz2, fc2_weight, z, ctx.implementation)
-    dw2 = dz2.t() @ (a if a.numel() else recomputed) if ctx.needs_input_grad[5] else None
-    del dz2, recomputed
-    dx, dg, dh, dw1 = layer_norm_linear_backward(
-        dz, x, norm_weight, norm_bias, fc1_weight, normed, ctx.eps, dy if ctx.add else None,
-        ctx.needs_input_grad[3],
-    )  # fmt: skip
-    vectors = (norm_weight, norm_bias, fc1_bias, fc2_bias, ls)
-    g, h, b1, b2, scale = _training.in_dtypes_of(vectors, (dg, dh, db1, db2, dls))
-    return dx, g, h, dw1, b1, dw2, b2, scale, *nothing
+        return *_second_order(ctx, tensors, z.dtype, dy), *nothing
+    wants = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    saved = (z, normed, a, scaled, fc1_copy, fc2_copy)
+    grads = _train_backward(
+        dy.contiguous(), *tensors, *saved, ctx.eps, ctx.add, *wants, ctx.implementation
+    )
+    return *_training.or_none(inputs, grads), *nothing
 
 
-def _second_order(ctx, tensors, dy):
+def _second_order(ctx, tensors, dtype, dy):
     """The gradients from PyTorch's operations, which can be differentiated again."""
     *inputs, rs = tensors
-    dtype, samples = inputs[3].dtype, 1 if rs is None else rs.shape[0]
+    samples = 1 if rs is None else rs.shape[0]
 
     def forward(x, *rest):
         x = x.unflatten(0, (samples, -1)) if x.shape[0] else x[None]
@@ -268,6 +314,7 @@ def _is_one_node(x, tensors, residual, implementation):
 
 def _training_node(x, tensors, eps, add, recompute, implementation):
     hidden, D, D_out = tensors[2].shape[0], x.shape[-1], tensors[4].shape[0]
-    rest = _training.operands("layer_norm_mlp", _NAMES, x, tensors, hidden, add)
-    y = _train(x.reshape(-1, D).contiguous(), *rest, eps, add, recompute, implementation)[0]
+    rest, dtype = _training.operands("layer_norm_mlp", _NAMES, x, tensors, hidden, add)
+    x2 = x.reshape(-1, D).contiguous()
+    y = _train(x2, *rest, eps, add, recompute, dtype, implementation)[0]
     return y.view(*x.shape[:-1], D_out)

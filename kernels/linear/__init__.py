@@ -28,13 +28,8 @@ fp32: the mean of each 64 columns, and the sum of squared differences from it. `
 which shares the kernel, computes its LayerNorm from them.
 """
 
-from .op import (
-    ACTIVATIONS,
-    linear,
-    linear_backward,
-    linear_gelu_backward,
-    worth_row_stats,
-)
+from .backward import linear_gelu_backward
+from .op import ACTIVATIONS, linear, linear_backward, worth_row_stats
 from .reference import linear_reference
 
 __all__ = [

@@ -5,7 +5,8 @@
     dlayer_scale = sum_rows(dy * row_scale * a)
 
 Where dy is itself the result of a matmul, dy = du @ V, "gelu_backward" is that matmul's epilogue:
-it gives dz, db and a, recomputed.
+it gives dz, db and a, recomputed. Sums over rows are partial sums, each over the rows of a program,
+which `column_sums` finishes.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from . import configs
 from .configs import BACKWARD_META
 from .epilogue import _gelu_and_slope
@@ -86,7 +87,8 @@ def run_backward(
         has_bias: Whether to sum the columns of dz.
 
     Returns:
-        db and dlayer_scale, (N,) in fp32, each None where it is not asked for.
+        Partial sums of db and of dlayer_scale, (cdiv(M, ROWS), N) in fp32, each None where it is
+        not asked for.
     """
     M, N = dy.shape
     parts = _dispatch.cdiv(M, BACKWARD_META["ROWS"])
@@ -98,48 +100,50 @@ def run_backward(
     rows_per_sample = 1 if row_scale is None else M // row_scale.shape[0]
     exact = (dy if dz is None else dz).dtype == torch.float32
     with torch.cuda.device_of(dy):
-        _linear_backward_kernel[grid](
+        _plans.launch(_linear_backward_kernel, grid,
             dy, z, layer_scale, row_scale, dz, a, db, dls, M, N, rows_per_sample, activation,
             exact, **BACKWARD_META,
         )  # fmt: skip
-    return None if db is None else db.sum(0), None if dls is None else dls.sum(0)
+    return db, dls
 
 
-def run_gelu_backward(
-    dz: Tensor, a: Tensor, du: Tensor, weight: Tensor, z: Tensor, implementation: str
-) -> Tensor:
-    """Launch the matmul da = du @ weight^T with GELU's backward as its epilogue.
+def linear_gelu_backward(
+    dy: Tensor, weight: Tensor, z: Tensor, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward through y = gelu(z) @ W^T, with GELU's in the epilogue of the matmul.
+
+    The operands have one dtype and are contiguous. It belongs to the body of an operator.
 
     Args:
-        dz: Output, da * gelu'(z), (M, N).
-        a: Output, gelu(z), (M, N).
-        du: (M, K).
-        weight: (N, K).
-        z: (M, N).
+        dy: (M, N), of one row or more.
+        weight: W, (N, K).
+        z: (M, K).
         implementation: "auto", "triton" or "cublas".
 
     Returns:
-        The column sums of dz, (N,) in fp32.
+        dz = dy @ W * gelu'(z) (M, K); gelu(z), recomputed, (M, K); partial sums of dz's columns,
+        (P, K) in fp32.
 
     Raises:
         ValueError: For a weight of 2**31 elements or more.
     """
+    dz, a = torch.empty_like(z), torch.empty_like(z)
+    # The kernel reads both operands along the summed axis: a copy of the weight is small beside dy.
+    weight = weight.t().contiguous()
     expect_32_bit_offsets(weight)
-    M, N = z.shape
-    chosen, config = configs.choose(du, N, "gelu_backward", False, implementation)
-    with torch.cuda.device_of(du):
+    M, K = z.shape
+    chosen, config = configs.choose(dy, K, "gelu_backward", False, implementation)
+    with torch.cuda.device_of(dy):
         if chosen == "cublas":
-            da = F.linear(du, weight)
-            sums, _ = run_backward(da, z, None, None, "gelu", dz, a, True)
+            sums, _ = run_backward(F.linear(dy, weight), z, None, None, "gelu", dz, a, True)
             assert sums is not None
-            return sums
-        if not configs.tma_can_address(du, weight):
+            return dz, a, sums
+        if not configs.tma_can_address(dy, weight):
             config = configs.without_tma(config, configs.HOPPER_CONFIGS)
             config = configs.backward_config(config)
-        tiles_m = _dispatch.cdiv(M, config["BLOCK_M"])
-        col_sums = du.new_empty(tiles_m, N, dtype=torch.float32)
+        sums = dy.new_empty(_dispatch.cdiv(M, config["BLOCK_M"]), K, dtype=torch.float32)
         launch(
-            config, du, weight, None, None, None, None, None, None, dz, None, z, a, col_sums, 1,
+            config, dy, weight, None, None, None, None, None, None, dz, None, z, a, sums, 1,
             "gelu_backward", 0.0,
         )  # fmt: skip
-    return col_sums.sum(0)
+    return dz, a, sums

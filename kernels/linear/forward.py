@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _chips, _dispatch
+from .. import _chips, _dispatch, _plans
 from . import configs
 from .epilogue import _epilogue, _row_mean_and_rstd
 
@@ -190,7 +190,7 @@ def run(
         elif chosen == "cublas":
             xw, config = F.linear(x, weight), configs.EPILOGUE_META
             grid = (_dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"]),)
-            _linear_epilogue_kernel[grid](
+            _plans.launch(_linear_epilogue_kernel, grid,
                 xw, *extras, y, row_stats_out, z, M, N, rows_per_sample, activation, exact,
                 **config,
             )  # fmt: skip
@@ -234,7 +234,7 @@ def launch(
     tiles = _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"])
     if config["PERSISTENT"]:
         tiles = min(tiles, _chips.chip(x.device).num_sms)
-    _linear_kernel[(tiles,)](
+    _plans.launch(_linear_kernel, (tiles,),
         *descriptors(config, x, weight), bias, residual, layer_scale, row_scale, row_stats,
         column_sums, y, row_stats_out, z, a, col_sums, M, N, K, rows_per_sample, eps,
         ACTIVATION=activation, EXACT=x.dtype == torch.float32,

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _checks, _dispatch, _policy
+from .. import _checks, _dispatch, _policy, column_sums
 from . import cpu
-from .backward import run_backward, run_gelu_backward
+from .backward import run_backward
 from .configs import ROW_STATS_WIDTH
 from .forward import run
 from .reference import linear_reference
@@ -57,15 +57,15 @@ def _(x, weight, *args, **kwargs):
     return 2 * M * N * K
 
 
-def _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias):
+def _alloc_backward(dy, z, bias, layer_scale, row_scale, activation, dtype):
     """What linear_backward returns; also its fake."""
     M, N = dy.shape
     changed = dy.dtype != dtype or activation != "none" or layer_scale is not None
     changed = changed or row_scale is not None
     return (
         dy.new_empty((M, N) if changed else 0, dtype=dtype),
-        dy.new_empty(N if has_bias else 0, dtype=torch.float32),
-        dy.new_empty(0 if layer_scale is None else N, dtype=torch.float32),
+        dy.new_empty(0) if bias is None else bias.new_empty(N),
+        dy.new_empty(0) if layer_scale is None else layer_scale.new_empty(N),
     )
 
 
@@ -73,36 +73,38 @@ def _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias):
 def linear_backward(
     dy: Tensor,
     z: Tensor | None,
+    bias: Tensor | None,
     layer_scale: Tensor | None,
     row_scale: Tensor | None,
     activation: str,
     dtype: torch.dtype,
-    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward from y to z of `linear`, with the sums over rows. Every operand is contiguous.
 
     Args:
         dy: (M, N).
         z: (M, N), x @ W^T + b; needed with GELU or a layer_scale.
+        bias: (N,), for its dtype alone.
         layer_scale: (N,).
         row_scale: (S,).
         activation: "none" or "gelu".
         dtype: Of dz.
-        has_bias: Whether to compute db.
 
     Returns:
-        dz (M, N), empty where it is dy itself; db (N,) in fp32, empty without a bias; dlayer_scale
-        (N,) in fp32, empty without a layer_scale.
+        dz (M, N), empty where it is dy itself; db (N,) in bias's dtype, empty without a bias;
+        dlayer_scale (N,) in layer_scale's, empty without one.
     """
-    made = _alloc_backward(dy, z, layer_scale, row_scale, activation, dtype, has_bias)
-    dz, db, dls = made
+    made = _alloc_backward(dy, z, bias, layer_scale, row_scale, activation, dtype)
+    dz, *vectors = made
     if not dy.numel():
-        return dz, db.zero_(), dls.zero_()
+        return dz, *(t.zero_() for t in vectors)
     if not any(t.numel() for t in made):
         return made
     dz_out = dz if dz.numel() else None
+    has_bias = bias is not None
     sums = run_backward(dy, z, layer_scale, row_scale, activation, dz_out, None, has_bias)
-    return dz, *(empty if t is None else t for empty, t in zip((db, dls), sums, strict=True))
+    column_sums.run([(x, y) for x, y in zip(sums, vectors, strict=True) if x is not None])
+    return made
 
 
 @linear_backward.register_fake
@@ -140,58 +142,19 @@ def _backward(ctx, dy, *_):
         dx, dw, db, dls = _dispatch.differentiable(forward, tensors, dy.to(x.dtype))
         return dx, dw, db, dresidual, dls, *(None,) * 5
     dy = dy.contiguous()
-    dz, db, dls = linear_backward(
-        dy, z, layer_scale, row_scale, ctx.activation, x.dtype, bias is not None
-    )
+    dz, db, dls = linear_backward(dy, z, bias, layer_scale, row_scale, ctx.activation, x.dtype)
     dz = dz if dz.numel() else dy
     dx, dw = None, None
     if ctx.needs_input_grad[0]:
         dx = dz @ weight
     if ctx.needs_input_grad[1]:
         dw = dz.t() @ x
-    db = None if bias is None else db.to(bias.dtype)
-    dls = None if layer_scale is None else dls.to(layer_scale.dtype)
+    db = None if bias is None else db
+    dls = None if layer_scale is None else dls
     return dx, dw, db, dresidual, dls, *(None,) * 5
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
-
-
-@_dispatch.custom_op("deit_fast::linear_gelu_backward")
-def linear_gelu_backward(
-    dy: Tensor, weight: Tensor, z: Tensor, implementation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward through y = gelu(z) @ W^T, with GELU's in the epilogue of the matmul.
-
-    The operands have one dtype and are contiguous.
-
-    Args:
-        dy: (M, N).
-        weight: W, (N, K).
-        z: (M, K).
-        implementation: "auto", "triton" or "cublas".
-
-    Returns:
-        dz = dy @ W * gelu'(z) (M, K); gelu(z), recomputed, (M, K); the column sums of dz (K,) in
-        fp32.
-    """
-    dz, a = torch.empty_like(z), torch.empty_like(z)
-    if not z.numel():
-        return dz, a, z.new_zeros(z.shape[1], dtype=torch.float32)
-    # The kernel reads both operands along the summed axis: a copy of the weight is small beside dy.
-    transposed = weight.t().contiguous()
-    return dz, a, run_gelu_backward(dz, a, dy, transposed, z, implementation)
-
-
-@linear_gelu_backward.register_fake
-def _(dy, weight, z, implementation):
-    return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
-
-
-@linear_gelu_backward.register_flops
-def _(dy, weight, *args, **kwargs):
-    M, (N, K) = dy[0], weight
-    return 2 * M * N * K
 
 
 def worth_row_stats(x: Tensor, N: int, tensors: tuple[Tensor | None, ...]) -> bool:

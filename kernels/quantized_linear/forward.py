@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from ..linear.configs import tma_can_address, without_tma
 from ..linear.epilogue import _epilogue, _gelu
 from ..linear.forward import _tile, descriptors
@@ -180,7 +180,7 @@ def run(
     tiles = _dispatch.cdiv(M, config["BLOCK_M"]) * _dispatch.cdiv(N, config["BLOCK_N"])
     x_arg, w_arg = descriptors(config, x, weight)
     with torch.cuda.device_of(x):
-        _quantized_linear_kernel[(tiles,)](
+        _plans.launch(_quantized_linear_kernel, (tiles,),
             x_arg, x_scales, w_arg, weight_scales, bias, residual, layer_scale, row_scale, y,
             scales if own_scales else out_scale, M, N, K,
             1 if row_scale is None else M // row_scale.shape[0],

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from .configs import configs, sizes
 from .forward import (
     _accumulate,
@@ -169,12 +169,14 @@ def run_backward(
     delta = torch.empty_like(lse)
     pairs = qkv.new_empty(2, programs, SIZE, SIZE, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        _talking_heads_dq_kernel[(programs,)](
-            qkv, wl, ww, do, lse, delta, dqkv, *pairs, N, scale, **shared, **dq_config
-        )
-        _talking_heads_dkv_kernel[(B * _dispatch.cdiv(N, dkv_config["BLOCK_N"]),)](
-            qkv, wl, ww, bw, do, lse, delta, dqkv, N, scale, **shared, **dkv_config
-        )
+        _plans.launch(
+            _talking_heads_dq_kernel, (programs,),
+            qkv, wl, ww, do, lse, delta, dqkv, *pairs, N, scale, **shared, **dq_config,
+        )  # fmt: skip
+        _plans.launch(
+            _talking_heads_dkv_kernel, (B * _dispatch.cdiv(N, dkv_config["BLOCK_N"]),),
+            qkv, wl, ww, bw, do, lse, delta, dqkv, N, scale, **shared, **dkv_config,
+        )  # fmt: skip
     # Pairs of heads are in the layout of W (x) I: only the diagonals pair a part with itself.
     pairs = pairs.sum(1).view(2, HEADS, SIZE // HEADS, HEADS, SIZE // HEADS)
     pairs = pairs.diagonal(dim1=2, dim2=4).sum(-1)[:, :H, :H]

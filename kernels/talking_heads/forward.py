@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from .configs import configs, sizes
 
 
@@ -179,6 +179,7 @@ def run(
     B, N, _, H, d = qkv.shape
     config = configs(H, qkv.dtype)[0]
     with torch.cuda.device_of(qkv):
-        _talking_heads_kernel[(B * _dispatch.cdiv(N, config["BLOCK_M"]),)](
-            qkv, wl, ww, bw, o, lse, N, scale, **sizes(H, d), **config
-        )
+        _plans.launch(
+            _talking_heads_kernel, (B * _dispatch.cdiv(N, config["BLOCK_M"]),),
+            qkv, wl, ww, bw, o, lse, N, scale, **sizes(H, d), **config,
+        )  # fmt: skip

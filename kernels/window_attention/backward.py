@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _chips, _dispatch
+from .. import _chips, _dispatch, _plans
 from .configs import BIASES_META, meta_backward
 from .forward import _load, _scores, _start, _store, _tokens, num_windows
 from .reference import merge_windows, offsets, split_windows
@@ -181,21 +181,23 @@ def run_backward(
     tiles = _dispatch.cdiv(L, config["BLOCK"])
     saved = (qkv, biases, o, do, lse)
     with torch.cuda.device_of(qkv):
-        _window_attention_backward_kernel[(windows * H * 2 * tiles,)](
-            *saved, dqkv, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **config
-        )
+        _plans.launch(
+            _window_attention_backward_kernel, (windows * H * 2 * tiles,),
+            *saved, dqkv, Y, X, H, scale, WINDOW=window, HEAD_DIM=d, **config,
+        )  # fmt: skip
         if dbiases is not None:
             # a few programs per SM, each over many windows
             blocks = H * tiles * tiles
             chunks = min(windows, _dispatch.cdiv(4 * chip.num_sms, blocks))
             ds = qkv.new_empty(chunks, H, L, L, dtype=torch.float32)
-            _window_attention_scores_kernel[(chunks * blocks,)](
+            _plans.launch(_window_attention_scores_kernel, (chunks * blocks,),
                 *saved, ds, windows, chunks, Y, X, H, scale, WINDOW=window, HEAD_DIM=d,
                 **scores_config,
             )  # fmt: skip
-            _window_attention_biases_kernel[(H * L,)](
-                ds.sum(0), dbiases, WINDOW=window, **BIASES_META
-            )
+            _plans.launch(
+                _window_attention_biases_kernel, (H * L,),
+                ds.sum(0), dbiases, WINDOW=window, **BIASES_META,
+            )  # fmt: skip
 
 
 def forward_twice_differentiable(qkv: Tensor, biases: Tensor, window: int, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _plans
 from .configs import meta
 
 LOG2_E = 1.4426950408889634
@@ -116,9 +116,10 @@ def run(
     config = meta(qkv.dtype)
     grid = (num_windows(qkv, window) * H * _dispatch.cdiv(window**2, config["BLOCK_M"]),)
     with torch.cuda.device_of(qkv):
-        _window_attention_kernel[grid](
-            qkv, biases, o, lse, Y, X, H, scale * LOG2_E, WINDOW=window, HEAD_DIM=d, **config
-        )
+        _plans.launch(
+            _window_attention_kernel, grid,
+            qkv, biases, o, lse, Y, X, H, scale * LOG2_E, WINDOW=window, HEAD_DIM=d, **config,
+        )  # fmt: skip
 
 
 def num_windows(qkv: Tensor, window: int) -> int:

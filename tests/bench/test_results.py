@@ -261,13 +261,13 @@ def test_sources_are_all_of_deit_fasts(copied):
     (copied / "kernels" / "__init__.py").write_text("other")
     assert results.kernel_digest() != kernels
     seen.add(results.sources())
-    for path in ("kernels/attention/forward.py", "tune/operations/linear.py"):
+    for path in ("kernels/attention/forward.py", "kernels/csrc/plan.h", "tune/linear.py"):
         (copied / path).parent.mkdir(parents=True)
         (copied / path).write_text("other")
         seen.add(results.sources())
     (copied / "kernels" / "tuned" / "imaginary.json").write_text("{}")
     seen.add(results.sources())
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_commit_is_the_checkouts_or_the_environments(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from deit_fast import _cuda_graph, _engine_images
 
 HOST = "host"
 
@@ -45,6 +47,7 @@ class FakeCuda(TorchDispatchMode):
         self.caller = Stream("caller")
         self.here, self.storages, self.recording = None, {}, None
         self.streams = self.replays = self.reserved = 0
+        self.pinned = False  # whether images on the host lie in pinned memory
         fake = self
 
         class Event:
@@ -90,6 +93,19 @@ class FakeCuda(TorchDispatchMode):
             "memory_reserved": lambda: self.reserved, "graph_pool_handle": lambda: None,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(
+            _cuda_graph, "stream_handle", lambda index: id(self.here or self.caller)
+        )
+
+        def stage(buffer, images):
+            with self.host():
+                buffer.copy_(images)
+
+        for name, value in {
+            "stage": stage, "pinned_buffer": lambda shape, dtype: torch.empty(shape, dtype=dtype),
+            "is_pinned": lambda images: self.pinned,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(_engine_images, name, value)
 
     @contextmanager
     def on(self, stream):
@@ -107,6 +123,8 @@ class FakeCuda(TorchDispatchMode):
         result = function(*args, **kwargs)
         self._account(function, args, kwargs, result)
         if self.recording is not None:
+            # the memory that it has now, whatever becomes of a parameter's `.data`
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
             self.recording.append((function, args, kwargs, result))
         return result
 

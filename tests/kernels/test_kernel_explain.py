@@ -159,12 +159,22 @@ def test_the_configuration_of_a_table():
     assert by_table.reason.startswith("_tuned.forced: M 64, ") and "BLOCK_M 64" in by_table.reason
 
 
-def test_layer_norm_linear_folds():
-    inputs = arguments("layer_norm_linear", 2048, 64, 128)
-    folded = ("layer_norm_linear", "fold", "folded into the GEMM")
-    assert why("layer_norm_linear", **inputs) == [folded]
-    first, *_ = why("layer_norm_linear", **inputs, implementation="fold")
-    assert first == ("layer_norm_linear", "fold", "asked for by the caller")
+@pytest.mark.parametrize(
+    ("M", "implementation", "reason"),
+    [
+        (2048, "prologue", "normalised as the GEMM loads it"),
+        (2**18, "fold", "folded into the GEMM"),
+    ],
+)
+def test_layer_norm_linear_in_the_gemm(M, implementation, reason):
+    inputs = arguments("layer_norm_linear", M, 64, 128)
+    assert why("layer_norm_linear", **inputs) == [("layer_norm_linear", implementation, reason)]
+    for asked in ("prologue", "fold"):
+        (decision,) = why("layer_norm_linear", **inputs, implementation=asked)
+        assert decision == ("layer_norm_linear", asked, "asked for by the caller")
+    first, *parts = why("layer_norm_linear", **inputs, implementation="separate")
+    assert first == ("layer_norm_linear", "separate", "asked for by the caller")
+    assert [d.op for d in parts] == ["layer_norm", "linear"]
 
 
 @pytest.mark.parametrize(
@@ -174,21 +184,23 @@ def test_layer_norm_linear_folds():
         ({"dtype": FP32}, "x is torch.float32 and the GEMM torch.float32: it takes one half"),
         ({"on": V100}, "Triton does not serve the GEMM"),
         ({"implementation": "torch"}, "Triton does not serve the GEMM"),
-        ({"M": 1023}, "rows are few: folding W would cost more than normalising x"),
+        (
+            {"M": 6000, "K": 768, "N": 3072},
+            "rows are few: folding W would cost more than normalising x",
+        ),
         ({"table": True}, "measured slower on this chip"),
     ],
 )
-def test_layer_norm_linear_does_not_fold(change, reason):
+def test_layer_norm_linear_as_two_operations(change, reason):
     options = {"on": H100, "implementation": "auto"}
     options |= {k: v for k, v in change.items() if k in options}
-    inputs = arguments(
-        "layer_norm_linear", change.get("M", 2048), 64, 128, dtype=change.get("dtype", FP16)
-    )
+    sizes = [change.get(name, size) for name, size in (("M", 2048), ("K", 64), ("N", 128))]
+    inputs = arguments("layer_norm_linear", *sizes, dtype=change.get("dtype", FP16))
     inputs["weight"].requires_grad_("grad" in change)
     if "table" in change:
         with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
             by_table, first, *parts = why("layer_norm_linear", **inputs, **options)
-        assert by_table.reason.startswith("_tuned.forced: K 64, N 128, dtype float16")
+        assert by_table.reason.startswith("_tuned.forced: M 2048, K 64, N 128, dtype float16")
     else:
         first, *parts = why("layer_norm_linear", **inputs, **options)
     assert first[:2] == ("layer_norm_linear", "separate") and first.reason.startswith(reason)
@@ -215,7 +227,7 @@ def test_gradients_leave_the_kernel():
 def test_layer_norm_attention_in_training():
     inputs = arguments("layer_norm_attention", 2, 2, 5, 64, 32)
     parts = [d.op for d in why("layer_norm_attention", **inputs)]
-    assert parts == ["layer_norm_linear", "layer_norm", "linear", "attention", "linear"]
+    assert parts == ["layer_norm_linear", "attention", "linear"]
     inputs["x"].requires_grad_()
     first, *rest = why("layer_norm_attention", **inputs)
     assert first == ("layer_norm_attention", "triton", "training: one autograd node")
@@ -229,7 +241,7 @@ def test_layer_norm_mlp():
     inputs |= {"layer_scale": None, "row_scale": None}
     first, *parts = why("layer_norm_mlp", **inputs)
     assert first == ("layer_norm_mlp", "parts", "not measured faster")
-    assert [d.op for d in parts] == ["layer_norm_linear", "layer_norm", "linear", "linear"]
+    assert [d.op for d in parts] == ["layer_norm_linear", "linear"]
     (decision,) = why("layer_norm_mlp", **inputs, implementation="fused")
     assert decision == ("layer_norm_mlp", "fused", "one kernel")
     inputs["residual"] = inputs["x"].requires_grad_()
@@ -248,9 +260,10 @@ def test_a_model():
     ops = [d.op for d in decisions]
     assert ops[0] == "patch_embed" and ops[-1] == "classifier"
     assert ops.count("attention") == 2 and all(len(d.reason) > 10 for d in decisions)
-    separate = [d.reason for d in decisions if d[:2] == ("layer_norm_linear", "separate")]
-    assert all(reason.startswith("rows are few") for reason in separate)  # of the prefix tokens
-    assert {d.implementation for d in decisions} == {"triton", "fold", "separate", "parts"}
+    found = [d.implementation for d in decisions if d.op == "layer_norm_linear"]
+    # the last block's queries and fc1, of the prefix tokens, have few rows
+    assert found == ["fold", "fold", "prologue", "fold", "prologue"]
+    assert {d.implementation for d in decisions} == {"triton", "fold", "prologue", "parts"}
     by_block = explain(model.to_empty(device="cpu").float().blocks[0], torch.zeros(1, 198, 192))
     assert {d.reason for d in by_block if d.implementation not in ("separate", "parts")} == {
         "no CUDA device: plain PyTorch"

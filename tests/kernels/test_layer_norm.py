@@ -117,7 +117,10 @@ def test_op_contract(device):
     torch.library.opcheck(_fwd.op, (x, torch.randn_like(x), weight, bias, 1e-6, FP32))
     dy, h = torch.randn(2, 6, 64, device=device).unbind()
     for dh in (None, dy):
-        torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, weight, 1e-6, FP16))
+        rest = (weight, bias.half(), 1e-6, FP16)
+        torch.library.opcheck(layer_norm_backward.op, (dy, dh, h, *rest))
+    made = layer_norm_backward(dy, None, h, *rest)
+    assert [t.dtype for t in made] == [FP16, FP32, FP16]  # those asked for, weight's and bias's
 
 
 def test_compiles_into_one_graph(device):

@@ -24,7 +24,7 @@ from deit_fast.kernels import (
 )
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import layer_norm_attention_inputs as make_inputs
-from deit_fast.kernels.layer_norm_attention import _train
+from deit_fast.kernels.layer_norm_attention import _train, _train_backward
 
 triton_layer_norm_attention = partial(layer_norm_attention, implementation="triton")
 
@@ -41,6 +41,20 @@ def test_no_less_accurate_than_torch(case, scales, dtype, device):
     inputs = make_inputs(**case, scales=scales, device=device)
     fn = pre_norm(triton_layer_norm_attention)
     check(fn, pre_norm(layer_norm_attention_reference), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 18, 20])
+@pytest.mark.parametrize("node", [True, False])
+def test_the_first_tokens_as_queries(node, queries, dtype, device):
+    """In one node, and in parts where the residual is not x."""
+    inputs = make_inputs(3, 2, 20, 64, 32, scales=queries > 1, device=device)
+    inputs |= {"queries": queries} | ({"qkv_bias": None} if queries == 18 else {})
+    ours, reference = triton_layer_norm_attention, layer_norm_attention_reference
+    if node:
+        check(pre_norm(ours), pre_norm(reference), inputs, dtype)
+    else:
+        check(ours, reference, inputs | {"residual": torch.randn_like(inputs["x"])}, dtype)
 
 
 def test_eps(device):
@@ -115,7 +129,14 @@ def test_op_contract(recompute, device):
     num_heads = inputs.pop("num_heads")
     tensors = [t.requires_grad_() for t in inputs.values()]
     tensors[-1] = tensors[-1].detach()  # row_scale gets no gradient
-    torch.library.opcheck(_train.op, (*tensors, num_heads, 1e-6, 0.2, True, recompute, "triton"))
+    for queries, dtype in ((0, FP32), (2, FP16)):
+        settings = (num_heads, queries, 1e-6, 0.2, True, recompute, dtype, "triton")
+        torch.library.opcheck(_train.op, (*tensors, *settings))
+        with torch.no_grad():
+            dy, *saved = _train(*tensors, *settings)
+            given = (torch.randn_like(dy), *(t.detach() for t in tensors), *saved)
+        for wants in ((True, True), (False, False)):
+            torch.library.opcheck(_train_backward.op, (*given, 1e-6, 0.2, True, *wants))
 
 
 def test_compiles_into_one_graph(device):
@@ -168,5 +189,8 @@ def test_bad_input_is_named(grad, device):
         fn(**inputs | {"norm_weight": torch.zeros(63, device=device)})
     with pytest.raises(ValueError, match=r"bias has shape \(63,\), expected \(64,\)"):
         fn(**inputs | {"proj_bias": torch.zeros(63, device=device)})
+    for queries in (0, 6):
+        with pytest.raises(ValueError, match=f"queries is {queries}, expected 1 to 5"):
+            fn(**inputs, queries=queries)
     with pytest.raises(TypeError, match="dtype torch.float16, expected torch.float32"):
         fn(**inputs | {"proj_weight": inputs["proj_weight"].half()})

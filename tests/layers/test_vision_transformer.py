@@ -26,9 +26,11 @@ from modelling import (
     tiny_pair,
 )
 from tiers import slow, slow_but
+from torch import nn
 
 import deit_fast
 from deit_fast import layers
+from deit_fast.kernels.layer_norm_linear import configs
 
 VARIANTS = {
     "square": {"img_size": 160},
@@ -142,6 +144,29 @@ def test_heads(heads, backend, device):
         }[heads]  # fmt: skip
         assert_close(fast(x), expected)
     assert_close(fast(x), expected)  # the path with gradients
+
+
+IN_PLACE = {
+    "head": lambda m: setattr(m, "head", nn.Sequential(nn.ReLU(inplace=True), m.head)),
+    "dropout": lambda m: setattr(m, "head_drop", nn.Dropout(0.5, inplace=True)),
+    "hook": lambda m: m.head.register_forward_pre_hook(lambda _, args: args[0].mul_(2)),
+    "nothing": lambda m: None,
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_heads_may_change_their_input_in_training(change):
+    """Both heads' logits and all gradients, as timm's: autograd forbids it for some views."""
+    got = []
+    for model in tiny_pair():
+        IN_PLACE[change](model.train())
+        model.set_distilled_training(True)
+        seed(0)  # the dropout's
+        logits = model(images(model))
+        torch.stack(logits).square().sum().backward()
+        got.append((*logits, *(p.grad for p in model.parameters())))
+    for ours, timms in zip(got[1], got[0], strict=True):
+        assert_close(ours, timms)
 
 
 def test_the_last_block_runs_for_the_prefix_tokens_alone(monkeypatch):
@@ -357,8 +382,10 @@ def test_folded_layer_norms_and_row_stats_through_the_whole_model(device, monkey
     come from the GEMM before, the first ones from a kernel of their own."""
     reference, fast = (m.to(device) for m in tiny_pair("triton", depth=2))
     x = images(reference, batch=86).to(device).half()  # rows enough to fold without row statistics
+    # ... were the model wide enough for its GEMMs to be many multiply-adds
+    monkeypatch.setattr(configs, "LARGEST_PROLOGUE", {True: 0, False: 0})
     seen = []
-    module = sys.modules["deit_fast.kernels.layer_norm_linear"]
+    module = sys.modules["deit_fast.kernels.layer_norm_linear.op"]
     real = module._fwd
 
     def spy(*args):

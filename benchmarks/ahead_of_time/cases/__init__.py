@@ -1,6 +1,6 @@
 """Every shipped kernel configuration.
 
-layer_norm.py   LayerNorm, forward and backward
+layer_norm.py   LayerNorm, forward and backward, sums of partial sums
 losses.py       distillation loss, sparse cross-entropy
 linear.py       GEMMs with their epilogues, folded LayerNorm, fused MLP
 quantized.py    quantization and the FP8 and INT8 GEMMs
@@ -24,12 +24,12 @@ OF_QUANTIZED = (
 )  # fmt: skip
 OF_ANY = (
     layer_norm.forward, losses.distillation_loss, losses.sparse_cross_entropy, layer_norm.backward,
-    linear.epilogue, linear.backward, images.conv_norm,
+    layer_norm.column_sums, linear.epilogue, linear.backward, images.conv_norm,
 )  # fmt: skip
 OF_DOTS = (
-    linear.forward, linear.one_row, linear.layer_norm_linear, linear.layer_norm_mlp,
-    attention.forward, attention.backward, variants.talking_heads, images.patch_embed,
-    images.patch_embed_fold, classifier.forward, variants.window_attention,
+    linear.forward, linear.one_row, linear.layer_norm_linear, linear.layer_norm_prologue,
+    linear.layer_norm_mlp, attention.forward, attention.backward, variants.talking_heads,
+    images.patch_embed, images.patch_embed_fold, classifier.forward, variants.window_attention,
 )  # fmt: skip
 
 

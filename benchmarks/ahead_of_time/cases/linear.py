@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..case import Case, capability, floats, integers, pointers, tile_name, type_names
-from ..dtypes import BF16, FP16, FP32, ROWS, TRITON_TYPE
+from ..dtypes import BF16, FP16, FP32, ROWS, TOKENS, TRITON_TYPE
 from ..kernel_modules import kernel_module
 
 # name -> (activation, which optional pointers)
@@ -174,6 +174,37 @@ def layer_norm_linear(arch: int) -> Iterator[Case]:
             signature={"x_ptr": dtype, "row_stats_ptr": FP32} | integers("M K"),
             meta=meta, bytes=ROWS * (D * dtype.itemsize + 8),
         )  # fmt: skip
+
+
+def layer_norm_prologue(arch: int) -> Iterator[Case]:
+    """LayerNorm in the prologue of the GEMM.
+
+    Statistics from the rows or from the GEMM before.
+    """
+    for config in kernel_module("layer_norm_linear").configs(capability(arch)):
+        for name, activation, row_stats in (
+            ("bias", "none", None),
+            ("bias+gelu", "gelu", None),
+            ("bias, row_stats", "none", FP32),
+            ("bias+gelu, row_stats", "gelu", FP32),
+            ("bias, odd K", "none", None),
+        ):
+            for dtype in (BF16, FP16) if name == "bias+gelu" else (BF16,):
+                yield _prologue(arch, config, name, activation, row_stats, dtype)
+
+
+def _prologue(arch, config, name, activation, row_stats, dtype):
+    M, K, N = TOKENS, 192, 576
+    signature = pointers("x_ptr g_ptr h_ptr w_ptr b_ptr y_ptr", dtype)
+    if config["TMA"]:
+        signature["w_ptr"] = (dtype, config["BLOCK_N"], config["BLOCK_K"])
+    return Case(
+        op="layer_norm_linear", kernel="_layer_norm_linear_kernel", arch=arch,
+        label=f"prologue: {name}, {tile_name(config)}, {TRITON_TYPE[dtype]}",
+        signature=signature | {"row_stats_ptr": row_stats} | integers("M N K") | floats("eps"),
+        constexprs={"ACTIVATION": activation, "EVEN_K": "odd" not in name, "PARTS": K // 64},
+        meta=config, bytes=(M * K + N * K + M * N) * dtype.itemsize, flops=2 * M * N * K,
+    )  # fmt: skip
 
 
 def layer_norm_mlp(arch: int) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""LayerNorm and a GEMM: the GEMM with LayerNorm folded into it, or both apart."""
+"""LayerNorm and a GEMM: LayerNorm in its prologue, folded into it, or apart."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +13,7 @@ from deit_fast.kernels import (
     linear_reference,
 )
 from deit_fast.kernels._chips import Chip
+from deit_fast.kernels.layer_norm_linear.configs import configs
 from deit_fast.kernels.linear.configs import epilogue_name
 
 from ..task import Task, choices, dtype_name, items, random_like, row_stats_of
@@ -20,10 +21,10 @@ from .linear import candidates, gemm_shape
 
 
 def tasks(args: Sequence[Any], chip: Chip) -> Iterator[Task]:
-    """The tasks of a recorded call of `layer_norm_linear`.
+    """The tasks of a recorded call of `layer_norm_linear`, by either of its operators.
 
     They are the GEMM that LayerNorm is folded into, the one that it is not folded into, and then
-    whether to fold, with the best of both.
+    the best of both against the kernel that normalises in its prologue.
     """
     x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation = args
     (M, K), N = x.shape, weight.shape[0]
@@ -65,4 +66,5 @@ def tasks(args: Sequence[Any], chip: Chip) -> Iterator[Task]:
 
     shape = {"M": M, "K": K, "N": N, "dtype": dtype_name(x.dtype)}
     compared = choices("fold", [{}]) + choices("separate", [{}])
+    compared += choices("prologue", configs(chip.capability))
     yield Task("layer_norm_linear", items(shape), compared, make, layer_norm_linear, reference)

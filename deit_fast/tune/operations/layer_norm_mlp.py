@@ -18,7 +18,9 @@ _WEIGHTS = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", 
 def tasks(calls: Sequence[tuple[str, Sequence[Any], Any]], chip: Chip) -> Iterator[Task]:
     """A task for each fc1 and the fc2 after it, among recorded calls, that one kernel can do."""
     for (name, args, hidden), (after, rest, _) in zip(calls, calls[1:], strict=False):
-        if (name, after) != ("layer_norm_linear", "linear") or rest[0].shape != hidden.shape:
+        if name not in ("layer_norm_linear", "layer_norm_linear_prologue") or after != "linear":
+            continue
+        if rest[0].shape != hidden.shape:
             continue
         x, norm_weight, norm_bias, weight, bias, row_stats, eps, activation = args
         _, weight2, bias2, residual, layer_scale, row_scale, _, emit, *_ = rest

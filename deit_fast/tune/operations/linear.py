@@ -70,7 +70,8 @@ def gelu_backward_tasks(
 ) -> Iterator[Task]:
     """The GEMM that brings fc2's gradient behind GELU, for each MLP among the recorded calls."""
     for (name, fc1, made), (after, fc2, _) in zip(calls, calls[1:], strict=False):
-        if name not in ("linear", "layer_norm_linear") or after != "linear":
+        fused = ("layer_norm_linear", "layer_norm_linear_prologue")
+        if name not in ("linear", *fused) or after != "linear":
             continue
         if "gelu" not in [argument for argument in fc1 if isinstance(argument, str)]:
             continue

@@ -20,6 +20,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +44,7 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char * 192), ("grid", ctypes.c_uint * 3), ("threads", ctypes.c_uint),
         ("shared", ctypes.c_uint), ("cluster", ctypes.c_uint), ("registers", ctypes.c_int),
-        ("spills", ctypes.c_int), ("maps", ctypes.c_int),
+        ("spills", ctypes.c_int), ("maps", ctypes.c_int), ("text", ctypes.c_char_p),
     ]  # fmt: skip
 
 
@@ -101,6 +102,16 @@ class StandIn:
             )  # fmt: skip
         return found
 
+    def keep(self, where: Any) -> None:
+        """Keep all that launches are given from now on: see `texts` and memory.cpp's where."""
+        self.library.stand_in_keep(where)
+
+    def texts(self) -> list[str]:
+        """The launches since the last `forget()`: functions, configurations, attributes, and each
+        parameter as the driver reads it."""
+        every = range(self.library.stand_in_launches())
+        return [self.library.stand_in_launch(i).contents.text.decode() for i in every]
+
     def loads(self) -> int:
         """Modules loaded since the process began: one for each kernel that was compiled."""
         return self.library.stand_in_loads()
@@ -112,6 +123,10 @@ class StandIn:
     def reasons(self) -> list[str]:
         count = self.library.stand_in_reasons()
         return [self.library.stand_in_reason(i).decode() for i in range(count)]
+
+    def sleep(self, microseconds: int) -> None:
+        """Every launch takes so long from now on."""
+        self.library.stand_in_sleep(microseconds)
 
     def forget(self) -> None:
         self.library.stand_in_forget()

@@ -6,24 +6,38 @@
  */
 #include "cuda.h"
 #include <elf.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MAX_REASONS 256
+#define MAX_PARAMETERS 256
 #define STATIC_LIMIT 49152 /* bytes of shared memory that need no permission */
 
 typedef struct {
   char name[192];
   unsigned grid[3], threads, shared, cluster;
   int registers, spills, maps;
+  char *text; /* all that the driver was given, if it is kept */
 } Launch;
 
 typedef struct {
   int magic, registers, local_bytes, max_threads, static_shared;
+  int parameters, sizes[MAX_PARAMETERS]; /* of the parameters, in bytes */
 } Module;
+
+/* A tensor map holds what it was made of: the driver's own layout is not documented, but for a bit
+ * of the second word, which is to be cleared where the tensor is small. */
+typedef struct {
+  uint64_t magic, bits, address, dim[5], strides[4];
+  uint16_t box[5];
+  uint8_t steps[5], type, rank, interleave, swizzle, promotion, fill;
+} Encoded;
 
 typedef struct {
   int magic, dynamic_limit;
@@ -31,15 +45,19 @@ typedef struct {
   char name[192];
 } Function;
 
-enum { MODULE = 0x4d4f4455, FUNCTION = 0x46554e43 };
+enum { MODULE = 0x4d4f4455, FUNCTION = 0x46554e43, MAP = 0x4d415053 };
 
 static struct {
   int major, minor, sms, shared_optin, shared_sm;
 } chip = {9, 0, 132, 232448, 233472};
 static Launch *launches;
-static int count, capacity, loads, maps;
+static int count, capacity, loads, maps, pause_us;
+static pthread_mutex_t launching = PTHREAD_MUTEX_INITIALIZER;
 static char reasons[MAX_REASONS][256];
 static int reason_count;
+/* Writes whose memory an address is, if it is any's: a launch's text has that and not the address.
+ * Null: no texts. */
+static bool (*where)(uint64_t address, char *text, size_t size);
 
 static CUresult refuse(CUresult code, const char *format, ...) {
   if (reason_count < MAX_REASONS) {
@@ -66,7 +84,13 @@ int stand_in_maps(void) { return maps; }
 const Launch *stand_in_launch(int i) { return &launches[i]; }
 int stand_in_reasons(void) { return reason_count; }
 const char *stand_in_reason(int i) { return reasons[i]; }
-void stand_in_forget(void) { count = reason_count = maps = 0; }
+void stand_in_keep(bool (*given)(uint64_t, char *, size_t)) { where = given; }
+void stand_in_sleep(int microseconds) { pause_us = microseconds; }
+void stand_in_forget(void) {
+  while (count)
+    free(launches[--count].text);
+  reason_count = maps = 0;
+}
 
 /* Errors, devices and contexts. */
 
@@ -93,7 +117,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return ordinal ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 static char the_context;
-static CUcontext current;
+static __thread CUcontext current;
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   *context = (CUcontext)&the_context;
   return CUDA_SUCCESS;
@@ -182,6 +206,13 @@ static void read_info(const unsigned char *p, size_t size, Module *module) {
         module->local_bytes = (int)word(value + 4);
     if ((attribute == 0x05 || attribute == 0x10) && length >= 12) /* MAX_THREADS, REQNTID */
       module->max_threads = (int)(word(value) * word(value + 4) * word(value + 8));
+    if (attribute == 0x17 && length >= 12) { /* KPARAM_INFO: index, ordinal, offset, size */
+      int ordinal = (int)half(value + 4);
+      if (ordinal < MAX_PARAMETERS)
+        module->sizes[ordinal] = (int)(word(value + 8) >> 18);
+      if (ordinal >= module->parameters)
+        module->parameters = ordinal + 1;
+    }
     p = value + length;
   }
 }
@@ -303,11 +334,81 @@ CUresult cuTensorMapEncodeTiled(
     return refuse(bad, "tensor map: inner box of %u bytes", inner);
   if (swizzle > CU_TENSOR_MAP_SWIZZLE_128B || (swizzle && inner > SPANS[swizzle]))
     return refuse(bad, "tensor map: inner box of %u bytes in swizzle %d", inner, swizzle);
+  Encoded made = {MAP, ~0ull, (uint64_t)address};
+  made.type = type, made.rank = rank, made.interleave = interleave, made.swizzle = swizzle;
+  made.promotion = promotion, made.fill = fill;
+  for (unsigned i = 0; i < rank; ++i) {
+    made.dim[i] = dim[i], made.box[i] = box[i], made.steps[i] = steps[i];
+    if (i + 1 < rank)
+      made.strides[i] = strides[i];
+  }
   memset(map, 0, sizeof *map);
+  memcpy(map, &made, sizeof made);
   ++maps;
   return CUDA_SUCCESS;
 }
+
 /* Launches. */
+
+static void put_address(FILE *out, uint64_t address) {
+  char text[96];
+  if (where(address, text, sizeof text))
+    fprintf(out, " %s", text);
+  else
+    fprintf(out, " %#llx", (unsigned long long)address);
+}
+
+static void put_map(FILE *out, const Encoded *map) {
+  fprintf(out, " map");
+  put_address(out, map->address);
+  fprintf(out, " type %d interleave %d swizzle %d promotion %d fill %d", map->type,
+          map->interleave, map->swizzle, map->promotion, map->fill);
+  if (~map->bits)
+    fprintf(out, " cleared %#llx", (unsigned long long)~map->bits);
+  for (int i = 0; i < map->rank; ++i)
+    fprintf(out, " [%llu by %llu, box %d, step %d]", (unsigned long long)map->dim[i],
+            (unsigned long long)(i ? map->strides[i - 1] : 0), map->box[i], map->steps[i]);
+}
+
+/* Sizes of attributes' values: what lies behind them is not set. */
+static int attribute_size(CUlaunchAttributeID id) {
+  return id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION ? 12 : 4;
+}
+
+static void put_bytes(FILE *out, const unsigned char *bytes, int size) {
+  for (int i = 0; i < size; ++i)
+    fprintf(out, "%02x", bytes[i]);
+}
+
+static char *text_of(const CUlaunchConfig *config, const Function *function, void **arguments) {
+  char *text;
+  size_t size;
+  FILE *out = open_memstream(&text, &size);
+  fprintf(out, "%s grid %u %u %u block %u %u %u shared %u stream %p", function->name,
+          config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
+          config->blockDimY, config->blockDimZ, config->sharedMemBytes, (void *)config->hStream);
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    fprintf(out, "\nattribute %d ", (int)config->attrs[i].id);
+    put_bytes(out, (const void *)&config->attrs[i].value, attribute_size(config->attrs[i].id));
+  }
+  for (int i = 0; i < function->module->parameters; ++i) {
+    int bytes = function->module->sizes[i];
+    fprintf(out, "\nparameter %d of %d bytes:", i, bytes);
+    uint64_t eight = 0;
+    if (bytes >= 8)
+      memcpy(&eight, arguments[i], sizeof eight);
+    if (bytes == sizeof(CUtensorMap) && eight == MAP) {
+      put_map(out, arguments[i]);
+    } else if (bytes == 8) {
+      put_address(out, eight);
+    } else {
+      fputc(' ', out);
+      put_bytes(out, arguments[i], bytes);
+    }
+  }
+  fclose(out);
+  return text;
+}
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void **arguments,
                           void **extra) {
@@ -339,6 +440,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
     return refuse(bad, "%s: a cluster of %u for a grid of %u", name, cluster, grid[0]);
   if (!arguments)
     return refuse(bad, "%s: no arguments", name);
+  if (!current)
+    return refuse(CUDA_ERROR_INVALID_CONTEXT, "%s: this thread has no context", name);
+  if (pause_us)
+    usleep(pause_us);
+  pthread_mutex_lock(&launching);
   if (count == capacity) {
     capacity = capacity ? 2 * capacity : 1024;
     launches = realloc(launches, capacity * sizeof *launches);
@@ -352,5 +458,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
   launch->cluster = cluster;
   launch->registers = module->registers;
   launch->spills = module->local_bytes;
+  if (where)
+    launch->text = text_of(config, function, arguments);
+  pthread_mutex_unlock(&launching);
   return CUDA_SUCCESS;
 }

@@ -53,7 +53,7 @@ def _nothing(*args, **options):
 @contextmanager
 def no_graphs() -> Iterator[None]:
     """Within it engines are built and called; images count as lying on the GPU."""
-    engine = {"has_graphs": lambda device: True, "on_host": lambda images: False}
+    graphs = {"has_graphs": lambda device: True}
     cuda = {
         "_initialized": True, "Stream": _Stream, "Event": _Event, "CUDAGraph": _Graph,
         "graph": lambda *args, **options: nullcontext(), "device": _Device,
@@ -63,9 +63,11 @@ def no_graphs() -> Iterator[None]:
     in_c = {
         "_cuda_getDevice": _nothing, "_cuda_setStream": _nothing,
         "_cuda_getDeviceCount": lambda: 1, "_cuda_getCurrentStream": lambda device: (0, 0, 1),
+        "_cuda_getCurrentRawStream": _nothing,
     }  # fmt: skip
     with (
-        mock.patch.multiple("deit_fast.engine", **engine),
+        mock.patch.multiple("deit_fast.engine", **graphs),
+        mock.patch.multiple("deit_fast._engine_images", on_host=lambda images: False),
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.multiple(torch._C, create=True, **in_c),
     ):

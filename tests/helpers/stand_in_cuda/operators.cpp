@@ -99,6 +99,10 @@ Tensor &div_(Tensor &a, const Tensor &b) {
   return a;
 }
 Tensor mm(const Tensor &a, const Tensor &b) { return made<meta::structured_mm>(a, b); }
+Tensor mm_dtype(const Tensor &a, const Tensor &b, at::ScalarType dtype) { /* CUDA's alone */
+  ++calls;
+  return empty({a.size(0), b.size(1)}, a.options().dtype(dtype));
+}
 Tensor addmm(const Tensor &c, const Tensor &a, const Tensor &b, const at::Scalar &beta,
              const at::Scalar &alpha) {
   return made<meta::structured_addmm>(c, a, b, beta, alpha);
@@ -129,6 +133,7 @@ Tensor mean(const Tensor &x, at::OptionalIntArrayRef dim, bool keep,
 
 /* The others have their checks in their kernels; what follows are the allocations. */
 Tensor &copy_(Tensor &to, const Tensor &, bool) { return ++calls, to; }
+void foreach_copy_(at::TensorList, at::TensorList, bool) { ++calls; } /* one launch of CUDA's */
 Tensor &fill_(Tensor &x, const at::Scalar &) { return ++calls, x; }
 Tensor &zero_(Tensor &x) { return ++calls, x; }
 
@@ -210,6 +215,7 @@ void operators_install(void) {
       .impl("div.Tensor", idle::div)
       .impl("div_.Tensor", idle::div_)
       .impl("mm", idle::mm)
+      .impl("mm.dtype", idle::mm_dtype)
       .impl("addmm", idle::addmm)
       .impl("cat", idle::cat)
       .impl("gelu", idle::gelu)
@@ -218,6 +224,7 @@ void operators_install(void) {
       .impl("sum.IntList_out", idle::sum_out)
       .impl("mean.dim", idle::mean)
       .impl("copy_", idle::copy_)
+      .impl("_foreach_copy_", idle::foreach_copy_)
       .impl("fill_.Scalar", idle::fill_)
       .impl("zero_", idle::zero_)
       .impl("native_layer_norm", idle::layer_norm)

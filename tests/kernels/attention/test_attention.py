@@ -22,7 +22,7 @@ from deit_fast.kernels import _tuned, attention, attention_reference, cases
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.attention.configs import CONFIGS, FP32_CONFIG, configs, meta, pieces
 from deit_fast.kernels.attention.forward import LOG2_E
-from deit_fast.kernels.attention.op import _fwd, attention_backward, attention_backward_packed
+from deit_fast.kernels.attention.op import _fwd, attention_backward
 from deit_fast.kernels.cases import attention_inputs as make_inputs
 
 triton_attention = partial(attention, implementation="triton")
@@ -184,10 +184,6 @@ def test_op_contract(device):
     q, k, v = (t.detach() for t in tensors)
     o, lse = _fwd(q, k, v, None, 0.2, True, "triton")
     torch.library.opcheck(attention_backward.op, (torch.randn_like(o), q, k, v, o, lse, 0.2))
-    qkv = torch.randn(1, 5, 3, 2, 32, device=device)
-    o, lse = _fwd(*qkv.unbind(2), None, 0.2, True, "triton")
-    packed = (torch.randn_like(o), qkv, o, lse, 0.2)
-    torch.library.opcheck(attention_backward_packed.op, packed)
 
 
 def test_compiles_into_one_graph(device):

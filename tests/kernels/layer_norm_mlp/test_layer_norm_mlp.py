@@ -22,7 +22,7 @@ from deit_fast.kernels import _tuned, cases, layer_norm_mlp, layer_norm_mlp_refe
 from deit_fast.kernels.cases import layer_norm_mlp_inputs as make_inputs
 from deit_fast.kernels.layer_norm_mlp import op
 from deit_fast.kernels.layer_norm_mlp.configs import AMPERE_CONFIGS, HOPPER_CONFIGS
-from deit_fast.kernels.layer_norm_mlp.op import _fwd, _train
+from deit_fast.kernels.layer_norm_mlp.op import _fwd, _train, _train_backward
 
 fused = partial(layer_norm_mlp, implementation="fused")
 triton_layer_norm_mlp = partial(layer_norm_mlp, implementation="triton")
@@ -87,8 +87,14 @@ def test_training_op_contract(device):
     del inputs["residual"]
     tensors = [t.flatten(0, 1) if t.dim() == 3 else t for t in inputs.values()]
     tensors = [*(t.requires_grad_() for t in tensors[:-1]), tensors[-1]]
-    for recompute in (False, True):
-        torch.library.opcheck(_train.op, (*tensors, 1e-6, True, recompute, "triton"))
+    for recompute, dtype in ((False, FP32), (True, FP16)):
+        settings = (1e-6, True, recompute, dtype, "triton")
+        torch.library.opcheck(_train.op, (*tensors, *settings))
+        with torch.no_grad():
+            dy, *saved = _train(*tensors, *settings)
+            given = (torch.randn_like(dy), *(t.detach() for t in tensors), *saved)
+        for wants in ((True, True), (False, False)):
+            torch.library.opcheck(_train_backward.op, (*given, 1e-6, True, *wants, "triton"))
 
 
 def test_second_derivative(device):

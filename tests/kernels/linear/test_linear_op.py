@@ -6,7 +6,7 @@ from checking import FP16, FP32, check_compiles
 
 from deit_fast.kernels import linear
 from deit_fast.kernels.cases import linear_inputs as make_inputs
-from deit_fast.kernels.linear import linear_backward, linear_gelu_backward
+from deit_fast.kernels.linear import linear_backward
 from deit_fast.kernels.linear.op import _fwd
 
 
@@ -42,9 +42,11 @@ def test_op_contract(device):
     torch.library.opcheck(_fwd.op, (*tensors, None, "gelu", False, True, "triton"))
     dy, z = torch.randn(6, 16, device=device), torch.randn(6, 16, device=device)
     scales = (layer_scale.detach(), torch.ones(3, device=device))
-    torch.library.opcheck(linear_backward.op, (dy, z, *scales, "gelu", FP16, True))
-    torch.library.opcheck(linear_backward.op, (dy, None, None, None, "none", FP32, False))
-    torch.library.opcheck(linear_gelu_backward.op, (dy, weight.detach(), x.detach(), "triton"))
+    half = bias.detach().half()
+    torch.library.opcheck(linear_backward.op, (dy, z, half, *scales, "gelu", FP16))
+    made = linear_backward(dy, z, half, *scales, "gelu", FP32)
+    assert [t.dtype for t in made] == [FP32, FP16, FP32]  # that asked for, bias's, layer_scale's
+    torch.library.opcheck(linear_backward.op, (dy, None, None, None, None, "none", FP32))
     rest = (None,) * 4
     torch.library.opcheck(_fwd.op, (*tensors[:2], *rest, "none", False, False, "cublas"))
 

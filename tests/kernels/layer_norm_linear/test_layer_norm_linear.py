@@ -31,10 +31,12 @@ from deit_fast.kernels import (
 )
 from deit_fast.kernels._chips import Chip, simulate_device
 from deit_fast.kernels.cases import layer_norm_linear_inputs as make_inputs
-from deit_fast.kernels.layer_norm_linear import _fwd
+from deit_fast.kernels.layer_norm_linear import configs
+from deit_fast.kernels.layer_norm_linear.op import _fwd
 from deit_fast.kernels.linear.configs import AMPERE_CONFIGS, HOPPER_CONFIGS
 
 folded = partial(layer_norm_linear, implementation="fold")
+SMALL = configs.HOPPER_CONFIGS[-1]
 separate = partial(layer_norm_linear, implementation="cublas")
 
 
@@ -48,7 +50,7 @@ def test_folding_is_no_less_accurate_than_torch(case, distribution, dtype, devic
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("implementation", ["separate", "cublas"])
 @pytest.mark.parametrize("case", cases.LAYER_NORM_LINEAR, ids=str)
 def test_values_and_gradients_of_the_two_operations(case, implementation, dtype, device):
     function = partial(layer_norm_linear, implementation=implementation)
@@ -126,35 +128,51 @@ def test_changed_weights_are_seen(device):
         before = after
 
 
-def test_when_it_folds(device, monkeypatch):
-    """Half precision, no gradients, rows twice the features (eight times where their row statistics
-    are not known), and what a table says."""
+def test_which_implementation_serves(device, monkeypatch):
+    """Half precision without gradients: the prologue up to 8 million multiply-adds an SM, then
+    folded for rows of twice the features (eight times where their row statistics are not known).
+    What a table says comes first."""
     calls = []
-    module = sys.modules["deit_fast.kernels.layer_norm_linear"]
-    real = module._fwd
-    monkeypatch.setattr(module, "_fwd", lambda *args: calls.append(1) or real(*args))
+    module = sys.modules["deit_fast.kernels.layer_norm_linear.op"]
+    for name in ("_fwd", "_prologue"):
+        real = getattr(module, name)
+        spy = lambda *args, real=real, name=name: calls.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
 
-    def folds(dtype=FP16, implementation="triton", grad=False, known=True, **sizes):
+    def served(dtype=FP16, implementation="triton", grad=False, known=True, **sizes):
         calls.clear()
         sizes = {"M": 96, "K": 64, "N": 48} | sizes
         inputs = in_dtype(make_inputs(**sizes, device=device), dtype)
         inputs["weight"].requires_grad_(grad)
         row_stats = torch.ones(1, 2, sizes["M"], device=device) if known else None
         layer_norm_linear(**inputs, row_stats=row_stats, implementation=implementation)
-        return bool(calls)
+        names = {"_fwd": "fold", "_prologue": "prologue"}
+        return [names[name] for name in calls] or ["separate"]
 
-    assert folds() and folds(M=20, implementation="fold")
-    assert folds(M=384, known=False) and not folds(M=383, known=False)
-    assert not folds(FP32) and not folds(grad=True) and not folds(M=95)
-    assert not folds(implementation="cublas") and not folds(implementation="torch")
+    def one(**options):
+        (found,) = served(**options)
+        return found
+
+    assert one() == one(known=False) == one(M=20) == "prologue"
+    assert one(dtype=FP32) == one(grad=True) == "separate"
+    for implementation in ("cublas", "torch", "separate"):
+        assert one(implementation=implementation) == "separate"
+    for implementation in ("fold", "prologue"):
+        assert one(M=20, implementation=implementation) == implementation
     with simulate_device(Chip("A100", (8, 0), 108)):
-        assert folds(implementation="auto")
+        assert one(implementation="auto") == "prologue"
     with simulate_device(Chip("V100", (7, 0), 80)):
-        assert not folds(implementation="auto")
-    with _tuned.forced("layer_norm_linear", {"implementation": "separate"}):
-        assert not folds()
-    with _tuned.forced("layer_norm_linear", {"implementation": "fold"}):
-        assert folds() and not folds(M=95)
+        assert one(implementation="auto") == "separate"
+    with monkeypatch.context() as patch:
+        most = 100 * 48 * 64 // 4  # of the interpreter's four SMs, of (9, 0): 100 rows
+        patch.setattr(configs, "LARGEST_PROLOGUE", {True: most, False: 0})
+        assert one(M=100) == "prologue" and one(M=101) == "fold" and one(M=101, N=64) == "separate"
+        assert one(M=384, known=False) == "fold" and one(M=383, known=False) == "separate"
+        with _tuned.forced("layer_norm_linear", {"implementation": "prologue", **SMALL}):
+            assert one(M=384) == one(M=20) == "prologue"
+    for implementation in ("separate", "fold"):
+        with _tuned.forced("layer_norm_linear", {"implementation": implementation}):
+            assert one() == one(M=20) == implementation
 
 
 def test_autocast(device):
