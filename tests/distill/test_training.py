@@ -193,9 +193,9 @@ def test_recompute_saves_memory_for_the_same_gradients(dtype, device):
     lean, expected = saved_bytes(fast, x, dtype), gradients(fast, x, dtype)
     deit_fast.accelerate(fast, "triton", recompute=False)
     rows, features, hidden = 2 * 18, 64, 256
-    # one block for all tokens, in the last one its second half for two
+    # LN(x) of both halves and GELU(x): of one block for all tokens, of the last one's MLP for two
     both = 2 * rows * features + rows * hidden
-    last = 2 * 2 * features + 2 * 2 * hidden
+    last = rows * features + 2 * 2 * features + 2 * 2 * hidden
     size = 4 if dtype is None else 2
     more = saved_bytes(fast, x, dtype) - lean
     assert both * size <= more <= (both + last) * size
