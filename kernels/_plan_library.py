@@ -75,6 +75,12 @@ def changed() -> None:
         loaded.changed()
 
 
+def leave_out(why: str) -> None:
+    """From here on every call of this process runs in Python."""
+    global loaded, _why_not
+    loaded, _why_not = None, why
+
+
 def status() -> str:
     """One line for people: whether calls run as launch plans, and if not, why."""
     if loaded is not None:

@@ -21,7 +21,7 @@ def step(ctx: Context) -> str:
     """
     chip = _chips.chip(ctx.device)
     found = {
-        "hardware": device.hardware(ctx.device), "slug": device.slug(ctx.device),
+        "hardware": device.hardware(ctx.device, wait=False), "slug": device.slug(ctx.device),
         "chip": {
             "name": chip.name, "capability": list(chip.capability), "num_sms": chip.num_sms,
         },

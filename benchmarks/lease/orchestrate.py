@@ -23,9 +23,10 @@ TRAINS = ("agreement", "training", "compiled", "compiled-more")
 LEAST = 4.0  # seconds that a step must have to be begun
 # What a step waits for, at most so many seconds: compiled one by one the kernels to tune would take
 # longer, and torch.compile is paused while something is timed
+PLANNED = ("plans", "throughput", "quantized", "training", "latency", "relatives")
 WAITS = {
-    "tune": ("kernels", 30.0), "compiled": ("torch.compile", 15.0),
-    "compiled-more": ("torch.compile", 45.0),
+    **dict.fromkeys(PLANNED, ("launch plans", 45.0)), "tune": ("kernels", 30.0),
+    "compiled": ("torch.compile", 15.0), "compiled-more": ("torch.compile", 45.0),
 }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ class Run:
                     continue
                 outcome = self._step(step, background)
                 failed |= outcome.status == "failed"
-                self._after(step)
+                self._after(step, outcome.status == "failed")
         finally:
             background.stop()
             self.header["finished"] = True
@@ -164,7 +165,7 @@ class Run:
 
     def _start(self, background, chosen):
         """Compilation beside the first steps."""
-        from deit_fast.kernels import _chips
+        from deit_fast.kernels import _chips, _plan_library
 
         here = self._context("", 0.0)
         if here.device.type == "cuda" or _chips.is_simulated():
@@ -172,6 +173,7 @@ class Run:
             background.start(
                 "kernels", lambda: warmup.run(chosen, self.chip, here.small, self.processes)
             )
+            background.start("launch plans", _plan_library.build)
         if any(name.startswith("compiled") for name in chosen):
             compiled = importlib.import_module("benchmarks.lease.compiled")
             background.start(
@@ -191,6 +193,7 @@ class Run:
             limit = min(budget + runner.GRACE, left)
             if step.name != "smoke":
                 self._exclude(step)
+            self._load_plans(background)
             if step.exclusive:
                 background.pause()
             try:
@@ -208,16 +211,38 @@ class Run:
         print(f"{step.name:14} {outcome.status} in {outcome.seconds:.1f} s: {text}", flush=True)
         return outcome
 
-    def _after(self, step):
+    def _after(self, step, failed=False):
         """What the steps that follow have to know."""
         if step.name == "smoke":
             self._learn_excluded()
             for family in sorted(self.excluded):
                 print(f"{'':14} {family} failed: PyTorch serves it from here on", flush=True)
+        if step.name == "plans" and failed:
+            self._leave_out_plans('the step "plans" failed')
         if step.name == "tune":
             from . import tuning
 
             tuning.load_table(self.folder)
+
+    def _load_plans(self, background):
+        """Launch plans once their library is built, for the steps that follow."""
+        from deit_fast.kernels import _plan_library
+
+        built = background.ended.pop("launch plans", None)
+        if built == 0:
+            _plan_library.wait()
+            self.header["hardware"]["plans"] = _plan_library.status()
+            self._save()
+        elif built is not None:
+            self._leave_out_plans(f"their library could not be built: see {LOG}")
+
+    def _leave_out_plans(self, why):
+        from deit_fast.kernels import _plan_library
+
+        _plan_library.leave_out(why)
+        self.header["hardware"]["plans"] = _plan_library.status()
+        self._save()
+        print(f"{'':14} no launch plans: {why}", flush=True)
 
     def _learn_excluded(self):
         """Families that failed the smoke test, of this run or of the one that it goes on from."""

@@ -33,6 +33,8 @@ STEPS = (
          f"{HERE}.smoke:groups", exclusive=False),
     Step("agreement", 30, "whole models, gradients, engine, batches in flight",
          f"{HERE}.agreement:step", f"{HERE}.agreement:parts", exclusive=False),
+    Step("plans", 25, "launch plans against the same calls in Python", f"{HERE}.plans:step",
+         f"{HERE}.plans:parts"),
     Step("peak_rates", 12, "peak rates: matmul by dtype, copy", f"{HERE}.peak_rates:step"),
     Step("tune", 40, "tiles and libraries for DeiT's GEMMs and attention", f"{HERE}.tuning:quick"),
     Step("throughput", 75, "images/s at batch 256", f"{HERE}.models:throughput",

@@ -20,6 +20,7 @@ from benchmarks.table5 import DISTILLED
 from deit_fast import tune
 from deit_fast.kernels import _chips, _tuned
 from deit_fast.kernels.cases import deit_cases
+from deit_fast.layers import _plans
 
 from . import agreement, kernels, models, sanitize, smoke
 from .compile_only import NoMatmuls, compile_only
@@ -206,7 +207,7 @@ def _fork(todo, taken, failed):
                 break
             name, job = todo[i]
             try:
-                with NoMatmuls():
+                with NoMatmuls(), _plans.in_python():
                     job()
             except Exception:
                 print(f"[warm-up] {name} failed", flush=True)

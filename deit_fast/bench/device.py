@@ -55,8 +55,13 @@ def slug(device: torch.device) -> str:
     return "-".join(["cpu", *re.findall(r"[a-z0-9]+", name.lower())])
 
 
-def hardware(device: torch.device) -> dict[str, str | int | None]:
+def hardware(device: torch.device, wait: bool = True) -> dict[str, str | int | None]:
     """The chip, driver and versions that a results file records.
+
+    Args:
+        device: A GPU or the CPU.
+        wait: Whether to wait until the library of launch plans is built, up to half a minute, so
+            that it is not left to chance which calls run as plans.
 
     Returns:
         Keys gpu and driver (None on a CPU), plans (of launches; not on a CPU), cuda, cpu, threads,
@@ -64,7 +69,8 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     """
     found: dict[str, str | int | None] = {"gpu": None, "driver": None, "cuda": torch.version.cuda}
     if device.type == "cuda":
-        _plan_library.wait()  # which calls of ours run as plans is not left to chance
+        if wait:
+            _plan_library.wait()
         found |= {"gpu": device_name(device), "driver": _driver(), "plans": _plan_library.status()}
     found |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()

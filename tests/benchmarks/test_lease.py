@@ -1,6 +1,9 @@
 """The lease on a machine that it does not know: a bare copy, nothing installed, no GPU."""
 
+import contextlib
 import json
+import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,9 +12,9 @@ import pytest
 import torch
 
 import deit_fast
-from benchmarks.lease import context, facts, orchestrate, sanitize, smoke, tuning
+from benchmarks.lease import context, facts, models, orchestrate, plans, sanitize, smoke, tuning
 from deit_fast import tune
-from deit_fast.kernels import _chips
+from deit_fast.kernels import _chips, _plan_library
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,55 @@ def test_a_wrong_family_is_named(ctx, monkeypatch):
     monkeypatch.setattr(smoke, "operations", real)
     assert smoke.step(ctx, "attention") == ""
     assert smoke.failed_families(ctx.rows("smoke")) == {"classifier"}
+
+
+class Calls:
+    """In the place of a benchmark's step: its outputs are those that are given, in turn."""
+
+    mode = SimpleNamespace(settings=contextlib.nullcontext)
+    model = torch.nn.Identity()
+
+    def __init__(self, outputs):
+        self.given = iter(outputs)
+
+    def cast(self, images):
+        return images
+
+    def __call__(self, images):
+        pass
+
+    def outputs(self, images):
+        return [torch.tensor(next(self.given))]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "runs", "wrong"),
+    [
+        ([1.0, 1.0], [0, 1], ""),
+        ([1.0, 1.5], [0, 1], "deit_fast_bf16, batch 1: differs from Python, by 5.0e-01"),
+        ([1.0, math.nan], [0, 1], "batch 1: differs from Python, by inf"),
+        ([1.0, 1.0], [4, 4], "batch 1: ran in Python: {}"),
+    ],
+    ids=["equal", "other bits", "no number", "in Python"],
+)  # fmt: skip
+def test_plans_are_compared_with_python(ctx, monkeypatch, outputs, runs, wrong):
+    network = SimpleNamespace(label="N", image_size=8)
+    monkeypatch.setattr(models, "network_of", lambda name, device, small: network)
+    library = SimpleNamespace(runs=iter(3 * runs).__next__)
+    monkeypatch.setattr(_plan_library, "loaded", library)
+    monkeypatch.setattr(plans, "Step", lambda network, mode: Calls(outputs))
+    with pytest.raises(RuntimeError, match=re.escape(wrong)) if wrong else contextlib.nullcontext():
+        assert plans.step(ctx, "N").count("deit_fast_bf16") == 2
+    rows = ctx.rows("plans")
+    assert [row["status"] for row in rows] == ["failed" if wrong else "passed"] * 3
+    assert all(row["plan_ms"] > 0 and row["python_ms"] > 0 for row in rows)
+
+
+def test_no_plans_without_their_library(ctx, monkeypatch):
+    monkeypatch.setattr(_plan_library, "loaded", None)
+    monkeypatch.setattr(_plan_library, "_why_not", "there is no C++ compiler")
+    assert plans.step(ctx, "N") == "unavailable, none: there is no C++ compiler"
+    assert [row["status"] for row in ctx.rows("plans")] == ["unavailable"]
 
 
 def test_families_that_broke_their_process():

@@ -7,7 +7,7 @@ import bare_copy
 import pytest
 import selection
 
-from benchmarks.lease import context
+from benchmarks.lease import context, plans
 from benchmarks.lease.plan import NAMES
 from deit_fast import tune
 from deit_fast.kernels import _chips
@@ -37,7 +37,7 @@ def rows_of(folder):
 
 def test_steps_that_fail_cost_themselves_alone(copy, tmp_path):
     """One raises, one hangs, one is killed, one loses the device; those between measure."""
-    steps = ("agreement", "peak_rates", "throughput", "training", "latency", "relatives")
+    steps = ("agreement", "plans", "peak_rates", "throughput", "training", "latency", "relatives")
     arguments = (tmp_path / "out", "--library", tmp_path, "--faults", "--seconds", 540)
     done = bare_copy.run(copy, "rehearse_lease", *arguments, "--steps", *steps)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,14 +47,16 @@ def test_steps_that_fail_cost_themselves_alone(copy, tmp_path):
     assert list(said) == list(steps)
     assert said["throughput"][0] == said["training"][0] == "done"
     for step, why in (
-        ("agreement", "ValueError: made to raise"), ("peak_rates", "killed: its time was over"),
-        ("latency", "died of SIGKILL"), ("relatives", "an illegal memory access"),
+        ("agreement", "ValueError: made to raise"), ("plans", "ValueError: made to raise"),
+        ("peak_rates", "killed: its time was over"), ("latency", "died of SIGKILL"),
+        ("relatives", "an illegal memory access"),
     ):  # fmt: skip
         assert said[step][0] == "failed" and why in said[step][1], said[step]
     measured = {(row["step"], row["mode"]) for row in rows["model"] if row["status"] == "measured"}
     assert ("throughput", "deit_fast_engine_bf16") in measured
     assert ("training", "deit_fast_graph_amp_bf16_train") in measured
-    assert json.loads((tmp_path / "out" / "lease.json").read_text())["finished"]
+    header = json.loads((tmp_path / "out" / "lease.json").read_text())
+    assert header["finished"] and header["hardware"]["plans"] == 'none: the step "plans" failed'
 
 
 def done_whole(done, folder):
@@ -90,5 +92,7 @@ def test_every_step_on_a_chip_that_is_not_there(copy, tmp_path):
         tmp_path / "out" / "tuned_more.json", _chips.Chip(said["chip"], (9, 0), 132)
     )
     assert {"linear", "quantized_linear"} <= {row["op"] for row in more}, "close ones again, fp8"
+    assert {row["mode"] for row in rows["plans"]} == {mode for mode, _ in plans.CALLS}
+    assert {row["status"] for row in rows["plans"]} == {"passed"}
     missing = {row["mode"] for row in rows["model"] if row["status"] != "measured"}
     assert not missing

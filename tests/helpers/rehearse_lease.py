@@ -72,7 +72,7 @@ class Graph:
 
 
 def break_steps() -> None:
-    from benchmarks.lease import agreement, models, peak_rates
+    from benchmarks.lease import agreement, models, peak_rates, plans
 
     def raises(ctx, part):
         raise ValueError("made to raise")
@@ -80,7 +80,8 @@ def break_steps() -> None:
     def loses_it(ctx, part):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    agreement.step, peak_rates.step = raises, lambda ctx: time.sleep(600)
+    agreement.step = plans.step = raises
+    peak_rates.step = lambda ctx: time.sleep(600)
     models.latency = lambda ctx, part: os.kill(os.getpid(), signal.SIGKILL)
     models.relatives = loses_it
 
