@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import selection
 import torch
+from modelling import images, tiny_pair
 
 from deit_fast.kernels import _plan_library, _plans
 
@@ -55,6 +56,12 @@ def plans(monkeypatch, device):
 
     monkeypatch.setattr(_plans, "launch", counted)
     yield found
+
+
+def small(device, dtype=torch.bfloat16, **kwargs):
+    """A model with one block, and a batch."""
+    model = tiny_pair("triton", **{"depth": 1, "img_size": 32} | kwargs)[1].to(device, dtype)
+    return model, images(model).to(device, dtype)
 
 
 def stepped(model, x):
