@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -62,15 +63,8 @@ class Decoder:
         Raises:
             Unreadable: For a file that can't be decoded, or not resized.
         """
-        if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
-            raise Unreadable(_what(file))  # opening a pipe would block
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about metadata, which is not used
-                with Image.open(file) as opened:
-                    image = opened.convert(self.mode)
-        except Exception as error:  # decoders raise anything for a broken file
-            raise Unreadable(_reason(file, error)) from error
+        with opened(file) as stored:
+            image = convert(stored, self.mode)
         narrow, wide = sorted(image.size)
         if wide / narrow * self.resized**2 > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Unreadable(f"{image.width} x {image.height} pixels are too narrow to be resized")
@@ -79,6 +73,52 @@ class Decoder:
 
 class Unreadable(ValueError):
     """A file that can't be decoded as an image; the message is the reason, in one line."""
+
+
+@contextmanager
+def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image, as it is stored; its pixels are decoded when they are asked for.
+
+    Args:
+        file: A path, or a binary file object.
+
+    Raises:
+        Unreadable: It can't be opened, or what is done with it inside the `with` fails.
+    """
+    if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+        raise Unreadable(_what(file))  # opening a pipe would block
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which is not used
+            with Image.open(file) as image:
+                yield image
+    except Unreadable:
+        raise
+    except Exception as error:  # decoders raise anything for a broken file
+        raise Unreadable(_reason(file, error)) from error
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to 8 bits a channel.
+
+    Alpha is dropped, as timm and torchvision do: what is transparent gets the colour that is stored
+    for it. Of 16 bits the upper 8 are taken, as Pillow does with colour; its own conversion of grey
+    would turn all above 255 white.
+
+    Args:
+        image: As it is stored.
+        mode: "L", "RGB" or "RGBA".
+
+    Raises:
+        Unreadable: Its pixels are floats, of 32 bits or signed: nothing says what is white.
+    """
+    of_16_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # called so by Pillow
+    if image.mode in ("I", "F") and not of_16_bits:
+        raise Unreadable(f"has pixels of mode {image.mode}, expected 8 or 16 bits, unsigned")
+    if image.mode.startswith("I"):
+        upper = np.asarray(image).astype(np.int32) >> 8
+        image = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 def _what(path: str | os.PathLike) -> str:

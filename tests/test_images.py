@@ -46,18 +46,46 @@ def test_decoder_is_timms_evaluation_transform(name, path):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     suffix = {"CMYK": ".tif", "YCbCr": ".tif"}.get(mode, ".png")
     path = tmp_path / f"image{suffix}"
     photo = Image.open(PHOTOS[1]).resize((300, 260))
-    photo = photo.convert("L").convert("I").point(lambda v: v * 256) if mode == "I;16" else photo
     # Pillow 12 cannot read the YCbCr that it writes without compression
     photo.convert(mode).save(path, **({"compression": "tiff_lzw"} if suffix == ".tif" else {}))
     expected = timm.data.create_transform(**config("DeiT"))(Image.open(path).convert("RGB"))
     pixels = torch.from_numpy(Decoder(config("DeiT"))(path))[None]
     got = normalize_reference(pixels, BASE["mean"], BASE["std"])[0]
     assert_close(got, expected)
+
+
+SIXTEEN = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "PGM", "12 bits"])
+def test_grey_of_16_bits_keeps_its_upper_8(kind, tmp_path):
+    """Pillow's own conversion makes all above 255 white."""
+    path = tmp_path / "image"
+    if kind == "PGM":
+        path.write_bytes(b"P5 16 16 65535\n" + SIXTEEN.astype(">u2").tobytes())
+    elif kind == "12 bits":
+        path.write_bytes(b"P5 16 16 4095\n" + (SIXTEEN >> 4).astype(">u2").tobytes())
+    elif kind == "big-endian TIFF":
+        Image.frombytes("I;16B", (16, 16), SIXTEEN.astype(">u2").tobytes()).save(path, "TIFF")
+    else:
+        Image.fromarray(SIXTEEN).save(path, kind)
+    with images.opened(path) as image:
+        np.testing.assert_array_equal(np.asarray(images.convert(image, "L")), SIXTEEN >> 8)
+    grey = {"input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0}
+    pixels = Decoder(BASE | grey)(path)
+    np.testing.assert_array_equal(pixels, np.repeat((SIXTEEN >> 8)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_pixels_without_a_known_white_are_refused(dtype, mode, tmp_path):
+    Image.fromarray(SIXTEEN.astype(dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(Unreadable, match=f"pixels of mode {mode}, expected 8 or 16 bits"):
+        Decoder(config("DeiT"))(tmp_path / "image.tif")
 
 
 def test_one_channel():

@@ -3,6 +3,8 @@
 import gzip
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,10 @@ class IdxImages(ImageSet):
         """The file of images and the place of image i in it."""
         return f"{self.path}: image {int(i)}"
 
-    def image(self, i: int) -> Image.Image:
-        """Image i, in `mode`; never unreadable."""
-        return Image.fromarray(self.pixels[i]).convert(self.mode)
+    @contextmanager
+    def stored(self, i: int) -> Iterator[Image.Image]:
+        """Image i in grey; never unreadable."""
+        yield Image.fromarray(self.pixels[i])
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -1,16 +1,15 @@
 """A set of labelled images, and what all kinds of them share: errors, orders and classes."""
 
 import io
-import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from deit_fast.images import Unreadable, _reason, _what
+from deit_fast.images import Unreadable, convert, opened
 
 
 class ImageSet:
@@ -35,23 +34,26 @@ class ImageSet:
         raise NotImplementedError
 
     def image(self, i: int) -> Image.Image:
-        """Decode image i and convert it to `mode`.
+        """Decode image i and convert it to `mode`, see `deit_fast.images.convert`.
 
         Raises:
             Unreadable: It can't be decoded; the message says why.
         """
+        with self.stored(i) as image:
+            return convert(image, self.mode)
+
+    @contextmanager
+    def stored(self, i: int) -> Iterator[Image.Image]:
+        """Open image i as it is stored, before any conversion.
+
+        Raises:
+            Unreadable: It can't be opened or decoded; the message says why.
+        """
         file = self._file(i)
         if file is None:
             raise Unreadable("there is no image")
-        if isinstance(file, str) and not os.path.isfile(file):
-            raise Unreadable(_what(file))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata: the pixels are what counts
-                with Image.open(file) as opened:
-                    return opened.convert(self.mode)
-        except Exception as error:  # a broken file makes a decoder raise anything
-            raise Unreadable(_reason(file, error)) from error
+        with opened(file) as image:
+            yield image
 
     def _file(self, i: int) -> str | io.BytesIO | None:
         """Return a path, a file object, or None where there is no image."""

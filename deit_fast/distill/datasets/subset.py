@@ -1,5 +1,8 @@
 """A part of a set of images, drawn evenly over the classes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from PIL import Image
 
@@ -15,16 +18,27 @@ class Subset(ImageSet):
     """
 
     def __init__(self, images: ImageSet, indices: np.ndarray):
-        super().__init__(images.classes, images.labels[indices], images.mode)
         self.images, self.indices = images, indices
+        super().__init__(images.classes, images.labels[indices], images.mode)
+
+    @property
+    def mode(self) -> str:
+        """The whole set's."""
+        return self.images.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self.images.mode = mode
 
     def name(self, i: int) -> str:
         """What the whole set calls this image."""
         return self.images.name(self.indices[i])
 
-    def image(self, i: int) -> Image.Image:
-        """Decode image i; see `ImageSet.image`."""
-        return self.images.image(self.indices[i])
+    @contextmanager
+    def stored(self, i: int) -> Iterator[Image.Image]:
+        """Open image i; see `ImageSet.stored`."""
+        with self.images.stored(self.indices[i]) as image:
+            yield image
 
 
 def fraction(images: ImageSet, count: int, seed: int) -> Subset:
