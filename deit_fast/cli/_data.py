@@ -58,7 +58,9 @@ def photographs() -> list[Path]:
 
 def images_for(model: nn.Module, args: Namespace) -> ImageSet:
     """Open `args.data`, as gray or colour as the model expects it."""
-    if args.split is None and has_split(args.data, "validation"):
+    if args.split is None and has_split(
+        args.data, "validation", image_key=args.image_key, label_key=args.label_key
+    ):
         args.split = "validation"
     return open_images(
         args.data, args.split, mode=Decoder(data_config(model)).mode, image_key=args.image_key,

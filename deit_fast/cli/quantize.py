@@ -133,8 +133,10 @@ class _Files(ImageSet):
 def _calibration_images(model: nn.Module, args: argparse.Namespace) -> ImageSet:
     """Open the training split of a data set; else all images, labelled or not."""
     path, split = args.calibration, None
-    if has_split(path, "train"):
+    if has_split(path, "train", image_key=args.image_key, label_key=args.label_key):
         split = "train"
+    elif Path(path).suffix.lower() == ".csv":
+        pass  # a table, and no image of that name
     elif paths := list(find([path])):
         return _Files(paths, model)
     return open_images(

@@ -57,6 +57,16 @@ def as_folders(path, pixels, classes=CLASSES):
     return path
 
 
+def as_table(path, pixels, classes=CLASSES):
+    rows = ["path,label"]
+    for i, (one, label) in enumerate(zip(pixels, LABELS, strict=True)):
+        (path / "of all").mkdir(parents=True, exist_ok=True)
+        (path / "of all" / f"{i}.png").write_bytes(png(one))
+        rows.append(f"of all/{i}.png,{classes[label]}")
+    (path / "images.csv").write_text("\n".join(rows))
+    return path
+
+
 def as_tar_of_folders(path, pixels, classes=CLASSES):
     members = {"./top": None} | {f"./top/{name}": None for name in classes}
     for i, (one, label) in enumerate(zip(pixels, LABELS, strict=True)):
@@ -109,6 +119,7 @@ def as_parquet(path, pixels, **options):
 
 KINDS = {
     "folders": as_folders,
+    "table": as_table,
     "tar of folders": as_tar_of_folders,
     "webdataset, cls": lambda path, pixels: as_webdataset(path, pixels, "cls"),
     "webdataset, json": lambda path, pixels: as_webdataset(path, pixels, "json"),

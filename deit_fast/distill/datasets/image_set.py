@@ -11,6 +11,10 @@ from timm.utils.misc import natural_key
 
 from deit_fast.images import Unreadable, convert, opened
 
+# What a split's folders, files or rows may be called: the first that is there is taken.
+SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid", "test", "t10k")}
+SPLIT_WORDS = {word for words in SPLITS.values() for word in words}
+
 
 class ImageSet:
     """Labelled images.

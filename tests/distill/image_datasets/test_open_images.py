@@ -56,7 +56,7 @@ def test_colour_and_any_order(kind, tmp_path):
         np.testing.assert_array_equal(np.asarray(images.image(i)), COLOUR[i])
 
 
-@each("folders", "tar of folders", "saved")
+@each("folders", "table", "tar of folders", "saved")
 def test_named_classes(kind, tmp_path):
     path = KINDS[kind](tmp_path / "data", COLOUR, NAMED)
     images = open_images(path)
