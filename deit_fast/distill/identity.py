@@ -4,18 +4,21 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from deit_fast.batch_inference import digest
 
-from .datasets import ImageSet
+from .datasets import ImageSet, Subset
 from .recipe import Recipe
 from .store.reader import Store
 from .student import Settings
 
+ADDED = {"holdout": 0.0}  # settings that checkpoints of older versions lack, and what they meant
+
 
 def run_identity(
-    settings: Settings, recipe: Recipe, images: ImageSet, store: Store | None,
+    settings: Settings, recipe: Recipe, images: ImageSet, validation: ImageSet, store: Store | None,
     model: nn.Module, teacher: nn.Module | None, world_size: int,
 ) -> dict:  # fmt: skip
     """Describe a run by what decides its result, as JSON has it.
@@ -27,6 +30,8 @@ def run_identity(
         settings: Of the run.
         recipe: Of the run.
         images: The training set.
+        validation: The validation set. If it was split off from the training set, which images are
+            in it is known by a digest.
         store: The soft-label store that is learnt from, or None. Which of its epochs are taken is
             not known yet: `["settings"]["store"]["epochs"]` is None.
         model: The student as it starts.
@@ -41,13 +46,20 @@ def run_identity(
     found["store"] = None if store is None else {"key": store.manifest.key, "epochs": None}
     found["start"] = None if settings.start is None else digest(model)
     found["teacher"] = None if teacher is None else digest(teacher)
-    labels = hashlib.blake2b(images.labels.tobytes(), digest_size=8).hexdigest()
+    about: dict = {"train": len(images), "classes": images.classes}
+    about["labels"] = _digest(images.labels)
+    if isinstance(validation, Subset):
+        about["split"] = _digest(validation.indices)
     return {
         "settings": found,
         "recipe": dataclasses.asdict(recipe),
-        "images": {"train": len(images), "classes": images.classes, "labels": labels},
+        "images": about,
         "processes": world_size,
     }
+
+
+def _digest(numbers: np.ndarray) -> str:
+    return hashlib.blake2b(numbers.tobytes(), digest_size=8).hexdigest()
 
 
 def require_same_run(path: Path, was: dict, now: dict) -> None:
@@ -66,7 +78,7 @@ def require_same_run(path: Path, was: dict, now: dict) -> None:
         for old, new in [(was, {"processes": now["processes"]})]
         + [(was.get(part, {}), now[part]) for part in ("settings", "recipe", "images")]
         for key, value in new.items()
-        if old.get(key) != value
+        if old.get(key, ADDED.get(key)) != value
     ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""

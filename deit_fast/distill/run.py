@@ -13,6 +13,7 @@ from deit_fast.engine import data_config
 from deit_fast.pretrained import save_pretrained
 
 from . import augment, checkpoints, run_folder
+from .datasets import Subset, holdout
 from .distributed import Ranks
 from .identity import require_same_run, run_identity
 from .interrupt import Interrupted
@@ -42,11 +43,12 @@ class Run:
         workers: Processes that decode and augment.
         signals: Gets the numbers of signals as they come.
         report: Gets events.
+        restart: Whether what `out` holds will be thrown away.
     """
 
     def __init__(
         self, settings: Settings, recipe: Recipe, out: Path, ranks: Ranks, workers: int,
-        signals: list[int], report: Report,
+        signals: list[int], report: Report, restart: bool = False,
     ):  # fmt: skip
         self.store = None if settings.store is None else Store(settings.store)
         if self.store is not None:
@@ -55,7 +57,9 @@ class Run:
         self.workers, self.signals = workers, signals
         self.report: Report = report if ranks.is_main else lambda event: None
         self.device = ranks.device
-        self.images, self.validation, self.model = build_student(settings, recipe)
+        self.images, self.validation, self.model = build_student(
+            settings, recipe, None if restart else run_folder.recorded_split(out), workers
+        )
         self.model_args = model_arguments(settings, self.model)
         config = data_config(self.model)
         self.img_size = config["input_size"][1]
@@ -88,8 +92,9 @@ class Run:
         self.unreadable: dict[str, str] = {}
         self.teacher_top1: float | None = None
         self.identity = run_identity(
-            settings, recipe, self.images, self.store, self.model, self.teacher, ranks.world_size
-        )
+            settings, recipe, self.images, self.validation, self.store, self.model, self.teacher,
+            ranks.world_size,
+        )  # fmt: skip
         self.saved = "the beginning"
         self._new_epoch()
 
@@ -134,6 +139,8 @@ class Run:
         if self.ranks.is_main:
             run_folder.write_json(self.out / run_folder.SETTINGS, self.identity)
             run_folder.write_json(self.out / run_folder.RUN, self._facts())
+            if isinstance(self.validation, Subset):
+                run_folder.write_csv(self.out / run_folder.SPLIT, holdout.rows(self.validation))
             self._write_log()
         self.report({
             "event": "begin", "epoch": self.epoch, "update": self.update, "updates": self.updates,

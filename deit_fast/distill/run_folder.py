@@ -14,7 +14,7 @@ from typing import IO
 from . import checkpoints
 
 CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
-RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
+RUN, RESULT, UNREADABLE, SPLIT = "run.json", "result.json", "unreadable.csv", "split.csv"
 MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
 PATIENCE = 10  # seconds
 
@@ -83,10 +83,16 @@ def summary_writer() -> type:
 
 def empty(out: Path) -> None:
     """Delete what a run wrote, and nothing else."""
-    for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
+    for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE, SPLIT):
         (out / name).unlink(missing_ok=True)
     for name in (MODEL, EMA_MODEL, TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)
+
+
+def recorded_split(out: Path) -> Path | None:
+    """The record of the split of a run that has saved something, if it made one."""
+    record = out / SPLIT
+    return record if record.exists() and (out / CHECKPOINT).exists() else None
 
 
 def flat(row: dict) -> dict[str, float]:

@@ -19,7 +19,8 @@ from deit_fast.engine import data_config
 from deit_fast.models import architecture, create_model
 from deit_fast.pretrained import describe, from_pretrained
 
-from .datasets import ImageSet, fraction, open_images
+from .datasets import ImageSet, fraction, has_split, open_images
+from .datasets.holdout import hold_out
 from .recipe import Recipe
 from .teacher import at_size
 
@@ -58,6 +59,8 @@ class Settings:
             images their mean.
         std: Of each channel, by which pixels are then divided. None: as for `mean`.
         count: Train on so many images only.
+        holdout: Share of the images that becomes the validation set where the data has none, see
+            `datasets.holdout`. 0: such data is an error.
         seed: Of initialisation, order, augmentation and dropout.
         accum: Parts that a batch is computed in, one after the other.
         amp: "none", "bf16" or "fp16".
@@ -81,6 +84,7 @@ class Settings:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     count: int | None = None
+    holdout: float = 0.0
     seed: int = 0
     accum: int = 1
     amp: str = "none"
@@ -96,6 +100,8 @@ class Settings:
                 raise ValueError(f"{name}: {value}, expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed}, expected 0 to 2**32 - 1")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout: {self.holdout}, expected a share of 0 or more, below 1")
         if self.distill not in DISTILLATIONS:
             raise ValueError(f"distill: {self.distill!r}, expected one of {DISTILLATIONS}")
         if taken := sorted(self.model_args.keys() & TAKEN.keys()):
@@ -116,8 +122,16 @@ class Settings:
             )
 
 
-def build_student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSet, nn.Module]:
+def build_student(
+    settings: Settings, recipe: Recipe, split: Path | None = None, workers: int = 0
+) -> tuple[ImageSet, ImageSet, nn.Module]:
     """Open the data and build the model for it.
+
+    Args:
+        settings: What is trained on what.
+        recipe: How.
+        split: The record of a split that this run made before. None: it makes one, if it has to.
+        workers: Processes that decode images to make one.
 
     Returns:
         Images to train on, images to evaluate on, and the model, on the CPU, with its normalisation
@@ -127,9 +141,7 @@ def build_student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSe
         ValueError: Settings, data and model do not fit.
         FileNotFoundError: Data or weights are missing.
     """
-    keys: dict[str, Any] = {"image_key": settings.image_key, "label_key": settings.label_key}
-    images = open_images(settings.data, "train", **keys)
-    validation = open_images(settings.data, "validation", classes=images.classes, **keys)
+    images, validation = _open(settings, split, workers)
     torch.manual_seed(settings.seed)
     model = _build(settings, recipe, len(images.classes))
     config = data_config(model)
@@ -159,6 +171,16 @@ def build_student(settings: Settings, recipe: Recipe) -> tuple[ImageSet, ImageSe
     }  # fmt: skip
     model.pretrained_cfg = cfg
     return images, validation, model
+
+
+def _open(settings: Settings, split: Path | None, workers: int) -> tuple[ImageSet, ImageSet]:
+    keys: dict[str, Any] = {"image_key": settings.image_key, "label_key": settings.label_key}
+    data, has = settings.data, partial(has_split, settings.data, **keys)
+    if settings.holdout and Path(data).exists() and not has("validation"):
+        images = open_images(data, "train" if has("train") else None, **keys)
+        return hold_out(images, settings.holdout, settings.seed, record=split, workers=workers)
+    images = open_images(data, "train", **keys)
+    return images, open_images(data, "validation", classes=images.classes, **keys)
 
 
 def _build(settings: Settings, recipe: Recipe, classes: int) -> nn.Module:

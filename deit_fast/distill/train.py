@@ -35,8 +35,8 @@ def train(
     Args:
         settings: What is trained on what.
         recipe: How.
-        out: Gets settings.json, checkpoint.pt, log.csv (an epoch a row), unreadable.csv, run.json,
-            result.json, and the models of the last epoch, model/ and with the recipe's `ema`
+        out: Gets settings.json, checkpoint.pt, log.csv (an epoch a row), unreadable.csv, split.csv
+            (where validation images were split off), run.json, result.json, and the models of the last epoch, model/ and with the recipe's `ema`
             model-ema/, for `deit_fast.from_pretrained`.
         workers: Processes that decode and augment.
         save_every: Updates between checkpoints, besides the one after each epoch.
@@ -67,7 +67,7 @@ def train(
         if ranks.is_main:
             stack.enter_context(run_folder.locked(out))
         caught = stack.enter_context(catch_signals())
-        run = Run(settings, recipe, out, ranks, workers, caught, report)
+        run = Run(settings, recipe, out, ranks, workers, caught, report, restart)
         run.begin(restart)
         log = None
         if tensorboard and ranks.is_main:

@@ -46,6 +46,10 @@ def add_arguments(parser: Parser, from_store: bool = False) -> None:
     _options.add_amp(run, "(default: the best the GPU has; none on a CPU)")
     run.add_argument("--compile", metavar="MODE", help="torch.compile's, such as reduce-overhead")
     _options.add_training_workers(run)
+    run.add_argument(
+        "--holdout", type=float, default=0.0, metavar="SHARE",
+        help="of the images, to validate on where DATA has none for it, such as 0.2",
+    )  # fmt: skip
     run.add_argument("--restart", action="store_true", help="throw away what is in DIR")
     _add_rare(parser)
 
