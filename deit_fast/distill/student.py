@@ -175,9 +175,9 @@ def build_student(
 
 def _open(settings: Settings, split: Path | None, workers: int) -> tuple[ImageSet, ImageSet]:
     keys: dict[str, Any] = {"image_key": settings.image_key, "label_key": settings.label_key}
-    data, has = settings.data, partial(has_split, settings.data, **keys)
-    if settings.holdout and Path(data).exists() and not has("validation"):
-        images = open_images(data, "train" if has("train") else None, **keys)
+    data = settings.data
+    if settings.holdout and Path(data).exists() and not has_split(data, "validation", **keys):
+        images = open_images(data, "train" if has_split(data, "train", **keys) else None, **keys)
         return hold_out(images, settings.holdout, settings.seed, record=split, workers=workers)
     images = open_images(data, "train", **keys)
     return images, open_images(data, "validation", classes=images.classes, **keys)

@@ -36,8 +36,9 @@ def train(
         settings: What is trained on what.
         recipe: How.
         out: Gets settings.json, checkpoint.pt, log.csv (an epoch a row), unreadable.csv, split.csv
-            (where validation images were split off), run.json, result.json, and the models of the last epoch, model/ and with the recipe's `ema`
-            model-ema/, for `deit_fast.from_pretrained`.
+            (where validation images are split off), run.json, result.json, and the models of the
+            last epoch, model/ and with the recipe's `ema` model-ema/, for
+            `deit_fast.from_pretrained`.
         workers: Processes that decode and augment.
         save_every: Updates between checkpoints, besides the one after each epoch.
         eval_every: Epochs between evaluations; the last one is always evaluated.

@@ -17,6 +17,7 @@ from small_runs import options_of, run, same, start
 from tiers import slow
 
 from deit_fast.distill import checkpoints, run_folder
+from deit_fast.distill.identity import require_same_run
 from deit_fast.distill.interrupt import Interrupted
 from deit_fast.distill.run import Run
 
@@ -243,3 +244,38 @@ def test_a_damaged_checkpoint_is_refused(data, tmp_path):
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="format None, expected 1"):
         run(data, tmp_path)
+
+
+def test_a_split_off_validation_set_goes_on(data, tmp_path):
+    """split.csv says what it is, and is read again."""
+    options = {"data": data / "train", "holdout": 0.25}
+    start(out=tmp_path / "out", **options)
+    record = tmp_path / "out" / "split.csv"
+    rows = list(csv.DictReader(open(record)))
+    assert len(rows) == 24 and sum(row["split"] == "validation" for row in rows) == 6
+    events = []
+    state = run(out=tmp_path / "out", save_every=1, report=events.append, **options)
+    assert (events[0]["images"], events[0]["validation"]) == (18, 6)
+    assert same(state, run(out=tmp_path / "whole", **options))
+    assert record.read_bytes() == (tmp_path / "whole" / "split.csv").read_bytes()
+    kept = record.read_text()
+    record.write_text(
+        kept.replace("train\n", "validation\n", 1).replace("train\r", "validation\r", 1)
+    )
+    with pytest.raises(ValueError, match="other settings: train 18, now 17"):
+        run(out=tmp_path / "out", **options)
+    record.unlink()  # it is made again
+    run(out=tmp_path / "out", **options)
+    assert record.read_text() == kept
+    with pytest.raises(ValueError, match=r"other settings: holdout 0.25, now 0.5"):
+        run(out=tmp_path / "out", data=data / "train", holdout=0.5)
+    run(out=tmp_path / "out", data=data / "train", holdout=0.5, restart=True)
+    assert record.read_text() != kept
+
+
+def test_a_run_of_an_older_version_goes_on(data, whole_run):
+    """Its checkpoint lacks settings that came later."""
+    settings = dict(whole_run[1]["identity"]["settings"])
+    del settings["holdout"]
+    was = whole_run[1]["identity"] | {"settings": settings}
+    require_same_run("checkpoint.pt", was, whole_run[1]["identity"])

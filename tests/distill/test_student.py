@@ -148,3 +148,19 @@ def test_a_start_that_is_not_there(data, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is no folder of weights"):
         run(data, tmp_path, model=None, start=str(tmp_path / "empty"))
+
+
+def test_validation_images_are_split_off(data, tmp_path):
+    """Of data without any; folders of classes alone are data too."""
+    chosen = recipe.load("deit")
+    for path in (data / "train", tmp_path):
+        (tmp_path / "train").symlink_to(data / "train") if path is tmp_path else None
+        with pytest.raises(ValueError, match="no split '(train|validation)'"):
+            build_student(small_runs.settings(path), chosen)
+        images, validation, _ = build_student(small_runs.settings(path, holdout=0.25), chosen)
+        assert (len(images), len(validation)) == (18, 6)
+        assert set(validation.labels) == {0, 1, 2}
+    images, validation, _ = build_student(small_runs.settings(data, holdout=0.25), chosen)
+    assert (len(images), len(validation)) == (24, 24), "data that has validation images keeps them"
+    with pytest.raises(ValueError, match="holdout: 1.0, expected a share of 0 or more, below 1"):
+        small_runs.settings(data, holdout=1.0)
