@@ -69,13 +69,16 @@ def images_for(model: nn.Module, args: Namespace) -> ImageSet:
 
 
 @contextmanager
-def progress(total: int, what: str = "") -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many of `total` images are done; drawn on stderr."""
+def progress(total: int, what: str = "") -> Iterator[Callable[..., None]]:
+    """Yield a function that is told how many of `total` images are done; drawn on stderr.
+
+    Where the total becomes known later, the function takes it as its second argument.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
         bar = bars.add_task(what, total=total)
-        yield lambda done: bars.update(bar, completed=done)
+        yield lambda done, total=total: bars.update(bar, completed=done, total=total)
 
 
 def show(title: str, left: tuple, right: tuple, rows: list) -> None:
@@ -101,12 +104,12 @@ def show(title: str, left: tuple, right: tuple, rows: list) -> None:
     console.print(table)
 
 
-def report_skipped(skipped: list[tuple[str, str]]) -> int:
+def report_skipped(skipped: list[tuple[str, str]], what: str = "skipped") -> int:
     """Name unreadable images on stderr; returns the exit code."""
     for name, reason in skipped[:SHOWN]:
         print(f"{name}: {reason}", file=sys.stderr)
     if len(skipped) > SHOWN:
         print(f"and {len(skipped) - SHOWN:,} more", file=sys.stderr)
     if skipped:
-        print(f"skipped: {len(skipped):,} unreadable images", file=sys.stderr)
+        print(f"{what}: {len(skipped):,} unreadable images", file=sys.stderr)
     return 1 if skipped else 0

@@ -19,6 +19,7 @@ from . import (
     bench,
     classify,
     completion,
+    data,
     demo,
     distill_store,
     eval,
@@ -31,8 +32,8 @@ from . import (
 
 COMMANDS = {
     "demo": demo, "classify": classify, "export": export, "bench": bench, "tune": tune,
-    "train": train, "finetune": finetune, "distill-store": distill_store, "eval": eval,
-    "analyse": analyse, "quantize": quantize, "info": info, "completion": completion,
+    "data": data, "train": train, "finetune": finetune, "distill-store": distill_store,
+    "eval": eval, "analyse": analyse, "quantize": quantize, "info": info, "completion": completion,
 }  # fmt: skip
 
 
