@@ -21,6 +21,7 @@ DISTILLATIONS = ("none", "soft", "hard")  # kernels.distillation_loss's
 QUANTIZED_FORMATS = ("fp8", "int8")  # kernels.quantize's
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short: torch's
+METRICS = ("top1", "loss", "balanced")  # by which a run can choose its epoch
 AMP = ("none", "bf16", "fp16")
 BACKENDS = ("auto", "triton", "torch")
 EXPORT_FORMATS = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # format: suffix

@@ -129,6 +129,27 @@ def _collate(items: list) -> tuple:
     return torch.stack(images), torch.tensor(labels), [one for some in unreadable for one in some]
 
 
+def balanced(labels: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Draw as many images as there are, of each class equally many, or one more or less.
+
+    An image comes in proportion to 1 / (images of its class), rounded up or down at random:
+    systematic sampling, whose draws vary less than independent ones.
+
+    Args:
+        labels: int64 (n,).
+        draw: Decides which images come more often than others of their class.
+
+    Returns:
+        int64 (n,), numbers of images, in no useful order.
+    """
+    counts = np.bincount(labels)
+    order = draw.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    reached = np.cumsum(1 / counts[labels[order]])  # the last one is how many classes there are
+    points = (np.arange(len(labels)) + draw.random()) * (reached[-1] / len(labels))
+    return order[np.searchsorted(reached, points, side="right").clip(max=len(labels) - 1)]
+
+
 class Batches:
     """The batches of one rank, each a list of (index, seed), for an epoch after the other.
 
@@ -141,12 +162,15 @@ class Batches:
         seed: Of order and augmentation, with the epoch.
         rank: Whose batches these are.
         world_size: How many ranks share an epoch.
+        balance: Labels int64 (count,), by which every epoch draws anew with `balanced`; None: an
+            epoch has each image once.
     """
 
     def __init__(
         self, count: int, batch: int, repeated_aug: int, seed: int, rank: int = 0,
-        world_size: int = 1,
+        world_size: int = 1, balance: np.ndarray | None = None,
     ):  # fmt: skip
+        self.balance = balance
         self.batch, self.seed, self.rank, self.world_size = batch, seed, rank, world_size
         self.epoch = self.start = 0
         options: dict[str, Any] = {"num_replicas": world_size, "rank": rank}
@@ -172,7 +196,11 @@ class Batches:
         # for the whole epoch, over the ranks: item j of rank r is number j * world_size + r
         size = len(self.sampler), self.world_size
         seeds = draw.integers(2**31, size=size)[:, self.rank].tolist()
-        items = list(zip(self.sampler, seeds, strict=True))
+        images = np.fromiter(self.sampler, np.int64)
+        if self.balance is not None:  # the same draw on every rank, from numbers of its own
+            draw = np.random.default_rng((self.seed, self.epoch, 1))
+            images = balanced(self.balance, draw)[images]
+        items = list(zip(images.tolist(), seeds, strict=True))
         for i in range(self.start, len(self)):
             yield items[i * self.batch : (i + 1) * self.batch]
 

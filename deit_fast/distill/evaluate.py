@@ -5,6 +5,7 @@ two fusions. All of them come from one forward pass, and of each only the best f
 kept, so that memory does not depend on the number of classes.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deit_fast.engine import data_config
 from deit_fast.images import CHUNK, Decoder, Unreadable, decode
@@ -108,6 +110,7 @@ class Predictions:
         top: {head: int64 (n, min(5, classes)), best first}.
         skipped: Name of each unreadable image, and why.
         seconds: Decoding included.
+        loss: Mean cross entropy of the model's output, for a distilled model `joint`.
     """
 
     numbers: np.ndarray
@@ -115,6 +118,7 @@ class Predictions:
     top: dict[str, np.ndarray]
     skipped: list[tuple[str, str]]
     seconds: float
+    loss: float = math.nan
 
     def accuracy(self, truths: Sequence | None = None) -> Accuracy:
         """Judge by the labels, or by `truths` (see `Accuracy.add`)."""
@@ -244,6 +248,7 @@ def predictions(
     skipped: list[tuple[str, str]] = []
     read: list[int] = []
     top: dict[str, list[np.ndarray]] = {head: [] for head in heads_of(model)}
+    losses = 0.0
     began = time.perf_counter()
     amp = None if dtype == like.dtype else dtype
     for some, x in batches(model, images, batch_size, workers, skipped, numbers, transform):
@@ -256,6 +261,9 @@ def predictions(
                 )
             best = values.float().topk(min(TOP, values.shape[1])).indices
             top[head].append(best.cpu().numpy())
+        output = logits.get("joint", logits["class"]).double()
+        truths = torch.from_numpy(np.asarray(images.labels)[some]).to(output.device)
+        losses += F.cross_entropy(output, truths, reduction="sum").item()
         read += some
         if progress is not None:
             progress(len(read) + len(skipped))
@@ -265,4 +273,5 @@ def predictions(
         raise ValueError(f"images: none of {len(images)} could be read{why}")
     places = np.array(read, np.int64)
     found = {head: np.concatenate(parts) for head, parts in top.items()}
-    return Predictions(places, np.asarray(images.labels)[places], found, skipped, seconds)
+    labels = np.asarray(images.labels)[places]
+    return Predictions(places, labels, found, skipped, seconds, losses / len(read))

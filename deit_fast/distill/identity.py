@@ -13,6 +13,15 @@ from .recipe import Recipe
 from .store.reader import Store
 from .student import Settings
 
+# Settings of later versions than 0.2. With their defaults they are left out, as earlier ones did.
+LATER = ("freeze", "balance", "lora", "patience", "best")
+LATER_DEFAULTS = {
+    setting.name: setting.default
+    for kind in (Settings, Recipe)
+    for setting in dataclasses.fields(kind)
+    if setting.name in LATER
+}
+
 
 def run_identity(
     settings: Settings, recipe: Recipe, images: ImageSet, store: Store | None,
@@ -33,7 +42,7 @@ def run_identity(
         teacher: The live teacher, or None.
         world_size: How many ranks compute a batch.
     """
-    found = dataclasses.asdict(settings)
+    found = _without_later_defaults(dataclasses.asdict(settings))
     cfg: dict = model.pretrained_cfg  # type: ignore[assignment]  # timm gives every model one
     found["model"] = settings.model or cfg["architecture"]
     for name in ("data", "start_key", "teacher_checkpoint", "teacher_checkpoint_key"):
@@ -44,9 +53,17 @@ def run_identity(
     labels = hashlib.blake2b(images.labels.tobytes(), digest_size=8).hexdigest()
     return {
         "settings": found,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": _without_later_defaults(dataclasses.asdict(recipe)),
         "images": {"train": len(images), "classes": images.classes, "labels": labels},
         "processes": world_size,
+    }
+
+
+def _without_later_defaults(found: dict) -> dict:
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in LATER_DEFAULTS or value != LATER_DEFAULTS[name]
     }
 
 
@@ -62,11 +79,12 @@ def require_same_run(path: Path, was: dict, now: dict) -> None:
         ValueError: They differ; the message names the first four settings.
     """
     differences = [
-        f"{key} {old.get(key)!r}, now {value!r}"
+        f"{key} {old.get(key, default)!r}, now {new.get(key, default)!r}"
         for old, new in [(was, {"processes": now["processes"]})]
         + [(was.get(part, {}), now[part]) for part in ("settings", "recipe", "images")]
-        for key, value in new.items()
-        if old.get(key) != value
+        for key in [*new, *(name for name in old if name in LATER_DEFAULTS and name not in new)]
+        for default in [LATER_DEFAULTS.get(key)]
+        if old.get(key, default) != new.get(key, default)
     ]
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Ranks
+from .freezing import frozen_modules
 from .recipe import Recipe
 from .student import AMP, Settings, parameter_groups
 
@@ -20,8 +21,9 @@ class Learner:
     """A model in training.
 
     Args:
-        model: On this rank's device.
-        settings: Of them accum, amp and compile.
+        model: On this rank's device. With the recipe's `freeze` or the settings' `lora`, modules
+            whose parameters all need no gradient stay in eval mode.
+        settings: Of them accum, amp, compile and lora.
         recipe: Its optimizer, schedule, EMA and clipping.
         updates: In an epoch.
         ranks: Who shares a batch.
@@ -37,6 +39,7 @@ class Learner:
     ):
         self.model, self.recipe, self.updates = model, recipe, updates
         self.accum, self.amp, self.device = settings.accum, AMP[settings.amp], ranks.device
+        self.frozen = frozen_modules(model) if settings.lora or recipe.freeze else []
         self.optimizer = create_optimizer_v2(
             model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay,
             momentum=recipe.momentum, param_group_fn=partial(parameter_groups, recipe),
@@ -76,6 +79,8 @@ class Learner:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        for module in self.frozen:
+            module.eval()
 
     def step(
         self,
@@ -131,10 +136,18 @@ class Learner:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned; further keys are not looked at."""
+    def weights(self) -> dict:
+        """The part of `state_dict` that evaluation needs."""
+        return {key: value for key, value in self.state_dict().items() if key in ("model", "ema")}
+
+    def load_weights(self, state: dict) -> None:
+        """Restore what `weights` returned; further keys are not looked at."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned; further keys are not looked at."""
+        self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

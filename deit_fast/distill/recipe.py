@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from deit_fast._names import DISTILLATIONS
 NAMES = ("deit", "deit-384", "transfer", "vit", "tinyvit-22k", "tinyvit-22k-1k")
 CROPS = ("resize", "pad")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+BALANCES = ("none", "sampler", "loss")
 VIEW_SETTINGS = (  # those that decide the views of a soft-label store
     "crop", "scale", "hflip", "color_jitter", "auto_augment", "interpolation", "erasing", "mixup",
     "cutmix", "mixup_prob", "mixup_switch_prob",
@@ -24,10 +25,14 @@ def _setting(
     most: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
+    default: Any = MISSING,
 ) -> Any:
-    """Declare a field of `Recipe` with its help text and its limits; `above` is exclusive."""
+    """Declare a field of `Recipe` with its help text and its limits; `above` is exclusive.
+
+    `default` is for what came later: it changes nothing, and files without the setting have it.
+    """
     limits = {"least": least, "most": most, "above": above, "choices": choices}
-    return field(metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,15 @@ class Recipe:
     temperature: float = _setting("tau of soft distillation", above=0)
     soft_weight: float = _setting("the teacher's weight in soft distillation", least=0, most=1)
     hard_weight: float = _setting("the teacher's weight in hard distillation", least=0, most=1)
+    freeze: int = _setting(
+        "so many blocks from the input are not trained; -1: the heads alone are",
+        least=-1,
+        default=0,
+    )
+    balance: str = _setting(
+        "rare classes: come more often (sampler), weigh more in the loss (loss), or none",
+        choices=BALANCES, default="none",
+    )  # fmt: skip
 
     def __post_init__(self):
         from timm.optim import list_optimizers  # takes seconds, and the options need none
@@ -83,17 +97,30 @@ class Recipe:
             raise ValueError(f"opt: {self.opt!r}, expected one of timm's: adamw, sgd, lamb, ...")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"warmup_epochs: {self.warmup_epochs}, expected at most the {self.epochs} epochs"
+                f"warmup_epochs: {self.warmup_epochs}, expected at most the {self.epochs} epochs; "
+                "give --warmup-epochs, or more --epochs"
             )
         if self.min_lr > self.peak_lr:
             raise ValueError(
                 f"min_lr: {self.min_lr:g}, expected at most the peak lr {self.peak_lr:g}"
+                f"{self._of_batch}; give a lower --min-lr, or a higher --lr"
+            )
+        if self.balance == "loss" and self.label_smoothing == 1:
+            raise ValueError(
+                "label_smoothing: 1 with balance 'loss', expected less: it leaves no label to weigh"
             )
 
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: scaled with the batch (Table 9)."""
         return self.lr * self.batch / self.lr_batch if self.lr_batch else self.lr
+
+    @property
+    def _of_batch(self) -> str:
+        """How the peak lr comes from the batch, for an error."""
+        if not self.lr_batch:
+            return ""
+        return f" (lr {self.lr:g} x batch {self.batch} / lr_batch {self.lr_batch})"
 
     @property
     def mixes(self) -> bool:
@@ -155,7 +182,8 @@ def _read(name_or_path: str | Path, above: tuple[str, ...] = ()) -> Recipe:
             if base not in NAMES:
                 base = path.parent / base
             return replace(_read(base, (*above, str(path))), **content)
-        if missing := sorted(known - content.keys()):
+        needed = {setting.name for setting in fields(Recipe) if setting.default is MISSING}
+        if missing := sorted(needed - content.keys()):
             raise ValueError(f"misses {', '.join(missing)}")
         return Recipe(**content)
     except (ValueError, FileNotFoundError) as error:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from deit_fast.engine import data_config
 from deit_fast.pretrained import save_pretrained
 
-from . import augment, checkpoints, run_folder
+from . import augment, best_epoch, checkpoints, run_folder, trained_part
+from .adapters import merged
 from .distributed import Ranks
 from .identity import require_same_run, run_identity
 from .interrupt import Interrupted
@@ -48,6 +49,7 @@ class Run:
         self, settings: Settings, recipe: Recipe, out: Path, ranks: Ranks, workers: int,
         signals: list[int], report: Report,
     ):  # fmt: skip
+        trained_part.require_possible(settings, recipe)
         self.store = None if settings.store is None else Store(settings.store)
         if self.store is not None:
             settings = adopt_settings(self.store, settings)
@@ -81,15 +83,17 @@ class Run:
                 self.store, self.images, settings, recipe, config, self.per_step, ranks, workers
             )
         self.updates = len(self.source.batches)
+        self.identity = run_identity(
+            settings, recipe, self.images, self.store, self.model, self.teacher, ranks.world_size
+        )
+        self.params = sum(p.numel() for p in self.model.parameters())
+        self.notes = trained_part.choose(self.model, settings, recipe)
         self.learner = Learner(self.model, settings, recipe, self.updates, ranks)
 
         self.epoch = self.update = 0  # where the next update is
         self.rows: list[dict] = []
         self.unreadable: dict[str, str] = {}
         self.teacher_top1: float | None = None
-        self.identity = run_identity(
-            settings, recipe, self.images, self.store, self.model, self.teacher, ranks.world_size
-        )
         self.saved = "the beginning"
         self._new_epoch()
 
@@ -129,6 +133,8 @@ class Run:
             run_folder.empty(self.out)
         if state is not None:
             self._restore(state)
+            if self.ranks.is_main:
+                best_epoch.require_weights(self.out, self.rows, self.settings.best)
         elif self.teacher is not None:
             self.teacher_top1 = self._validate(self.teacher)["top1"]["class"]
         if self.ranks.is_main:
@@ -140,7 +146,7 @@ class Run:
             "epochs": self.recipe.epochs, "batch": self.recipe.batch, "images": len(self.images),
             "validation": len(self.validation), "teacher_top1": self.teacher_top1,
         })  # fmt: skip
-        for text in self.source.notes:
+        for text in [*self.source.notes, *self.notes]:
             self.report({"event": "note", "text": text})
 
     def _learn_from(self, epochs: list[int]) -> None:
@@ -160,7 +166,7 @@ class Run:
             "teacher_top1": self.teacher_top1,
             "distill": self.settings.distill if self.store is None else "store",
             "distill_token": self.token, "img_size": self.img_size, "epochs": self.recipe.epochs,
-            "seed": self.settings.seed, "params": sum(p.numel() for p in self.model.parameters()),
+            "seed": self.settings.seed, "params": self.params,
         }  # fmt: skip
 
     def _restore(self, state: dict) -> None:
@@ -190,7 +196,7 @@ class Run:
             The content of result.json.
         """
         alone = self.device.type == "cpu" and self.ranks.world_size == 1
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.recipe.epochs and not self._has_ended():
             self.learner.begin_epoch(self.epoch)
             self.source.batches.begin(self.epoch, self.update)
             began = time.perf_counter()
@@ -213,6 +219,9 @@ class Run:
             if log is not None:
                 log(row)
         return self._finish()
+
+    def _has_ended(self) -> bool:
+        return best_epoch.has_ended(self.rows, self.settings.best, self.settings.patience)
 
     def _step(self, images: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> None:
         """One update; target: labels (B,), or from a store a pair of tensors of B rows."""
@@ -264,12 +273,20 @@ class Run:
             except FloatingPointError as error:  # from weights that are finite, but only just
                 self._require(False, str(error))
         self.rows.append(row)
+        best = best_epoch.best_row(self.rows, self.settings.best) if "scores" in row else None
+        if self.settings.best and best is row and self.ranks.is_main:
+            best_epoch.save(self.out, row["epoch"], self.learner.weights())
         self.epoch, self.update = self.epoch + 1, 0
         self._new_epoch()
         self._save()
         if self.ranks.is_main:
             self._write_log()
+            if self.settings.best and best is not None:
+                best_epoch.keep_only(self.out, best["epoch"])
         self.report({"event": "epoch", **row})
+        if best is not None and self._has_ended() and self.epoch < self.recipe.epochs:
+            text = f"stops early: no epoch after {best['epoch']} has a better {self.settings.best}"
+            self.report({"event": "note", "text": text})
         return row
 
     def _validate(self, model: nn.Module) -> dict:
@@ -331,7 +348,7 @@ class Run:
 
     def _finish(self) -> dict:
         """Models and result.json of a run that is through; again if that was interrupted."""
-        last = self.rows[-1]
+        last = best_epoch.best_row(self.rows, self.settings.best)
         speeds = [row["images_per_s"] for row in self.rows]
         result = last["scores"] | {
             "epoch": last["epoch"], "images_per_s": float(np.median(speeds)),
@@ -340,11 +357,18 @@ class Run:
         }  # fmt: skip
         if self.learner.ema is not None:
             result["ema"] = last["ema"]
+        if self.settings.best:
+            result |= {
+                "best": self.settings.best, "epochs": len(self.rows),
+                "stopped_early": len(self.rows) < self.recipe.epochs,
+            }  # fmt: skip
         if self.ranks.is_main:
-            save_pretrained(self.model, self.out / run_folder.MODEL, **self.model_args)
-            if self.learner.ema is not None:
-                model, folder = self.learner.ema.module, self.out / run_folder.EMA_MODEL
-                save_pretrained(model, folder, **self.model_args)
+            if self.settings.best:
+                self.learner.load_weights(best_epoch.load(self.out, last["epoch"]))
+            folders = run_folder.MODEL, run_folder.EMA_MODEL
+            for model, folder in zip(self.learner.models, folders, strict=False):
+                model = merged(model) if self.settings.lora else model
+                save_pretrained(model, self.out / folder, **self.model_args)
             run_folder.write_json(self.out / run_folder.RESULT, result)
         return result
 

@@ -15,6 +15,7 @@ from . import checkpoints
 
 CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
 RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
+BEST = "best-*.pt"  # the weights of an epoch
 MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
 PATIENCE = 10  # seconds
 
@@ -85,17 +86,24 @@ def empty(out: Path) -> None:
     """Delete what a run wrote, and nothing else."""
     for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
         (out / name).unlink(missing_ok=True)
+    for path in out.glob(BEST):
+        path.unlink()
     for name in (MODEL, EMA_MODEL, TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
 def flat(row: dict) -> dict[str, float]:
-    """Flatten a row of the log: "top1/class", "ema/top5/joint" and the like become columns."""
+    """Flatten a row of the log: "top1/class", "ema/top5/joint" and the like become columns.
+
+    "loss" is that of training, "val_loss" that of the validation images.
+    """
     flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
     for prefix, scores in (("", row.get("scores", {})), ("ema/", row.get("ema", {}))):
-        for top in ("top1", "top5"):
-            for head, percent in scores.get(top, {}).items():
-                flat[f"{prefix}{top}/{head}"] = percent
+        for metric in ("top1", "top5", "balanced"):
+            for head, percent in scores.get(metric, {}).items():
+                flat[f"{prefix}{metric}/{head}"] = percent
+        if "loss" in scores:
+            flat[f"{prefix}val_loss"] = scores["loss"]
     return flat
 
 

@@ -1,7 +1,9 @@
 """What a run learns from: labels and perhaps a live teacher, or a soft-label store."""
 
+import numpy as np
+import torch
 from timm.data import Mixup
-from torch import nn
+from torch import Tensor, nn
 
 from . import augment
 from .datasets import ImageSet
@@ -45,7 +47,8 @@ class ImageSource:
         student: nn.Module, teacher: nn.Module | None, per_step: int, ranks: Ranks, workers: int,
     ):  # fmt: skip
         self.notes: list[str] = []
-        self.objective = Objective(recipe, settings.distill, teacher, student)
+        weights = class_weights(images.labels) if recipe.balance == "loss" else None
+        self.objective = Objective(recipe, settings.distill, teacher, student, weights)
         self.mixup = None
         if recipe.mixes:
             self.mixup = Mixup(
@@ -54,8 +57,9 @@ class ImageSource:
                 num_classes=len(images.classes),
             )  # fmt: skip
         self.batches = augment.Batches(
-            len(images), per_step, recipe.repeated_aug, settings.seed, ranks.rank, ranks.world_size
-        )
+            len(images), per_step, recipe.repeated_aug, settings.seed, ranks.rank, ranks.world_size,
+            balance=images.labels if recipe.balance == "sampler" else None,
+        )  # fmt: skip
         _require_updates(len(self.batches), recipe, len(self.batches.sampler), ranks)
         augmented = augment.Augmented(images, augment.transform_of(recipe, config))
         self.loader = augment.loader(augmented, self.batches, workers)
@@ -74,6 +78,11 @@ class StoreSource:
         self, store: Store, images: ImageSet, settings: Settings, recipe: Recipe, config: dict,
         per_step: int, ranks: Ranks, workers: int,
     ):  # fmt: skip
+        if recipe.balance != "none":
+            raise ValueError(
+                f"balance: {recipe.balance!r} with a store, expected 'none': it has each image "
+                "once, and no labels are learnt"
+            )
         self.store, self.recipe, self.ranks = store, recipe, ranks
         records = store.manifest.records
         views, self.notes = views_of(store, images, recipe, config)
@@ -151,6 +160,22 @@ class StoreSource:
                 f"store: {len(found)} epoch{'s' * (len(found) > 1)} {_are(found)} not written, and "
                 f"left out: {named}"
             )
+
+
+def class_weights(labels: np.ndarray) -> Tensor:
+    """Weigh each class by 1 / (its images), so that the mean over all images is 1.
+
+    Args:
+        labels: int64 (n,).
+
+    Returns:
+        fp32 (classes,), up to the last class that has an image; 0 for those that have none.
+    """
+    counts = np.bincount(labels)
+    there = counts > 0
+    weights = np.zeros(len(counts))
+    weights[there] = len(labels) / (there.sum() * counts[there])
+    return torch.from_numpy(weights).float()
 
 
 def _are(some: dict) -> str:

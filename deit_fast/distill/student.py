@@ -14,7 +14,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from deit_fast import _names
-from deit_fast._names import DISTILLATIONS
+from deit_fast._names import DISTILLATIONS, METRICS
 from deit_fast.engine import data_config
 from deit_fast.models import architecture, create_model
 from deit_fast.pretrained import describe, from_pretrained
@@ -65,6 +65,12 @@ class Settings:
         backend: See `deit_fast.accelerate`.
         image_key: Column of a Hugging Face dataset.
         label_key: Column of a Hugging Face dataset.
+        lora: Rank of the adapters that are trained instead of the blocks' weights, see `adapters`;
+            0: none.
+        patience: Epochs after the best one, by `best`, at which the run stops; 0: never.
+        best: Which epoch's weights the run ends with: the best by "top1" or "balanced" (percent,
+            of `joint` for a distilled model), or by the "loss", all of the validation images; ""
+            takes the last epoch.
     """
 
     data: str
@@ -88,12 +94,25 @@ class Settings:
     backend: str = "auto"
     image_key: str = "image"
     label_key: str = "label"
+    lora: int = 0
+    patience: int = 0
+    best: str = ""
 
     def __post_init__(self):
         for name in ("accum", "count", "img_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}, expected 1 or more")
+        for name in ("lora", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 or more")
+        if self.best not in ("", *METRICS):
+            raise ValueError(f"best: {self.best!r}, expected '' or one of {', '.join(METRICS)}")
+        if self.patience and not self.best:
+            raise ValueError(
+                f"patience: {self.patience} with no metric, expected one as best: "
+                f"{', '.join(METRICS)} (--best)"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed}, expected 0 to 2**32 - 1")
         if self.distill not in DISTILLATIONS:

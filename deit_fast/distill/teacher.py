@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deit_fast.checkpoint import load_state, read_checkpoint
 from deit_fast.engine import data_config
@@ -99,18 +100,23 @@ class Objective:
         distill: "none", "soft" or "hard", see `deit_fast.kernels.distillation_loss`.
         teacher: The model that is asked; None with "none".
         student: The model that learns, for its normalisation.
+        class_weights: fp32 (classes,): an image's loss with its true label counts so often, one
+            that Mixup made by the shares of its labels. The teacher's term stays as it is.
 
     Raises:
         ValueError: A teacher without distillation or the reverse, or other channels.
     """
 
-    def __init__(self, recipe: Recipe, distill: str, teacher: nn.Module | None, student: nn.Module):
+    def __init__(
+        self, recipe: Recipe, distill: str, teacher: nn.Module | None, student: nn.Module,
+        class_weights: Tensor | None = None,
+    ):  # fmt: skip
         weight = recipe.weight(distill)
         if (teacher is None) != (distill == "none"):
             given = "none" if teacher is None else type(teacher).__name__
             raise ValueError(f"teacher: {given}, with distill {distill!r}")
         self.teacher, self.distill, self.weight = teacher, distill, weight
-        self.recipe = recipe
+        self.recipe, self.class_weights = recipe, class_weights
         self.scale: tuple[Tensor, Tensor] | None = None  # the student's pixels to the teacher's
         if teacher is not None:
             ours, theirs = data_config(student), data_config(teacher)
@@ -144,16 +150,41 @@ class Objective:
         class_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
         soft = target.is_floating_point()
         taught = self.distill != "none"
-        return distillation_loss(
+        labelled = None
+        if self.class_weights is not None:
+            labelled = self._weighted(class_logits, target)
+            if not taught:
+                return labelled
+        loss = distillation_loss(
             class_logits,
             dist_logits if taught else None,
             target,
             self.teach(images) if taught else None,
             self.distill,
-            alpha=self.weight,
+            alpha=self.weight if labelled is None else 1.0,  # 1: the teacher's term alone
             temperature=self.recipe.temperature,
             label_smoothing=0.0 if soft else self.recipe.label_smoothing,
         )
+        return loss if labelled is None else (1 - self.weight) * labelled + self.weight * loss
+
+    def _weighted(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The mean cross entropy with labels, each image's times its weight.
+
+        A weight for each class inside the cross entropy, as PyTorch's, would apply to the smoothed
+        part of a label too: a rare class could outweigh the label itself.
+        """
+        assert self.class_weights is not None
+        smoothing, classes = self.recipe.label_smoothing, logits.shape[1]
+        weights = self.class_weights.to(logits.device)
+        self.class_weights = weights = F.pad(weights, (0, classes - len(weights)))
+        if target.is_floating_point():
+            losses = F.cross_entropy(logits.float(), target.float(), reduction="none")
+            shares = (target.float() - smoothing / classes) / (1 - smoothing)  # before smoothing
+            return (shares @ weights * losses).mean()
+        losses = F.cross_entropy(
+            logits.float(), target, reduction="none", label_smoothing=smoothing
+        )  # fmt: skip
+        return (weights[target] * losses).mean()
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ def train(
         settings: What is trained on what.
         recipe: How.
         out: Gets settings.json, checkpoint.pt, log.csv (an epoch a row), unreadable.csv, run.json,
-            result.json, and the models of the last epoch, model/ and with the recipe's `ema`
-            model-ema/, for `deit_fast.from_pretrained`.
+            result.json, and the models of the last epoch, or of the best by `settings.best`: model/
+            and with the recipe's `ema` model-ema/, for `deit_fast.from_pretrained`. best-EPOCH.pt
+            has the weights of the best epoch so far.
         workers: Processes that decode and augment.
         save_every: Updates between checkpoints, besides the one after each epoch.
         eval_every: Epochs between evaluations; the last one is always evaluated.
@@ -54,6 +55,7 @@ def train(
         FloatingPointError: The loss or weights are not finite; the last good checkpoint stays.
         Interrupted: After SIGTERM or SIGINT, with everything that was trained saved.
         OSError: Something can't be written.
+        RuntimeError: An extra is missing that the settings need.
     """
     for name, value, least in (("workers", workers, 0), ("save_every", save_every, 1),
                                ("eval_every", eval_every, 1)):  # fmt: skip

@@ -1,7 +1,8 @@
-"""Top-1 and top-5 on the validation images, each rank evaluating its share."""
+"""Accuracy and loss on the validation images, each rank evaluating its share."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,12 +27,17 @@ def validate(
         progress: Told how many images of this rank are done.
 
     Returns:
-        {"top1": {head: percent}, "top5": {head: percent}, "images": how many} of all ranks, and
-        (name, reason) of this rank's unreadable images.
+        {"top1": {head: percent}, "top5": {head: percent}, "balanced": {head: percent}, "loss":
+        mean, "images": how many} of all ranks, and (name, reason) of this rank's unreadable images.
+        "balanced" is the mean of the recall over the classes that have an image, "loss" the cross
+        entropy of the model's output (`joint` of a distilled one).
     """
     numbers = range(ranks.rank, len(images), ranks.world_size)
     heads = evaluate.heads_of(model)
     accuracy = evaluate.Accuracy(0, dict.fromkeys(heads, 0), dict.fromkeys(heads, 0))
+    classes, loss = len(images.classes), 0.0
+    labelled = np.zeros(classes, np.int64)  # images of each class
+    right = np.zeros((len(heads), classes), np.int64)  # of these, by head
     skipped: list[tuple[str, str]] = []
     if numbers or ranks.world_size == 1:
         found = evaluate.predictions(
@@ -39,10 +45,24 @@ def validate(
             numbers=numbers, progress=progress,
         )  # fmt: skip
         skipped, accuracy = found.skipped, found.accuracy()
+        loss = found.loss * accuracy.images
+        labelled = np.bincount(found.labels, minlength=classes)
+        for row, best in zip(right, found.top.values(), strict=True):
+            row += np.bincount(found.labels[best[:, 0] == found.labels], minlength=classes)
     counts = [accuracy.images, *accuracy.top1.values(), *accuracy.top5.values()]
-    total, *hits = map(int, ranks.all_reduce(*counts))
-    top1, top5 = hits[: len(heads)], hits[len(heads) :]
-    together = evaluate.Accuracy(
-        total, dict(zip(heads, top1, strict=True)), dict(zip(heads, top5, strict=True))
+    sums = ranks.all_reduce(loss, *counts, *labelled.tolist(), *right.flatten().tolist())
+    total, top1, top5, labelled, right = np.split(
+        np.array(sums[1:]).astype(np.int64), np.cumsum([1, len(heads), len(heads), classes])
     )
-    return together.percent() | {"images": total}, skipped
+    together = evaluate.Accuracy(
+        int(total[0]),
+        dict(zip(heads, top1.tolist(), strict=True)),
+        dict(zip(heads, top5.tolist(), strict=True)),
+    )
+    there = labelled > 0
+    recalls = right.reshape(len(heads), classes)[:, there] / labelled[there]
+    means = (100 * recalls.mean(1)).tolist()
+    return together.percent() | {
+        "balanced": dict(zip(heads, means, strict=True)), "loss": sums[0] / together.images,
+        "images": together.images,
+    }, skipped  # fmt: skip

@@ -83,4 +83,17 @@ def _add_rare(parser: Parser) -> None:
         help="besides at the end of each epoch (default: %(default)s)",
     )  # fmt: skip
     more.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS")
+    more.add_argument(
+        "--lora", type=int, default=0, metavar="RANK",
+        help="train adapters of that rank (peft) and the heads alone; merged at the end",
+    )  # fmt: skip
+    more.add_argument(
+        "--best", choices=_names.METRICS, default="", metavar="METRIC",
+        help="DIR/model is the best epoch by top1, loss or balanced of the validation images "
+        "(default: the last epoch)",
+    )  # fmt: skip
+    more.add_argument(
+        "--patience", type=int, default=0, metavar="EPOCHS",
+        help="stop so many epochs after the best one (needs --best)",
+    )  # fmt: skip
     more.add_argument("--tensorboard", action="store_true", help="log for it too")
