@@ -82,4 +82,5 @@ def merged(model: nn.Module) -> nn.Module:
             module.merge()
             outer, _, own = name.rpartition(".")
             setattr(model.get_submodule(outer), own, module.get_base_layer())
+    del model.peft_config
     return model.requires_grad_()

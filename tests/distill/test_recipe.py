@@ -73,6 +73,9 @@ def test_tiny_vits():
         ("--ema 0.9999", {"ema": 0.9999}),
         ("--sched-on-updates", {"sched_on_updates": True}),
         ("--freeze-bn", {"freeze_bn": True}),
+        ("--freeze 3", {"freeze": 3}),
+        ("--freeze -1", {"freeze": -1}),
+        ("--balance loss", {"balance": "loss"}),
     ],
 )
 def test_every_ablation_is_one_flag(flag, setting, monkeypatch, tmp_path):
@@ -112,7 +115,25 @@ def test_a_file_may_build_on_a_recipe(name, tmp_path):
         ('{"base": "deit", "erasing": 1.5}', "erasing: 1.5, expected at most 1"),
         ('{"base": "deit", "opt": "adamm"}', "opt: 'adamm', expected one of timm's"),
         ('{"base": "deit", "crop": "centre"}', "crop: 'centre', expected one of resize, pad"),
-        ('{"base": "deit", "epochs": 3}', "warmup_epochs: 5, expected at most the 3 epochs"),
+        (
+            '{"base": "deit", "epochs": 3}',
+            "warmup_epochs: 5, expected at most the 3 epochs; give --warmup-epochs, or more --epoc",
+        ),
+        (
+            '{"base": "deit", "batch": 8}',
+            r"min_lr: 1e-05, expected at most the peak lr 7.8125e-06 \(lr 0.0005 x batch 8 / "
+            r"lr_batch 512\); give a lower --min-lr, or a higher --lr",
+        ),
+        (
+            '{"base": "vit", "lr": 1e-6}',
+            "min_lr: 1e-05, expected at most the peak lr 1e-06; give a lower --min-lr",
+        ),
+        ('{"base": "deit", "freeze": -2}', "freeze: -2, expected -1 or more"),
+        ('{"base": "deit", "balance": "all"}', "balance: 'all', expected one of none, sampler, lo"),
+        (
+            '{"base": "deit", "balance": "loss", "label_smoothing": 1}',
+            "label_smoothing: 1 with balance 'loss', expected less",
+        ),
         ('{"base": "deit", "sched_on_updates": 1}', "sched_on_updates: 1, expected a bool"),
     ],
 )
@@ -121,6 +142,18 @@ def test_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path / "mine.json")
     assert "mine.json" in str(caught.value)
+
+
+def test_a_file_from_before_a_setting_came(tmp_path):
+    """It lists all that there was, and has no base."""
+    content = dataclasses.asdict(load("deit"))
+    del content["freeze"], content["balance"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert load(tmp_path / "old.json") == load("deit")
+    del content["hard_weight"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="old.json: misses hard_weight$"):
+        load(tmp_path / "old.json")
 
 
 def test_no_such_recipe():

@@ -1,5 +1,6 @@
 """Files that versions before 0.1 wrote still load; tests/data/before_0.1 says who wrote them."""
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -49,8 +50,10 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path):
         assert_within(row["loss"], loss, APART[FP32])
     for name in ("settings.json", "run.json"):
         assert (out / name).read_text() == (BEFORE / "run" / name).read_text()
-    shown = (BEFORE / "run" / "log.csv").read_text().splitlines()
-    assert (out / "log.csv").read_text().splitlines()[:2] == shown
+    before, after = (list(csv.DictReader(open(f / "log.csv"))) for f in (BEFORE / "run", out))
+    assert len(before) == 1 and len(after) == 3
+    assert {key: after[0][key] for key in before[0]} == before[0]
+    assert after[0]["val_loss"] == "" != after[1]["val_loss"]  # which came later
 
 
 def test_a_store_is_verified_and_taught_from(tmp_path):

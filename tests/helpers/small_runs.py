@@ -1,4 +1,7 @@
-"""Small training runs on made-up images. As a script: a run that is killed again and again."""
+"""Small training runs on made-up images. As a script: a run that is killed again and again:
+
+python small_runs.py DATA OUT KILLS SEED [MODE]
+"""
 
 import os
 import random
@@ -117,6 +120,22 @@ def same(a, b) -> bool:
 
 
 KILLED = {"recipe_of": {"epochs": 20}, "save_every": 1}  # longer than the kills leave time for
+MODES = {  # of training: options of `run`
+    "whole model": {},
+    "freeze": {"recipe_of": {"freeze": 1, "balance": "sampler"}, "best": "balanced"},
+    "best": {"recipe_of": {"balance": "loss"}, "best": "loss", "patience": 50},
+    "lora": {"lora": 2, "best": "top1"},
+}
+
+
+def both(options, more):
+    """Options of `run`, those for the recipe together."""
+    chosen = {"recipe_of": options.get("recipe_of", {}) | more.get("recipe_of", {})}
+    return options | more | chosen
+
+
+def killed(mode="whole model"):
+    return both(KILLED, MODES[mode])
 
 
 def ended(child):
@@ -127,17 +146,19 @@ def written(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def kill_again_and_again(data, out, kills, seed):
+def kill_again_and_again(data, out, kills, seed, mode="whole model"):
     """Start the run, kill it a random time after it has saved something new, as often as asked;
     then let it finish. Prints each exit code and how far the checkpoint was."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
     path = Path(out, "checkpoint.pt")
+    if mode == "lora":
+        import peft  # noqa: F401
     for kill in (*[True] * kills, False):
         child = os.fork()  # spares the seconds of importing
         if child == 0:
             try:
-                run(data, out, **KILLED)
+                run(data, out, **killed(mode))
                 os._exit(0)
             except BaseException as error:
                 print(repr(error), flush=True)
@@ -154,4 +175,4 @@ def kill_again_and_again(data, out, kills, seed):
 
 
 if __name__ == "__main__":
-    kill_again_and_again(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    kill_again_and_again(*sys.argv[1:3], *map(int, sys.argv[3:5]), *sys.argv[5:])
