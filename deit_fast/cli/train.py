@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
             notes.print(f"stopped, saved at {stopped}; the same command goes on", soft_wrap=True)
             return 128 + stopped.number
     if is_main:
-        print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")
+        speed = f"{result['images_per_s']:,.0f} images/s in training"
+        print(f"{args.out}: {_chosen(result)}{_scores(result)}, {speed}")
         if result["unreadable"]:
             print(f"unreadable images: {result['unreadable']}, in {args.out / 'unreadable.csv'}")
     return 0
@@ -88,6 +89,14 @@ class _Progress(_training.Display):
             )
         else:
             self.say(event["text"])
+
+
+def _chosen(result: dict) -> str:
+    """Which epoch the result is of, where it was chosen."""
+    if "best" not in result:
+        return ""
+    early = ", stopped early" if result["stopped_early"] else ""
+    return f"epoch {result['epoch']} of {result['epochs']}{early}, best {result['best']}: "
 
 
 def _scores(scores: dict) -> str:

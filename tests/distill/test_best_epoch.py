@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from small_runs import RECIPE, Stop, run, same, settings, start
+from small_runs import RECIPE, Stop, options_of, run, same, settings, start
 from tiers import slow
 
 import deit_fast
+from deit_fast.cli import main
 from deit_fast.distill import best_epoch, checkpoints
 from deit_fast.distill.recipe import load
 from deit_fast.distill.run import Run
@@ -187,3 +188,13 @@ def test_evaluated_now_and_then(data, tmp_path, monkeypatch):
     result = train(settings(data, best="loss", patience=3), chosen, tmp_path, eval_every=2)
     assert (result["epoch"], result["epochs"], result["stopped_early"]) == (2, 6, True)
     assert torch.load(tmp_path / "best-2.pt").keys() == {"model", "ema", "format"}
+
+
+def test_the_command_says_which_epoch(data, tmp_path, monkeypatch, capsys):
+    spoilt(monkeypatch, 1)
+    command = ["train", str(data), "--out", str(tmp_path), "--workers", "0"]
+    command += options_of(epochs=5, patience=2, best="loss", model="deit_tiny_distilled")
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path}: epoch 1 of 3, stopped early, best loss: top-1 cla")
+    assert "stops early: no epoch after 1 has a better loss" in printed.err

@@ -5,7 +5,7 @@ import timm
 import torch
 from checking import assert_gradients_close
 from modelling import images, tiny_pair
-from small_runs import MODEL_ARGS, RECIPE, run, same, settings
+from small_runs import MODEL_ARGS, RECIPE, run, same, settings, start
 from tiers import slow
 
 from deit_fast.distill.freezing import freeze, frozen_modules, head_names
@@ -149,3 +149,15 @@ def test_another_freeze_is_another_run(data, tmp_path):
     assert state["identity"]["recipe"]["freeze"] == 1
     again = run(data, tmp_path, recipe_of={"freeze": 1, "epochs": 1})
     assert same(again, state)
+
+
+@pytest.mark.slow
+def test_frozen_blocks_learn_nothing_from_a_store(data, whole, tmp_path):
+    _, _, model = build_student(settings(data), load("deit", **RECIPE))
+    begun = model.state_dict()
+    options = {"freeze": 1, "epochs": 2, "repeated_aug": 1}
+    start(data, tmp_path / "out", 1, 2, store=str(whole), recipe_of=options)
+    state = run(data, tmp_path / "out", save_every=1, store=str(whole), recipe_of=options)
+    assert same(state, run(data, tmp_path / "whole", store=str(whole), recipe_of=options))
+    moved = {name for name in begun if not torch.equal(begun[name], state["model"][name])}
+    assert moved == {name for name in begun if name.startswith(("blocks.1", "norm", "head"))}
