@@ -79,20 +79,22 @@ def test_a_model_whose_layers_are_unknown(monkeypatch):
     assert trained(model) == {"fc.weight", "fc.bias"}
 
 
-def test_backward_ends_at_what_is_frozen():
+@pytest.mark.parametrize("backend", ["torch", slow("triton")])
+def test_backward_ends_at_what_is_frozen(backend, device):
     """What the last frozen block gives needs no gradient, so autograd records nothing before it;
     what is trained gets timm's gradients, with the frozen part in eval mode, as it is trained."""
-    reference, fast = tiny_pair("torch", depth=3, drop_path_rate=0.5, pos_drop_rate=0.5)
+    small = {"depth": 3, "num_heads": 1, "img_size": 48}
+    reference, fast = tiny_pair(backend, drop_path_rate=0.5, pos_drop_rate=0.5, **small)
     given = []
     for model in (reference, fast):
-        model.train()
+        model.to(device).train()
         freeze(model, 2)
         for module in frozen_modules(model):
             module.eval()
         modes = [model.pos_drop.training, *(block.training for block in model.blocks)]
         assert modes == [False, False, False, True]
         model.blocks[1].register_forward_hook(lambda block, x, y: given.append(y.requires_grad))
-    x = images(reference)
+    x = images(reference).to(device)
     found = []
     for model in (reference, fast):
         torch.manual_seed(0)  # of stochastic depth
@@ -123,8 +125,8 @@ def test_nothing_frozen_changes(blocks, data, tmp_path):
 def test_frozen_batch_norm_keeps_its_statistics(data, tmp_path):
     net = {"model": "test_resnet", "img_size": 32}
     small = {"drop": 0.0, "epochs": 1, "warmup_epochs": 0}
-    begun = run(data, tmp_path / "begun", recipe_of=small | {"freeze": -1}, **net)["model"]
-    state = run(data, tmp_path / "out", recipe_of=small | {"freeze": 2}, **net)["model"]
+    begun = build_student(settings(data, **net), load("deit", **RECIPE | small))[2].state_dict()
+    state = run(data, tmp_path, recipe_of=small | {"freeze": 2}, **net)["model"]
     moved = {name for name in state if not torch.equal(state[name], begun[name])}
     assert {name.split(".")[0] for name in moved} == {"layer3", "layer4", "fc"}
     assert any(name.endswith("running_mean") for name in moved)
