@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import timm.data
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import images
+from . import calibration, images
 from .engine import InferenceEngine, data_config
 
 _T = TypeVar("_T")
@@ -26,31 +26,51 @@ class Predictor:
     """`predictor(uint8 (n, H, W, C)) -> {column: numpy array of n rows}`.
 
     Columns are "classes" (n, topk) int64 and "scores" (n, topk) fp32 probabilities, best first; or
-    with `embed` "embedding" (n, D) fp32, the input of the heads (timm's pre_logits).
+    with `embed` "embedding" (n, D) fp32, the input of the heads (timm's pre_logits). The
+    probabilities of a calibrated model are those at its temperature (`deit_fast.calibration`).
+
+    With `threshold` or `unknown` a class that is not predicted is -1 in "classes", and "unknown"
+    (n,) bool says of which pictures there is no prediction left.
 
     Args:
         model: In eval mode, on the device that is to compute.
         batch_size: Images in one forward pass.
         topk: Classes per image; fewer if the model has fewer.
         embed: Compute features instead of classes.
+        threshold: Classes of at least this probability alone are predicted, from 0 to 1.
+        unknown: Nothing is predicted for pictures that are unknown by the model's calibration.
 
     Attributes:
         decoder: Decodes images for this model.
         engine: The `InferenceEngine`.
+        calibration: The model's, or None.
 
     Raises:
-        ValueError: For topk below 1, and for a model without classes unless `embed`. And what
+        ValueError: For topk below 1, for a model without classes unless `embed`, for a threshold
+            that is no probability, and for `unknown` with a model that was not calibrated. And what
             `InferenceEngine` raises.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, topk: int = 5, embed: bool = False):
+    def __init__(
+        self, model: nn.Module, batch_size: int, topk: int = 5, embed: bool = False,
+        threshold: float | None = None, unknown: bool = False,
+    ):  # fmt: skip
         if topk < 1:
             raise ValueError(f"topk: {topk}, expected 1 or more")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: {threshold}, expected 0 to 1, a probability")
+        self.calibration = calibration.of(model)
+        if unknown and (self.calibration is None or self.calibration.unknown is None):
+            raise ValueError(
+                "unknown: the model has no calibrated threshold, expected a folder that "
+                "deit-fast finetune or deit-fast eval --calibrate wrote it into"
+            )
+        self.threshold, self.unknown = threshold, unknown
         classes: Any = model.num_classes  # timm's
         self.embed, self.topk = embed, min(topk, classes) or topk
         if not embed and not classes:
             raise ValueError("model: has no classes, expected embed=True")
-        self.sums_to_two = getattr(model, "heads", None) == "joint_softmax"
+        self.heads = getattr(model, "heads", None)
         self.decoder = images.Decoder(data_config(model))
         self.engine = InferenceEngine(
             model, batch_size, output="features" if embed else "logits", prepare=("uint8",)
@@ -68,9 +88,29 @@ class Predictor:
         output = self.engine(torch.from_numpy(pixels)).float()
         if self.embed:
             return {"embedding": output.cpu().numpy()}
-        probabilities = output / 2 if self.sums_to_two else output.softmax(-1)
-        scores, classes = probabilities.topk(self.topk)
-        return {"classes": classes.cpu().numpy(), "scores": scores.cpu().numpy()}
+        scores, classes = self._probabilities(output).topk(self.topk)
+        columns = {"classes": classes, "scores": scores}
+        if self.threshold is not None or self.unknown:
+            wanted = torch.ones_like(classes, dtype=torch.bool)
+            if self.threshold is not None:
+                wanted = scores >= self.threshold
+            if self.unknown:
+                wanted &= self._is_known(output)[:, None]
+            columns["classes"] = classes.where(wanted, -1)
+            columns["unknown"] = ~wanted[:, 0]
+        return {name: column.cpu().numpy() for name, column in columns.items()}
+
+    def _probabilities(self, output: Tensor) -> Tensor:
+        if self.calibration is not None:
+            logits = calibration.logits_of(output, self.heads)
+            return (logits / self.calibration.temperature).softmax(-1)
+        return output / 2 if self.heads == "joint_softmax" else output.softmax(-1)
+
+    def _is_known(self, output: Tensor) -> Tensor:
+        assert self.calibration is not None and self.calibration.unknown is not None
+        how = self.calibration.unknown
+        found = calibration.scores(calibration.logits_of(output, self.heads), how.score)
+        return found >= how.threshold
 
 
 def label_names(model: nn.Module) -> list[str]:

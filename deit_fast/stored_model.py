@@ -5,6 +5,7 @@ a model of transformers. Both build on this module.
 """
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import timm
@@ -12,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from . import calibration
 from .checkpoint import load_state
 from .heads import set_heads
 from .quantization import convert_for_loading
@@ -30,6 +32,7 @@ class StoredModel(NamedTuple):
         heads: See `deit_fast.set_heads`.
         eps: Of every LayerNorm, or by module name; None: the architecture's.
         quantized: None, or {"format": ..., "layers": [name, ...], "attention": bool}.
+        calibration: None, or that of the logits with these heads at this image size.
     """
 
     pretrained_cfg: dict
@@ -38,6 +41,7 @@ class StoredModel(NamedTuple):
     heads: str = "joint"
     eps: float | dict[str, float] | None = None
     quantized: dict | None = None
+    calibration: calibration.Calibration | None = None
 
 
 def build(
@@ -106,6 +110,18 @@ def build(
             norms[name].eps = value
     accelerate(model, backend, strict=strict)
     set_heads(model, heads or stored.heads)
+    if stored.calibration is not None and "num_classes" not in kwargs:
+        changed = [heads] if heads not in (None, stored.heads) else []
+        if kwargs.get("img_size"):
+            changed.append(f"img_size {kwargs['img_size']}")
+        if changed:
+            warnings.warn(
+                f"{source}: its calibration is left out, for it does not hold with "
+                f"{' and '.join(changed)}",
+                stacklevel=3,
+            )
+        else:
+            calibration.attach(model, stored.calibration)
     return model
 
 

@@ -20,6 +20,10 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is None and not args.out:
         args.workers = 0
     device, dtype, batch, workers = _data.setting(args)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold: {args.threshold}, expected 0 to 1, a probability")
+    if args.embed and (args.threshold is not None or args.unknown):
+        raise ValueError("--embed: features have no classes, expected no --threshold or --unknown")
     if args.embed and not args.out:
         raise ValueError("--embed: expected --out FILE for the features")
     if args.json and args.out:
@@ -29,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if next(images.find(args.images), None) is None:
         raise ValueError(f"no images found in {', '.join(args.images)}")
     model = _models.load(args).to(device, _models.DTYPES[dtype])
-    predictor = batch_inference.Predictor(model, batch, args.topk, args.embed)
+    predictor = batch_inference.Predictor(
+        model, batch, args.topk, args.embed, args.threshold, args.unknown
+    )
     if not args.out:
         return _print(predictor, args, workers)
     return _write(predictor, args, workers, dtype)
@@ -57,6 +63,8 @@ def _show(entry: dict) -> None:
         print(f"{entry['image']}: {entry['error']}", file=sys.stderr)  # which escapes odd bytes
         return
     print(entry["image"].encode(errors="backslashreplace").decode())
+    if entry.get("unknown"):
+        print("           unknown")
     for p in entry["predictions"]:
         print(f"  {p['score']:7.2%}  {p['label']}")
 
@@ -75,6 +83,9 @@ def _write(
         "heads": getattr(model, "heads", None),
         "embed": args.embed,
         "topk": predictor.topk,
+        "threshold": predictor.threshold,
+        "unknown": predictor.unknown or None,  # as in a job of a version without it
+        "calibration": predictor.calibration and predictor.calibration.as_dict(),
         "image_size": list(predictor.engine.image_shape),
     }
     labels = None if args.embed else batch_inference.label_names(model)

@@ -14,8 +14,9 @@ def entries(batch: Batch, labels: Sequence[str] | None) -> Iterator[dict[str, An
         labels: The names of the classes; needed unless the batch holds embeddings.
 
     Yields:
-        For each image {"image", "predictions": [{"class", "label", "score"}, ...]}, best first;
-        for an unreadable one {"image", "error"}; {"image"} if the batch holds embeddings.
+        For each image {"image", "predictions": [{"class", "label", "score"}, ...]}, best first,
+        and "unknown" where that was asked of the predictor: true, if no prediction is left; for an
+        unreadable one {"image", "error"}; {"image"} if the batch holds embeddings.
     """
     row = 0
     names: Any = labels  # None only with embeddings, which have no classes
@@ -27,7 +28,11 @@ def entries(batch: Batch, labels: Sequence[str] | None) -> Iterator[dict[str, An
         if "classes" in batch.columns:
             found = zip(batch.columns["classes"][row], batch.columns["scores"][row], strict=True)
             entry["predictions"] = [
-                {"class": int(i), "label": names[i], "score": round(float(s), 6)} for i, s in found
+                {"class": int(i), "label": names[i], "score": round(float(s), 6)}
+                for i, s in found
+                if i >= 0
             ]
+        if "unknown" in batch.columns:
+            entry["unknown"] = bool(batch.columns["unknown"][row])
         row += 1
         yield entry

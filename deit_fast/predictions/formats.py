@@ -26,6 +26,7 @@ class Saved(NamedTuple):
         topk: Classes per image.
         width: Features per embedding; 0 if no image is readable.
         readable: How many images are readable.
+        unknown: Whether rows say of images that they are unknown.
     """
 
     out: Path
@@ -34,6 +35,7 @@ class Saved(NamedTuple):
     topk: int
     width: int
     readable: int
+    unknown: bool = False
 
     def chunks(self) -> Iterator[list[dict]]:
         """Yield the rows, some thousands at a time."""
@@ -95,11 +97,13 @@ def _csv(saved: Saved) -> dict[Path, Path]:
         writer = csv.writer(file)
         ranks = range(1, saved.topk + 1)
         names = [f"{what}_{rank}" for rank in ranks for what in ("class", "label", "score")]
-        writer.writerow(["image", "error", *names])
+        more = ["unknown"] * saved.unknown
+        writer.writerow(["image", "error", *names, *more])
         for rows in saved.chunks():
             for row in rows:
                 cells = [v for p in row.get("predictions", ()) for v in p.values()]
-                cells = cells or [""] * len(names)
+                cells += [""] * (len(names) - len(cells))
+                cells += [str(row.get(name, "")).lower() for name in more]
                 writer.writerow([row["image"], row.get("error", ""), *cells])
     return {saved.out: made}
 
@@ -140,7 +144,7 @@ def _parquet(saved: Saved) -> dict[Path, Path]:
                 width = max(saved.width, 1)
                 count = sum("error" not in row for row in rows)
                 embedding = np.fromfile(features, "<f4", count * width).reshape(-1, width)
-            part = arrow_table(rows, embedding)
+            part = arrow_table(rows, embedding, saved.unknown)
             writer = writer or parquet.ParquetWriter(made, part.schema)
             writer.write_table(part)
         writer.close()
@@ -152,16 +156,19 @@ _CONVERT: dict[str, Callable[[Saved], dict[Path, Path]]] = {
 }  # fmt: skip
 
 
-def arrow_table(rows: Sequence[dict], embedding: np.ndarray | None = None) -> Any:
+def arrow_table(
+    rows: Sequence[dict], embedding: np.ndarray | None = None, unknown: bool = False
+) -> Any:
     """Convert predictions to a pyarrow.Table.
 
     Args:
         rows: What `entries` yielded.
         embedding: None, or (n, D) fp32: a row for each readable image.
+        unknown: Whether rows say of images that they are unknown.
 
     Returns:
-        A pyarrow.Table of image, error, and classes, labels, scores, each a list, best first; or of
-        image, error, embedding.
+        A pyarrow.Table of image, error, and classes, labels, scores, each a list, best first, and
+        unknown where asked; or of image, error, embedding.
 
     Raises:
         ValueError: If pyarrow is not installed.
@@ -183,6 +190,8 @@ def arrow_table(rows: Sequence[dict], embedding: np.ndarray | None = None) -> An
     ):  # fmt: skip
         lists = [[p[key] for p in r["predictions"]] if "predictions" in r else None for r in rows]
         columns[name] = pa.array(lists, pa.list_(kind))
+    if unknown:
+        columns["unknown"] = pa.array([r.get("unknown") for r in rows], pa.bool_())
     return pa.table(columns)
 
 

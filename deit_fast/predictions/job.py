@@ -46,7 +46,8 @@ class Job:
 
     Args:
         out: Its path, whose suffix says the format.
-        description: What identifies the job: an interrupted one is resumed only with the same.
+        description: What identifies the job: an interrupted one is resumed only with the same. Of
+            it "topk", "threshold" and "unknown" say which columns the result has.
         labels: The names of the classes; None with `embed`.
         embed: Write embeddings instead of classes.
         overwrite: Replace an existing result, at the end.
@@ -299,10 +300,12 @@ class Job:
         with self._errors("write"):
             for file in self._files.values():
                 file.close()
+            asked = self.state["description"]
+            unknown = asked.get("threshold") is not None or bool(asked.get("unknown"))
             made = convert(
                 Saved(
-                    self.out, self.folder, self.embed, self.state["description"].get("topk", 1),
-                    self.state["width"], self.state["done"] - self.state["failed"],
+                    self.out, self.folder, self.embed, asked.get("topk", 1),
+                    self.state["width"], self.state["done"] - self.state["failed"], unknown,
                 )
             )  # fmt: skip
             for path, temporary in made.items():

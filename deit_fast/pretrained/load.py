@@ -11,6 +11,7 @@ from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
+from deit_fast import calibration
 from deit_fast.checkpoint import read_checkpoint
 from deit_fast.integrations import huggingface
 from deit_fast.stored_model import CONFIG, WEIGHTS, StoredModel, build, first_line
@@ -47,7 +48,9 @@ def from_pretrained(
 
     Returns:
         The model, fp32 on the CPU, in train() mode, as timm builds it. Mean, std, crop and label
-        names are in its `pretrained_cfg`, where `timm.data.resolve_model_data_config` looks.
+        names are in its `pretrained_cfg`, where `timm.data.resolve_model_data_config` looks, and so
+        is its calibration (see `deit_fast.calibration`), unless `heads`, `img_size` or
+        `num_classes` ask for another model than the one it was found for.
 
     Raises:
         FileNotFoundError: For a folder, hub model or file that does not exist or cannot be fetched.
@@ -104,4 +107,10 @@ def _read_timm(path: Path, config: dict, weights: Path) -> StoredModel:
             raise ValueError(f"model_args has {', '.join(wrong)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is not as timm writes it ({first_line(error)})") from error
-    return StoredModel(cfg, args, read_checkpoint(weights), heads or "joint", eps, quantized)
+    try:
+        stored = config.get(calibration.KEY)
+        calibrated = None if stored is None else calibration.read(stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    state = read_checkpoint(weights)
+    return StoredModel(cfg, args, state, heads or "joint", eps, quantized, calibrated)

@@ -11,6 +11,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from deit_fast import calibration
 from deit_fast.layers import VisionTransformerDistilled
 from deit_fast.quantization import has_fp8_attention, quantized_layers
 from deit_fast.stored_model import CONFIG, WEIGHTS, layer_norms
@@ -27,7 +28,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args: Any) -> 
     `timm.create_model("local-dir:FOLDER", pretrained=True)`. Architecture, classes, channels and
     image size are read off the model, for a VisionTransformer all arguments. `heads` of a distilled
     model and LayerNorm's eps, where they are not the architecture's, go under a key of our own,
-    which timm ignores. Dropout rates are not stored.
+    which timm ignores, and so does a calibration (see `deit_fast.calibration`). Dropout rates are
+    not stored.
 
     Args:
         model: A model of timm, accelerated or not, on any device, in any dtype. The file keeps the
@@ -54,6 +56,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args: Any) -> 
             "format": next(iter(quantized.values())), "layers": list(quantized),
             "attention": has_fp8_attention(model),
         }  # fmt: skip
+    calibrated = calibration.of(model)
     # safetensors takes only contiguous tensors that share no memory
     state = {
         k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -68,6 +71,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **model_args: Any) -> 
         except safetensors.SafetensorError as error:  # what it raises for a full disk
             raise OSError(f"{folder}: {WEIGHTS} cannot be written ({error})") from error
         extra = {OWN_KEY: own} if own else {}
+        if calibrated is not None:
+            extra[calibration.KEY] = calibrated.as_dict()
         save_config_for_hf(rebuilt, Path(new, CONFIG), model_config=extra, model_args=args)
         # safetensors makes its file readable for the owner alone
         shutil.copymode(Path(new, CONFIG), Path(new, WEIGHTS))

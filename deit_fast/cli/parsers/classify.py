@@ -10,6 +10,7 @@ Exit code: 0; 1 if some file could not be read (with --out that is no failure: 0
 Examples:
   deit-fast classify cat.jpg dog.png
   deit-fast classify photos/ --out classes.csv
+  deit-fast classify photos/ --model runs/photos/model --unknown
 """
 
 from deit_fast._argparse import Parser
@@ -25,6 +26,14 @@ def add_arguments(parser: Parser) -> None:
         help=f"{_options.NAME} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="(default: %(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P",
+        help="only classes of at least this probability, else 'unknown'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unknown", action="store_true",
+        help="'unknown' for images below the threshold that MODEL was calibrated with",
+    )
     parser.add_argument("--json", action="store_true", help="a JSON list instead of lines")
     parser.add_argument(
         "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
