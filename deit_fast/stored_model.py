@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import calibration
+from .calibration import Calibration, attach
 from .checkpoint import load_state
 from .heads import set_heads
 from .quantization import convert_for_loading
@@ -41,7 +41,7 @@ class StoredModel(NamedTuple):
     heads: str = "joint"
     eps: float | dict[str, float] | None = None
     quantized: dict | None = None
-    calibration: calibration.Calibration | None = None
+    calibration: Calibration | None = None
 
 
 def build(
@@ -121,7 +121,7 @@ def build(
                 stacklevel=3,
             )
         else:
-            calibration.attach(model, stored.calibration)
+            attach(model, stored.calibration)
     return model
 
 

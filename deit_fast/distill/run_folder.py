@@ -16,6 +16,7 @@ from . import checkpoints
 CHECKPOINT, SETTINGS, LOG = "checkpoint.pt", "settings.json", "log.csv"
 RUN, RESULT, UNREADABLE = "run.json", "result.json", "unreadable.csv"
 MODEL, EMA_MODEL, TENSORBOARD = "model", "model-ema", "tensorboard"
+REPORT = "report"  # what deit_fast.finetune.finish writes
 PATIENCE = 10  # seconds
 
 
@@ -85,7 +86,7 @@ def empty(out: Path) -> None:
     """Delete what a run wrote, and nothing else."""
     for name in (CHECKPOINT, SETTINGS, LOG, RUN, RESULT, UNREADABLE):
         (out / name).unlink(missing_ok=True)
-    for name in (MODEL, EMA_MODEL, TENSORBOARD):
+    for name in (MODEL, EMA_MODEL, TENSORBOARD, REPORT):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
@@ -99,11 +100,12 @@ def flat(row: dict) -> dict[str, float]:
     return flat
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict], header: bool = True) -> None:
     """Write rows whose keys may differ; a name that is no UTF-8 is escaped."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
     content = text.getvalue().encode(errors="backslashreplace")  # names of files may be no UTF-8
     checkpoints.write_atomically(path, lambda file: file.write(content))

@@ -1,0 +1,1 @@
+"""What comes out of fine-tuning: evaluation, calibration, report and model card."""
