@@ -118,8 +118,9 @@ def reliability(bins: Mapping[str, list], title: str) -> str:
     rows = zip(*(bins[k] for k in ("low", "high", "count", "confidence", "accuracy")), strict=True)
     for low, high, count, confidence, accuracy in rows:
         if count:
-            frame.bar("bar", low, high, 0, accuracy)
-            frame.bar("gap", low, high, min(accuracy, confidence), max(accuracy, confidence))
+            frame.bar("bar", low, high, 0, min(accuracy, confidence))
+            kind = "over" if confidence > accuracy else "under"
+            frame.bar(kind, low, high, min(accuracy, confidence), max(accuracy, confidence))
             # how many images it stands for, along the axis
             frame.bar("count", low, high, 0, 0.06 * count / most)
             said.append(f"{confidence:.2f} confident, {accuracy:.2f} correct, {count} images")
@@ -176,6 +177,9 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 def number(value: float) -> str:
     """A number as short as it can be said."""
+    if value and abs(value) < 1e-2:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -139,7 +139,7 @@ def _confusion(report: Mapping, matrix: np.ndarray) -> str:
         cells = "".join(_cell(int(matrix[i, j]), total, bool(i == j)) for j in chosen)
         rows.append(f"<tr><th>{_name(names[i])}</th>{cells}</tr>")
     table = (
-        f'<div class="wide"><table class="confusion"><caption>{said}</caption>'
+        f'<p class="small">{said}</p><div class="wide"><table class="confusion">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
     pairs = [
@@ -212,9 +212,9 @@ def _calibration(report: Mapping, scores: Mapping[str, Sequence[float]]) -> str:
             f"changes no prediction. {report['origin']} "
         )
     said += (
-        "A bar is the accuracy of the images in a bin of confidence; where it meets the diagonal, "
-        "the probability is right. Orange is the difference. The dark foot of a bar shows how "
-        "many images it stands for."
+        "Images are sorted into bins by the confidence in their prediction. Orange: the model is "
+        "more confident there than correct; green: less; the nearer a bar to the diagonal, the "
+        "better. The dark foot of a bar shows how many images it stands for."
     )
     rows = [[escape(n), percent(v["ece"], 2), f"{v['nll']:.4f}"] for n, v in lines]
     table = _table("", ("", "expected calibration error", "negative log-likelihood"), rows)
