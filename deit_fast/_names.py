@@ -19,6 +19,7 @@ NANO = "deit_nano_fashion"  # the model whose weights are part of this package
 HEADS = ("joint", "joint_softmax", "class", "distill")  # kernels.classifier's FUSIONS
 DISTILLATIONS = ("none", "soft", "hard")  # kernels.distillation_loss's
 QUANTIZED_FORMATS = ("fp8", "int8")  # kernels.quantize's
+UNKNOWN_SCORES = ("max_logit", "energy")  # calibration's
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short: torch's
 AMP = ("none", "bf16", "fp16")

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._names import UNKNOWN_SCORES as SCORES
+
 KEY = "calibration"  # of config.json and of pretrained_cfg
-SCORES = ("max_logit", "energy")
 
 
 @dataclass(frozen=True)

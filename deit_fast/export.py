@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import calibration
 from ._names import EXPORT_BACKENDS as BACKENDS
 from ._names import EXPORT_FORMATS as FORMATS
 from .layers._base import Fast
@@ -86,6 +88,10 @@ def export(
       "onnx"          .onnx, one file of standard operators, from a float32 or float16 model. Needs
                       `pip install 'deit_fast[export]'`.
 
+    With the logits come the names of the classes and the calibration, where the model has them, as
+    JSON: extra files "label_names" and "calibration" of torch.export.load, metadata of AOTInductor's
+    packages and of ONNX.
+
     An earlier file at `path` is replaced only once the new one has passed.
 
     Args:
@@ -134,7 +140,7 @@ def export(
             # an example of 1 would make the batch a constant
             program = _trace(copied, images(batch or 2), dynamic=batch is None)
             # by way of memory: on a full disk PyTorch's own writer ends the process
-            written.write_bytes(_WRITERS[format](program))
+            written.write_bytes(_WRITERS[format](program, metadata(model)))
         with _one_line(f"{format}: the file was written and can't be run"):
             run = _READERS[format](written)
             found = {b: _relative_error(run(images(b)), model(images(b))) for b in _sizes(batch)}
@@ -230,23 +236,45 @@ def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.Exp
     return program
 
 
-def _write_torch_export(program: torch.export.ExportedProgram) -> memoryview:
-    torch.export.save(program, file := io.BytesIO())
+def metadata(model: nn.Module) -> dict[str, str]:
+    """What a file says about its logits: "label_names" and "calibration", each as JSON.
+
+    Args:
+        model: A model; what it does not know is left out.
+    """
+    cfg: dict = getattr(model, "pretrained_cfg", None) or {}
+    names, calibrated = cfg.get("label_names"), calibration.of(model)
+    found = {"label_names": json.dumps(list(names))} if names else {}
+    if calibrated is not None:
+        found[calibration.KEY] = json.dumps(calibrated.as_dict())
+    return found
+
+
+def _write_torch_export(
+    program: torch.export.ExportedProgram, metadata: dict[str, str]
+) -> memoryview:
+    torch.export.save(program, file := io.BytesIO(), extra_files=dict(metadata))
     return file.getbuffer()
 
 
-def _write_aoti(program: torch.export.ExportedProgram) -> memoryview:
-    torch._inductor.aoti_compile_and_package(program, package_path=(file := io.BytesIO()))
+def _write_aoti(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> memoryview:
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=(file := io.BytesIO()),
+        inductor_configs={"aot_inductor.metadata": dict(metadata)},
+    )  # fmt: skip
     return file.getbuffer()
 
 
-def _write_onnx(program: torch.export.ExportedProgram) -> bytes:
+def _write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
     exported: Any = torch.onnx.export(
         program, (), dynamo=True, verbose=False,
         input_names=["images"], output_names=["logits"],
         dynamic_shapes=({0: "batch"},) if program.range_constraints else None,  # the name alone
     )  # fmt: skip
-    return exported.model_proto.SerializeToString()
+    proto = exported.model_proto
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
@@ -256,7 +284,8 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
 
 
-_WRITERS: dict[str, Callable[[torch.export.ExportedProgram], bytes | memoryview]] = {
+_Writer = Callable[[torch.export.ExportedProgram, dict[str, str]], bytes | memoryview]
+_WRITERS: dict[str, _Writer] = {
     "torch-export": _write_torch_export,
     "aoti": _write_aoti,
     "onnx": _write_onnx,
