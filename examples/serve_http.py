@@ -1,9 +1,11 @@
 """Serve a model over HTTP, with dynamic batching over the engine.
 
     python examples/serve_http.py --model deit_small_distilled --port 8000
+    python examples/serve_http.py --model runs/photos/model --unknown
     curl --data-binary @cat.jpg 'http://localhost:8000/classify?topk=3'
 
-POST /classify   an image file as the body -> {"predictions": [{"class", "label", "score"}, ...]}
+POST /classify   an image file as the body -> {"predictions": [{"class", "label", "score"}, ...]},
+                 and with --threshold or --unknown "unknown": true where no prediction is left
 GET  /health     {"status": "ok", ...} with counts of requests, batches and refusals
 
 400 for a body that is no image, 413 for one that is too large, 422 for a wrong topk, 503 when
@@ -75,8 +77,9 @@ class Batcher:
 
 
 def create_app(
-    model, max_batch=32, max_bytes=10_000_000, max_pixels=50_000_000, max_queue=1024
-) -> FastAPI:
+    model, max_batch=32, max_bytes=10_000_000, max_pixels=50_000_000, max_queue=1024,
+    threshold=None, unknown=False,
+) -> FastAPI:  # fmt: skip
     """Build the application.
 
     Args:
@@ -85,11 +88,15 @@ def create_app(
         max_bytes: Of a request's body.
         max_pixels: Of an image.
         max_queue: Requests served at the same time.
+        threshold: Classes of at least this probability alone are predicted.
+        unknown: Nothing is predicted for images that are unknown by the model's calibration.
 
     Returns:
         The FastAPI application.
     """
-    predictor = batch_inference.Predictor(model, max_batch, topk=TOPK)
+    predictor = batch_inference.Predictor(
+        model, max_batch, topk=TOPK, threshold=threshold, unknown=unknown
+    )
     labels = batch_inference.label_names(model)
     Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images with twice as many
     decoders = ThreadPoolExecutor(os.cpu_count())
@@ -117,7 +124,8 @@ def create_app(
             body = await read(request, max_bytes)
             loop = asyncio.get_running_loop()
             pixels = await loop.run_in_executor(decoders, predictor.decoder, io.BytesIO(body))
-            return {"predictions": (await batcher(pixels))[:topk]}
+            entry = await batcher(pixels)
+            return entry | {"predictions": entry["predictions"][:topk]}
         except images.Unreadable as error:
             counts["refused"] += 1
             raise HTTPException(400, f"body: {error}") from error
@@ -154,16 +162,21 @@ async def read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def classify(predictor, labels, pixels: list[np.ndarray]) -> list[list[dict]]:
-    """Return the best classes of each image."""
+def classify(predictor, labels, pixels: list[np.ndarray]) -> list[dict]:
+    """Return the best classes of each image, and whether it is unknown where that was asked."""
     columns = predictor(np.stack(pixels))
     batch = batch_inference.Batch([""] * len(pixels), [None] * len(pixels), columns)
-    return [entry["predictions"] for entry in predictions.entries(batch, labels)]
+    return [
+        {key: value for key, value in entry.items() if key != "image"}
+        for entry in predictions.entries(batch, labels)
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="deit_small_distilled")
+    parser.add_argument(
+        "--model", default="deit_small_distilled", help="a name, or a folder of weights"
+    )
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--batch", type=int, default=32, help="largest batch (default: %(default)s)"
@@ -172,14 +185,22 @@ def main():
         "--queue", type=int, default=1024, help="requests at once (default: %(default)s)"
     )
     parser.add_argument("--max-bytes", type=int, default=10_000_000, help="(default: %(default)s)")
+    parser.add_argument("--threshold", type=float, help="only classes of at least this probability")
+    parser.add_argument("--unknown", action="store_true", help="by the folder's calibration")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.half) if torch.cuda.is_available() else ("cpu", torch.float)
-    model = deit_fast.create_model(args.model, pretrained=args.pretrained).to(device, dtype).eval()
-    app = create_app(model, args.batch, args.max_bytes, max_queue=args.queue)
+    if os.path.isdir(args.model):
+        model = deit_fast.from_pretrained(args.model)
+    else:
+        model = deit_fast.create_model(args.model, pretrained=args.pretrained)
+    app = create_app(
+        model.to(device, dtype).eval(), args.batch, args.max_bytes, max_queue=args.queue,
+        threshold=args.threshold, unknown=args.unknown,
+    )  # fmt: skip
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 

@@ -129,7 +129,7 @@ def _notes(found: Evaluation, matrix: np.ndarray, calibration: Calibration | Non
     """What limits the figures."""
     notes = []
     if found.skipped:
-        notes.append(f"{len(found.skipped):,} images could not be read and are left out.")
+        notes.append(f"Images that could not be read and are left out: {len(found.skipped):,}.")
     if len(found.labels) < FEW:
         notes.append(
             f"Only {len(found.labels)} images: the figures are rough, those of single classes more "
@@ -137,8 +137,8 @@ def _notes(found: Evaluation, matrix: np.ndarray, calibration: Calibration | Non
         )
     if missing := [found.classes[i] for i in np.flatnonzero(matrix.sum(1) == 0)]:
         notes.append(
-            f"No image of {len(missing):,} classes ({report_page.said(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}): nothing is known of them here."
+            f"Classes without an image, of which nothing is known here: {len(missing):,} "
+            f"({report_page.said(missing[:5])}{', ...' if len(missing) > 5 else ''})."
         )
     if calibration is not None and found.correct.all() and calibration.temperature == 1:
         notes.append("Every image is classified correctly: no temperature can be found, it stays 1.")

@@ -16,7 +16,7 @@ from . import charts
 from .thumbnails import Thumbnails
 
 SHOWN_CLASSES = 30  # of the confusion matrix; the file has all
-LISTED_CLASSES = 100
+LISTED_CLASSES = 50
 PAIRS = 12
 LONG = 14  # rows of a table of facts that is folded
 
