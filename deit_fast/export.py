@@ -88,9 +88,9 @@ def export(
       "onnx"          .onnx, one file of standard operators, from a float32 or float16 model. Needs
                       `pip install 'deit_fast[export]'`.
 
-    With the logits come the names of the classes and the calibration, where the model has them, as
-    JSON: extra files "label_names" and "calibration" of torch.export.load, metadata of AOTInductor's
-    packages and of ONNX.
+    The names of the classes and the calibration, where the model has them, are in the file too, as
+    JSON: extra files "label_names" and "calibration" of torch.export.load, metadata of
+    AOTInductor's packages and of ONNX.
 
     An earlier file at `path` is replaced only once the new one has passed.
 

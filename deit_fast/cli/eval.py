@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace, write: Callable[[Any], None]) -> int:
     keeps_logits = args.report is not None or args.calibrate
     predict = evaluation.evaluate if keeps_logits else evaluate.predictions
     with _data.progress(len(images)) as progress:
-        found: evaluate.Predictions = predict(  # type: ignore[operator]
+        found: evaluate.Predictions = predict(
             model, images, batch_size=setting.batch, workers=setting.workers, progress=progress
         )
     accuracy = found.accuracy()

@@ -65,7 +65,9 @@ class _Frame:
         )
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, float]]], what: str, percent=False) -> str:
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], what: str, percent: bool = False
+) -> str:
     """Draw lines over epochs.
 
     Args:

@@ -1,4 +1,6 @@
-"""The report on a model: report.html, and the same as JSON and CSV for programs.
+"""The report on a model: a page for people, and the same as JSON and CSV for programs.
+
+What `write_report` leaves:
 
     report.html        one page that needs nothing beside itself
     report.json        every figure of it
@@ -141,7 +143,7 @@ def _notes(found: Evaluation, matrix: np.ndarray, calibration: Calibration | Non
             f"({report_page.said(missing[:5])}{', ...' if len(missing) > 5 else ''})."
         )
     if calibration is not None and found.correct.all() and calibration.temperature == 1:
-        notes.append("Every image is classified correctly: no temperature can be found, it stays 1.")
+        notes.append("Every image is classified correctly: no temperature fits, it stays 1.")
     if calibration is not None and not (
         calibrations.LEAST < calibration.temperature < calibrations.MOST
     ):

@@ -160,7 +160,9 @@ def _cell(count: int, total: int, hit: bool) -> str:
     return f'<td style="background-color:rgba(var(--{kind}),{strength:.2f})">{count:,}</td>'
 
 
-def _table(caption: str, headings: Iterable[str], rows: Iterable[Iterable[str]], text=1) -> str:
+def _table(
+    caption: str, headings: Iterable[str], rows: Iterable[Iterable[str]], text: int = 1
+) -> str:
     """A table; cells are HTML. The first `text` columns are words."""
 
     def line(cells: Iterable[str], tag: str) -> str:
@@ -260,9 +262,7 @@ def _card(case: Mapping, uris: Mapping[str, str]) -> str:
     hit = case["label"] == case["predicted"]
     second = ""
     if case["second"] is not None:
-        second = (
-            f", then <bdi>{escape(case['second'])}</bdi> {percent(case['second_probability'])}"
-        )
+        second = f", then <bdi>{escape(case['second'])}</bdi> {percent(case['second_probability'])}"
     unknown = "; unknown by the threshold" if case["unknown"] else ""
     return (
         f'<article><div class="row">{shown}</div>'

@@ -7,7 +7,6 @@ from checking import assert_close
 from evaluations import Noise, drawn, evaluation
 from saved_models import tiny
 
-from deit_fast import heads
 from deit_fast.distill.evaluate import batches
 from deit_fast.finetune import evaluation as ours
 from deit_fast.kernels.classifier import FUSIONS

@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--unknown", action="store_true",
         help="'unknown' for images below the threshold that MODEL was calibrated with",
-    )
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="a JSON list instead of lines")
     parser.add_argument(
         "--out", metavar="FILE", help="write .csv, .jsonl or .parquet; with --embed .npy, .parquet"
