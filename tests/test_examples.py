@@ -220,3 +220,34 @@ def test_a_client_that_hangs_up_harms_nobody(server):
             httpx.post(f"{server}/classify", content=body, timeout=0.002)
     response = httpx.post(f"{server}/classify?topk=1", content=body, timeout=60)
     assert response.status_code == 200
+
+
+@pytest.mark.slow
+def test_a_folder_is_served_with_its_calibration(tmp_path):
+    selection.extra("serve", "fastapi", "uvicorn")
+    selection.extra("all", "httpx")
+    import httpx
+    from saved_models import tiny
+
+    from deit_fast import calibration
+
+    spec = importlib.util.spec_from_file_location("serve_http", ROOT / "examples/serve_http.py")
+    serve_http = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve_http)
+
+    async def answer(threshold):
+        model = tiny()
+        known = calibration.Unknown("max_logit", threshold, 1.0)
+        calibration.attach(model, calibration.Calibration(1.5, known))
+        app = serve_http.create_app(model, 4, unknown=True)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+        ):
+            body = PHOTOS[0].read_bytes()
+            return (await http.post("/classify?topk=2", content=body)).json()
+
+    known, unknown = (asyncio.run(answer(threshold)) for threshold in (-1e9, 1e9))
+    assert len(known["predictions"]) == 2 and known["unknown"] is False
+    assert unknown == {"predictions": [], "unknown": True}

@@ -136,3 +136,20 @@ def test_a_folder_that_is_not_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="not writable"):
         job(tmp_path / "a.csv")
+
+
+@pytest.mark.slow
+def test_unknown_images_in_parquet(tmp_path):
+    """Also where a chunk has unreadable images alone."""
+    selection.extra("parquet", "pyarrow")
+    prediction = {"class": 1, "label": "b", "score": 0.5}
+    rows = [
+        {"image": "a", "predictions": [], "unknown": True},
+        {"image": "b", "predictions": [prediction], "unknown": False},
+        {"image": "c", "error": "is broken"},
+    ]
+    table = formats.arrow_table(rows, unknown=True)
+    assert table.column("unknown").to_pylist() == [True, False, None]
+    assert table.column("labels").to_pylist() == [[], ["b"], None]
+    assert formats.arrow_table(rows[2:], unknown=True).schema == table.schema
+    assert "unknown" not in formats.arrow_table(rows[2:]).column_names
