@@ -113,9 +113,19 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """PyTorch's attention; only its math backend has a forward-mode derivative."""
-    with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    """PyTorch's attention; only its math backend has a forward-mode derivative.
+
+    A CPU that records it computes 16-bit operands in fp32, and rounds the result: backward takes a
+    fifth of the time so (torch 2.14, AVX512 with bf16, 51 tokens, heads of 32 features).
+    """
+    if is_transformed():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if q.device.type == "cpu" and q.itemsize == 2 and wants_grad(q, k, v, mask):
+        wide = [None if t is None else t.float() for t in (q, k, v, mask)]
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(*wide, scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def at_least(rows: int, least: int) -> bool:
