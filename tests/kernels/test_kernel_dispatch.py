@@ -6,13 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from checking import NO_CODE, assert_equal
+from checking import NO_CODE, assert_equal, seed
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 from deit_fast import kernels
 from deit_fast.bench.launches import Recorder
-from deit_fast.kernels import cases, linear
+from deit_fast.kernels import _dispatch, cases, linear
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -144,3 +145,28 @@ def test_only_the_sum_of_add_layer_norm_is_used(device):
     assert (dx.dtype, dresidual.dtype) == (FP16, FP32)
     assert_equal(dresidual, upstream)
     assert_equal(dx, upstream.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_that_a_cpu_trains_is_computed_in_fp32(dtype, masked):
+    """So is its gradient, and each is rounded once; without gradients it is PyTorch's own."""
+    seed(0)
+    qkv = [torch.randn(2, 3, 7, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    mask = torch.randn(3, 7, 7, dtype=dtype) if masked else None
+    wide = [t.detach().float().requires_grad_() for t in qkv]
+    expected = F.scaled_dot_product_attention(
+        *wide, attn_mask=None if mask is None else mask.float(), scale=0.3
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _dispatch.sdpa(*qkv, mask, 0.3)
+    assert_equal(got, expected.to(dtype))
+    upstream = torch.randn_like(got)
+    found = torch.autograd.grad(got, qkv, upstream)
+    for one, other in zip(
+        found, torch.autograd.grad(expected, wide, upstream.float()), strict=True
+    ):
+        assert_equal(one, other.to(dtype))
+    with torch.no_grad():
+        plain = F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=0.3)
+        assert_equal(_dispatch.sdpa(*qkv, mask, 0.3), plain)
