@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = "studies/fashion.json"
 # of Fashion-MNIST's images
 IMAGES = ["--img-size", "28", "--mean", "0.286", "--std", "0.353"]
-# as deit_nano_fashion
+# smaller than deit_nano_fashion, whose heads are twice as wide
 DEIT = {"patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 2}
 DEIT_ARGS = [f"{name}={value}" for name, value in DEIT.items()] + ["weight_init=jax"]
 RESNET_ARGS = ["in_chans=1", "channels=[32,64,128,256]", "layers=[2,2,1,1]"]
