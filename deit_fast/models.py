@@ -17,7 +17,7 @@ from .swap import accelerate
 # A distilled model for grey images of 28 x 28 pixels and 10 classes; its weights are part of this
 # package
 _NANO_ARCHITECTURE = NAMES["deit_tiny_distilled"]
-_NANO_FOLDER = Path(__file__).parent / "data" / NANO
+NANO_FOLDER = Path(__file__).parent / "data" / NANO
 _NANO = {
     "img_size": 28, "patch_size": 4, "in_chans": 1, "num_classes": 10,
     "embed_dim": 64, "depth": 4, "num_heads": 2,
@@ -68,7 +68,7 @@ def create_model(
     if checkpoint_key is not None and checkpoint is None:
         raise ValueError(f"checkpoint_key: {checkpoint_key!r}, but no checkpoint")
     if name == NANO and pretrained:
-        return from_pretrained(_NANO_FOLDER, backend=backend, heads=heads, strict=strict, **kwargs)
+        return from_pretrained(NANO_FOLDER, backend=backend, heads=heads, strict=strict, **kwargs)
     is_nano, name = name == NANO, architecture(name)
     if pretrained:
         model = _pretrained(name, kwargs)

@@ -18,12 +18,16 @@ def recipe_of(args: argparse.Namespace, given: dict | None = None) -> recipes.Re
         args: With those options.
         given: Settings where no option says otherwise.
     """
-    options = {
+    return recipes.load(args.recipe, **(given or {}) | given_settings(args))
+
+
+def given_settings(args: argparse.Namespace) -> dict:
+    """The settings of a recipe for which an option was given."""
+    return {
         setting.name: value
         for setting in dataclasses.fields(recipes.Recipe)
         if (value := getattr(args, f"recipe_{setting.name}", None)) is not None
     }
-    return recipes.load(args.recipe, **(given or {}) | options)
 
 
 def workers_of(args: argparse.Namespace) -> int:

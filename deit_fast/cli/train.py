@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deit_fast.distill.interrupt import Interrupted
+from deit_fast.distill.recipe import Recipe
 from deit_fast.distill.store.compatibility import recipe_settings
 from deit_fast.distill.store.reader import Store
 from deit_fast.distill.student import Settings
@@ -21,28 +23,50 @@ def run(args: argparse.Namespace) -> int:
     """Train, and print the result; returns the exit code."""
     given = {} if args.store is None else recipe_settings(Store(args.store))
     recipe = _training.recipe_of(args, given)
+    try:
+        result = trained(args, settings_of(args), recipe, args.out)
+    except Interrupted as stopped:
+        return 128 + stopped.number
+    print_result(args.out, result)
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the command's options describe."""
     named = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(**named | {
+    return Settings(**named | {
         "model_args": _arguments(args.model_args), "amp": args.amp or _training.precision(),
         "distill": args.distill or ("none" if args.teacher is None else "hard"),
         "mean": args.mean and tuple(args.mean), "std": args.std and tuple(args.std),
     })  # fmt: skip
-    is_main, notes = _training.main_console()
+
+
+def trained(args: argparse.Namespace, settings: Settings, recipe: Recipe, out: Path) -> dict:
+    """Train into `out`, with progress on standard error; returns the content of result.json.
+
+    Raises:
+        Interrupted: After a signal, which a line says.
+    """
+    _, notes = _training.main_console()
     with _Progress(notes) as display:
         try:
-            result = train(
-                settings, recipe, args.out, workers=_training.workers_of(args),
+            return train(
+                settings, recipe, out, workers=_training.workers_of(args),
                 save_every=args.save_every, eval_every=args.eval_every, restart=args.restart,
                 tensorboard=args.tensorboard, report=display,
             )  # fmt: skip
         except Interrupted as stopped:
             notes.print(f"stopped, saved at {stopped}; the same command goes on", soft_wrap=True)
-            return 128 + stopped.number
+            raise
+
+
+def print_result(out: Path, result: dict) -> None:
+    """Print a run's result, on rank 0 alone."""
+    is_main, _ = _training.main_console()
     if is_main:
-        print(f"{args.out}: {_scores(result)}, {result['images_per_s']:,.0f} images/s in training")
+        print(f"{out}: {top1(result)}, {result['images_per_s']:,.0f} images/s in training")
         if result["unreadable"]:
-            print(f"unreadable images: {result['unreadable']}, in {args.out / 'unreadable.csv'}")
-    return 0
+            print(f"unreadable images: {result['unreadable']}, in {out / 'unreadable.csv'}")
 
 
 class _Progress(_training.Display):
@@ -80,8 +104,8 @@ class _Progress(_training.Display):
                 f"{event['images_per_s']:,.0f} images/s",
             )  # fmt: skip
         elif kind == "epoch":
-            scores = f", {_scores(event['scores'])}" if "scores" in event else ""
-            ema = f", averaged weights {_scores(event['ema'])}" if "ema" in event else ""
+            scores = f", {top1(event['scores'])}" if "scores" in event else ""
+            ema = f", averaged weights {top1(event['ema'])}" if "ema" in event else ""
             self.say(
                 f"epoch {event['epoch']}/{self.epochs}: loss {event['loss']:.4f}{scores}{ema}, "
                 f"{event['images_per_s']:,.0f} images/s"
@@ -90,8 +114,9 @@ class _Progress(_training.Display):
             self.say(event["text"])
 
 
-def _scores(scores: dict) -> str:
-    best = scores["top1"]
+def top1(found: dict) -> str:
+    """Top-1 of each head in one line."""
+    best = found["top1"]
     return "top-1 " + ", ".join(f"{head} {percent:.2f}%" for head, percent in best.items())
 
 

@@ -17,19 +17,27 @@ from deit_fast._argparse import Parser
 from . import _options
 
 
-def add_arguments(parser: Parser, from_store: bool = False) -> None:
+def add_arguments(parser: Parser, from_store: bool = False, finetune: bool = False) -> None:
     """Add the command's options.
 
     Args:
         parser: Gets them.
         from_store: The store is an argument, and no teacher can be given.
+        finetune: --out has a default, and a recipe can be chosen automatically.
     """
     parser.add_argument("data", metavar="DATA")
     if from_store:
         parser.add_argument("store", metavar="STORE")
         parser.set_defaults(distill="none", teacher=None)
         parser.set_defaults(teacher_checkpoint=None, teacher_checkpoint_key=None)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
+    if finetune:
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="of this run alone (default: runs/NAME OF DATA)"
+        )
+    else:
+        parser.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="of this run alone"
+        )
     parser.add_argument("--model", metavar="NAME", help="one of ours or any timm name")
     parser.add_argument(
         "--from", dest="start", metavar="WEIGHTS",
