@@ -42,6 +42,8 @@ def run_probe(
             f"teacher: {settings.teacher}, with freeze 'backbone', expected none: heads are fitted "
             "to the labels"
         )
+    if (out / run_folder.CHECKPOINT).exists():
+        raise ValueError(f"out: {out} is of a run that trains, expected a folder for this one")
     with run_folder.locked(out):
         images, validation, model = build_student(settings, load_recipe("deit", crop_pct=crop_pct))
         probe.heads_of(model)
