@@ -62,7 +62,7 @@ def test_every_fault_is_named(good, tmp_path, capsys):
     grey = np.arange(100 * 100, dtype=np.uint16).reshape(100, 100) * 6
     save(Image.fromarray(grey), train / "ant" / "deep.png")
     save(photo(2).convert("RGBA"), train / "ant" / "alpha.png")
-    frames = [Image.new("P", (90, 90), i) for i in range(3)]
+    frames = [Image.new("L", (90, 90), 80 * i) for i in range(3)]
     save(frames[0], train / "ant" / "moving.gif", save_all=True, append_images=frames[1:])
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,7 +1,7 @@
 """Train a model, distilled from a teacher or not.
 
 The same command again goes on where it stopped. DATA is a folder with train and val in it (folders
-of classes, .tar shards, .parquet files), what datasets.save_to_disk wrote, or MNIST's idx files.
+of classes, .tar shards, .parquet files), a table, what datasets.save_to_disk wrote, or MNIST's idx files.
 Ctrl-C and SIGTERM save and stop. Exit code: 0; 2 for an error; 130 and 143 after those signals.
 
 Examples:
@@ -46,10 +46,6 @@ def add_arguments(parser: Parser, from_store: bool = False) -> None:
     _options.add_amp(run, "(default: the best the GPU has; none on a CPU)")
     run.add_argument("--compile", metavar="MODE", help="torch.compile's, such as reduce-overhead")
     _options.add_training_workers(run)
-    run.add_argument(
-        "--holdout", type=float, default=0.0, metavar="SHARE",
-        help="of the images, to validate on where DATA has none for it, such as 0.2",
-    )  # fmt: skip
     run.add_argument("--restart", action="store_true", help="throw away what is in DIR")
     _add_rare(parser)
 
@@ -80,6 +76,10 @@ def _add_rare(parser: Parser) -> None:
             help="of each channel, pixels from 0 to 1 (default: the model's own)",
         )  # fmt: skip
     _options.add_image_keys(more)
+    more.add_argument(
+        "--holdout", type=float, default=0.0, metavar="SHARE",
+        help="of the images, to validate on where DATA has none for it, such as 0.2",
+    )  # fmt: skip
     more.add_argument("--count", type=int, metavar="N", help="train on so many images only")
     _options.add_backend(more)
     more.add_argument(

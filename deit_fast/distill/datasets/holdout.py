@@ -137,14 +137,14 @@ def _read(record: Path, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     except (KeyError, ValueError, csv.Error) as error:
         raise data_error(record, f"is no record of a split ({error!r})") from error
     if len(found) != len(images):
-        reason = f"is of {len(found)} images, now there are {len(images)} (restart splits anew)"
-        raise data_error(record, reason)
+        counts = f"is of {len(found)} images, now there are {len(images)} (restart splits anew)"
+        raise data_error(record, counts)
     for i, (image, label, _) in enumerate(found):
         name = images.name(i).encode(errors="backslashreplace").decode()
         of_class = images.classes[images.labels[i]]
         if (_file_name(image), label) != (_file_name(name), of_class):
-            reason = f"has {image} of class {label}, where there is {name} of class {of_class} now"
-            raise data_error(record, f"{reason} (restart splits anew)")
+            other = f"has {image} of class {label}, now there is {name} of class {of_class}"
+            raise data_error(record, f"{other} (restart splits anew)")
     return np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
 
 

@@ -144,8 +144,8 @@ def _require_one_label(rows: Rows) -> None:
     labels: dict[str, str] = {}
     for path, label, place in zip(rows.paths, rows.labels, rows.places, strict=True):
         if labels.setdefault(path, label) != label:
-            reason = f"{path} has the labels {labels[path]} and {label}, expected one of an image"
-            raise data_error(place, reason)
+            both = f"{path} has the labels {labels[path]} and {label}, expected one of an image"
+            raise data_error(place, both)
 
 
 def _path_column(columns: list[str], image_key: str) -> str | None:
@@ -173,8 +173,8 @@ def _read_csv(file: Path) -> tuple[list[str], _Cells]:
             for row in reader:
                 place = f"{file}, line {reader.line_num}"
                 if row and len(row) != len(columns):
-                    reason = f"{len(row)} cells, expected {len(columns)} as in the header"
-                    raise data_error(place, reason)
+                    counts = f"{len(row)} cells, expected {len(columns)} as in the header"
+                    raise data_error(place, counts)
                 if row:
                     cells.append((place, [cell.strip() for cell in row]))
     except UnicodeDecodeError as error:
@@ -207,8 +207,8 @@ def _read_parquet(file: Path) -> tuple[list[str], _Cells]:
     try:
         from pyarrow import lib, parquet
     except ImportError as error:
-        reason = f"data {file}: needs the package pyarrow: pip install 'deit_fast[parquet]'"
-        raise RuntimeError(reason) from error
+        needed = f"data {file}: needs the package pyarrow: pip install 'deit_fast[parquet]'"
+        raise RuntimeError(needed) from error
     try:
         table = parquet.read_table(file)
     except lib.ArrowException as error:

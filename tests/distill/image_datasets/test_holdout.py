@@ -91,7 +91,7 @@ def test_a_record_is_read_again(tmp_path):
     held = open_images(record, "validation")
     np.testing.assert_array_equal(np.asarray(held.image(0)), np.asarray(validation_pixels(again)))
     (tmp_path / "moved" / "0" / "0.PNG").rename(tmp_path / "moved" / "0" / "x.PNG")
-    with pytest.raises(ValueError, match=r"split.csv: has .*0.PNG of class 0, where there is .*"):
+    with pytest.raises(ValueError, match=r"split.csv: has .*0.PNG of class 0, now there is .*"):
         hold_out(open_images(tmp_path / "moved"), 0.3, 5, record=record)
     (tmp_path / "moved" / "0" / "x.PNG").unlink()
     with pytest.raises(ValueError, match="is of 24 images, now there are 23"):
