@@ -264,7 +264,7 @@ def test_a_split_off_validation_set_goes_on(data, tmp_path):
     )
     with pytest.raises(ValueError, match="other settings: train 18, now 17"):
         run(out=tmp_path / "out", **options)
-    record.unlink()  # it is made again
+    record.unlink()  # the same is drawn anew
     run(out=tmp_path / "out", **options)
     assert record.read_text() == kept
     with pytest.raises(ValueError, match=r"other settings: holdout 0.25, now 0.5"):

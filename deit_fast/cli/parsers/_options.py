@@ -61,7 +61,7 @@ def add_images(parser: Parser) -> None:
     """Add DATA, --split and the keys."""
     parser.add_argument(
         "data", metavar="DATA",
-        help="a folder of classes, .tar files, a Hugging Face dataset, or IDX files",
+        help="a folder of classes, a table, .tar files, a Hugging Face dataset, or IDX files",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=("train", "validation"), metavar="SPLIT",
@@ -75,7 +75,7 @@ def add_image_keys(parser: argparse._ActionsContainer) -> None:
     for key in ("image", "label"):
         parser.add_argument(
             f"--{key}-key", default=key, metavar="COLUMN",
-            help="of a Hugging Face dataset (default: %(default)s)",
+            help="of a table or a Hugging Face dataset (default: %(default)s)",
         )  # fmt: skip
 
 
