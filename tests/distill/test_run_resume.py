@@ -264,6 +264,12 @@ def test_a_split_off_validation_set_goes_on(data, tmp_path):
     )
     with pytest.raises(ValueError, match="other settings: train 18, now 17"):
         run(out=tmp_path / "out", **options)
+    first, last = (next(r for r in rows if r["split"] == side) for side in ("train", "validation"))
+    assert first["label"] == last["label"]
+    first["split"], last["split"] = last["split"], first["split"]
+    run_folder.write_csv(record, rows)  # as many of each class
+    with pytest.raises(ValueError, match="other settings: split '"):
+        run(out=tmp_path / "out", **options)
     record.unlink()  # the same is drawn anew
     run(out=tmp_path / "out", **options)
     assert record.read_text() == kept

@@ -1,9 +1,8 @@
 """Train a model, distilled from a teacher or not.
 
 The same command again goes on where it stopped. DATA is a folder with train and val in it (folders
-of classes, .tar shards, .parquet files), a table of paths and labels, what datasets.save_to_disk
-wrote, or MNIST's idx files. Ctrl-C and SIGTERM save and stop. Exit code: 0; 2 for an error; 130 and
-143 after those signals.
+of classes, .tar shards, .parquet files), a table, what save_to_disk wrote, or MNIST's idx files.
+Ctrl-C and SIGTERM save and stop. Exit code: 0; 2 for an error; 130 and 143 after those signals.
 
 Examples:
   deit-fast train imagenet/ --model deit_small_distilled --teacher regnety_160 --out small

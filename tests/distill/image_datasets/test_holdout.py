@@ -49,6 +49,17 @@ def test_groups_stay_together():
             assert set(images.labels[side]) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_class_in_two_groups_of_another_is_on_both_sides(order):
+    """Whatever is drawn for the larger class, and whichever comes first."""
+    labels = np.array([0] * 20 + [0, 1] * 2)
+    groups = np.array([*range(20), 20, 20, 21, 21])
+    images = ImageSet(["a", "b"], labels if order == 1 else 1 - labels, "RGB")
+    for seed in range(20):
+        for side in split_off(images, 0.5, seed, groups):
+            assert set(images.labels[side]) == {0, 1}
+
+
 def test_a_large_group_does_not_take_the_share():
     images = labelled([100, 100])
     groups = np.arange(200)

@@ -76,8 +76,10 @@ def test_small_and_flat_images_are_compared_by_their_pixels(tmp_path):
     noisy = np.random.default_rng(seeded(0)).integers(89, 92, (100, 100), dtype=np.uint8)
     images = [small, small.copy(), ImageEnhance.Brightness(small).enhance(1.1)]
     images += [flat, flat.convert("L"), Image.fromarray(noisy), Image.fromarray(noisy[::-1])]
+    faint = np.tile(np.linspace(88, 92, 100).astype(np.uint8), (100, 1))  # a gradient of 4 levels
+    images += [Image.fromarray(faint), Image.fromarray(faint + 50)]
     found = similar.groups(folder(tmp_path, images))
-    assert found.tolist() == [0, 0, 2, 3, 3, 5, 6]
+    assert found.tolist() == [0, 0, 2, 3, 3, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -103,6 +105,18 @@ def test_every_pair_within_the_distance_is_found():
     assert found[:40].tolist() == list(range(40))
     for i in range(40):
         assert (found[40 + i] == i) == (4 + i % 8 <= similar.DISTANCE), i
+
+
+@pytest.mark.parametrize("band", range(4))
+def test_one_band_with_one_bit_is_enough(band):
+    """Whichever bit it is; the other bands differ in two."""
+    draw = np.random.default_rng(seeded(4))
+    others = sum(3 << 16 * other for other in range(4) if other != band)
+    hashes = draw.integers(0, 2**63, 16).astype(np.uint64)
+    copies = [h ^ np.uint64(others | 1 << 16 * band + bit) for bit, h in enumerate(hashes)]
+    pixels = np.tile(draw.integers(0, 256, 1024, dtype=np.uint8), (32, 1))
+    found = similar._Near(np.array([*hashes, *copies]), pixels).labels()
+    assert found.tolist() == 2 * list(range(16))
 
 
 def test_chains_are_one_group():
