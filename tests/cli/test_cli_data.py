@@ -10,6 +10,8 @@ from PIL import Image
 
 import deit_fast
 from deit_fast.cli import main
+from deit_fast.distill.datasets import sheet
+from deit_fast.distill.datasets.image_set import ImageSet
 
 PHOTOS = sorted((Path(deit_fast.__file__).parent / "data").glob("*.jpg"))
 
@@ -115,13 +117,20 @@ def test_a_contact_sheet(suffix, kind, good, tmp_path, capsys):
     save(Image.new("RGB", (200, 100), (250, 0, 0)), good / "train" / "bee" / "0.png")
     path = tmp_path / f"sheet{suffix}"
     assert call(capsys, good, "--sheet", path)[0] == 1
-    with Image.open(path) as sheet:
-        assert sheet.format == kind and sheet.size == (160 + 8 * 100 + 4, 2 * 100 + 4)
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    with Image.open(path) as made:
+        assert made.format == kind and made.size == (160 + 8 * 100 + 4, 2 * 100 + 4)
+        pixels = np.asarray(made.convert("RGB")).astype(int)
     assert (pixels[10:90, 170:250] > 250).all(), "the unreadable image is left out"
     assert (pixels[10:90, 275:345].std() > 35) and (pixels[:100, :150].min() < 80), "noise, a name"
     red = pixels[104 + 30 : 104 + 66, 170:250].mean((0, 1))
     assert red[0] > 240 and red[1:].max() < 15, "whole, on a grey background"
+
+
+def test_names_on_the_sheet(monkeypatch):
+    monkeypatch.setattr(sheet, "find_spec", lambda name: None)
+    assert sheet._font()[1] and sheet._as_ascii("Bär 猫 é") == "Bar ? e"
+    images = ImageSet(["猫"], np.zeros(0, np.int64), "RGB")
+    assert np.asarray(sheet.contact_sheet(images)).min() < 80
 
 
 def test_errors(good, tmp_path, capsys):

@@ -1,5 +1,11 @@
-"""A contact sheet: some images of each class, one class a row."""
+"""A contact sheet: some images of each class, one class a row.
 
+Names are drawn in matplotlib's DejaVu Sans where matplotlib is installed (extra "train"). Pillow's
+own font has little but ASCII: with it other letters lose their accents, or become question marks.
+"""
+
+import unicodedata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +31,11 @@ def contact_sheet(images: ImageSet, each: int = 8) -> Image.Image:
     shown = images.classes[:ROWS]
     step = _SIDE + _GAP
     sheet = Image.new("RGB", (_NAME + each * step + _GAP, len(shown) * step + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw, (font, is_ascii) = ImageDraw.Draw(sheet), _font()
     for row, name in enumerate(shown):
         of_class = np.flatnonzero(images.labels == row)
-        text = f"{name[:24]}\n{len(of_class):,}".encode("latin-1", "replace").decode("latin-1")
+        shown_name = _as_ascii(name) if is_ascii else name
+        text = f"{shown_name[:24]}\n{len(of_class):,}"
         draw.text((_GAP, row * step + _SIDE // 3), text, "black", font)
         spread = np.unique(np.linspace(0, len(of_class) - 1, min(each, len(of_class))).astype(int))
         for column, i in enumerate(of_class[spread].tolist()):
@@ -41,6 +48,22 @@ def contact_sheet(images: ImageSet, each: int = 8) -> Image.Image:
             small = ImageOps.pad(picture, (_SIDE, _SIDE), color="lightgrey")
             sheet.paste(small, (_NAME + column * step, _GAP + row * step))
     return sheet
+
+
+def _font() -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, bool]:
+    """A font, and whether it has ASCII only."""
+    found = find_spec("matplotlib")
+    if found is not None and found.origin is not None:
+        path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(str(path), 11), False
+    return ImageFont.load_default(), True
+
+
+def _as_ascii(name: str) -> str:
+    parts = unicodedata.normalize("NFKD", name)
+    bare = "".join(part for part in parts if not unicodedata.combining(part))
+    return bare.encode("ascii", "replace").decode()
 
 
 def require_format(path: Path) -> None:
